@@ -1,0 +1,22 @@
+"""Linear cross-entropy for torchtune: loss and gradients from hidden states and the output projection, without logits."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from torchtune_lce.functional import linear_cross_entropy
+
+if TYPE_CHECKING:
+    from torchtune_lce.loss import LinearCrossEntropyLoss
+    from torchtune_lce.model_output import skip_output_layer
+
+__version__ = "0.1.0"
+__all__ = ["LinearCrossEntropyLoss", "linear_cross_entropy", "skip_output_layer"]
+
+# These need torchtune, whose import takes seconds and sets environment variables: loaded when first used.
+_LAZY = {"LinearCrossEntropyLoss": "torchtune_lce.loss", "skip_output_layer": "torchtune_lce.model_output"}
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,128 @@
+"""The public function: validate, pick the implementation, shift and reduce."""
+
+import torch
+from torch import Tensor
+
+from torchtune_lce import implementations, validation
+from torchtune_lce.options import Options
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # [..., D] float32 | bfloat16 | float16 (float64 too, but for the cce implementations)
+    weight: Tensor,  # [V, D], dtype of hidden
+    targets: Tensor,  # [...] int64 | int32, ignore_index or 0 <= t < V
+    bias: Tensor | None = None,  # [V], dtype of hidden
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    shift: int = 0,
+    impl: str = "auto",
+    filter_eps: float | str | None = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropy of ``targets`` under ``softmax(hidden @ weight.T + bias)``, without holding the logits.
+
+    Args:
+        reduction: ``mean`` over the targets that are not ignored, ``sum``, or ``none``: the shape of ``targets``, 0 where
+            ignored. No tokens, or all of them ignored, give 0 with zero gradients.
+        softcap: logits become ``softcap * tanh(logits / softcap)``.
+        shift: k >= 0: ``hidden[..., :-k, :]`` predicts ``targets[..., k:]``, without a copy of either. With ``none`` the
+            first k positions of the last axis are 0.
+        impl: one of :data:`torchtune_lce.implementations.NAMES`.
+        filter_eps: softmax entries below it may be left out of the gradients of the filtering implementations;
+            ``auto`` is finfo(dtype).eps / 32, None keeps everything.
+        return_lse: also return the log-sum-exp of the logits, float32 in the shape of ``targets``, 0 where ignored or
+            shifted off. Gradients flow through it.
+
+    Returns:
+        The loss, float32 (float64 for float64 inputs), or ``(loss, lse)``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value, by name. A target outside
+            [0, V) raises on CPU; on a GPU, where looking would stall it, its loss and gradients become NaN.
+        RuntimeError: ``impl`` cannot run on this device or dtype.
+    """
+    options = Options(ignore_index=ignore_index, softcap=softcap, filter_eps=filter_eps)
+    return compute(
+        hidden,
+        weight,
+        targets,
+        bias,
+        options=options,
+        reduction=reduction,
+        shift=shift,
+        impl=impl,
+        return_lse=return_lse,
+    )
+
+
+def compute(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    *,
+    options: Options,
+    reduction: str,
+    shift: int,
+    impl: str,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`linear_cross_entropy` with its settings in one object."""
+    validation.check_options(options)
+    validation.check_reduction(reduction)
+    validation.check_shift(shift)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    validation.check_tensors(hidden, weight, targets, bias)
+    _, token_losses = implementations.choose(impl, hidden)
+
+    if shift:
+        targets = _align(targets, shift, options.ignore_index)
+    labels = targets.reshape(-1)
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        validation.check_range(labels, weight.shape[0], options.ignore_index)
+        poison = None
+    else:
+        outside = validation.out_of_range(labels, weight.shape[0], options.ignore_index)
+        labels = labels.where(~outside, 0)
+        # A factor, not a replacement: the NaN then reaches the gradients too.
+        poison = torch.ones_like(labels, dtype=torch.float32).masked_fill_(outside, torch.nan)
+
+    nll, lse = token_losses(hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels, options)
+    if poison is not None:
+        nll, lse = nll * poison, lse * poison
+    loss = _reduce(nll, labels, targets.shape, reduction, shift, options.ignore_index)
+    return (loss, _restore(lse, targets.shape, shift)) if return_lse else loss
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast, what F.linear would do to its inputs."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
+
+
+def _align(targets: Tensor, shift: int, ignore_index: int) -> Tensor:
+    """Targets moved to the hidden state that predicts them: moving int labels is cheaper than slicing hidden states."""
+    aligned = torch.full_like(targets, ignore_index)
+    if targets.ndim and shift < targets.shape[-1]:
+        aligned[..., :-shift] = targets[..., shift:]
+    return aligned
+
+
+def _restore(values: Tensor, shape: torch.Size, shift: int) -> Tensor:
+    """Per-token values back at their targets; the positions rolled round are shifted off, so they hold 0."""
+    values = values.reshape(shape)
+    return values.roll(shift, -1) if shift and values.ndim else values
+
+
+def _reduce(nll: Tensor, labels: Tensor, shape: torch.Size, reduction: str, shift: int, ignore_index: int) -> Tensor:
+    if reduction == "none":
+        return _restore(nll, shape, shift)
+    total = nll.sum()
+    if reduction == "sum":
+        return total
+    return total / (labels != ignore_index).sum().clamp(min=1)

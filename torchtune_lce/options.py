@@ -1,0 +1,29 @@
+"""What a caller can set about the loss, in one object that travels through every implementation."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of one call, validated once by :func:`torchtune_lce.validation.check_options`.
+
+    ``filter_eps`` is ``"auto"``, ``None`` (keep everything) or a float in [0, 1): softmax entries below it may be dropped
+    from the gradients by the implementations that filter.
+    """
+
+    ignore_index: int = -100
+    softcap: float | None = None
+    filter_eps: float | str | None = "auto"
+    workspace_mib: int = 128
+
+    def resolved_filter_eps(self, dtype: torch.dtype) -> float | None:
+        """The threshold in force for gradients in ``dtype``.
+
+        ``auto`` is finfo(dtype).eps / 32, 2^-12 for bfloat16: the smallest probability that still matters once the
+        gradient is rounded to that dtype (Wijmans et al. 2024, arXiv 2411.09009, section 4.3).
+        """
+        if self.filter_eps == "auto":
+            return torch.finfo(dtype).eps / 32
+        return self.filter_eps or None

@@ -1,0 +1,29 @@
+"""Linear cross-entropy in plain PyTorch with the full logits: what every other implementation must agree with."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchtune_lce.options import Options
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64; everything else is accumulated in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def token_losses(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [N], ignore_index or 0 <= t < V
+    options: Options,
+) -> tuple[Tensor, Tensor]:  # negative log-likelihood [N], log-sum-exp [N], both 0 where ignored
+    """Holds [N, V] logits, as ``F.linear`` followed by ``F.cross_entropy`` does."""
+    logits = F.linear(hidden, weight, bias).to(accumulation_dtype(hidden.dtype))
+    if options.softcap is not None:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
+    valid = targets != options.ignore_index
+    lse = logits.logsumexp(-1)
+    target_logit = logits.gather(-1, targets.where(valid, 0).long().unsqueeze(-1)).squeeze(-1)
+    return (lse - target_logit).where(valid, 0), lse.where(valid, 0)

@@ -1,0 +1,104 @@
+"""Every complaint about the arguments of the public functions: which one, what was expected, what came."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from torchtune_lce.options import Options
+
+HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TARGET_DTYPES = (torch.int64, torch.int32)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_options(options: Options) -> None:
+    """Raises ValueError or TypeError for a setting that no implementation accepts."""
+    _check_integer("ignore_index", options.ignore_index)
+    _check_integer("workspace_mib", options.workspace_mib)
+    if options.workspace_mib < 1:
+        raise ValueError(f"workspace_mib must be at least 1, got {options.workspace_mib}")
+    softcap = options.softcap
+    if softcap is not None and not (_is_real(softcap) and math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap must be None or a finite number > 0, got {softcap!r}")
+    eps = options.filter_eps
+    if eps not in ("auto", None) and not (_is_real(eps) and 0 <= eps < 1):
+        raise ValueError(f"filter_eps must be 'auto', None or a number in [0, 1), got {eps!r}")
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def check_shift(shift: int) -> None:
+    _check_integer("shift", shift)
+    if shift < 0:
+        raise ValueError(f"shift must be >= 0, got {shift}")
+
+
+def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+    """Shapes, dtypes and devices; the values of ``targets`` are :func:`check_range`'s."""
+    named = {"hidden": hidden, "weight": weight, "targets": targets}
+    if bias is not None:
+        named["bias"] = bias
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if is_traceable_wrapper_subclass(tensor):
+            raise TypeError(
+                f"{name} must be a plain tensor, got {type(tensor).__name__}: its data is not the matrix that it shows. "
+                "Unshard or dequantise it first (torchtune_lce.LinearCrossEntropyLoss does it for FSDP2)"
+            )
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
+    if hidden.dtype not in HIDDEN_DTYPES:
+        raise TypeError(f"hidden must be one of {_names(HIDDEN_DTYPES)}, got {hidden.dtype}")
+    if targets.dtype not in TARGET_DTYPES:
+        raise TypeError(f"targets must be one of {_names(TARGET_DTYPES)}, got {targets.dtype}")
+    if hidden.ndim < 1:
+        raise ValueError("hidden must have shape [..., D], got a scalar")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"weight must have shape [V, {hidden.shape[-1]}] to match hidden, got {list(weight.shape)}")
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight must have at least one row, got {list(weight.shape)}")
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets must have the shape of hidden without its last axis, {list(hidden.shape[:-1])}, "
+            f"got {list(targets.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape [{weight.shape[0]}] to match weight, got {list(bias.shape)}")
+    for name in ("weight", "bias"):
+        if name in named and named[name].dtype != hidden.dtype:
+            raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {named[name].dtype}")
+
+
+def check_range(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Raises ValueError for a target outside [0, V) that is not ignore_index. Reads the tensor: synchronises on a GPU."""
+    outside = targets[out_of_range(targets, vocabulary, ignore_index)]
+    if outside.numel():
+        raise ValueError(
+            f"targets must be ignore_index ({ignore_index}) or in [0, {vocabulary}), the rows of weight; "
+            f"got {outside.numel()} outside, the first {outside[0].item()}, "
+            f"from {outside.min().item()} to {outside.max().item()}"
+        )
+
+
+def out_of_range(targets: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
+    """Mask, in the shape of targets, of those that name no row of the weight."""
+    return (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
+
+
+def _check_integer(name: str, value) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+
+
+def _is_real(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _names(dtypes) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
