@@ -1,0 +1,332 @@
+"""Log-sum-exp and target logit of every token from one accumulator, and which softmax entries matter to the gradients.
+
+The vocabulary is walked in phases of growing width. A phase's kernel leaves one log-sum-exp a token and vocabulary
+tile; :func:`_merge_kernel` folds them, in order, into the running one. What matters is decided against the running
+value, a lower bound of the final one: the record can keep more than the threshold asks for, never less.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchtune_lce.kernels.primitives import bitwise_or, softcapped, tile_coordinates
+from torchtune_lce.kernels.tuning import Config, config_for, programs
+
+WORD_BITS = tl.constexpr(32)
+
+
+@dataclass(frozen=True)
+class Activity:
+    """One bit for each (row block, entry): some token of the block may give the entry a softmax of filter_eps or more.
+
+    ``words`` is int32 [row blocks, words]; entry e of a tile of W = tile / 32 words is bit e // W of the tile's word
+    e % W, the order in which one thread of the forward holds its columns.
+    """
+
+    words: Tensor
+    tile: int
+
+
+@triton.jit
+def _tile_statistics(
+    logits,  # [tokens, ENTRIES] float32 accumulator
+    tokens,
+    token_mask,
+    entry_tile,
+    bias,
+    labels,
+    running_lse,
+    tile_lse,
+    target_logit,
+    words,
+    words_stride,
+    row_block,
+    entries_total,
+    log_eps,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    RECORD: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
+    """Stores one tile's log-sum-exp, its target logits and, with RECORD, its activity bits."""
+    entries = entry_tile * ENTRIES + tl.arange(0, ENTRIES)
+    inside = entries < entries_total
+    if HAS_BIAS:
+        logits += tl.load(bias + entries, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if HAS_SOFTCAP:
+        logits = softcapped(logits, softcap)
+    logits = tl.where(inside[None, :], logits, float("-inf"))
+
+    peak = tl.max(logits, 1)
+    # A row of -inf alone must not become -inf - -inf.
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    lse = peak + tl.log(tl.sum(tl.exp(logits - peak[:, None]), 1))
+    tl.store(tile_lse + tokens, lse, mask=token_mask)
+
+    label = tl.load(labels + tokens, mask=token_mask, other=-1)
+    is_target = label[:, None] == entries[None, :]
+    own = (label >= entry_tile * ENTRIES) & (label < (entry_tile + 1) * ENTRIES)
+    tl.store(target_logit + tokens, tl.sum(tl.where(is_target, logits, 0.0), 1), mask=token_mask & own)
+
+    if RECORD:
+        bound = tl.maximum(tl.load(running_lse + tokens, mask=token_mask, other=0.0), lse)
+        # Not `>=`: a NaN must be kept, so that it reaches the gradients.
+        below = logits < (bound + log_eps)[:, None]
+        active = (is_target | (below == 0)) & token_mask[:, None] & inside[None, :]
+        bits = tl.reshape(active.to(tl.int32), (ROW_BLOCK, WORD_BITS, ENTRIES // WORD_BITS))
+        bits = tl.sum(bits << tl.arange(0, WORD_BITS)[None, :, None], 1)
+        words += row_block.to(tl.int64) * words_stride + entry_tile * (ENTRIES // WORD_BITS)
+        tl.store(words + tl.arange(0, ENTRIES // WORD_BITS), tl.reduce(bits, 0, bitwise_or))
+
+
+@triton.jit
+def _pointer_kernel(
+    hidden,
+    weight,
+    bias,
+    labels,
+    count,
+    running_lse,
+    tile_lse,
+    target_logit,
+    words,
+    entries_total,
+    features,
+    hidden_stride,
+    weight_stride,
+    tile_lse_stride,
+    words_stride,
+    first_tile,
+    tiles,
+    log_eps,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    RECORD: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tokens_total = tl.load(count)
+    row_blocks = tl.cdiv(tokens_total, ROW_BLOCK)
+    for index in range(tl.program_id(0), row_blocks * tiles, tl.num_programs(0)):
+        row_block, column = tile_coordinates(index, row_blocks, tiles, GROUP)
+        entry_tile = first_tile + column
+        tokens = row_block * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+        token_mask = tokens < tokens_total
+        entries = entry_tile * ENTRIES + tl.arange(0, ENTRIES)
+        depth = tl.arange(0, BLOCK_D)
+        hidden_rows = hidden + tokens.to(tl.int64)[:, None] * hidden_stride
+        weight_rows = weight + entries.to(tl.int64)[None, :] * weight_stride
+        logits = tl.zeros((ROW_BLOCK, ENTRIES), tl.float32)
+        for start in range(0, features, BLOCK_D):
+            d = start + depth
+            a = tl.load(hidden_rows + d[None, :], mask=token_mask[:, None] & (d < features)[None, :], other=0.0)
+            b = tl.load(
+                weight_rows + d[:, None], mask=(entries < entries_total)[None, :] & (d < features)[:, None], other=0.0
+            )
+            logits = tl.dot(a, b, logits, input_precision=PRECISION)
+        _tile_statistics(
+            logits,
+            tokens,
+            token_mask,
+            entry_tile,
+            bias,
+            labels,
+            running_lse,
+            tile_lse + column.to(tl.int64) * tile_lse_stride,
+            target_logit,
+            words,
+            words_stride,
+            row_block,
+            entries_total,
+            log_eps,
+            softcap,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+            RECORD,
+            ROW_BLOCK,
+            ENTRIES,
+        )
+
+
+@triton.jit
+def _descriptor_kernel(
+    hidden,
+    weight,
+    bias,
+    labels,
+    count,
+    running_lse,
+    tile_lse,
+    target_logit,
+    words,
+    entries_total,
+    features,
+    hidden_stride,
+    weight_stride,
+    tile_lse_stride,
+    words_stride,
+    first_tile,
+    tiles,
+    log_eps,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    RECORD: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """:func:`_pointer_kernel` with `hidden` and `weight` as tensor descriptors: the copy engine loads the tiles.
+
+    Flattening the loop over tiles lets the loads of the next tile start while this one's statistics are computed.
+    """
+    tokens_total = tl.load(count)
+    row_blocks = tl.cdiv(tokens_total, ROW_BLOCK)
+    for index in tl.range(tl.program_id(0), row_blocks * tiles, tl.num_programs(0), flatten=True):
+        row_block, column = tile_coordinates(index, row_blocks, tiles, GROUP)
+        entry_tile = first_tile + column
+        tokens = row_block * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+        logits = tl.zeros((ROW_BLOCK, ENTRIES), tl.float32)
+        for start in range(0, features, BLOCK_D):
+            a = hidden.load([row_block * ROW_BLOCK, start])
+            b = weight.load([entry_tile * ENTRIES, start])
+            logits = tl.dot(a, b.T, logits, input_precision=PRECISION)
+        _tile_statistics(
+            logits,
+            tokens,
+            tokens < tokens_total,
+            entry_tile,
+            bias,
+            labels,
+            running_lse,
+            tile_lse + column.to(tl.int64) * tile_lse_stride,
+            target_logit,
+            words,
+            words_stride,
+            row_block,
+            entries_total,
+            log_eps,
+            softcap,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+            RECORD,
+            ROW_BLOCK,
+            ENTRIES,
+        )
+
+
+@triton.jit
+def _merge_kernel(tile_lse, running_lse, count, tile_lse_stride, tiles, BLOCK: tl.constexpr):
+    """running_lse[n] = log-sum-exp of itself and tile_lse[0:tiles, n], always in the order of the vocabulary."""
+    tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = tokens < tl.load(count)
+    peak = tl.load(running_lse + tokens, mask=mask, other=0.0)
+    total = tl.full((BLOCK,), 1.0, tl.float32)
+    parts = tile_lse + tokens
+    for _ in range(tiles):
+        part = tl.load(parts, mask=mask, other=0.0)
+        parts += tile_lse_stride
+        # `part` comes second so that a NaN in it wins the comparison's false branch.
+        higher = tl.where(part < peak, peak, part)
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(peak - base) + tl.exp(part - base)
+        peak = higher
+    tl.store(running_lse + tokens, tl.where(peak == float("-inf"), peak, peak + tl.log(total)), mask=mask)
+
+
+def phases(tiles: int) -> list[tuple[int, int]]:
+    """(first tile, tiles) of each phase: narrow ones first, so that most tiles meet a running value close to the final.
+
+    A function of the vocabulary alone: a token's sums are taken in the same order whatever else is in the batch.
+    """
+    result, first, width = [], 0, 2
+    while first < tiles:
+        result.append((first, min(width, tiles - first)))
+        first += width
+        width = min(width * 8, 128)
+    return result
+
+
+def lse_and_target_logit(
+    hidden: Tensor,  # [N, D], the rows in use first
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    labels: Tensor,  # [N] integer
+    count: Tensor,  # [1] int32, rows in use, on the device
+    softcap: float | None,
+    activity: Activity | None,  # filled for these rows
+    log_eps: float,
+) -> tuple[Tensor, Tensor]:  # log-sum-exp [N], target logit [N], float32; undefined past count
+    """Launches the forward for one piece of tokens; reads nothing back to the host."""
+    config = config_for(hidden.device, hidden.dtype)
+    tokens, features = hidden.shape
+    vocabulary = weight.shape[0]
+    tiles = triton.cdiv(vocabulary, config.forward_entries)
+    lse = hidden.new_empty(tokens, dtype=torch.float32)
+    target_logit = torch.empty_like(lse)
+    plan = phases(tiles)
+    tile_lse = hidden.new_empty((max(width for _, width in plan), tokens), dtype=torch.float32)
+    # The first phase has no running value yet; the tile's own log-sum-exp stands in for it.
+    lse.fill_(float("-inf"))
+    kernel, hidden_operand, weight_operand = _operands(hidden, weight, config)
+    for first_tile, width in plan:
+        kernel[(min(programs(hidden.device), triton.cdiv(tokens, config.row_block) * width),)](
+            hidden_operand,
+            weight_operand,
+            bias,
+            labels,
+            count,
+            lse,
+            tile_lse,
+            target_logit,
+            activity.words if activity else None,
+            vocabulary,
+            features,
+            hidden.stride(0),
+            weight.stride(0),
+            tile_lse.stride(0),
+            activity.words.stride(0) if activity else 0,
+            first_tile,
+            width,
+            log_eps,
+            softcap or 1.0,
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap is not None,
+            RECORD=activity is not None,
+            ROW_BLOCK=config.row_block,
+            ENTRIES=config.forward_entries,
+            BLOCK_D=config.block_d,
+            GROUP=config.group,
+            PRECISION=config.precision,
+            num_warps=config.warps,
+            num_stages=config.forward_stages,
+        )
+        _merge_kernel[(triton.cdiv(tokens, 128),)](tile_lse, lse, count, tile_lse.stride(0), width, BLOCK=128)
+    return lse, target_logit
+
+
+def _operands(hidden: Tensor, weight: Tensor, config: Config):
+    """The kernel and how it takes its matrices: descriptors need 16-byte rows."""
+    aligned = all(
+        t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 and t.shape[0] for t in (hidden, weight)
+    )
+    if not (config.tma and aligned):
+        return _pointer_kernel, hidden, weight
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return (
+        _descriptor_kernel,
+        TensorDescriptor.from_tensor(hidden, [config.row_block, config.block_d]),
+        TensorDescriptor.from_tensor(weight, [config.forward_entries, config.block_d]),
+    )

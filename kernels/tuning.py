@@ -1,0 +1,83 @@
+"""Block shapes and pipeline depths: one named configuration a device and dtype, chosen by capability alone."""
+
+import os
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Config:
+    """Block sizes of every kernel, in elements.
+
+    ``row_block`` tokens by ``entry_tile`` entries is the unit that the backward keeps or drops. The forward computes
+    ``row_block`` x ``forward_entries`` logits a step, the backward's gradients ``features`` columns of D a step.
+    ``block_d`` and ``block_k`` are depths of the products over D and over tokens or entries.
+    """
+
+    row_block: int
+    entry_tile: int
+    forward_entries: int
+    features: int
+    block_d: int
+    block_k: int
+    group: int
+    warps: int
+    forward_stages: int
+    backward_stages: int
+    tma: bool
+    precision: str  # of float32 products, as tl.dot names it
+
+
+def is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def has_tma(capability: tuple[int, int]) -> bool:
+    """Whether card and Triton offer host-made tensor descriptors."""
+    if capability < (9, 0):
+        return False
+    try:
+        import triton.tools.tensor_descriptor  # noqa: F401
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+def config_for(device: torch.device, dtype: torch.dtype) -> Config:
+    if device.type == "cpu":
+        return Config(32, 32, 64, 32, 32, 32, 2, 4, 1, 1, tma=False, precision="ieee")
+    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return _cuda_config(torch.cuda.get_device_capability(device), dtype, precision)
+
+
+@cache
+def _cuda_config(capability: tuple[int, int], dtype: torch.dtype, precision: str) -> Config:
+    tma = has_tma(capability)
+    if dtype == torch.float32:
+        return Config(128, 128, 128, 128, 32, 32, 8, 8, 2, 2, tma=tma, precision=precision)
+    if capability == (8, 9) or capability >= (12, 0):
+        # 100 KiB of shared memory a program.
+        return Config(128, 128, 128, 128, 32, 32, 8, 8, 3, 3, tma=False, precision="ieee")
+    if capability < (9, 0):
+        return Config(128, 128, 256, 256, 32, 32, 8, 8, 3, 3, tma=False, precision="ieee")
+    return Config(128, 128, 256, 256, 64, 64, 8, 8, 3, 3, tma=tma, precision="ieee")
+
+
+def programs(device: torch.device) -> int:
+    """Size of a persistent grid: a program a multiprocessor; one alone in the interpreter, which runs them in turn."""
+    if device.type == "cpu":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def cooperative(device: torch.device) -> dict[str, bool]:
+    """Launch option under which a grid starts only when all of it fits, as a grid barrier needs.
+
+    Triton before 3.3 has no such option; there one program a multiprocessor fits whenever it has the card alone.
+    """
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    name = "launch_cooperative_grid"
+    return {name: True} if device.type == "cuda" and name in CUDAOptions.__dataclass_fields__ else {}
