@@ -6,7 +6,6 @@ again, so neither direction ever holds more than one [N, chunk] block of them.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from torchtune_lce.options import Options
 from torchtune_lce.reference import accumulation_dtype
@@ -43,8 +42,10 @@ class _ChunkedTokenLosses(torch.autograd.Function):
         return tuple(scattered)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_nll, d_lse):
+        # once_differentiable would let the gradients pass for constants where only the saved inputs ask for more.
+        if torch.is_grad_enabled():
+            raise RuntimeError("impl='chunked' has no second derivative (create_graph=True); set impl='reference'")
         hidden, weight, bias, targets, rows, lse = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         kept = hidden if rows.numel() == targets.numel() else hidden[rows]

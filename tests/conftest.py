@@ -1,0 +1,75 @@
+"""What every test stands on: the interpreter without a card, quiet threads, seeds, and poisoned fresh memory."""
+
+import os
+import sys
+from pathlib import Path
+
+# Before torch starts its thread pool: the tensors here are small, and workers or child processes share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it when the kernels are defined, so it is set before anything imports them.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torchtune_lce
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+PACKAGE = str(Path(torchtune_lce.__file__).parent) + os.sep
+# Neither zero nor a small index nor a mask of one bit: reads of it show.
+GARBAGE_BYTE = 0x5A
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available() and not INTERPRETED:
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA card"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The card if there is one; the CPU, with the kernels interpreted, if not."""
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _poisoned_allocations():
+    """The package's torch.empty, empty_like and new_empty give NaN or garbage, so an output left unwritten shows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", _poisoning(torch.empty))
+        patch.setattr(torch, "empty_like", _poisoning(torch.empty_like))
+        patch.setattr(torch.Tensor, "new_empty", _poisoning(torch.Tensor.new_empty))
+        yield
+
+
+def _poisoning(allocate):
+    def poisoned(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        # A compiler traces the call: what it makes of it is its own, and frames are no part of it.
+        if not torch.compiler.is_compiling() and sys._getframe(1).f_code.co_filename.startswith(PACKAGE):
+            poison(tensor)
+        return tensor
+
+    return poisoned
+
+
+def poison(tensor: torch.Tensor) -> None:
+    """Fills a fresh tensor with NaN, or with a byte pattern where the dtype has none."""
+    if tensor.device.type == "meta":
+        return
+    with torch.no_grad():
+        if tensor.is_floating_point():
+            tensor.fill_(torch.nan)
+        elif tensor.dtype == torch.bool:
+            tensor.fill_(True)
+        else:
+            tensor.fill_(int.from_bytes(bytes([GARBAGE_BYTE] * tensor.itemsize), "little"))

@@ -1,0 +1,466 @@
+"""Every implementation against plain PyTorch in float64: losses, log-sum-exps and all gradients."""
+
+import importlib.util
+import shutil
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import Plain, Settings, Upstream, allowances, assert_as_accurate_as_torch, plain_torch
+
+from torchtune_lce import chunked, linear_cross_entropy
+from torchtune_lce.implementations import CCE_PRESETS
+
+F64 = torch.float64
+INPUTS = ("hidden", "weight", "bias")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: where it leaves the plainest one (a matrix of hidden states, a fifth of the labels ignored)."""
+
+    tokens: tuple[int, ...] = (71,)
+    vocabulary: int = 301
+    width: int = 40
+    settings: Settings = Settings()
+    bias: bool = False
+    ignored: float = 0.2  # share of the labels
+    pulled: tuple[str, ...] = ("loss",)  # results that a gradient arrives at; lse among them: return_lse=True
+    frozen: tuple[str, ...] = ()
+    layout: str = "contiguous"
+    target_dtype: torch.dtype = torch.int64
+    logit_scale: float = 2.0  # standard deviation of the logits
+    confident: float = 0.0  # share of the tokens whose target has a probability over 0.999
+    filter_eps: float | str | None = "auto"
+
+
+BOTH = ("loss", "lse")
+
+# Not a product of the options: they meet in few places of the code. A case moves one option from the plainest call, or
+# two where they touch each other (bias and softcap act on the same logit; shift and reduction "none" on the same
+# places; ignored labels on the count of "mean"). Sizes are ragged against the kernels' tiles (powers of two) and
+# against the 64 entries that `chunked` is made to take here; N, V and D each cross a tile in "tiles" and are one below,
+# at and one above a power of two in the cases named for it. 71 x 301 x 40 keeps a call in Triton's interpreter short.
+CASES = {
+    "mean": Case(),
+    "sum": Case(settings=Settings(reduction="sum")),
+    "none": Case(settings=Settings(reduction="none")),
+    "bias": Case(bias=True),
+    "softcap": Case(settings=Settings(softcap=3.0), logit_scale=4.0),
+    "bias-softcap-none": Case(settings=Settings(softcap=5.0, reduction="none"), bias=True, pulled=BOTH),
+    "saturated-softcap": Case(settings=Settings(softcap=0.5), logit_scale=20.0, bias=True),
+    "shift-1": Case(tokens=(3, 23), settings=Settings(shift=1)),
+    "shift-1-none-lse": Case(tokens=(3, 23), settings=Settings(shift=1, reduction="none"), pulled=BOTH),
+    "shift-3-sum": Case(tokens=(2, 3, 11), settings=Settings(shift=3, reduction="sum")),
+    "shift-all": Case(tokens=(3, 7), settings=Settings(shift=7, reduction="none"), pulled=BOTH),
+    "shift-more": Case(tokens=(3, 7), settings=Settings(shift=40)),
+    "none-ignored": Case(ignored=0.0),
+    "all-ignored": Case(ignored=1.0, pulled=BOTH),
+    "all-ignored-none": Case(ignored=1.0, settings=Settings(reduction="none"), bias=True),
+    "ignore-0": Case(settings=Settings(ignore_index=0)),
+    "ignore-minus-1": Case(settings=Settings(ignore_index=-1, reduction="none")),
+    "ignore-last": Case(settings=Settings(ignore_index=300)),
+    "ignore-beyond": Case(settings=Settings(ignore_index=301)),
+    "lse": Case(pulled=BOTH),
+    "lse-only": Case(pulled=("lse",), settings=Settings(reduction="none")),
+    "lse-confident": Case(pulled=BOTH, confident=0.7, settings=Settings(reduction="sum")),
+    "confident": Case(confident=0.7),
+    "large-logits": Case(logit_scale=3000.0),
+    "rank-1": Case(tokens=(), ignored=0.0, pulled=BOTH),
+    "rank-1-ignored": Case(tokens=(), ignored=1.0),
+    "rank-3": Case(tokens=(5, 13), settings=Settings(reduction="none")),
+    "rank-4": Case(tokens=(2, 3, 11), bias=True, pulled=BOTH),
+    "transposed": Case(tokens=(5, 13), layout="transposed", settings=Settings(reduction="none"), pulled=BOTH),
+    "strided": Case(tokens=(5, 13), layout="strided", bias=True, settings=Settings(shift=1)),
+    "int32": Case(target_dtype=torch.int32),
+    "int32-shift": Case(tokens=(3, 23), target_dtype=torch.int32, settings=Settings(shift=2, reduction="none")),
+    "no-tokens": Case(tokens=(0,), bias=True, pulled=BOTH),
+    "no-tokens-none": Case(tokens=(2, 0), settings=Settings(reduction="none")),
+    "tiles": Case(tokens=(131,), vocabulary=259, width=133, bias=True, pulled=BOTH),
+    "tiles-minus-1": Case(tokens=(127,), vocabulary=127, width=31),
+    "tiles-exact": Case(tokens=(128,), vocabulary=128, width=32, ignored=0.0),
+    "tiles-plus-1": Case(tokens=(129,), vocabulary=129, width=33),
+    "one-entry": Case(vocabulary=1, ignored=0.0, pulled=BOTH),
+    "two-entries": Case(vocabulary=2, tokens=(5,)),
+    "one-wide": Case(width=1, bias=True),
+    "one-of-all": Case(tokens=(1,), vocabulary=1, width=1, ignored=0.0, pulled=BOTH),
+    "frozen-hidden": Case(frozen=("hidden",), bias=True),
+    "frozen-weight": Case(frozen=("weight",), bias=True, pulled=BOTH),
+    "frozen-bias": Case(frozen=("bias",), bias=True),
+    "bias-alone": Case(frozen=("hidden", "weight"), bias=True, settings=Settings(softcap=4.0)),
+    "all-frozen": Case(frozen=INPUTS, bias=True),
+    "all-frozen-ignored": Case(frozen=("weight",), ignored=1.0),
+    "keep-all": Case(filter_eps=None, logit_scale=4.0),
+}
+# Rounding shows where it meets a sum, a cancellation (p - 1) or a nonlinearity; places and shapes are the same code.
+LOW_PRECISION = (
+    "mean",
+    "sum",
+    "bias-softcap-none",
+    "softcap",
+    "shift-1-none-lse",
+    "lse-confident",
+    "confident",
+    "all-ignored",
+    "tiles",
+    "one-wide",
+    "frozen-hidden",
+    "frozen-weight",
+)
+# Compiling is what takes the time: the differences in code that the compiler sees.
+COMPILED = ("mean", "bias-softcap-none", "shift-1-none-lse", "all-ignored", "no-tokens", "frozen-weight", "strided")
+# Most entries of the softmax lie below the threshold, so that whole tiles do.
+FILTERING = {
+    "filter": Case(tokens=(140,), vocabulary=601, filter_eps=0.02, logit_scale=1.0, confident=0.9, pulled=BOTH),
+    "filter-softcap": Case(
+        tokens=(140,), vocabulary=301, filter_eps=0.02, bias=True, confident=0.9, settings=Settings(softcap=60.0)
+    ),
+    "filter-all-but-targets": Case(tokens=(30,), vocabulary=601, filter_eps=0.99, settings=Settings(reduction="none")),
+}
+
+# On a card: many row blocks and strips, a width of several steps.
+LARGE = Case(
+    tokens=(3, 1021),
+    vocabulary=50_021,
+    width=520,
+    settings=Settings(shift=1, softcap=30.0),
+    bias=True,
+    pulled=BOTH,
+    confident=0.9,
+)
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+needs_compiler = pytest.mark.skipif(
+    not torch.cuda.is_available() and not (shutil.which("c++") or shutil.which("g++")), reason="no C++ compiler"
+)
+
+# For what does not depend on the options: cce alone for its presets, which share its code.
+EACH = [
+    "reference",
+    "chunked",
+    pytest.param("torch_compile", marks=needs_compiler),
+    pytest.param("cce", marks=needs_triton),
+]
+
+
+def _calls():
+    """(implementation, case, dtype) as parameters, with an id that tells them apart."""
+    fp32, fp16, bf16, fp64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+    for name, case in CASES.items():
+        for impl in ("reference", "chunked"):
+            yield _call(impl, name, case, fp32)
+            if name in LOW_PRECISION:
+                for dtype in (fp16, bf16, fp64):
+                    yield _call(impl, name, case, dtype)
+        yield _call("cce", name, case, fp32, needs_triton)
+        if name in LOW_PRECISION:
+            yield _call("cce", name, case, fp16, needs_triton)
+            # Triton's interpreter multiplies bfloat16 wrongly.
+            yield _call("cce", name, case, bf16, needs_triton, pytest.mark.gpu)
+        if name in COMPILED:
+            yield _call("torch_compile", name, case, fp32, needs_compiler)
+    yield _call("torch_compile", "mean", CASES["mean"], bf16, needs_compiler)
+    for preset in CCE_PRESETS:
+        yield _call(preset, "filter", FILTERING["filter"], fp32, needs_triton)
+    for name, case in FILTERING.items():
+        yield _call("cce", name, case, fp16, needs_triton)
+        yield _call("cce", name, case, bf16, needs_triton, pytest.mark.gpu)
+    for impl in ("chunked", "torch_compile", *CCE_PRESETS):
+        for dtype in (fp32, fp16, bf16):
+            yield _call(impl, "large", replace(LARGE, confident=0.0), dtype, pytest.mark.gpu)
+            yield _call(impl, "large-confident", LARGE, dtype, pytest.mark.gpu)
+
+
+def _call(impl: str, name: str, case: Case, dtype: torch.dtype, *marks):
+    return pytest.param(impl, case, dtype, id=f"{impl}-{name}-{str(dtype).removeprefix('torch.')}", marks=marks)
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(request, monkeypatch):
+    """`chunked` takes 64 entries at a time (its budget holds these small vocabularies whole), and every compiled call
+    starts from an empty compiler: past its limit of variants it would run uncompiled."""
+    monkeypatch.setattr(chunked, "entries_per_chunk", lambda tokens, vocabulary, workspace_mib: min(vocabulary, 64))
+    if "torch_compile" in request.node.name:
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("impl", "case", "dtype"), _calls())
+def test_agrees_with_float64(impl, case, dtype, device):
+    tensors = make_inputs(case, dtype, device)
+    upstream = make_upstream(case, device)
+    before = {name: tensor.detach().clone() for name, tensor in tensors.items() if tensor is not None}
+
+    actual = run(impl, case, tensors, upstream)
+
+    exact, native = (plain_torch(**tensors, settings=case.settings, upstream=upstream, dtype=d) for d in (F64, dtype))
+    if case.confident:
+        assert probability_of_targets(exact, case).gt(0.999).sum() > 0.5 * case.confident * len(exact.labels)
+    compare(actual, native, exact, allowed(impl, case, dtype, exact, tensors))
+
+    ignored = tensors["targets"] == case.settings.ignore_index
+    if case.settings.reduction == "none":
+        assert not actual["loss"][ignored].any()
+    if "lse" in actual:
+        assert not actual["lse"][ignored].any()
+    if "hidden" in actual and not case.settings.shift:
+        assert not actual["hidden"][ignored].any(), "ignored tokens have gradients"
+    for name, tensor in before.items():
+        assert torch.equal(tensor, tensors[name]), f"{name} was written to"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("impl", EACH)
+def test_second_backward_gives_the_same(impl, dtype, device):
+    """With retain_graph; what the forward keeps must survive the first backward. Compiled code gives it up on purpose:
+    the backward reuses that memory, and torch says so."""
+    case = replace(CASES["bias-softcap-none"], layout="transposed", tokens=(5, 13))
+    tensors, upstream = make_inputs(case, dtype, device), make_upstream(case, device)
+    results = call(impl, case, tensors)
+    if impl == "torch_compile":
+        with pytest.raises(RuntimeError, match="requires create_graph=False and retain_graph=False"):
+            backward(results, upstream, retain_graph=True)
+        return
+    backward(results, upstream, retain_graph=True)
+    first = {name: tensors[name].grad for name in INPUTS}
+    for name in INPUTS:
+        tensors[name].grad = None
+    backward(results, upstream)
+    for name in INPUTS:
+        assert torch.equal(tensors[name].grad, first[name]), name
+
+
+@pytest.mark.parametrize("case", ["bias-softcap-none", pytest.param("large", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("impl", EACH)
+def test_repeats_bit_by_bit(impl, case, device):
+    """Whatever ran in between."""
+    case, other = LARGE if case == "large" else CASES[case], CASES["mean"]
+    upstreams = [make_upstream(c, device) for c in (case, other)]
+    tensors = [make_inputs(c, torch.float32, device) for c in (case, other)]
+    alone = run(impl, case, tensors[0], upstreams[0])
+    tensors[0].update({name: tensors[0][name].detach().requires_grad_() for name in INPUTS})
+    results = [call(impl, c, t) for c, t in zip((case, other), tensors, strict=True)]
+    for result, upstream in zip(results, upstreams, strict=True):
+        backward(result, upstream)
+    for name, value in alone.items():
+        again = results[0][name] if name in results[0] else tensors[0][name].grad
+        assert torch.equal(again, value), name
+
+
+@pytest.mark.parametrize("impl", EACH)
+def test_gradients_reach_what_the_inputs_were_made_from(impl, device):
+    """hidden and weight are results of other operations, and weight has a second use, as a tied embedding has."""
+    weight, targets = torch.randn(301, 40, device=device), torch.randint(0, 301, (71,), device=device)
+    gradients = []
+    for loss in (
+        lambda h, w: linear_cross_entropy(h, w, targets, impl=impl),
+        lambda h, w: F.cross_entropy(h @ w.T, targets),
+    ):
+        leaf = weight.clone().requires_grad_()
+        loss(torch.tanh(leaf[targets]) * 2, leaf * 1.5).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("impl", EACH)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(impl, mode, device):
+    case = CASES["lse"]
+    tensors = make_inputs(case, torch.float32, device)
+    expected = call(impl, case, tensors)
+    with mode():
+        results = call(impl, case, tensors)
+    for name, result in results.items():
+        assert not result.requires_grad
+        torch.testing.assert_close(result, expected[name].detach())
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("impl", EACH)
+def test_not_a_number_is_not_swallowed(impl, value, device):
+    """In one token it spoils that token's loss and gradient and no other's; in one row of weight, every token's."""
+    case = Case(settings=Settings(reduction="none"), ignored=0.0)
+    tensors, upstream = make_inputs(case, torch.float32, device), make_upstream(case, device)
+    clean = run(impl, case, tensors, upstream)
+    others = torch.arange(71, device=device) != 17
+    spoilt = dict(tensors, hidden=tensors["hidden"].detach().clone())
+    spoilt["hidden"][17, 3] = value
+    spoilt["hidden"].requires_grad_()
+    dirty = run(impl, case, spoilt, upstream)
+    assert not dirty["loss"][17].isfinite()
+    assert torch.equal(dirty["loss"][others], clean["loss"][others])
+    assert dirty["hidden"][17].isnan().any()
+    assert torch.equal(dirty["hidden"][others], clean["hidden"][others])
+    assert dirty["weight"].isnan().any()
+
+    spoilt = dict(tensors, weight=tensors["weight"].detach().clone())
+    # Of one column alone: its products with hidden are infinite with both signs, or NaN.
+    spoilt["weight"][300, 3] = value
+    spoilt["weight"].requires_grad_()
+    dirty = run(impl, replace(case, settings=Settings()), spoilt, Upstream(torch.ones((), device=device), None))
+    assert not dirty["loss"].isfinite()
+    assert dirty["hidden"].isnan().any()
+
+
+@pytest.mark.parametrize("impl", EACH)
+def test_minus_infinity_as_bias_removes_entries(impl, device):
+    """Whole tiles and pieces of them, the first ones: a running maximum starts at minus infinity too."""
+    removed = 256
+    case = Case(vocabulary=45, bias=True, pulled=BOTH, settings=Settings(reduction="none"))
+    rest, upstream = make_inputs(case, torch.float32, device), make_upstream(case, device)
+    exact, native = (
+        plain_torch(**rest, settings=case.settings, upstream=upstream, dtype=d) for d in (F64, torch.float32)
+    )
+    whole = {name: rest[name].detach() for name in ("hidden", "weight", "bias")}
+    whole["weight"] = torch.cat([torch.randn(removed, 40, device=device), whole["weight"]])
+    whole["bias"] = torch.cat([torch.full((removed,), -torch.inf, device=device), whole["bias"]])
+    whole = {name: tensor.requires_grad_() for name, tensor in whole.items()}
+    whole["targets"] = rest["targets"] + removed * (rest["targets"] != -100)
+
+    actual = run(impl, case, whole, upstream)
+
+    for name in ("weight", "bias"):
+        assert not actual[name][:removed].any()
+        actual[name] = actual[name][removed:]
+    compare(actual, native, exact, allowed(impl, case, torch.float32, exact, rest))
+
+
+@pytest.mark.parametrize(
+    ("impl", "softcap"),
+    [
+        ("reference", None),
+        ("reference", 3.0),
+        ("chunked", None),
+        ("chunked", 3.0),
+        pytest.param("torch_compile", 3.0, marks=needs_compiler),
+    ],
+)
+def test_gradcheck(impl, softcap):
+    hidden, weight, bias = (torch.randn(*shape, dtype=F64, requires_grad=True) for shape in ((2, 4, 3), (7, 3), (7,)))
+    targets = torch.randint(0, 7, (2, 4))
+    targets[0, 1] = targets[1, 2] = -1
+
+    def results(hidden, weight, bias):
+        return linear_cross_entropy(
+            hidden, weight, targets, bias, softcap=softcap, ignore_index=-1, shift=1, impl=impl, return_lse=True
+        )
+
+    # gradcheck goes backward through one graph many times; code compiled for one time must not come from a cache.
+    with torch._functorch.config.patch(donated_buffer=False), torch._inductor.config.patch(force_disable_caches=True):
+        assert torch.autograd.gradcheck(results, (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("impl", ["chunked", pytest.param("cce", marks=needs_triton)])
+def test_second_derivative_is_refused(impl, device):
+    """Their backward is computed by hand: differentiated, it would pass for a constant."""
+    tensors = make_inputs(Case(), torch.float32, device)
+    loss = call(impl, Case(), tensors)["loss"]
+    with pytest.raises(RuntimeError, match="no second derivative.*impl='reference'"):
+        torch.autograd.grad(loss, tensors["hidden"], create_graph=True)
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor | None]:
+    """hidden, weight, targets and bias; what is not frozen is a leaf that asks for its gradient."""
+    hidden = torch.randn(*case.tokens, case.width)
+    weight = torch.randn(case.vocabulary, case.width) * (case.logit_scale / case.width**0.5)
+    targets = torch.randint(0, case.vocabulary, case.tokens)
+    if case.confident:
+        chosen = torch.rand(case.tokens) < case.confident
+        # Along the target's own row: a logit of 60 on average, where the other rows' stay around 60 / sqrt(D).
+        aligned = weight[targets] * (60 / case.logit_scale**2)
+        if case.settings.shift:
+            aligned = aligned.roll(-case.settings.shift, -2)
+        hidden[chosen] = aligned[chosen]
+    targets[torch.rand(case.tokens) < case.ignored] = case.settings.ignore_index
+    tensors = {
+        "hidden": hidden.to(device, dtype),
+        "weight": weight.to(device, dtype),
+        "targets": targets.to(device, case.target_dtype),
+        "bias": torch.randn(case.vocabulary).to(device, dtype) if case.bias else None,
+    }
+    tensors = {name: lay_out(tensor, case.layout) for name, tensor in tensors.items()}
+    for name in INPUTS:
+        if tensors[name] is not None:
+            tensors[name].requires_grad_(name not in case.frozen)
+    return tensors
+
+
+def make_upstream(case: Case, device: torch.device) -> Upstream:
+    """Random gradients, negative ones too, in the layout of the case."""
+    shapes = {"loss": case.tokens if case.settings.reduction == "none" else (), "lse": case.tokens}
+    random = {name: lay_out(torch.randn(shape, device=device), case.layout) for name, shape in shapes.items()}
+    return Upstream(**{name: gradient if name in case.pulled else None for name, gradient in random.items()})
+
+
+def lay_out(tensor: torch.Tensor | None, layout: str) -> torch.Tensor | None:
+    """The same values with other strides."""
+    if tensor is None or tensor.ndim == 0 or layout == "contiguous":
+        return tensor
+    if layout == "transposed":
+        placed = tensor if tensor.ndim == 1 else tensor.transpose(0, 1).contiguous().transpose(0, 1)
+    else:
+        placed = torch.stack([tensor, torch.full_like(tensor, 77)], -1)[..., 0]
+    assert tensor.ndim == 1 or not placed.is_contiguous()
+    return placed
+
+
+def run(impl: str, case: Case, tensors: dict, upstream: Upstream) -> dict[str, torch.Tensor]:
+    """Results and gradients by name, from fresh ``.grad``; checks which of them there are, and their dtypes."""
+    for name in INPUTS:
+        if tensors[name] is not None:
+            tensors[name].grad = None
+    results = call(impl, case, tensors)
+    dtype = tensors["hidden"].dtype
+    for name, result in results.items():
+        assert result.dtype == torch.promote_types(dtype, torch.float32), name
+    backward(results, upstream)
+    for name in INPUTS:
+        if tensors[name] is None or name in case.frozen:
+            assert tensors[name] is None or tensors[name].grad is None, f"{name} is frozen but got a gradient"
+        else:
+            assert tensors[name].grad is not None, f"{name} has no gradient"
+            assert tensors[name].grad.dtype == dtype, name
+            results[name] = tensors[name].grad
+    return {name: result.detach() for name, result in results.items()}
+
+
+def call(impl: str, case: Case, tensors: dict) -> dict[str, torch.Tensor]:
+    return_lse = "lse" in case.pulled
+    settings = vars(case.settings)
+    results = linear_cross_entropy(**tensors, **settings, impl=impl, filter_eps=case.filter_eps, return_lse=return_lse)
+    return dict(zip(BOTH, results, strict=True)) if return_lse else {"loss": results}
+
+
+def backward(results: dict[str, torch.Tensor], upstream: Upstream, retain_graph: bool = False) -> None:
+    gradients = {name: gradient for name, gradient in vars(upstream).items() if gradient is not None}
+    differentiable = [name for name in gradients if results[name].requires_grad]
+    if differentiable:
+        torch.autograd.backward(
+            [results[name] for name in differentiable],
+            [gradients[name].to(results[name].dtype) for name in differentiable],
+            retain_graph=retain_graph,
+        )
+
+
+def allowed(impl: str, case: Case, dtype: torch.dtype, exact: Plain, tensors: dict) -> dict[str, torch.Tensor]:
+    preset = CCE_PRESETS.get(impl)
+    filtered = tuple(name for name in ("hidden", "weight") if preset and getattr(preset, name))
+    eps = torch.finfo(dtype).eps / 32 if case.filter_eps == "auto" else case.filter_eps
+    # The kernels keep their logits in float32; F.linear and torch.mm round them.
+    logits_dtype = torch.promote_types(dtype, torch.float32) if preset else dtype
+    return allowances(
+        exact, tensors["weight"], tensors["bias"], case.settings, dtype, logits_dtype, eps if preset else None, filtered
+    )
+
+
+def compare(actual: dict[str, torch.Tensor], native: Plain, exact: Plain, bounds: dict[str, torch.Tensor]) -> None:
+    for name, result in actual.items():
+        assert_as_accurate_as_torch(name, result, native.results[name], exact.results[name], bounds[name])
+
+
+def probability_of_targets(exact: Plain, case: Case) -> torch.Tensor:
+    logits, softcap = exact.logits, case.settings.softcap
+    capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    valid = exact.labels != case.settings.ignore_index
+    target = exact.labels.where(valid, 0)[:, None]
+    return capped.softmax(-1).gather(-1, target)[:, 0].where(valid, 1)

@@ -1,0 +1,210 @@
+"""How wrong a result may be: torch's own error at that dtype, and what rounding must cost. No constant is made to fit.
+
+Every quantity is compared with plain PyTorch in float64 on the same, already quantised, inputs. An implementation may
+be twice as far from it as plain PyTorch is in the inputs' own dtype, plus a bound on rounding and on gradient filtering
+that :func:`allowances` derives, element by element, from the exact values: small entries get small allowances.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of linear_cross_entropy that change its value."""
+
+    ignore_index: int = -100
+    reduction: str = "mean"
+    softcap: float | None = None
+    shift: int = 0
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """Gradients that arrive at the two results; None where a result takes no part."""
+
+    loss: Tensor | None
+    lse: Tensor | None
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Results of plain PyTorch, and what the bounds are derived from. M tokens are left after the shift."""
+
+    results: dict[str, Tensor]  # loss, lse, and gradients by the name of their input
+    logits: Tensor  # [M, V], before the softcap
+    d_logits: Tensor  # [M, V], gradient by them
+    d_nll: Tensor  # [M], gradient by a token's loss
+    d_lse: Tensor  # [M]
+    hidden: Tensor  # [M, D]
+    nll: Tensor  # [M]
+    labels: Tensor  # [M]
+    rows: Tensor  # [M], where these tokens stand in the flattened hidden
+
+
+def plain_torch(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [...]
+    bias: Tensor | None,  # [V]
+    settings: Settings,
+    upstream: Upstream,
+    dtype: torch.dtype,
+) -> Plain:
+    """F.linear and F.cross_entropy in ``dtype``, their losses in at least float32, with every gradient."""
+    wide = torch.promote_types(dtype, torch.float32)
+    leaves = {"hidden": hidden, "weight": weight, "bias": bias}
+    leaves = {name: x.detach().to(dtype).contiguous().requires_grad_() for name, x in leaves.items() if x is not None}
+    kept = slice(None, -settings.shift or None)
+    numbers = torch.arange(targets.numel(), device=targets.device).reshape(targets.shape)
+    labels, rows, states = targets.long(), numbers, leaves["hidden"]
+    if settings.shift:
+        labels, rows, states = labels[..., settings.shift :], numbers[..., kept], states[..., kept, :]
+    shape = labels.shape
+    labels, rows, states = labels.reshape(-1), rows.reshape(-1), states.reshape(-1, hidden.shape[-1])
+
+    logits = F.linear(states, leaves["weight"], leaves.get("bias")).to(wide)
+    capped = logits if settings.softcap is None else settings.softcap * torch.tanh(logits / settings.softcap)
+    nll = F.cross_entropy(capped, labels, ignore_index=settings.ignore_index, reduction="none")
+    lse = capped.logsumexp(-1).masked_fill(labels == settings.ignore_index, 0)
+    for tensor in (logits, nll, lse):
+        tensor.retain_grad()
+
+    lost = (targets.shape[-1] - shape[-1], 0) if settings.shift else ()
+    results = {
+        "loss": {
+            "none": F.pad(nll.reshape(shape), lost),
+            "sum": nll.sum(),
+            "mean": nll.sum() / (labels != settings.ignore_index).sum().clamp(min=1),
+        }[settings.reduction],
+        "lse": F.pad(lse.reshape(shape), lost),
+    }
+    pulled = [(results[name], gradient) for name, gradient in vars(upstream).items() if gradient is not None]
+    torch.autograd.backward([result for result, _ in pulled], [g.to(result.dtype) for result, g in pulled])
+    # Not every leaf is reached: an upstream of zeros for a result without tokens reaches none.
+    grads = {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in leaves.items()}
+    d_logits, d_nll, d_lse = (torch.zeros_like(x) if x.grad is None else x.grad for x in (logits, nll, lse))
+    results = {name: result.detach() for name, result in results.items()} | grads
+    return Plain(results, logits.detach(), d_logits, d_nll, d_lse, states.detach(), nll.detach(), labels, rows)
+
+
+def allowances(
+    exact: Plain,  # in float64
+    weight: Tensor,
+    bias: Tensor | None,
+    settings: Settings,
+    dtype: torch.dtype,
+    logits_dtype: torch.dtype,
+    filter_eps: float | None = None,
+    filtered: tuple[str, ...] = (),
+) -> dict[str, Tensor]:
+    """Bounds on the error of each result, in its shape, to first order in the rounding unit.
+
+    Logits are rounded to ``logits_dtype``; softmax entries below ``filter_eps`` may be missing from the gradients named
+    in ``filtered``.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    eps = torch.finfo(wide).eps
+    hidden, weight = exact.hidden.abs(), weight.detach().double().abs()
+    magnitude = hidden @ weight.T + (0 if bias is None else bias.detach().double().abs())
+    d_logit = sum_error(hidden.shape[1], wide) * magnitude + rounding(exact.logits, logits_dtype)
+    capped, slope, d_slope = exact.logits, 1.0, 0.0
+    if settings.softcap is not None:
+        capped = settings.softcap * torch.tanh(exact.logits / settings.softcap)
+        slope = 1 - (capped / settings.softcap).square()
+        # 2 sigmoid(2x) - 1 takes four roundings of values up to 2.
+        d_logit = d_logit + 8 * eps * settings.softcap
+        d_slope = 2 * d_logit / settings.softcap + 4 * eps
+    softmax = capped.softmax(-1)
+    target = exact.labels.where(exact.labels != settings.ignore_index, 0)[:, None]
+    # The exponent of each term is rounded, in base e or 2, then the sum and its logarithm.
+    exponent = capped.abs() + capped.amax(-1, keepdim=True).abs()
+    d_lse = (softmax * (d_logit + 2 * eps * exponent)).sum(-1) + 4 * eps * (1 + capped.logsumexp(-1).abs())
+    d_nll = d_lse + d_logit.gather(-1, target)[:, 0] + eps * (capped.gather(-1, target)[:, 0].abs() + exact.nll.abs())
+
+    d_softmax = (exact.d_nll + exact.d_lse).abs()[:, None]
+    error = softmax * (d_logit + d_lse[:, None] + 2 * eps * exponent + 8 * eps) * d_softmax * slope
+    error += eps * exact.d_nll.abs()[:, None] * F.one_hot(target[:, 0], capped.shape[1]) * slope
+    # Where the softcap is saturated the slope itself is rounding noise.
+    before_slope = softmax * d_softmax + exact.d_nll.abs()[:, None] * F.one_hot(target[:, 0], capped.shape[1])
+    error += before_slope * d_slope
+    # Rounded to the inputs' dtype for the product, and a piece of the sum rounded to it once more.
+    error += 2 * rounding(exact.d_logits, dtype)
+
+    dropped = torch.zeros_like(softmax)
+    if filter_eps is not None:
+        # The implementation compares its own rounded softmax.
+        dropped = (softmax * d_softmax * slope).where(softmax < filter_eps * (1 + 2**-8), 0)
+    tokens, vocabulary = softmax.shape
+    magnitude = exact.d_logits.abs()
+    by_hidden = error + sum_error(vocabulary, wide) * magnitude + (dropped if "hidden" in filtered else 0)
+    by_weight = error + sum_error(tokens, wide) * magnitude + (dropped if "weight" in filtered else 0)
+    bounds = {"hidden": by_hidden @ weight, "weight": by_weight.T @ hidden, "bias": by_weight.sum(0)}
+    bounds["hidden"] = _scatter(bounds["hidden"], exact.rows, exact.results["hidden"])
+    for name in exact.results.keys() & bounds.keys():
+        bounds[name] = bounds[name] + rounding(exact.results[name], dtype)
+    total = d_nll.sum() + sum_error(tokens, wide) * exact.nll.abs().sum()
+    kept = (exact.labels != settings.ignore_index).sum().clamp(min=1)
+    shift = min(settings.shift, exact.results["lse"].shape[-1]) if exact.results["lse"].ndim else 0
+    per_token = {"none": _at_targets(d_nll, exact, shift), "sum": total, "mean": total / kept}
+    bounds["loss"] = per_token[settings.reduction]
+    bounds["lse"] = _at_targets(d_lse, exact, shift)
+    return bounds
+
+
+def sum_error(length: int, dtype: torch.dtype) -> float:
+    """Relative error of a sum of ``length`` products: 4 sqrt(n) roundings of half an eps.
+
+    The errors of the terms are independent, so they grow with the root of their number, and four standard deviations
+    hold for all entries of the sizes tested here (Higham and Mary 2019, "A new approach to probabilistic rounding error
+    analysis").
+    """
+    return 4 * max(length, 1) ** 0.5 * torch.finfo(dtype).eps / 2
+
+
+def rounding(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Error of rounding to ``dtype``: half an eps of the value, half a step where it is subnormal."""
+    info = torch.finfo(dtype)
+    return (values.abs() * (info.eps / 2)).clamp(min=info.smallest_normal * info.eps / 2)
+
+
+def assert_as_accurate_as_torch(name: str, actual: Tensor, native: Tensor, exact: Tensor, allowance: Tensor) -> None:
+    """Fails unless ``|actual - exact| <= 2 max|native - exact| + allowance``, the max over the last axis.
+
+    The max is taken over a row since plain PyTorch is sometimes right by luck in a single entry.
+    """
+    assert actual.shape == exact.shape, f"{name}: shape {list(actual.shape)}, expected {list(exact.shape)}"
+    if not exact.numel():
+        return
+    error = (actual.double() - exact).abs()
+    natively = (native.double() - exact).abs()
+    natively = natively.amax(-1, keepdim=True) if natively.ndim > 1 else natively.max()
+    allowed = 2 * natively + allowance
+    # Written so that a NaN fails.
+    wrong = ~(error <= allowed)
+    if wrong.any():
+        worst = (error - allowed).nan_to_num(nan=torch.inf).argmax()
+        raise AssertionError(
+            f"{name}: {int(wrong.sum())} of {error.numel()} entries are further from float64 than allowed; "
+            f"the worst, number {worst.item()}, is {actual.flatten()[worst].item():.6g} where "
+            f"{exact.flatten()[worst].item():.6g} is right: an error of {error.flatten()[worst].item():.3g}, "
+            f"allowed {allowed.expand_as(error).flatten()[worst].item():.3g}"
+        )
+
+
+def _scatter(values: Tensor, rows: Tensor, like: Tensor) -> Tensor:
+    """Rows of ``values`` at their places in a zero tensor shaped as ``like``, [..., D]."""
+    flat = torch.zeros(like.numel() // like.shape[-1], like.shape[-1], dtype=values.dtype, device=values.device)
+    flat[rows] = values
+    return flat.reshape(like.shape)
+
+
+def _at_targets(values: Tensor, exact: Plain, shift: int) -> Tensor:
+    """Values of the M tokens in the shape of targets, 0 where shifted off."""
+    shape = exact.results["lse"].shape
+    if not shift:
+        return values.reshape(shape)
+    return F.pad(values.reshape(*shape[:-1], shape[-1] - shift), (shift, 0))
