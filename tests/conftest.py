@@ -44,6 +44,10 @@ def _seed():
 @pytest.fixture(scope="session", autouse=True)
 def _poisoned_allocations():
     """The package's torch.empty, empty_like and new_empty give NaN or garbage, so an output left unwritten shows."""
+    with torch.device("cpu"):
+        # torch lists once which functions `with torch.device(...)` acts on: before they are replaced, or torchtune
+        # would build its models on the CPU in place of the meta device or the card.
+        torch.empty(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", _poisoning(torch.empty))
         patch.setattr(torch, "empty_like", _poisoning(torch.empty_like))
