@@ -1,0 +1,35 @@
+"""LoRA fine-tuning on one device, as torchtune's recipe of this name, with a loss that never holds the logits.
+
+    tune run torchtune_lce/recipes/lora_finetune_single_device.py --config <yaml>
+    tune-lce run lce_lora_finetune_single_device --config lce/llama3_2/1B_lora_single_device
+
+Takes every config of torchtune's recipe; its loss becomes this one by ``loss=torchtune_lce.LinearCrossEntropyLoss``.
+"""
+
+import sys
+
+from omegaconf import DictConfig
+from torchtune import config
+
+from torchtune_lce.recipe_binding import BindsLossToModel
+from torchtune_lce.stock_recipes import load_stock_recipe
+
+stock = load_stock_recipe("lora_finetune_single_device")
+
+
+class LoRAFinetuneRecipeSingleDevice(BindsLossToModel, stock.LoRAFinetuneRecipeSingleDevice):
+    """torchtune's recipe; only the loss is bound to the model."""
+
+
+@config.parse
+def recipe_main(cfg: DictConfig) -> None:
+    """Entry point; reads the config and then the command line, as torchtune's does."""
+    config.log_config(recipe_name="LoRAFinetuneRecipeSingleDevice", cfg=cfg)
+    recipe = LoRAFinetuneRecipeSingleDevice(cfg=cfg)
+    recipe.setup(cfg=cfg)
+    recipe.train()
+    recipe.cleanup()
+
+
+if __name__ == "__main__":
+    sys.exit(recipe_main())

@@ -1,0 +1,80 @@
+"""``tune-lce``: torchtune's command line, which also knows this package's recipes and configs by name."""
+
+import argparse
+import importlib.util
+import re
+from collections.abc import Callable
+
+from torchtune._cli.tune import TuneCLIParser
+
+from torchtune_lce import registry
+
+DESCRIPTION = """\
+torchtune's command line with the recipes and configs of torchtune-lce, which train without holding the logits.
+Every subcommand of `tune` is here, takes the same arguments and also these names (`tune-lce ls` lists them last):
+
+    recipes  lce_<method>                  e.g. lce_lora_finetune_single_device
+    configs  lce/<model>/<size>_<method>   e.g. lce/llama3_2/1B_lora_single_device
+"""
+EPILOG = """\
+examples:
+
+    $ tune-lce run lce_lora_finetune_single_device --config lce/llama3_2/1B_lora_single_device
+    $ tune-lce run lce_full_finetune_single_device --config mine.yaml loss=torchtune_lce.LinearCrossEntropyLoss
+    $ tune-lce cp lce/llama3_2/1B_lora_single_device mine.yaml
+    $ tune-lce validate lce/llama3_2/1B_lora_single_device
+"""
+
+
+class TuneLCEParser(TuneCLIParser):
+    """torchtune's parser with this package's names and subcommands."""
+
+    def __init__(self):
+        registry.register()
+        super().__init__()
+        self._parser.prog = "tune-lce"
+        self._parser.description = DESCRIPTION
+        self._parser.epilog = EPILOG
+        self._parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        subparsers = next(action for action in self._parser._actions if isinstance(action, argparse._SubParsersAction))
+        for parser in subparsers.choices.values():
+            _rename_command(parser)
+        validate = subparsers.choices["validate"]
+        validate.set_defaults(func=_taking_names(validate.get_default("func")))
+        add_own_subcommands(subparsers)
+
+
+def add_own_subcommands(subparsers: argparse._SubParsersAction) -> None:
+    """What ``tune-lce`` offers beyond ``tune``. Imported here: the modules must stay quick to import."""
+    if importlib.util.find_spec("torchtune_lce.demo.command"):
+        from torchtune_lce.demo import command as demo
+
+        demo.add_parser(subparsers)
+
+
+def _rename_command(parser: argparse.ArgumentParser) -> None:
+    """torchtune's help and errors say ``tune run``; typed like that, our names are unknown."""
+    subcommand = re.compile(r"\btune (?=cat|cp|download|ls|run|validate)")
+    for holder, fields in [
+        (parser, ("prog", "usage", "description", "epilog")),
+        *((a, ("help",)) for a in parser._actions),
+    ]:
+        for field in fields:
+            text = getattr(holder, field)
+            if text:
+                setattr(holder, field, subcommand.sub("tune-lce ", text))
+
+
+def _taking_names(validate: Callable) -> Callable:
+    """torchtune's ``validate`` takes the path of a config only; ours also the name of a registered one."""
+
+    def validate_path_or_name(args: argparse.Namespace) -> None:
+        args.config = registry.find_config(args.config.as_posix()) or args.config
+        validate(args)
+
+    return validate_path_or_name
+
+
+def main() -> None:
+    parser = TuneLCEParser()
+    parser.run(parser.parse_args())

@@ -1,0 +1,186 @@
+"""The loss as torchtune's recipes use it: bound to a model once, then called with hidden states and targets."""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchtune.utils import get_logger, log_rank_zero
+
+from torchtune_lce import implementations, validation
+from torchtune_lce.functional import compute
+from torchtune_lce.model_output import skip_output_layer
+from torchtune_lce.options import Options
+from torchtune_lce.projection import Projection
+from torchtune_lce.sft_loss import SFTLoss
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class LinearCrossEntropyLoss(nn.Module, SFTLoss):
+    """Cross-entropy from hidden states and the model's own output projection, without the logits.
+
+    .. code-block:: yaml
+
+        loss:
+          _component_: torchtune_lce.LinearCrossEntropyLoss
+
+    Targets are never shifted here: torchtune's recipes (0.6.1) and data sets (main) have done it.
+
+    Args:
+        ignore_index: targets of this value have no loss and no gradient.
+        impl: one of :data:`torchtune_lce.implementations.NAMES`.
+        softcap: logits become ``softcap * tanh(logits / softcap)``; None as in torchtune's own models.
+        filter_eps: see :func:`torchtune_lce.linear_cross_entropy`.
+        reduction: ``mean`` over the targets that are not ignored, as torchtune's recipes need; ``sum``; or ``none``.
+        workspace_mib: the most memory in MiB that an implementation may use beyond gradients and O(N + V).
+        check_targets: check the range of every batch's targets on a GPU too, which stalls it, not only the first one's.
+
+    Raises:
+        TypeError, ValueError: a setting that no implementation accepts, by name.
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        impl: str = "auto",
+        softcap: float | None = None,
+        filter_eps: float | str | None = "auto",
+        reduction: str = "mean",
+        workspace_mib: int = 128,
+        check_targets: bool = False,
+    ):
+        super().__init__()
+        self._options = Options(
+            ignore_index=ignore_index, softcap=softcap, filter_eps=filter_eps, workspace_mib=workspace_mib
+        )
+        validation.check_options(self._options)
+        validation.check_reduction(reduction)
+        implementations.check_name(impl)
+        self.impl = impl
+        self.reduction = reduction
+        self.check_targets = check_targets
+        self.tp_enabled = False
+        # Entries of the tokenizer, where the recipe knows them: for the message about targets that name no row.
+        self.tokenizer_size: int | None = None
+        # Neither is a Module, so nothing of the model is registered here: the loss has no parameters and no state.
+        self._skipped = None
+        self._projection = None
+        self._first_batch = True
+
+    @property
+    def ignore_index(self) -> int:
+        return self._options.ignore_index
+
+    def set_model_output(self, model: nn.Module) -> None:
+        """Make the model return hidden states and use its output projection from now on. After FSDP2, if that is used.
+
+        Raises:
+            TypeError, ValueError: a model whose output is not one matrix (and bias), with what to do instead. The model
+                is then as it was.
+        """
+        projection = Projection(model)
+        self.release()
+        self._projection = projection
+        self._skipped = skip_output_layer(model)
+        self._first_batch = True
+
+    def release(self) -> None:
+        """Undo set_model_output: the model gives logits again. Harmless when nothing is bound."""
+        if self._projection is not None:
+            self._projection.release()
+            self._skipped.restore()
+            self._projection = self._skipped = None
+
+    def forward(
+        self,
+        outputs: Tensor,  # [B, S, D] or [N, D]
+        targets: Tensor,  # [B, S] or [N], ignore_index or 0 <= t < V
+        weight: Tensor | None = None,  # [V, D]
+        bias: Tensor | None = None,  # [V]
+    ) -> Tensor:
+        """The loss of hidden states ``outputs`` under ``weight``, or under the bound model's projection without one.
+
+        Raises:
+            RuntimeError: no weight given and no model bound, or ``impl`` cannot run here.
+            TypeError, ValueError: see :func:`torchtune_lce.linear_cross_entropy`.
+        """
+        if isinstance(outputs, (list, tuple)):
+            raise TypeError(
+                f"outputs must be one tensor of hidden states, got a {type(outputs).__name__} of {len(outputs)}: build "
+                "the model without output_hidden_states, or pass the last one"
+            )
+        if weight is not None:
+            return self._loss(outputs, targets, weight, bias)
+        if bias is not None:
+            raise ValueError("bias must come with weight: the bound projection brings its own")
+        if self._projection is None:
+            raise RuntimeError(_unbound_message())
+        return self._projection.call(self._loss, outputs, targets)
+
+    def _loss(self, outputs: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        self._check_width(outputs, weight)
+        if not torch.compiler.is_compiling():
+            if self._first_batch or self.check_targets:
+                self._check_range(targets, weight.shape[0])
+            if self._first_batch:
+                self._say_which(outputs, weight)
+                self._first_batch = False
+        return compute(
+            outputs,
+            weight,
+            targets,
+            bias,
+            options=self._options,
+            reduction=self.reduction,
+            shift=0,
+            impl=self.impl,
+            return_lse=False,
+        )
+
+    def _check_width(self, outputs: Tensor, weight: Tensor) -> None:
+        if isinstance(outputs, Tensor) and weight.ndim == 2 and outputs.shape[-1:] != weight.shape[1:]:
+            hint = ": those are logits, call set_model_output again" if outputs.shape[-1:] == weight.shape[:1] else ""
+            raise ValueError(
+                f"outputs must be hidden states of shape [..., {weight.shape[1]}] to match weight, "
+                f"got {list(outputs.shape)}{hint}"
+            )
+
+    def _check_range(self, targets: Tensor, rows: int) -> None:
+        try:
+            validation.check_range(targets, rows, self.ignore_index)
+        except ValueError as error:
+            tokenizer = "" if self.tokenizer_size is None else f", which has {self.tokenizer_size} entries"
+            raise ValueError(
+                f"{error}. The model's output has {rows} rows; the usual cause is a larger tokenizer{tokenizer}"
+            ) from None
+
+    def _say_which(self, outputs: Tensor, weight: Tensor) -> None:
+        name, _ = implementations.choose(self.impl, outputs)
+        log_rank_zero(
+            get_logger(),
+            f"Linear cross-entropy runs impl '{name}' (set: '{self.impl}') on {outputs.device.type} "
+            f"in {outputs.dtype}, output projection {list(weight.shape)}.",
+        )
+
+    def apply_compile_strategy(self, *args, **kwargs) -> "LinearCrossEntropyLoss":
+        """Nothing is left to compile: every implementation is either a kernel or compiles itself, once."""
+        return self
+
+    def patch_tp_plan(self, tp_plan: dict) -> dict:
+        return tp_plan
+
+    @property
+    def tp_requires_loss_parallel_ctx_manager(self) -> bool:
+        return False
+
+
+def _unbound_message() -> str:
+    """Names this package's recipe of the same name as the one that runs, if there is one."""
+    running = Path(sys.argv[0]).stem
+    recipe = running if (RECIPES / f"{running}.py").exists() else "<recipe>"
+    return (
+        "the loss was called before set_model_output, so it knows no output projection. torchtune's own recipes never "
+        f"call it: use `tune run torchtune_lce/recipes/{recipe}.py`, or add "
+        "`self._loss_fn.set_model_output(self._model)` at the end of setup() to your own `tune cp` copy of a recipe"
+    )

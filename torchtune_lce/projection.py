@@ -1,0 +1,152 @@
+"""The output projection of a torchtune model: which tensors it is made of, and how to reach them."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from types import MethodType
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torchtune.modules.peft import DoRALinear, LoRALinear
+from torchtune.modules.tied_linear import TiedLinear
+
+from torchtune_lce.model_output import find_decoder, uncompiled
+
+_counter = itertools.count()
+
+
+class Projection:
+    """The weight [V, D] and bias [V] of a model's output, read anew at every call: FSDP2 and optimizers swap them.
+
+    Raises TypeError or ValueError, saying what to do instead, for an output that is no product with one matrix.
+    """
+
+    def __init__(self, model: nn.Module):
+        model, decoder = uncompiled(model), find_decoder(model)
+        self._output = decoder.output
+        self._owner = _owner(self._output)
+        _check_covers_vocabulary(self._output_rows(), _embedding_rows(model, decoder))
+        for tensor in self._tensors():
+            # Sharded is what FSDP2 parameters are between two forwards; inside one they are checked again.
+            if not isinstance(tensor, DTensor):
+                _check_plain(tensor)
+        _check_dropout(self._output)
+        self._holder = _deepest_fsdp_module(model, self._owner)
+        self._method = f"_linear_cross_entropy_{next(_counter)}"
+        setattr(self._holder, self._method, MethodType(_call_with_projection, self._holder))
+        # FSDP2 then gathers the weight before the method and averages its gradient over the ranks after the backward,
+        # just as it does for forward(). It does nothing to a model that is not sharded.
+        register_fsdp_forward_method(self._holder, self._method)
+
+    def call(self, function: Callable, hidden: Tensor, targets: Tensor):
+        """``function(hidden, targets, weight, bias)``, within what FSDP2 takes for a forward of the weight's holder."""
+        return getattr(self._holder, self._method)(self, function, hidden, targets)
+
+    def release(self) -> None:
+        vars(self._holder).pop(self._method, None)
+
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        for tensor in self._tensors():
+            if isinstance(tensor, DTensor):
+                raise TypeError(
+                    f"weight of the model's output is a DTensor ({', '.join(map(str, tensor.placements))}): apply "
+                    "FSDP2 before set_model_output, and leave the output projection out of tensor parallelism"
+                )
+            _check_plain(tensor)
+        _check_dropout(self._output)
+        if isinstance(self._output, TiedLinear):
+            return self._owner.weight, None
+        if isinstance(self._output, LoRALinear) and not self._output.disabled:
+            return _effective_weight(self._output), self._output.bias
+        return self._output.weight, self._output.bias
+
+    def _output_rows(self) -> int:
+        return self._owner.weight.shape[0]
+
+    def _tensors(self) -> Iterator[Tensor]:
+        if isinstance(self._output, TiedLinear):
+            yield self._owner.weight
+        else:
+            yield from self._output.parameters()
+
+
+def _call_with_projection(
+    holder: nn.Module, projection: Projection, function: Callable, hidden: Tensor, targets: Tensor
+):
+    return function(hidden, targets, *projection.read())
+
+
+def _owner(output) -> nn.Module:
+    """The module whose parameters the projection uses."""
+    if isinstance(output, TiedLinear):
+        return output.tied_module
+    if isinstance(output, DoRALinear):
+        raise TypeError(
+            "model.output is a DoRALinear, whose magnitude rescales every row: set apply_lora_to_output: False, or "
+            "use_dora: False"
+        )
+    # By the function that runs, not by the class: FSDP2 subclasses what it wraps, and other subclasses compute
+    # something else from the same weight.
+    if isinstance(output, nn.Module) and type(output).forward in (nn.Linear.forward, LoRALinear.forward):
+        return output
+    raise TypeError(
+        "model.output must be a torch.nn.Linear, or torchtune's TiedLinear or LoRALinear, "
+        f"got {type(output).__name__}; for another kind of output call the loss as loss(hidden, targets, weight=...)"
+    )
+
+
+def _effective_weight(output: LoRALinear) -> Tensor:
+    """W + (alpha / rank) B A, [V, D]: gradients reach both adapters, and W where it is trained."""
+    return output.weight.addmm(output.lora_b.weight, output.lora_a.weight, alpha=output.alpha / output.rank)
+
+
+def _check_dropout(output) -> None:
+    if not isinstance(output, LoRALinear) or output.disabled or not isinstance(output.dropout, nn.Dropout):
+        return
+    if output.dropout.p > 0 and output.dropout.training:
+        raise ValueError(
+            f"model.output is a LoRALinear with lora_dropout {output.dropout.p}, which acts on the hidden states of "
+            "its adapter alone: set lora_dropout: 0.0 or apply_lora_to_output: False"
+        )
+
+
+def _check_plain(tensor: Tensor) -> None:
+    if is_traceable_wrapper_subclass(tensor):
+        raise TypeError(
+            f"weight of the model's output must be a plain tensor, got {type(tensor).__name__}: leave the output "
+            "projection unquantised"
+        )
+
+
+def _check_covers_vocabulary(output_rows: int, embedding_rows: int | None) -> None:
+    # Half: a head may be a little shorter than the embedding, whose special tokens are never predicted.
+    if embedding_rows is not None and output_rows < embedding_rows / 2:
+        raise ValueError(
+            f"model.output has {output_rows} rows for {embedding_rows} token embeddings: that is a classifier's head, "
+            "and targets name classes, not tokens; keep torch.nn.CrossEntropyLoss for it"
+        )
+
+
+def _embedding_rows(model: nn.Module, decoder: nn.Module) -> int | None:
+    """Entries of the token embedding, which an early fusion model keeps in place of its decoder."""
+    for holder in (decoder, model):
+        rows = getattr(getattr(holder, "tok_embeddings", None), "num_embeddings", None)
+        if rows is not None:
+            return rows
+    return None
+
+
+def _deepest_fsdp_module(model: nn.Module, owner: nn.Module) -> nn.Module:
+    """The FSDP2 module whose forward gathers the parameters of ``owner``; without FSDP2 the model itself."""
+    path = next((name for name, module in model.named_modules() if module is owner), None)
+    if path is None:
+        raise ValueError(
+            f"model holds no {type(owner).__name__} that its output is tied to: pass the whole model, not its decoder"
+        )
+    holder, module = model, model
+    for name in filter(None, path.split(".")):
+        module = getattr(module, name)
+        if isinstance(module, FSDPModule):
+            holder = module
+    return holder

@@ -1,0 +1,51 @@
+"""The recipes and configs of this package under the names that torchtune's command line knows them by."""
+
+from pathlib import Path
+
+from torchtune import _recipe_registry
+from torchtune._recipe_registry import Config, Recipe
+
+PACKAGE = Path(__file__).parent
+# How torchtune ends the names of the configs that a recipe takes. QLoRA and DoRA configs end as LoRA's do.
+CONFIG_SUFFIXES = {
+    "lora_finetune_single_device": ("lora_single_device", "dora_single_device"),
+    "full_finetune_single_device": ("full_single_device", "full_low_memory"),
+}
+
+
+def recipes() -> list[Recipe]:
+    """``lce_<method>`` with its configs ``lce/<model>/<size>_<method>``, each with the absolute path of its file.
+
+    torchtune joins these paths to those of its own recipes, where an absolute path stays what it is.
+    """
+    return [
+        Recipe(
+            name=f"lce_{method}",
+            file_path=str(PACKAGE / "recipes" / f"{method}.py"),
+            configs=_configs(suffixes),
+            supports_distributed=method.endswith("_distributed"),
+        )
+        for method, suffixes in CONFIG_SUFFIXES.items()
+    ]
+
+
+def register() -> None:
+    """Put them behind torchtune's own, whose names therefore win. Once a process, however often it is called."""
+    known = {recipe.name for recipe in _recipe_registry.get_all_recipes()}
+    _recipe_registry._ALL_RECIPES.extend(recipe for recipe in recipes() if recipe.name not in known)
+
+
+def find_config(name: str) -> Path | None:
+    """The file of a registered config, torchtune's or ours, or None."""
+    stock = Path(_recipe_registry.__file__).parent.parent / "recipes" / "configs"
+    for recipe in _recipe_registry.get_all_recipes():
+        for config in recipe.configs:
+            if config.name == name:
+                return stock / config.file_path
+    return None
+
+
+def _configs(suffixes: tuple[str, ...]) -> list[Config]:
+    folder = PACKAGE / "configs"
+    paths = sorted(path for path in folder.rglob("*.yaml") if path.stem.endswith(suffixes))
+    return [Config(f"lce/{path.relative_to(folder).with_suffix('').as_posix()}", str(path)) for path in paths]
