@@ -185,7 +185,7 @@ def _small_pieces(request, monkeypatch):
         torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(("impl", "case", "dtype"), _calls())
+@pytest.mark.parametrize(("impl", "case", "dtype"), list(_calls()))
 def test_agrees_with_float64(impl, case, dtype, device):
     tensors = make_inputs(case, dtype, device)
     upstream = make_upstream(case, device)
@@ -275,6 +275,30 @@ def test_without_gradients(impl, mode, device):
         torch.testing.assert_close(result, expected[name].detach())
 
 
+@pytest.mark.parametrize("impl", EACH)
+def test_autocast_takes_mixed_dtypes(impl, device):
+    """As F.linear does: the product in the autocast dtype, losses in float32, gradients in each input's own dtype."""
+    case, low = Case(bias=True, settings=Settings(reduction="sum")), torch.float16
+    tensors, upstream = make_inputs(case, low, device), make_upstream(case, device)
+    exact, native = (plain_torch(**tensors, settings=case.settings, upstream=upstream, dtype=d) for d in (F64, low))
+    # Values that the autocast dtype holds, so that its own cast rounds nothing.
+    mixed = tensors | {name: tensors[name].detach().float().requires_grad_() for name in ("weight", "bias")}
+    with torch.autocast(device.type, low):
+        actual = call(impl, case, mixed)
+    backward(actual, upstream)
+    assert actual["loss"].dtype == torch.float32
+    for name in INPUTS:
+        assert mixed[name].grad.dtype == mixed[name].dtype
+        actual[name] = mixed[name].grad
+    compare({k: v.detach() for k, v in actual.items()}, native, exact, allowed(impl, case, low, exact, tensors))
+
+
+def test_autocast_leaves_float64(device):
+    hidden, weight = (torch.randn(n, 40, device=device, dtype=F64) for n in (5, 301))
+    with torch.autocast(device.type, torch.bfloat16):
+        assert linear_cross_entropy(hidden, weight, torch.arange(5, device=device), impl="chunked").dtype == F64
+
+
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 @pytest.mark.parametrize("impl", EACH)
 def test_not_a_number_is_not_swallowed(impl, value, device):
@@ -325,29 +349,34 @@ def test_minus_infinity_as_bias_removes_entries(impl, device):
     compare(actual, native, exact, allowed(impl, case, torch.float32, exact, rest))
 
 
-@pytest.mark.parametrize(
-    ("impl", "softcap"),
-    [
-        ("reference", None),
-        ("reference", 3.0),
-        ("chunked", None),
-        ("chunked", 3.0),
-        pytest.param("torch_compile", 3.0, marks=needs_compiler),
-    ],
-)
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
 def test_gradcheck(impl, softcap):
-    hidden, weight, bias = (torch.randn(*shape, dtype=F64, requires_grad=True) for shape in ((2, 4, 3), (7, 3), (7,)))
-    targets = torch.randint(0, 7, (2, 4))
-    targets[0, 1] = targets[1, 2] = -1
+    assert torch.autograd.gradcheck(*tiny_float64(impl, softcap))
+
+
+@needs_compiler
+def test_gradcheck_compiled():
+    """gradcheck goes backward through one graph many times; code compiled for one time must not come from a cache."""
+    import torch._functorch.config
+    import torch._inductor.config
+
+    with torch._functorch.config.patch(donated_buffer=False), torch._inductor.config.patch(force_disable_caches=True):
+        torch._dynamo.reset()
+        assert torch.autograd.gradcheck(*tiny_float64("torch_compile", softcap=3.0))
+
+
+def tiny_float64(impl, softcap):
+    """A function of hidden, weight and bias, and these three."""
+    inputs = tuple(torch.randn(*shape, dtype=F64, requires_grad=True) for shape in ((2, 4, 3), (7, 3), (7,)))
+    targets = torch.tensor([[3, -1, 0, 6], [2, 5, -1, 1]])
 
     def results(hidden, weight, bias):
         return linear_cross_entropy(
             hidden, weight, targets, bias, softcap=softcap, ignore_index=-1, shift=1, impl=impl, return_lse=True
         )
 
-    # gradcheck goes backward through one graph many times; code compiled for one time must not come from a cache.
-    with torch._functorch.config.patch(donated_buffer=False), torch._inductor.config.patch(force_disable_caches=True):
-        assert torch.autograd.gradcheck(results, (hidden, weight, bias))
+    return results, inputs
 
 
 @pytest.mark.parametrize("impl", ["chunked", pytest.param("cce", marks=needs_triton)])

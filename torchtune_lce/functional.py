@@ -24,11 +24,11 @@ def linear_cross_entropy(
     """Cross-entropy of ``targets`` under ``softmax(hidden @ weight.T + bias)``, without holding the logits.
 
     Args:
-        reduction: ``mean`` over the targets that are not ignored, ``sum``, or ``none``: the shape of ``targets``, 0 where
-            ignored. No tokens, or all of them ignored, give 0 with zero gradients.
+        reduction: ``mean`` over the targets that are not ignored, ``sum``, or ``none``: the shape of ``targets``, 0
+            where ignored. No tokens, or all of them ignored, give 0 with zero gradients.
         softcap: logits become ``softcap * tanh(logits / softcap)``.
-        shift: k >= 0: ``hidden[..., :-k, :]`` predicts ``targets[..., k:]``, without a copy of either. With ``none`` the
-            first k positions of the last axis are 0.
+        shift: k >= 0: ``hidden[..., :-k, :]`` predicts ``targets[..., k:]``, without a copy of either. With ``none``
+            the first k positions of the last axis are 0.
         impl: one of :data:`torchtune_lce.implementations.NAMES`.
         filter_eps: softmax entries below it may be left out of the gradients of the filtering implementations;
             ``auto`` is finfo(dtype).eps / 32, None keeps everything.
@@ -73,6 +73,7 @@ def compute(
     validation.check_options(options)
     validation.check_reduction(reduction)
     validation.check_shift(shift)
+    validation.check_plain(hidden, weight, targets, bias)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     validation.check_tensors(hidden, weight, targets, bias)
     _, token_losses = implementations.choose(impl, hidden)
@@ -102,7 +103,8 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
+    # float64 stays as it is, in F.linear too.
+    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _align(targets: Tensor, shift: int, ignore_index: int) -> Tensor:

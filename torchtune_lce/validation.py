@@ -38,8 +38,8 @@ def check_shift(shift: int) -> None:
         raise ValueError(f"shift must be >= 0, got {shift}")
 
 
-def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
-    """Shapes, dtypes and devices; the values of ``targets`` are :func:`check_range`'s."""
+def check_plain(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+    """Raises for what is no tensor, shows another matrix than it holds, or lies on another device."""
     named = {"hidden": hidden, "weight": weight, "targets": targets}
     if bias is not None:
         named["bias"] = bias
@@ -48,11 +48,15 @@ def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if is_traceable_wrapper_subclass(tensor):
             raise TypeError(
-                f"{name} must be a plain tensor, got {type(tensor).__name__}: its data is not the matrix that it shows. "
-                "Unshard or dequantise it first (torchtune_lce.LinearCrossEntropyLoss does it for FSDP2)"
+                f"{name} must be a plain tensor, got {type(tensor).__name__}: its data is not the matrix that it "
+                "shows. Unshard or dequantise it first (torchtune_lce.LinearCrossEntropyLoss does it for FSDP2)"
             )
         if tensor.device != hidden.device:
             raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
+
+
+def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+    """Shapes and dtypes; the values of ``targets`` are :func:`check_range`'s."""
     if hidden.dtype not in HIDDEN_DTYPES:
         raise TypeError(f"hidden must be one of {_names(HIDDEN_DTYPES)}, got {hidden.dtype}")
     if targets.dtype not in TARGET_DTYPES:
@@ -70,13 +74,13 @@ def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape [{weight.shape[0]}] to match weight, got {list(bias.shape)}")
-    for name in ("weight", "bias"):
-        if name in named and named[name].dtype != hidden.dtype:
-            raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {named[name].dtype}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
 
 
 def check_range(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Raises ValueError for a target outside [0, V) that is not ignore_index. Reads the tensor: synchronises on a GPU."""
+    """Raises ValueError for a target outside [0, V) that is not ignore_index; reads the tensor: a GPU synchronises."""
     outside = targets[out_of_range(targets, vocabulary, ignore_index)]
     if outside.numel():
         raise ValueError(

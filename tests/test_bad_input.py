@@ -1,0 +1,181 @@
+"""Every complaint about an argument: it names the argument, what was expected and what came."""
+
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torchao.dtypes.nf4tensor import to_nf4
+
+from torchtune_lce import linear_cross_entropy
+from torchtune_lce.functional import compute
+from torchtune_lce.implementations import NAMES
+from torchtune_lce.options import Options
+
+RUNNABLE = ("reference", "chunked", "torch_compile", "cce", "cce_exact", "auto")
+
+
+def arguments(**changed) -> dict:
+    """A good call on the CPU, [2, 3] tokens of width 8 and 11 entries, with some arguments changed."""
+    good = {
+        "hidden": torch.randn(2, 3, 8),
+        "weight": torch.randn(11, 8),
+        "targets": torch.tensor([[0, 10, -100], [5, -100, 3]]),
+        "bias": torch.randn(11),
+    }
+    return good | changed
+
+
+# What is wrong: the changed arguments, the error, and what its message says, in this order.
+BAD = {
+    "reduction": ({"reduction": "avg"}, ValueError, "reduction", "mean, sum, none", "'avg'"),
+    "reduction-none": ({"reduction": None}, ValueError, "reduction", "mean, sum, none", "None"),
+    "shift-negative": ({"shift": -1}, ValueError, "shift", ">= 0", "-1"),
+    "shift-float": ({"shift": 1.0}, TypeError, "shift", "int", "1.0"),
+    "shift-bool": ({"shift": True}, TypeError, "shift", "int", "True"),
+    "ignore-index-none": ({"ignore_index": None}, TypeError, "ignore_index", "int", "None"),
+    "ignore-index-float": ({"ignore_index": -100.0}, TypeError, "ignore_index", "int", "-100.0"),
+    "softcap-zero": ({"softcap": 0}, ValueError, "softcap", "finite number > 0", "0"),
+    "softcap-negative": ({"softcap": -30.0}, ValueError, "softcap", "finite number > 0", "-30.0"),
+    "softcap-inf": ({"softcap": float("inf")}, ValueError, "softcap", "finite number > 0", "inf"),
+    "softcap-nan": ({"softcap": float("nan")}, ValueError, "softcap", "finite number > 0", "nan"),
+    "softcap-word": ({"softcap": "30"}, ValueError, "softcap", "finite number > 0", "'30'"),
+    "softcap-bool": ({"softcap": True}, ValueError, "softcap", "finite number > 0", "True"),
+    "eps-one": ({"filter_eps": 1.0}, ValueError, "filter_eps", "'auto', None", "[0, 1)", "1.0"),
+    "eps-negative": ({"filter_eps": -1e-3}, ValueError, "filter_eps", "[0, 1)", "-0.001"),
+    "eps-nan": ({"filter_eps": float("nan")}, ValueError, "filter_eps", "[0, 1)", "nan"),
+    "eps-word": ({"filter_eps": "high"}, ValueError, "filter_eps", "[0, 1)", "'high'"),
+    "eps-bool": ({"filter_eps": False}, ValueError, "filter_eps", "[0, 1)", "False"),
+    "impl": ({"impl": "triton"}, ValueError, "impl", *NAMES, "'triton'"),
+    "impl-none": ({"impl": None}, ValueError, "impl", *NAMES, "None"),
+    "hidden-list": ({"hidden": [torch.ones(8)]}, TypeError, "hidden", "torch.Tensor", "list"),
+    "hidden-missing": ({"hidden": None}, TypeError, "hidden", "torch.Tensor", "NoneType"),
+    "weight-module": ({"weight": torch.nn.Linear(8, 11)}, TypeError, "weight", "torch.Tensor", "Linear"),
+    "targets-list": ({"targets": [1, 2]}, TypeError, "targets", "torch.Tensor", "list"),
+    "bias-flag": ({"bias": True}, TypeError, "bias", "torch.Tensor", "bool"),
+    "hidden-int": ({"hidden": torch.ones(2, 3, 8).int()}, TypeError, "hidden", "float32, bfloat16", "torch.int32"),
+    "hidden-complex": ({"hidden": torch.ones(2, 3, 8) + 0j}, TypeError, "hidden", "float32", "torch.complex64"),
+    "weight-dtype": ({"weight": torch.ones(11, 8).half()}, TypeError, "weight", "torch.float32", "torch.float16"),
+    "bias-dtype": ({"bias": torch.ones(11).bfloat16()}, TypeError, "bias", "torch.float32", "torch.bfloat16"),
+    "targets-float": ({"targets": torch.ones(2, 3)}, TypeError, "targets", "int64, int32", "torch.float32"),
+    "targets-int16": ({"targets": torch.ones(2, 3).short()}, TypeError, "targets", "int64, int32", "torch.int16"),
+    "targets-bool": ({"targets": torch.ones(2, 3) > 0}, TypeError, "targets", "int64, int32", "torch.bool"),
+    "hidden-scalar": ({"hidden": torch.tensor(1.0)}, ValueError, "hidden", "[..., D]", "scalar"),
+    "weight-transposed": ({"weight": torch.ones(8, 11)}, ValueError, "weight", "[V, 8]", "[8, 11]"),
+    "weight-vector": ({"weight": torch.ones(8)}, ValueError, "weight", "[V, 8]", "[8]"),
+    "weight-3d": ({"weight": torch.ones(1, 11, 8)}, ValueError, "weight", "[V, 8]", "[1, 11, 8]"),
+    "weight-empty": ({"weight": torch.ones(0, 8), "bias": None}, ValueError, "weight", "at least one row", "[0, 8]"),
+    "targets-flat": ({"targets": torch.zeros(6).long()}, ValueError, "targets", "[2, 3]", "[6]"),
+    "targets-short": ({"targets": torch.zeros(2, 2).long()}, ValueError, "targets", "[2, 3]", "[2, 2]"),
+    "bias-width": ({"bias": torch.ones(8)}, ValueError, "bias", "[11]", "[8]"),
+    "bias-2d": ({"bias": torch.ones(11, 1)}, ValueError, "bias", "[11]", "[11, 1]"),
+    "weight-device": ({"weight": torch.ones(11, 8, device="meta")}, ValueError, "weight", "cpu", "meta"),
+    "targets-device": ({"targets": torch.zeros(2, 3, device="meta").long()}, ValueError, "targets", "cpu", "meta"),
+    "bias-device": ({"bias": torch.ones(11, device="meta")}, ValueError, "bias", "cpu", "meta"),
+    "targets-vocabulary": (
+        {"targets": torch.tensor([[0, 11, -100], [12, 1, -5]])},
+        *(ValueError, "targets", "ignore_index (-100)", "[0, 11)", "got 3 outside", "first 11", "from -5 to 12"),
+    ),
+    "targets-minus-100": (
+        {"targets": torch.full((2, 3), -100), "ignore_index": -1},
+        *(ValueError, "targets", "ignore_index (-1)", "[0, 11)", "got 6 outside", "first -100"),
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_message(bad):
+    changed, error, *said = BAD[bad]
+    with pytest.raises(error, match="^" + ".*".join(map(re.escape, said))):
+        linear_cross_entropy(**arguments(**changed))
+
+
+@pytest.mark.parametrize("workspace_mib", [0, -1, 1.5, None])
+def test_workspace(workspace_mib):
+    options = Options(workspace_mib=workspace_mib)
+    with pytest.raises((TypeError, ValueError), match=f"^workspace_mib must be .*, got {workspace_mib}"):
+        compute(**arguments(), options=options, reduction="mean", shift=0, impl="auto", return_lse=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("target", [-1, 11, 2**31 - 1])
+@pytest.mark.parametrize("impl", RUNNABLE)
+def test_target_out_of_range_raises_on_cpu(impl, target, dtype):
+    """Before anything is computed: no implementation may index with it."""
+    targets = torch.tensor([[0, 10, -100], [5, target, 3]], dtype=dtype)
+    with pytest.raises(ValueError, match=rf"^targets must be .* got 1 outside, the first {target},"):
+        linear_cross_entropy(**arguments(targets=targets), impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_target_that_is_shifted_off_may_be_anything(impl):
+    """As the first label of a sequence is by F.cross_entropy on shifted labels."""
+    targets = torch.tensor([[77, 10, 3]])
+    good = arguments(hidden=torch.randn(1, 3, 8), targets=targets)
+    expected = torch.nn.functional.cross_entropy(
+        good["hidden"][0, :-1] @ good["weight"].T + good["bias"], targets[0, 1:]
+    )
+    torch.testing.assert_close(linear_cross_entropy(**good, shift=1, impl=impl), expected)
+
+
+def test_compiled_call_answers_a_bad_target_with_nan():
+    """Raising would take a look at the values, which compiled code cannot: the token's loss and gradient are NaN."""
+    hidden = torch.randn(6, 8, requires_grad=True)
+    targets = torch.tensor([0, 10, -100, 11, -1, 3])
+
+    def losses(hidden, weight):
+        return linear_cross_entropy(hidden, weight, targets, reduction="none", impl="reference")
+
+    loss = torch.compile(losses, backend="eager", fullgraph=True)(hidden, torch.randn(11, 8))
+    loss.sum().backward()
+    bad = torch.tensor([False, False, False, True, True, False])
+    assert torch.equal(loss.isnan(), bad)
+    assert torch.equal(hidden.grad.isnan().all(-1), bad)
+    assert torch.equal(hidden.grad.isnan().any(-1), bad)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["chunked", "cce", "cce_exact", "reference", "torch_compile"])
+def test_bad_target_on_a_card_is_nan(impl):
+    hidden = torch.randn(300, 64, device="cuda", requires_grad=True)
+    weight = torch.randn(1000, 64, device="cuda", requires_grad=True)
+    targets = torch.randint(0, 1000, (300,), device="cuda")
+    targets[[7, 150, 299]] = torch.tensor([1000, -1, 2**40], device="cuda")
+    loss = linear_cross_entropy(hidden, weight, targets, reduction="none", impl=impl)
+    loss.sum().backward()
+    assert loss.isnan().nonzero().flatten().tolist() == [7, 150, 299]
+    assert hidden.grad.isnan().any(-1).nonzero().flatten().tolist() == [7, 150, 299]
+    assert weight.grad.isnan().any()
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("impl", RUNNABLE)
+@pytest.mark.parametrize(("name", "placement"), [("weight", Shard(0)), ("weight", Replicate()), ("hidden", Shard(0))])
+def test_distributed_tensor_is_refused(mesh, name, placement, impl):
+    """A kernel would read past a shard, or through a null pointer."""
+    good = arguments()
+    with pytest.raises(TypeError, match=rf"^{name} must be a plain tensor, got DTensor: .*Unshard"):
+        linear_cross_entropy(**good | {name: distribute_tensor(good[name], mesh, [placement])}, impl=impl)
+
+
+def test_quantised_weight_is_refused():
+    weight = to_nf4(torch.randn(64, 64), block_size=64, scaler_block_size=1)
+    hidden, targets = torch.randn(3, 64), torch.zeros(3).long()
+    with pytest.raises(TypeError, match=r"^weight must be a plain tensor, got NF4Tensor: .*dequantise"):
+        linear_cross_entropy(hidden, weight, targets)
+
+
+def test_parameter_is_a_plain_tensor():
+    good = arguments(weight=torch.nn.Parameter(torch.randn(11, 8)))
+    linear_cross_entropy(**good).backward()
+    assert good["weight"].grad.isfinite().all()
