@@ -33,6 +33,7 @@ class Case:
     logit_scale: float = 2.0  # standard deviation of the logits
     confident: float = 0.0  # share of the tokens whose target has a probability over 0.999
     filter_eps: float | str | None = "auto"
+    labels_below: int | None = None  # targets are from the first entries alone
 
 
 BOTH = ("loss", "lse")
@@ -110,15 +111,13 @@ LOW_PRECISION = (
 )
 # Compiling is what takes the time: the differences in code that the compiler sees.
 COMPILED = ("mean", "bias-softcap-none", "shift-1-none-lse", "all-ignored", "no-tokens", "frozen-weight", "strided")
-# Most entries of the softmax lie below the threshold, so that whole tiles do.
+# A tile goes if no entry in it reaches the threshold and no target lies in it: targets keep to the first tile.
+FILTER = Case(tokens=(140,), vocabulary=501, filter_eps=0.02, logit_scale=1.0, confident=0.9, labels_below=97)
 FILTERING = {
-    "filter": Case(tokens=(140,), vocabulary=601, filter_eps=0.02, logit_scale=1.0, confident=0.9, pulled=BOTH),
-    "filter-softcap": Case(
-        tokens=(140,), vocabulary=301, filter_eps=0.02, bias=True, confident=0.9, settings=Settings(softcap=60.0)
-    ),
-    "filter-all-but-targets": Case(tokens=(30,), vocabulary=601, filter_eps=0.99, settings=Settings(reduction="none")),
+    "filter": replace(FILTER, pulled=BOTH),
+    "filter-softcap": replace(FILTER, bias=True, settings=Settings(softcap=60.0)),
+    "filter-all-but-targets": replace(FILTER, filter_eps=0.99, confident=0.0, settings=Settings(reduction="none")),
 }
-
 # On a card: many row blocks and strips, a width of several steps.
 LARGE = Case(
     tokens=(3, 1021),
@@ -161,8 +160,6 @@ def _calls():
         if name in COMPILED:
             yield _call("torch_compile", name, case, fp32, needs_compiler)
     yield _call("torch_compile", "mean", CASES["mean"], bf16, needs_compiler)
-    for preset in CCE_PRESETS:
-        yield _call(preset, "filter", FILTERING["filter"], fp32, needs_triton)
     for name, case in FILTERING.items():
         yield _call("cce", name, case, fp16, needs_triton)
         yield _call("cce", name, case, bf16, needs_triton, pytest.mark.gpu)
@@ -207,6 +204,29 @@ def test_agrees_with_float64(impl, case, dtype, device):
         assert not actual["hidden"][ignored].any(), "ignored tokens have gradients"
     for name, tensor in before.items():
         assert torch.equal(tensor, tensors[name]), f"{name} was written to"
+
+
+@needs_triton
+@pytest.mark.parametrize("impl", CCE_PRESETS)
+def test_preset_filters_the_gradients_that_it_names(impl, device):
+    """What it filters is off by more than rounding, which the other gradient is not; None filters neither."""
+    case = FILTERING["filter"]
+    tensors, upstream = make_inputs(case, torch.float32, device), make_upstream(case, device)
+    exact, native = (
+        plain_torch(**tensors, settings=case.settings, upstream=upstream, dtype=d) for d in (F64, torch.float32)
+    )
+    rounding_alone = allowed("cce_exact", case, torch.float32, exact, tensors)
+    actual = run(impl, case, tensors, upstream)
+    compare(actual, native, exact, allowed(impl, case, torch.float32, exact, tensors))
+    for name in ("hidden", "weight"):
+        accurate = (actual[name], native.results[name], exact.results[name], rounding_alone[name])
+        if getattr(CCE_PRESETS[impl], name):
+            with pytest.raises(AssertionError, match="further from float64 than allowed"):
+                assert_as_accurate_as_torch(name, *accurate)
+        else:
+            assert_as_accurate_as_torch(name, *accurate)
+    if impl == "cce":
+        compare(run(impl, replace(case, filter_eps=None), tensors, upstream), native, exact, rounding_alone)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -392,7 +412,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[st
     """hidden, weight, targets and bias; what is not frozen is a leaf that asks for its gradient."""
     hidden = torch.randn(*case.tokens, case.width)
     weight = torch.randn(case.vocabulary, case.width) * (case.logit_scale / case.width**0.5)
-    targets = torch.randint(0, case.vocabulary, case.tokens)
+    targets = torch.randint(0, case.labels_below or case.vocabulary, case.tokens)
     if case.confident:
         chosen = torch.rand(case.tokens) < case.confident
         # Along the target's own row: a logit of 60 on average, where the other rows' stay around 60 / sqrt(D).

@@ -106,9 +106,8 @@ def _cce_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return "has not been run on ROCm; set impl='torch_compile' or 'chunked'"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
-        return (
-            f"needs compute capability 8.0, this card has {_dotted(capability)}; set impl='torch_compile' or 'chunked'"
-        )
+        instead = "impl='torch_compile' or 'chunked'" if capability >= (7, 0) else "impl='chunked'"
+        return f"needs compute capability 8.0, this card has {_dotted(capability)}; set {instead}"
     return None
 
 
