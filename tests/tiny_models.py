@@ -19,7 +19,7 @@ _CLASSES = {LORA: "LoRAFinetuneRecipeSingleDevice", FULL: "FullFinetuneRecipeSin
 STOCK_LOSS = "torchtune.modules.loss.CEWithChunkedOutputLoss"
 OUR_LOSS = "torchtune_lce.LinearCrossEntropyLoss"
 
-_SIZES = {
+SIZES = {
     "vocab_size": VOCABULARY,
     "num_layers": 2,
     "num_heads": 4,
@@ -46,7 +46,7 @@ _SPECIAL_TOKENS = (
 def build_model(tied: bool = True, seed: int = 0) -> torch.nn.Module:
     """A decoder as the recipes below build it, with its own random weights."""
     torch.manual_seed(seed)
-    model = llama3_2(**_SIZES, tie_word_embeddings=tied)
+    model = llama3_2(**SIZES, tie_word_embeddings=tied)
     with torch.no_grad():
         # nn.Embedding starts with a deviation of 1: as a tied head that gives losses about ten times too large.
         model.tok_embeddings.weight.mul_(0.1)
@@ -79,7 +79,7 @@ def write_chats(path: Path, chats: list[tuple[str, str]]) -> Path:
 def recipe_config(assets: Path, output: Path, method: str, *, tied: bool, loss: str, overrides=()) -> DictConfig:
     """What a YAML file would say, five steps of two micro-batches; ``overrides`` as on torchtune's command line."""
     builder = "torchtune.models.llama3_2._component_builders."
-    model = {"_component_": builder + "llama3_2", **_SIZES, "tie_word_embeddings": tied}
+    model = {"_component_": builder + "llama3_2", **SIZES, "tie_word_embeddings": tied}
     if method == LORA:
         model |= {
             "_component_": builder + "lora_llama3_2",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torchtune.utils import get_logger, log_rank_zero
 
 from torchtune_lce import implementations, validation
@@ -110,6 +111,11 @@ class LinearCrossEntropyLoss(nn.Module, SFTLoss):
                 f"outputs must be one tensor of hidden states, got a {type(outputs).__name__} of {len(outputs)}: build "
                 "the model without output_hidden_states, or pass the last one"
             )
+        if isinstance(outputs, DTensor):
+            raise TypeError(
+                f"outputs must be a plain tensor, got a DTensor ({', '.join(map(str, outputs.placements))}): leave the "
+                "final norm and the output projection out of tensor parallelism"
+            )
         if weight is not None:
             return self._loss(outputs, targets, weight, bias)
         if bias is not None:
@@ -119,6 +125,7 @@ class LinearCrossEntropyLoss(nn.Module, SFTLoss):
         return self._projection.call(self._loss, outputs, targets)
 
     def _loss(self, outputs: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        validation.check_plain(outputs, weight, targets, bias)
         self._check_width(outputs, weight)
         if not torch.compiler.is_compiling():
             if self._first_batch or self.check_targets:
@@ -139,7 +146,7 @@ class LinearCrossEntropyLoss(nn.Module, SFTLoss):
         )
 
     def _check_width(self, outputs: Tensor, weight: Tensor) -> None:
-        if isinstance(outputs, Tensor) and weight.ndim == 2 and outputs.shape[-1:] != weight.shape[1:]:
+        if weight.ndim == 2 and outputs.shape[-1:] != weight.shape[1:]:
             hint = ": those are logits, call set_model_output again" if outputs.shape[-1:] == weight.shape[:1] else ""
             raise ValueError(
                 f"outputs must be hidden states of shape [..., {weight.shape[1]}] to match weight, "

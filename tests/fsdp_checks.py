@@ -1,0 +1,117 @@
+"""What two processes check of a model that FSDP2 has sharded; a module of its own, since each of them imports it."""
+
+import itertools
+import socket
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny_models import VOCABULARY, build_model
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torchtune.modules.peft import LoRALinear
+from torchtune.training import get_shard_conditions, shard_model
+
+from torchtune_lce import LinearCrossEntropyLoss
+
+RANKS = 2
+MICRO_BATCHES = 2
+
+
+def check_on_two_processes() -> None:
+    """Raises what a process raised."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_check_all, args=(port,), nprocs=RANKS)
+
+
+def _check_all(rank: int, port: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=RANKS)
+    for head, own_group, reshard in itertools.product(
+        ("tied", "untied", "lora"), ([], ["tok_embeddings", "output"]), (True, False)
+    ):
+        _check_gradients(rank, head, own_group, reshard)
+    _check_bound_before_sharding()
+    dist.destroy_process_group()
+
+
+def _build(head: str) -> nn.Module:
+    model = build_model(tied=head == "tied")
+    if head == "lora":
+        model.output = LoRALinear(64, VOCABULARY, rank=4, alpha=8)
+        nn.init.normal_(model.output.lora_b.weight, std=0.1)
+    return model
+
+
+def _batches(rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Micro-batches of one rank. The last one of rank 1 has no label at all."""
+    generator = torch.Generator().manual_seed(rank)
+    batches = []
+    for index in range(MICRO_BATCHES):
+        tokens, targets = torch.randint(VOCABULARY, (2, 2, 9), generator=generator)
+        targets[0, :4] = -100
+        if rank == 1 and index == MICRO_BATCHES - 1:
+            targets.fill_(-100)
+        batches.append((tokens, targets))
+    return batches
+
+
+def _check_gradients(rank: int, head: str, own_group: list[str], reshard: bool) -> None:
+    case = f"{head}, own group {own_group}, reshard_after_forward {reshard}"
+    loss = LinearCrossEntropyLoss(impl="chunked")
+    single = _build(head)
+    loss.set_model_output(single)
+    for other in range(RANKS):
+        for tokens, targets in _batches(other):
+            (loss(single(tokens), targets) / RANKS).backward()
+
+    model = _build(head)
+    names = [name for name, _ in model.named_parameters()]
+    conditions = [partial(get_shard_conditions, names_to_match=own_group)]
+    shard_model(model, conditions, cpu_offload=False, reshard_after_forward=reshard)
+    loss.set_model_output(model)
+    with torch.no_grad():
+        # What an evaluation leaves unsharded or resharded must not matter.
+        tokens, targets = _batches(rank)[0]
+        before = loss(model(tokens), targets)
+    for tokens, targets in _batches(rank):
+        last = loss(model(tokens), targets)
+        last.backward()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    expected = dict(single.named_parameters())
+    parameters = dict(model.named_parameters())
+    assert list(parameters) == names
+    for name, parameter in parameters.items():
+        assert isinstance(parameter, DTensor), f"{case}: {name} was left unsharded"
+        torch.testing.assert_close(
+            parameter.grad.full_tensor(),
+            expected[name].grad,
+            rtol=1e-5,
+            atol=1e-6,
+            msg=lambda m, n=name: f"{case}, {n}: {m}",
+        )
+    assert before > 0, case
+    if rank == 1:
+        assert last == 0, case
+    loss.release()
+    leftovers = [
+        key for module in model.modules() for key in vars(module) if "cross_entropy" in key or key == "unembed"
+    ]
+    assert not leftovers, case
+
+
+def _check_bound_before_sharding() -> None:
+    model = build_model(tied=False)
+    loss = LinearCrossEntropyLoss(impl="chunked")
+    loss.set_model_output(model)
+    shard_model(model, [get_shard_conditions], cpu_offload=False, reshard_after_forward=True)
+    tokens, targets = _batches(0)[0]
+    hidden = model(tokens)
+    with pytest.raises(TypeError, match="is a DTensor .*: apply FSDP2 before set_model_output"):
+        loss(hidden, targets)

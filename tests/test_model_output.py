@@ -1,0 +1,346 @@
+"""Taking torchtune models' outputs apart: hidden states out, the projection found, and everything put back."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fsdp_checks import check_on_two_processes
+from tiny_models import SIZES, VOCABULARY, build_model
+from torch import nn
+from torchao.dtypes.nf4tensor import to_nf4
+from torchtune.generation import generate
+from torchtune.models.llama2._component_builders import llama2_classifier
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.model_fusion import DeepFusionModel, EarlyFusionModel, FusionEmbedding
+from torchtune.modules.peft import DoRALinear, LoRALinear, QATLoRALinear
+
+from torchtune_lce import LinearCrossEntropyLoss, skip_output_layer
+
+EMBED_DIM = SIZES["embed_dim"]
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(VOCABULARY, (2, 7))
+
+
+@pytest.fixture
+def targets() -> torch.Tensor:
+    targets = torch.randint(VOCABULARY, (2, 7))
+    targets[0, :3] = -100
+    return targets
+
+
+def with_output(output) -> nn.Module:
+    model = build_model(tied=False)
+    model.output = output
+    return model
+
+
+def lora_output(**settings) -> LoRALinear:
+    output = LoRALinear(EMBED_DIM, VOCABULARY, rank=4, alpha=8, **settings)
+    nn.init.normal_(output.lora_b.weight, std=0.1)  # starts at zero, where A has no gradient
+    return output
+
+
+# ---- skip_output_layer
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_skip_and_restore(tokens, tied):
+    model = build_model(tied)
+    logits, names, modules = model(tokens), list(model.state_dict()), list(model.named_modules())
+    handle = skip_output_layer(model)
+    hidden = model(tokens)
+    assert hidden.shape == (2, 7, EMBED_DIM)
+    assert torch.equal(model.output(hidden).float(), logits)
+    assert list(model.state_dict()) == names
+    assert list(model.named_modules()) == modules
+    handle.restore()
+    assert torch.equal(model(tokens), logits)
+    handle.restore()
+    assert torch.equal(model(tokens), logits)
+
+
+def test_hidden_states_keep_their_dtype(tokens):
+    model = build_model().bfloat16()
+    skip_output_layer(model)
+    assert model(tokens).dtype == torch.bfloat16
+
+
+def test_skip_twice_is_skip_once(tokens):
+    model = build_model()
+    logits = model(tokens)
+    handles = [skip_output_layer(model), skip_output_layer(model)]
+    assert model(tokens).shape[-1] == EMBED_DIM
+    handles[0].restore()
+    assert torch.equal(model(tokens), logits)
+
+
+def test_copy_of_a_skipped_model_uses_its_own_norm(tokens):
+    model = build_model()
+    skip_output_layer(model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(tokens), model(tokens))
+    nn.init.zeros_(twin.norm.scale)
+    assert not twin(tokens).any()
+    assert model(tokens).any()
+
+
+def test_compiled_model(tokens):
+    """Also after it has been compiled for logits."""
+    model = build_model()
+    compiled = torch.compile(model, backend="eager")
+    logits = compiled(tokens)
+    handle = skip_output_layer(compiled)
+    assert torch.equal(compiled(tokens), model.norm(hidden_before_norm(model, tokens)))
+    handle.restore()
+    torch.testing.assert_close(compiled(tokens), logits)
+
+
+def hidden_before_norm(model, tokens):
+    hidden = model.tok_embeddings(tokens)
+    for layer in model.layers:
+        hidden = layer(hidden)
+    return hidden
+
+
+def test_fusion_models(tokens, targets):
+    deep = DeepFusionModel(build_model(tied=False), nn.Identity(), decoder_trainable=True)
+    early = EarlyFusionModel(build_model(), {}, {}, decoder_trainable=True)
+    extended = build_model(tied=False)
+    extended.tok_embeddings = FusionEmbedding(VOCABULARY, 8, EMBED_DIM)  # more entries than the head has rows
+    for model in (deep, early, DeepFusionModel(extended, nn.Identity())):
+        logits = model(tokens)
+        loss = LinearCrossEntropyLoss(impl="reference")
+        loss.set_model_output(model)
+        assert model(tokens).shape[-1] == EMBED_DIM
+        expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        torch.testing.assert_close(loss(model(tokens), targets), expected)
+        loss.release()
+        assert torch.equal(model(tokens), logits)
+
+
+class MainDecoder(TransformerDecoder):
+    """torchtune's decoder with the switch that its main branch has, and the release has not."""
+
+    skip_output_layer = False
+
+    def unembed(self, h):
+        h = self.norm(h)
+        return h if self.skip_output_layer else self.output(h).float()
+
+
+def test_a_decoder_with_its_own_switch(tokens):
+    model = build_model()
+    model.__class__ = MainDecoder
+    logits = model(tokens)
+    handle = skip_output_layer(model)
+    assert model.skip_output_layer is True
+    assert "unembed" not in vars(model)
+    assert model(tokens).shape[-1] == EMBED_DIM
+    handle.restore()
+    assert torch.equal(model(tokens), logits)
+
+
+@pytest.mark.parametrize("bind", [skip_output_layer, LinearCrossEntropyLoss().set_model_output])
+def test_foreign_model_is_refused(bind):
+    with pytest.raises(
+        TypeError, match=r"model must be a torchtune.modules.TransformerDecoder .* got Linear; .* weight="
+    ):
+        bind(nn.Linear(4, 4))
+
+
+def test_own_unembed_is_refused():
+    class Scaled(TransformerDecoder):
+        def unembed(self, h):
+            return super().unembed(h) / 2
+
+    model = build_model()
+    model.__class__ = Scaled
+    with pytest.raises(TypeError, match=r"this Scaled has its own unembed; .* weight=projection.weight"):
+        skip_output_layer(model)
+    model = build_model()
+    model.unembed = lambda h: h
+    with pytest.raises(TypeError, match="has its own unembed"):
+        skip_output_layer(model)
+
+
+# ---- binding
+
+
+def outputs():
+    biased = nn.Linear(EMBED_DIM, VOCABULARY)
+    disabled = lora_output(dropout=0.5)
+    disabled.disabled = True
+    evaluated = lora_output(dropout=0.5).eval()
+    return {
+        "linear": nn.Linear(EMBED_DIM, VOCABULARY, bias=False),
+        "linear with bias": biased,
+        "lora": lora_output(),
+        "lora with bias": lora_output(use_bias=True),
+        "lora disabled": disabled,
+        "lora evaluated": evaluated,
+        "tied": None,
+    }
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("kind", list(outputs()))
+def test_loss_and_gradients_equal_those_of_the_output_itself(kind, frozen, targets):
+    """float64, so that only exactly the same function passes; the expectation calls the output module."""
+    torch.manual_seed(1)
+    model = (build_model() if kind == "tied" else with_output(outputs()[kind])).double()
+    owner = model.tok_embeddings if kind == "tied" else model.output
+    owner.weight.requires_grad_(not frozen)
+    hidden = torch.randn(2, 7, EMBED_DIM, dtype=torch.float64, requires_grad=True)
+    inputs = {"hidden": hidden} | {name: p for name, p in owner.named_parameters() if p.requires_grad}
+
+    expected = F.cross_entropy(model.output(hidden).flatten(0, 1), targets.flatten())
+    expected_gradients = torch.autograd.grad(expected, inputs.values(), allow_unused=True)
+    loss = LinearCrossEntropyLoss(impl="reference")
+    loss.set_model_output(model)
+    actual = loss(hidden, targets)
+    gradients = torch.autograd.grad(actual, inputs.values(), allow_unused=True)
+
+    torch.testing.assert_close(actual, expected)
+    for name, gradient, expected in zip(inputs, gradients, expected_gradients, strict=True):
+        assert (gradient is None) == (expected is None), name
+        if gradient is not None:
+            torch.testing.assert_close(gradient, expected, msg=lambda text, name=name: f"{name}: {text}")
+    if kind.startswith("lora") and kind != "lora disabled":
+        assert gradients[list(inputs).index("lora_a.weight")].any()
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_weight_is_read_at_every_call(tied, targets):
+    """FSDP2 puts another Parameter in its place, and so may anyone."""
+    model = build_model(tied)
+    loss = LinearCrossEntropyLoss(impl="reference")
+    loss.set_model_output(model)
+    hidden = torch.randn(2, 7, EMBED_DIM)
+    owner = model.tok_embeddings if tied else model.output
+    before = loss(hidden, targets)
+    owner.weight = nn.Parameter(torch.zeros_like(owner.weight))
+    assert loss(hidden, targets) != before
+    torch.testing.assert_close(loss(hidden, targets), torch.tensor(float(VOCABULARY)).log())
+
+
+def test_lora_dropout_is_refused(targets):
+    loss = LinearCrossEntropyLoss()
+    message = r"lora_dropout 0\.25, .* set lora_dropout: 0\.0 or apply_lora_to_output: False"
+    with pytest.raises(ValueError, match=message):
+        loss.set_model_output(with_output(lora_output(dropout=0.25)))
+    model = with_output(lora_output(dropout=0.25))
+    model.output.disabled = True
+    loss.set_model_output(model)
+    hidden = torch.randn(2, 7, EMBED_DIM)
+    loss(hidden, targets)
+    model.output.disabled = False
+    with pytest.raises(ValueError, match=message):
+        loss(hidden, targets)
+
+
+def quantised_linear():
+    linear = nn.Linear(EMBED_DIM, VOCABULARY, bias=False)
+    linear.weight = nn.Parameter(to_nf4(linear.weight.detach(), 64, 256), requires_grad=False)
+    return linear
+
+
+REFUSED_OUTPUTS = {
+    "dora": (
+        lambda: DoRALinear(EMBED_DIM, VOCABULARY, rank=4, alpha=8),
+        TypeError,
+        "DoRALinear, .* set apply_lora_to_output: False, or use_dora: False",
+    ),
+    "nf4": (quantised_linear, TypeError, "must be a plain tensor, got NF4Tensor: leave the output projection unquant"),
+    "qat": (lambda: QATLoRALinear(EMBED_DIM, VOCABULARY, 4, 8), TypeError, "got QATLoRALinear; .* weight="),
+    "callable": (lambda: torch.nn.Sequential(), TypeError, "must be a torch.nn.Linear, .* got Sequential; .* weight="),
+    "classifier": (
+        lambda: nn.Linear(EMBED_DIM, 2),
+        ValueError,
+        "has 2 rows for 512 token embeddings: that is a classifier's head",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED_OUTPUTS)
+def test_output_that_is_no_single_matrix_is_refused(kind, tokens):
+    """And the model is left as it was."""
+    build, error, message = REFUSED_OUTPUTS[kind]
+    model = with_output(build())
+    attributes = set(vars(model))
+    with pytest.raises(error, match=message):
+        LinearCrossEntropyLoss().set_model_output(model)
+    assert set(vars(model)) == attributes
+
+
+def test_torchtunes_classifier_is_refused():
+    sizes = {name: size for name, size in SIZES.items() if name != "intermediate_dim"}
+    with pytest.raises(ValueError, match="classifier's head, .* torch.nn.CrossEntropyLoss"):
+        LinearCrossEntropyLoss().set_model_output(llama2_classifier(num_classes=3, **sizes))
+
+
+def test_decoder_apart_from_its_tied_embedding_is_refused():
+    model = EarlyFusionModel(build_model(), {}, {})
+    with pytest.raises(ValueError, match="pass the whole model, not its decoder"):
+        LinearCrossEntropyLoss().set_model_output(model.decoder)
+
+
+# ---- release
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_generation_after_release_equals_stock(tied, tokens, targets):
+    """The model after a step of training with the loss, against one that was never bound and has the same weights."""
+    model = build_model(tied)
+    attributes = set(vars(model))
+    loss = LinearCrossEntropyLoss()
+    loss.set_model_output(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss(model(tokens), targets).backward()
+    optimizer.step()
+    loss.release()
+    assert set(vars(model)) == attributes
+
+    stock = build_model(tied, seed=5)
+    stock.load_state_dict(model.state_dict())
+    results = [
+        generate(each, tokens, max_generated_tokens=6, top_k=5, rng=torch.Generator().manual_seed(3))
+        for each in (model, stock)
+    ]
+    for released, expected in zip(*results, strict=True):
+        assert torch.equal(released, expected)
+    assert results[0][0].shape == (2, 13)
+
+
+def test_bound_again_and_by_two_losses(tokens, targets):
+    model = build_model()
+    first, second = LinearCrossEntropyLoss(), LinearCrossEntropyLoss()
+    for loss in (first, first, second):
+        loss.set_model_output(model)
+    assert torch.equal(first(model(tokens), targets), second(model(tokens), targets))
+    second.release()
+    second.release()
+    assert model(tokens).shape[-1] == VOCABULARY
+    first.release()
+    assert not [name for name in vars(model) if "cross_entropy" in name or name == "unembed"]
+
+
+def test_failed_binding_keeps_the_earlier_one(tokens, targets):
+    model = build_model()
+    loss = LinearCrossEntropyLoss()
+    loss.set_model_output(model)
+    with pytest.raises(TypeError):
+        loss.set_model_output(nn.Linear(2, 2))
+    assert loss(model(tokens), targets).isfinite()
+
+
+# ---- FSDP2
+
+
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch's FSDP2 does not run on a CPU")
+def test_fsdp2_equals_one_process():
+    """All cases in one spawn: starting two processes costs more than everything that they do."""
+    check_on_two_processes()
