@@ -16,7 +16,7 @@ from torchtune_lce.kernels.tuning import Config, cooperative, programs
 
 
 @triton.jit
-def _logit_gradient_tile(
+def _logit_gradient_pair(
     hidden,
     weight,
     bias,
@@ -26,9 +26,13 @@ def _logit_gradient_tile(
     d_nll,
     d_lse,
     entries,
-    out,  # where the tile goes, [ROW_BLOCK, TILE]
-    row_block,
-    column,
+    ids,
+    pairs,
+    gradients,
+    pair,
+    first_id,
+    places_total,
+    row_blocks_total,
     tokens_total,
     entries_total,
     features,
@@ -40,19 +44,36 @@ def _logit_gradient_tile(
     HAS_D_LSE: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(softmax * (d_nll + d_lse) - onehot * d_nll) * softcap', rounded to the input dtype only after the difference."""
+    """(softmax * (d_nll + d_lse) - onehot * d_nll) * softcap', rounded to the input dtype only after the difference.
+
+    WIDTH entries: one tile, or two of the same row block next to each other.
+    """
+    left = tl.load(pairs + pair)
+    row_block = left % row_blocks_total
     place = row_block * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     used = place < tokens_total
     token = tl.load(rows + place, mask=used, other=0)
-    entry = tl.load(entries + column * TILE + tl.arange(0, TILE))
+    in_pair = tl.arange(0, WIDTH)
+    in_tile = in_pair % TILE
+    column = left // row_blocks_total
+    slot = tl.load(ids + left) - first_id
+    present = in_pair < TILE
+    if WIDTH > TILE:
+        right = tl.load(pairs + places_total + pair)
+        present = in_pair < tl.where(right >= 0, WIDTH, TILE)
+        right = tl.maximum(right, 0)
+        column = tl.where(in_pair < TILE, column, right // row_blocks_total)
+        slot = tl.where(in_pair < TILE, slot, tl.load(ids + right) - first_id)
+    entry = tl.load(entries + column * TILE + in_tile, mask=present, other=entries_total)
     inside = entry < entries_total
     depth = tl.arange(0, BLOCK_D)
     hidden_rows = hidden + token[:, None] * hidden_stride
     weight_rows = weight + entry.to(tl.int64)[None, :] * weight_stride
-    logits = tl.zeros((ROW_BLOCK, TILE), tl.float32)
+    logits = tl.zeros((ROW_BLOCK, WIDTH), tl.float32)
     for start in range(0, features, BLOCK_D):
         d = start + depth
         a = tl.load(hidden_rows + d[None, :], mask=used[:, None] & (d < features)[None, :], other=0.0)
@@ -72,8 +93,9 @@ def _logit_gradient_tile(
     if HAS_SOFTCAP:
         gradient *= 1 - (logits / softcap) * (logits / softcap)
     gradient = tl.where(used[:, None] & inside[None, :], gradient, 0.0)
-    out += tl.arange(0, ROW_BLOCK)[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    tl.store(out, gradient.to(out.dtype.element_ty))
+    out = gradients + slot.to(tl.int64) * (ROW_BLOCK * TILE) + in_tile
+    out = out[None, :] + tl.arange(0, ROW_BLOCK)[:, None] * TILE
+    tl.store(out, gradient.to(gradients.dtype.element_ty), mask=present[None, :])
 
 
 @triton.jit
@@ -111,25 +133,32 @@ def _weight_gradient_tile(
     slots += column.to(tl.int64) * row_blocks
     total = tl.zeros((TILE, FEATURES), tl.float32)
     bias_total = tl.zeros((TILE,), tl.float32)
-    for step in range(0, tl.load(length + column) * STEPS):
-        row_block = tl.load(others + step // STEPS)
-        slot = (tl.load(slots + step // STEPS) - first_id).to(tl.int64)
+    steps = tl.load(length + column) * STEPS
+    # Where a step's operands lie is read one step ahead: loads through an index of the same step cannot be pipelined.
+    place = tl.load(others, mask=steps > 0, other=0) * ROW_BLOCK + within
+    token = tl.load(rows + place, mask=place < tokens_total, other=0)
+    slot = tl.load(slots, mask=steps > 0, other=first_id) - first_id
+    for step in range(0, steps):
         token_in_tile = step % STEPS * BLOCK_K + within
-        place = row_block * ROW_BLOCK + token_in_tile
-        used = place < tokens_total
-        token = tl.load(rows + place, mask=used, other=0)
         gradient = tl.load(
-            gradients + slot * (ROW_BLOCK * TILE) + token_in_tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
+            gradients
+            + slot.to(tl.int64) * (ROW_BLOCK * TILE)
+            + token_in_tile[:, None] * TILE
+            + tl.arange(0, TILE)[None, :]
         )
         if NEED_BIAS:
             bias_total += tl.sum(gradient.to(tl.float32), 0)
         if NEED_WEIGHT:
             h = tl.load(
                 hidden + token[:, None] * hidden_stride + d[None, :],
-                mask=used[:, None] & (d < features)[None, :],
+                mask=(place < tokens_total)[:, None] & (d < features)[None, :],
                 other=0.0,
             )
             total = tl.dot(tl.trans(gradient), h, total, input_precision=PRECISION)
+        ahead = tl.minimum(step + 1, steps - 1)
+        place = tl.load(others + ahead // STEPS) * ROW_BLOCK + ahead % STEPS * BLOCK_K + within
+        token = tl.load(rows + place, mask=place < tokens_total, other=0)
+        slot = tl.load(slots + ahead // STEPS) - first_id
     entry = tl.load(entries + column * TILE + tl.arange(0, TILE))
     inside = entry < entries_total
     if NEED_WEIGHT:
@@ -178,18 +207,26 @@ def _hidden_gradient_tile(
     others += row_block.to(tl.int64) * columns + begin
     slots += row_block.to(tl.int64) * columns + begin
     total = tl.zeros((ROW_BLOCK, FEATURES), tl.float32)
-    for step in range(0, (end - begin) * STEPS):
-        column = tl.load(others + step // STEPS)
-        slot = (tl.load(slots + step // STEPS) - first_id).to(tl.int64)
+    steps = (end - begin) * STEPS
+    # One step ahead, as in the weight's gradient.
+    column = tl.load(others, mask=steps > 0, other=0)
+    entry = tl.load(entries + column * TILE + tl.arange(0, BLOCK_K))
+    slot = tl.load(slots, mask=steps > 0, other=first_id) - first_id
+    for step in range(0, steps):
         entry_in_tile = step % STEPS * BLOCK_K + tl.arange(0, BLOCK_K)
-        entry = tl.load(entries + column * TILE + entry_in_tile)
-        gradient = tl.load(gradients + slot * (ROW_BLOCK * TILE) + in_tile[:, None] * TILE + entry_in_tile[None, :])
+        gradient = tl.load(
+            gradients + slot.to(tl.int64) * (ROW_BLOCK * TILE) + in_tile[:, None] * TILE + entry_in_tile[None, :]
+        )
         w = tl.load(
             weight + entry.to(tl.int64)[:, None] * weight_stride + d[None, :],
             mask=(entry < entries_total)[:, None] & (d < features)[None, :],
             other=0.0,
         )
         total = tl.dot(gradient, w, total, input_precision=PRECISION)
+        ahead = tl.minimum(step + 1, steps - 1)
+        column = tl.load(others + ahead // STEPS)
+        entry = tl.load(entries + column * TILE + ahead % STEPS * BLOCK_K + tl.arange(0, BLOCK_K))
+        slot = tl.load(slots + ahead // STEPS) - first_id
     place = row_block * ROW_BLOCK + in_tile
     mask = (place < tokens_total)[:, None] & (d < features)[None, :]
     sums = hidden_sum + place.to(tl.int64)[:, None] * features + d[None, :]
@@ -221,8 +258,10 @@ def _backward_kernel(
     d_bias,
     arrivals,
     entries,
-    tile,
+    ids,
     first_ids,
+    pairs,
+    first_pairs,
     strip_first,
     strips,
     row_others,
@@ -246,6 +285,7 @@ def _backward_kernel(
     NEED_BIAS: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
     FEATURES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -267,9 +307,8 @@ def _backward_kernel(
         first_column = tl.load(strip_first + strip)
         end_column = tl.load(strip_first + strip + 1)
         first_id = tl.load(first_ids + first_column)
-        for index in range(first_id + program, tl.load(first_ids + end_column), workers):
-            place = tl.load(tile + index)
-            _logit_gradient_tile(
+        for pair in range(tl.load(first_pairs + first_column) + program, tl.load(first_pairs + end_column), workers):
+            _logit_gradient_pair(
                 hidden,
                 weight,
                 bias,
@@ -279,9 +318,13 @@ def _backward_kernel(
                 d_nll,
                 d_lse,
                 entries,
-                gradients + (index - first_id).to(tl.int64) * (ROW_BLOCK * TILE),
-                place % row_blocks_total,
-                place // row_blocks_total,
+                ids,
+                pairs,
+                gradients,
+                pair,
+                first_id,
+                columns * row_blocks_total,
+                row_blocks_total,
                 tokens_total,
                 entries_total,
                 features,
@@ -293,6 +336,7 @@ def _backward_kernel(
                 HAS_D_LSE,
                 ROW_BLOCK,
                 TILE,
+                WIDTH,
                 BLOCK_D,
                 PRECISION,
             )
@@ -340,8 +384,8 @@ def _backward_kernel(
                         entries,
                         row_others,
                         row_slots,
-                        tl.load(rows_before + first_column.to(tl.int64) * row_blocks_total + row_block),
-                        tl.load(rows_before + end_column.to(tl.int64) * row_blocks_total + row_block),
+                        tl.load(rows_before + row_block.to(tl.int64) * (columns + 1) + first_column),
+                        tl.load(rows_before + row_block.to(tl.int64) * (columns + 1) + end_column),
                         gradients,
                         hidden_sum,
                         d_hidden,
@@ -407,8 +451,10 @@ def run_backward(
         d_bias,
         arrivals,
         plan.entries,
-        plan.tile,
+        plan.ids,
         plan.first_id,
+        plan.pairs,
+        plan.first_pair,
         plan.strip_first,
         plan.strips,
         plan.rows.other,
@@ -432,6 +478,7 @@ def run_backward(
         NEED_BIAS=d_bias is not None,
         ROW_BLOCK=config.row_block,
         TILE=config.entry_tile,
+        WIDTH=config.forward_entries,
         FEATURES=config.features,
         BLOCK_D=config.block_d,
         BLOCK_K=config.block_k,

@@ -16,6 +16,7 @@ from torchtune_lce.kernels.primitives import bitwise_or, softcapped, tile_coordi
 from torchtune_lce.kernels.tuning import Config, config_for, programs
 
 WORD_BITS = tl.constexpr(32)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @dataclass(frozen=True)
@@ -65,23 +66,39 @@ def _tile_statistics(
     peak = tl.max(logits, 1)
     # A row of -inf alone must not become -inf - -inf.
     peak = tl.where(peak == float("-inf"), 0.0, peak)
-    lse = peak + tl.log(tl.sum(tl.exp(logits - peak[:, None]), 1))
-    tl.store(tile_lse + tokens, lse, mask=token_mask)
+    total = tl.sum(tl.exp2(logits * LOG2_E - (peak * LOG2_E)[:, None]), 1)
+    lse = peak + tl.log(total)
 
     label = tl.load(labels + tokens, mask=token_mask, other=-1)
-    is_target = label[:, None] == entries[None, :]
     own = (label >= entry_tile * ENTRIES) & (label < (entry_tile + 1) * ENTRIES)
-    tl.store(target_logit + tokens, tl.sum(tl.where(is_target, logits, 0.0), 1), mask=token_mask & own)
+    if tl.max(own.to(tl.int32), 0) > 0:
+        target = tl.sum(tl.where(label[:, None] == entries[None, :], logits, 0.0), 1)
+        tl.store(target_logit + tokens, target, mask=own)
 
     if RECORD:
-        bound = tl.maximum(tl.load(running_lse + tokens, mask=token_mask, other=0.0), lse)
-        # Not `>=`: a NaN must be kept, so that it reaches the gradients.
-        below = logits < (bound + log_eps)[:, None]
-        active = (is_target | (below == 0)) & token_mask[:, None] & inside[None, :]
-        bits = tl.reshape(active.to(tl.int32), (ROW_BLOCK, WORD_BITS, ENTRIES // WORD_BITS))
-        bits = tl.sum(bits << tl.arange(0, WORD_BITS)[None, :, None], 1)
-        words += row_block.to(tl.int64) * words_stride + entry_tile * (ENTRIES // WORD_BITS)
-        tl.store(words + tl.arange(0, ENTRIES // WORD_BITS), tl.reduce(bits, 0, bitwise_or))
+        running = tl.load(running_lse + tokens, mask=token_mask, other=float("inf"))
+        bound = tl.maximum(running, lse) + log_eps
+        WORDS: tl.constexpr = ENTRIES // WORD_BITS
+        # `<` and not `>=`: a NaN must be kept, so that it reaches the gradients.
+        below = tl.reshape(logits, (ROW_BLOCK, WORD_BITS, WORDS)) < bound[:, None, None]
+        bits = tl.sum(tl.where(below, 0, 1 << tl.arange(0, WORD_BITS)[None, :, None]), 1)
+        words += row_block.to(tl.int64) * words_stride + entry_tile * WORDS
+        tl.store(words + tl.arange(0, WORDS), tl.reduce(bits, 0, bitwise_or))
+    # Last, because Triton 3.6 cannot flatten a loop whose body ends in a branch.
+    tl.store(tile_lse + tokens, lse, mask=token_mask)
+
+
+@triton.jit
+def _target_kernel(words, labels, count, words_stride, ROW_BLOCK: tl.constexpr, ENTRIES: tl.constexpr):
+    """Marks each target active in its row block, whatever its softmax: its gradient has the - 1 of the one-hot."""
+    row_block = tl.program_id(0)
+    tokens = row_block * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    mask = tokens < tl.load(count)
+    label = tl.load(labels + tokens, mask=mask, other=0)
+    WORDS: tl.constexpr = ENTRIES // WORD_BITS
+    word = label // ENTRIES * WORDS + label % WORDS
+    bit = (label % ENTRIES // WORDS).to(tl.int32)
+    tl.atomic_or(words + row_block.to(tl.int64) * words_stride + word, 1 << bit, mask=mask)
 
 
 @triton.jit
@@ -227,22 +244,23 @@ def _descriptor_kernel(
 
 
 @triton.jit
-def _merge_kernel(tile_lse, running_lse, count, tile_lse_stride, tiles, BLOCK: tl.constexpr):
+def _merge_kernel(tile_lse, running_lse, count, tile_lse_stride, tiles, TILES: tl.constexpr, BLOCK: tl.constexpr):
     """running_lse[n] = log-sum-exp of itself and tile_lse[0:tiles, n], always in the order of the vocabulary."""
     tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = tokens < tl.load(count)
     peak = tl.load(running_lse + tokens, mask=mask, other=0.0)
     total = tl.full((BLOCK,), 1.0, tl.float32)
-    parts = tile_lse + tokens
-    for _ in range(tiles):
-        part = tl.load(parts, mask=mask, other=0.0)
-        parts += tile_lse_stride
-        # `part` comes second so that a NaN in it wins the comparison's false branch.
-        higher = tl.where(part < peak, peak, part)
+    tile = tl.arange(0, TILES)
+    parts = tile_lse + tile[:, None].to(tl.int64) * tile_lse_stride + tokens[None, :]
+    for first in range(0, tiles, TILES):
+        part = tl.load(parts, mask=(first + tile < tiles)[:, None] & mask[None, :], other=float("-inf"))
+        parts += TILES * tile_lse_stride
+        higher = tl.maximum(peak, tl.max(part, 0))
+        # A NaN passes the maxima by and reaches the total; -inf alone must not become -inf - -inf.
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(peak - base) + tl.exp(part - base)
+        total = total * tl.exp(peak - base) + tl.sum(tl.exp(part - base[None, :]), 0)
         peak = higher
-    tl.store(running_lse + tokens, tl.where(peak == float("-inf"), peak, peak + tl.log(total)), mask=mask)
+    tl.store(running_lse + tokens, tl.where(peak == float("-inf"), peak + total, peak + tl.log(total)), mask=mask)
 
 
 def phases(tiles: int) -> list[tuple[int, int]]:
@@ -312,7 +330,16 @@ def lse_and_target_logit(
             num_warps=config.warps,
             num_stages=config.forward_stages,
         )
-        _merge_kernel[(triton.cdiv(tokens, 128),)](tile_lse, lse, count, tile_lse.stride(0), width, BLOCK=128)
+        _merge_kernel[(triton.cdiv(tokens, 64),)](tile_lse, lse, count, tile_lse.stride(0), width, TILES=16, BLOCK=64)
+    if activity:
+        _target_kernel[(triton.cdiv(tokens, config.row_block),)](
+            activity.words,
+            labels,
+            count,
+            activity.words.stride(0),
+            ROW_BLOCK=config.row_block,
+            ENTRIES=config.forward_entries,
+        )
     return lse, target_logit
 
 

@@ -29,12 +29,14 @@ class Plan:
     """Ids of kept tiles run down one column of row blocks after the other, so a strip of columns is a range of ids."""
 
     entries: Tensor  # int32 [columns * entry_tile]: the vocabulary in order, V where past its end
-    tile: Tensor  # int32 [columns * row blocks]: column * row blocks + row block of each id
+    ids: Tensor  # int32 [columns * row blocks]: id of each kept tile, at column * row blocks + row block
     first_id: Tensor  # int32 [columns + 1]: id of each column's first kept tile
+    pairs: Tensor  # int32 [2, columns * row blocks]: places of two tiles of a row block and strip, -1 for no second
+    first_pair: Tensor  # int32 [columns + 1]: pairs whose first tile stands before each column
     strip_first: Tensor  # int32 [most strips + 1]: first column of each strip
     strips: Tensor  # int32 [1]: strips in use
     rows: Lines  # for the gradient of hidden: tiles of each row block
-    rows_before: Tensor  # int32 [columns + 1, row blocks]: how many of them stand before each column
+    rows_before: Tensor  # int32 [row blocks, columns + 1]: how many of them stand before each column
     columns: Lines  # for the gradient of the weight: tiles of each column
     columns_length: Tensor  # int32 [columns]
 
@@ -92,7 +94,7 @@ def _list_kernel(kept, ids, rank, other, slot, row_blocks, columns, total, BY_RO
     column = index // row_blocks
     row_block = index % row_blocks
     if BY_ROW:
-        place = row_block * columns + tl.load(rank + index, mask=keep, other=0)
+        place = row_block * columns + tl.load(rank + row_block * (columns + 1) + column, mask=keep, other=0)
         tl.store(other + place, column.to(tl.int32), mask=keep)
     else:
         place = column * row_blocks + tl.load(rank + index, mask=keep, other=0)
@@ -101,12 +103,34 @@ def _list_kernel(kept, ids, rank, other, slot, row_blocks, columns, total, BY_RO
 
 
 @triton.jit
-def _index_kernel(kept, ids, tile, total, BLOCK: tl.constexpr):
-    """tile[ids[i]] = i for every kept i."""
+def _pair_kernel(
+    leads,
+    index_of,
+    rank,
+    rank_at_end,
+    other,
+    pairs,
+    row_blocks,
+    columns,
+    total,
+    PAIRED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Writes each leading tile and the one after it in its row block, unless the strip ends before that."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < total
-    keep = mask & (tl.load(kept + index, mask=mask, other=0) != 0)
-    tl.store(tile + tl.load(ids + index, mask=keep, other=0), index.to(tl.int32), mask=keep)
+    mask = mask & (tl.load(leads + index, mask=mask, other=0) != 0)
+    pair = tl.load(index_of + index, mask=mask, other=0)
+    tl.store(pairs + pair, index.to(tl.int32), mask=mask)
+    second = tl.full((BLOCK,), -1, tl.int32)
+    if PAIRED:
+        row_block = index % row_blocks
+        column = index // row_blocks
+        following = tl.load(rank + row_block * (columns + 1) + column, mask=mask, other=0) + 1
+        has_second = mask & (following < tl.load(rank_at_end + row_block * columns + column, mask=mask, other=0))
+        next_column = tl.load(other + row_block * columns + following, mask=has_second, other=0)
+        second = tl.where(has_second, next_column * row_blocks + row_block.to(tl.int32), -1)
+    tl.store(pairs + total + pair, second, mask=mask)
 
 
 def make_plan(
@@ -136,9 +160,6 @@ def make_plan(
     total = ids[-1:]
     ids = ids - union.view(-1)
     first_id = torch.cat([ids.view(columns, row_blocks)[:, 0], total])
-    tile = torch.empty_like(ids)
-    grid = (triton.cdiv(ids.numel(), 1024),)
-    _index_kernel[grid](union, ids, tile, ids.numel(), BLOCK=1024)
 
     # A strip starts at the first column whose first id reaches a multiple of `step`: at most `strip_tiles` tiles each.
     step = strip_tiles - row_blocks + 1
@@ -150,20 +171,58 @@ def make_plan(
     # The last strip takes the columns that keep nothing too: their gradient is written as zero.
     strip_first.masked_fill_(torch.arange(most + 1, device=device) >= strips, columns)
 
-    rows_before = torch.zeros((columns + 1, row_blocks), dtype=torch.int32, device=device)
-    torch.cumsum(for_hidden, 0, dtype=torch.int32, out=rows_before[1:])
+    union_before = _before(union)
+    union_rows = _lines(union, ids, union_before, by_row=True)
+    pairs, first_pair = _pairs(union, union_before, union_rows, strip_first, config)
+    rows_before = union_before if for_hidden is union else _before(for_hidden)
     within = for_weight.cumsum(1, dtype=torch.int32)
     return Plan(
         entries=entries,
-        tile=tile,
+        ids=ids,
         first_id=first_id,
+        pairs=pairs,
+        first_pair=first_pair,
         strip_first=strip_first,
         strips=strips,
-        rows=_lines(for_hidden, ids, rows_before, by_row=True),
+        rows=union_rows if for_hidden is union else _lines(for_hidden, ids, rows_before, by_row=True),
         rows_before=rows_before,
         columns=_lines(for_weight, ids, within - for_weight, by_row=False),
         columns_length=within[:, -1].contiguous(),
     )
+
+
+def _before(kept: Tensor) -> Tensor:
+    """[row blocks, columns + 1]: kept tiles of each row block before each column, and in all."""
+    padded = torch.nn.functional.pad(kept.T, (0, 1))
+    return padded.cumsum(1, dtype=torch.int32).sub_(padded)
+
+
+def _pairs(union: Tensor, before: Tensor, rows: Lines, strip_first: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """Two tiles of a row block side by side make one wide product; with a forward no wider than a tile, one alone."""
+    columns, row_blocks = union.shape
+    paired = config.forward_entries > config.entry_tile
+    strip = torch.searchsorted(strip_first, torch.arange(columns, dtype=torch.int32, device=union.device), right=True)
+    at_start, at_end = before[:, strip_first[strip - 1]], before[:, strip_first[strip]]
+    leads = union * (1 - (before[:, :-1] - at_start) % 2).T if paired else union
+    leads = leads.contiguous()
+    index = leads.view(-1).cumsum(0, dtype=torch.int32)
+    total = index[-1:]
+    index = index - leads.view(-1)
+    pairs = torch.empty((2, union.numel()), dtype=torch.int32, device=union.device)
+    _pair_kernel[(triton.cdiv(union.numel(), 1024),)](
+        leads,
+        index,
+        before,
+        at_end,
+        rows.other,
+        pairs,
+        row_blocks,
+        columns,
+        union.numel(),
+        PAIRED=paired,
+        BLOCK=1024,
+    )
+    return pairs, torch.cat([index.view(columns, row_blocks)[:, 0], total])
 
 
 def _order(activity: Activity | None, count: Tensor, vocabulary: int, config: Config) -> Tensor:
