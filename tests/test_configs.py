@@ -1,0 +1,139 @@
+"""The bundled configs: all there, well-formed, torchtune's own but for the loss, and started as their headers say."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torchtune
+from omegaconf import OmegaConf
+from torchtune._cli.tune import TuneCLIParser
+from torchtune._recipe_registry import get_all_recipes
+
+from torchtune_lce import implementations, registry
+
+CONFIGS = registry.PACKAGE / "configs"
+STOCK = Path(torchtune.__file__).parent.parent / "recipes" / "configs"
+METHODS = {
+    "llama3_2/1B": ["lora_single_device", "full_single_device", "qlora_single_device"],
+    "llama3_2/3B": ["lora_single_device", "full_single_device", "qlora_single_device"],
+    "llama3_1/8B": ["lora_single_device", "full_single_device", "qlora_single_device"],
+    "qwen2_5/0.5B": ["lora_single_device", "full_single_device"],
+    "qwen2_5/1.5B": ["lora_single_device", "full_single_device"],
+    "qwen2_5/7B": ["lora_single_device", "full_single_device"],
+    "gemma2/2B": ["lora_single_device", "qlora_single_device"],
+    "gemma2/9B": ["lora_single_device", "qlora_single_device"],
+    "mistral/7B": ["lora_single_device", "qlora_single_device", "full_low_memory"],
+    "phi4/14B": ["lora_single_device", "qlora_single_device", "full_low_memory"],
+}
+OF_A_STOCK_CONFIG = sorted(f"{model}_{method}" for model, methods in METHODS.items() for method in methods)
+ALL = sorted([*OF_A_STOCK_CONFIG, "tiny/lora_single_device", "tiny/full_single_device"])
+
+
+def path_of(name: str) -> Path:
+    return CONFIGS / f"{name}.yaml"
+
+
+def load(path: Path) -> dict:
+    return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+
+
+def header(name: str) -> list[str]:
+    lines = path_of(name).read_text().splitlines()
+    return [line.removeprefix("#").strip() for line in lines[: lines.index("")]]
+
+
+def commands(name: str, start: str) -> list[list[str]]:
+    return [shlex.split(line) for line in header(name) if line.startswith(start)]
+
+
+def test_exactly_the_required_configs_are_bundled():
+    assert len(ALL) == 27
+    assert sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml")) == ALL
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_tune_validate_passes(name, monkeypatch, capsys, tmp_path):
+    path = path_of(name)
+    config = OmegaConf.load(path)
+    if config.optimizer._component_.startswith("bitsandbytes.") and not importlib.util.find_spec("bitsandbytes"):
+        # torchtune imports every component. This one is stock's, as another test says; the rest is validated.
+        del config["optimizer"]
+        path = tmp_path / "without_optimizer.yaml"
+        OmegaConf.save(config, path)
+    monkeypatch.setattr("sys.argv", ["tune", "validate", str(path)])
+    parser = TuneCLIParser()
+    parser.run(parser.parse_args())
+    assert "well-formed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", OF_A_STOCK_CONFIG)
+def test_settings_are_torchtunes_but_for_the_loss(name):
+    ours, stock = load(path_of(name)), load(STOCK / f"{name}.yaml")
+    assert stock.pop("loss") == {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"}
+    assert ours.pop("loss") == {"_component_": "torchtune_lce.LinearCrossEntropyLoss", "impl": "auto"}
+    assert ours.pop("log_level") == "INFO"
+    assert ours.pop("output_dir") == stock.pop("output_dir").replace("/torchtune/", "/torchtune_lce/")
+    assert list(ours) == list(stock), "torchtune's order"
+    assert ours == stock
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_header_starts_an_existing_recipe_with_this_config(name):
+    ours = {
+        recipe.name: {config.name: Path(config.file_path) for config in recipe.configs} for recipe in registry.recipes()
+    }
+    by_name = commands(name, "tune-lce run")
+    assert len(by_name) == 2, "one to start it, one with overrides"
+    for _, _, recipe, option, config, *overrides in by_name:
+        assert option == "--config"
+        assert ours[recipe][config] == path_of(name)
+        for override in overrides:
+            assert OmegaConf.select(OmegaConf.load(path_of(name)), override.partition("=")[0]) is not None
+    [(_, _, recipe, option, config, *_)] = commands(name, "tune run")
+    assert option == "--config"
+    assert (registry.PACKAGE.parent / recipe).exists()
+    assert Path(recipe).stem == by_name[0][2].removeprefix("lce_")
+    if not name.startswith("tiny/"):
+        assert (registry.PACKAGE.parent / config).samefile(path_of(name))
+
+
+@pytest.mark.parametrize("name", OF_A_STOCK_CONFIG)
+def test_header_names_stocks_config_and_what_to_install(name):
+    stock = {config.name: recipe.name for recipe in get_all_recipes() for config in recipe.configs}
+    assert f"torchtune's {name}." in " ".join(header(name))
+    assert commands(name, "tune-lce run")[0][2] == f"lce_{stock[name]}"
+    needs_bitsandbytes = load(path_of(name))["optimizer"]["_component_"].startswith("bitsandbytes.")
+    assert ("pip install bitsandbytes" in header(name)) == needs_bitsandbytes
+
+
+@pytest.mark.parametrize("name", OF_A_STOCK_CONFIG)
+def test_downloaded_model_lands_where_the_config_reads_it(name):
+    [download] = commands(name, "tune download")
+    folder = Path(download[download.index("--output-dir") + 1])
+    config = load(path_of(name))
+    assert Path(config["checkpointer"]["checkpoint_dir"]) == folder
+    tokenizer_files = [value for key, value in config["tokenizer"].items() if re.search("path|file", key)]
+    assert tokenizer_files
+    assert all(folder in Path(file).parents for file in tokenizer_files)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_comment_beside_impl_lists_the_choices(name):
+    [line] = [line for line in path_of(name).read_text().splitlines() if line.startswith("  impl: ")]
+    listed = re.fullmatch(r"  impl: auto  # or (.*)", line)[1].split(", ")
+    covered = {
+        impl for impl in implementations.NAMES for pattern in listed if re.fullmatch(pattern.replace("*", ".*"), impl)
+    }
+    assert covered == set(implementations.NAMES) - {"auto"}
+
+
+def test_tiny_configs_differ_only_by_method():
+    lora, full = load(path_of("tiny/lora_single_device")), load(path_of("tiny/full_single_device"))
+    for key in ("tokenizer", "checkpointer", "dataset", "seed", "batch_size", "loss", "max_steps_per_epoch", "dtype"):
+        assert lora[key] == full[key], key
+    sizes = {key: value for key, value in full["model"].items() if key != "_component_"}
+    assert sizes.items() <= lora["model"].items()
+    assert len(full["tokenizer"]["special_tokens"]) == 3
+    assert max(full["tokenizer"]["special_tokens"].values()) + 1 == sizes["vocab_size"] == 32768
