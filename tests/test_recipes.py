@@ -119,6 +119,7 @@ def test_five_steps_and_checkpoint_equal_stock(runs, method, tied):
         (FULL, ["dataset.packed=True", "gradient_accumulation_steps=1", "batch_size=1"]),
         (LORA, ["gradient_accumulation_steps=1"]),
         (FULL, ["gradient_accumulation_steps=3", "max_steps_per_epoch=4"]),
+        (LORA, ["model.use_dora=True"]),
         (LORA, ["enable_activation_checkpointing=True"]),
         (FULL, ["enable_activation_checkpointing=True", "clip_grad_norm=0.1"]),
         (FULL, ["dataset.train_on_input=True"]),
