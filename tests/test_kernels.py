@@ -1,0 +1,231 @@
+"""The Triton kernels from inside: what the forward records, what the plan keeps, and how the backward cuts its work."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from torchtune_lce import functional
+from torchtune_lce.kernels import autograd, forward, plan, tuning
+from torchtune_lce.options import Options
+
+EPS = 2.0**-8
+
+
+def peaked(device, tokens=150, vocabulary=700, width=32, dtype=torch.float32):
+    """Hidden states, a weight and targets whose softmax is large on few entries, scattered over the vocabulary."""
+    hidden = torch.randn(tokens, width)
+    weight = torch.randn(vocabulary, width) * 0.2
+    hidden[:, 0] = 4
+    weight[:, 0] = torch.linspace(-3, 0, vocabulary)[torch.randperm(vocabulary)]
+    targets = torch.randint(0, vocabulary, (tokens,))
+    return hidden.to(device, dtype), weight.to(device, dtype), targets.to(device)
+
+
+def softmax_of(hidden, weight):
+    return torch.softmax(hidden.double() @ weight.double().T, -1)
+
+
+def run_forward(hidden, weight, targets, used=None, eps=EPS):
+    config = tuning.config_for(hidden.device, hidden.dtype)
+    count = torch.tensor([len(hidden) if used is None else used], dtype=torch.int32, device=hidden.device)
+    activity = autograd._empty_activity(len(hidden), len(weight), config, hidden.device)
+    lse, target_logit = forward.lse_and_target_logit(
+        hidden, weight, None, targets, count, None, activity, math.log(eps)
+    )
+    return config, count, activity, lse, target_logit
+
+
+def unpacked(activity, row_blocks, vocabulary):
+    """[row blocks, V] bool from the packed words."""
+    words = activity.words[:row_blocks].cpu().view(row_blocks, -1, activity.tile // 32)
+    bits = (words[:, :, None, :] >> torch.arange(32)[None, None, :, None]) & 1
+    return bits.reshape(row_blocks, -1)[:, :vocabulary].bool()
+
+
+def test_log_sum_exp_is_never_below_the_target_logit(device):
+    """Both come from one accumulator: a loss below zero would mean that they do not."""
+    hidden, weight, targets = peaked(device)
+    weight[targets[:40]] += hidden[:40] * 3
+    *_, lse, target_logit = run_forward(hidden, weight, targets)
+    assert (lse >= target_logit).all()
+    exact = hidden.double() @ weight.double().T
+    # tf32x3 and ieee products are both good to a few float32 roundings of the largest logit.
+    bound = 8 * torch.finfo(torch.float32).eps * exact.abs().max()
+    assert (lse - exact.logsumexp(-1)).abs().max() <= bound
+    assert (target_logit - exact.gather(1, targets[:, None])[:, 0]).abs().max() <= bound
+
+
+def test_activity_keeps_every_entry_that_matters(device):
+    hidden, weight, targets = peaked(device)
+    config, _, activity, lse, _ = run_forward(hidden, weight, targets)
+    row_blocks = -(-len(hidden) // config.row_block)
+    active = unpacked(activity, row_blocks, len(weight))
+    softmax = softmax_of(hidden, weight).cpu()
+    for block in range(row_blocks):
+        rows = slice(block * config.row_block, (block + 1) * config.row_block)
+        needed = (softmax[rows] >= EPS * (1 + 1e-4)).any(0)
+        needed[targets[rows].cpu()] = True
+        assert active[block][needed].all()
+    assert active.float().mean() < 0.5, "peaked data must leave most entries inactive"
+
+
+def test_tokens_past_the_count_are_not_looked_at(device):
+    hidden, weight, targets = peaked(device)
+    hidden[70:] = torch.nan
+    config, _, activity, lse, target_logit = run_forward(hidden, weight, targets, used=70)
+    assert lse[:70].isfinite().all()
+    assert target_logit[:70].isfinite().all()
+
+
+@pytest.mark.parametrize("strip_tiles", [12, 40, 10_000])
+def test_plan_covers_what_is_kept(device, strip_tiles):
+    hidden, weight, targets = peaked(device)
+    config, count, activity, *_ = run_forward(hidden, weight, targets)
+    row_blocks = -(-len(hidden) // config.row_block)
+    strip_tiles = max(strip_tiles, row_blocks)
+    made = plan.make_plan(activity, True, True, count, row_blocks, len(weight), strip_tiles, config)
+    columns = made.columns_length.numel()
+    entries = made.entries.cpu().long()
+    assert entries[: len(weight)].sort().values.equal(torch.arange(len(weight)))
+    assert (entries[len(weight) :] == len(weight)).all()
+
+    active = torch.zeros(row_blocks, len(entries), dtype=torch.bool)
+    active[:, : len(weight)] = unpacked(activity, row_blocks, len(weight))[:, entries[: len(weight)]]
+    kept = active.view(row_blocks, columns, -1).any(-1).T  # [columns, row blocks]
+    first_id, ids = made.first_id.cpu(), made.ids.cpu().view(columns, row_blocks)
+    assert first_id[-1] == kept.sum()
+    assert ids[kept].equal(torch.arange(int(kept.sum()), dtype=torch.int32))
+
+    strips = made.strips.item()
+    starts = made.strip_first.cpu().long()[: strips + 1]
+    assert starts[0] == 0
+    assert starts[-1] == columns
+    assert (first_id[starts[1:]] - first_id[starts[:-1]]).max() <= strip_tiles
+
+    pairs = made.pairs.cpu()
+    for strip in range(strips):
+        inside = torch.zeros_like(kept)
+        inside[starts[strip] : starts[strip + 1]] = True
+        first, last = made.first_pair.cpu()[starts[strip]], made.first_pair.cpu()[starts[strip + 1]]
+        places = pairs[:, first:last]
+        both = places[:, places[1] >= 0]
+        assert (both % row_blocks)[0].equal((both % row_blocks)[1]), "a pair has one row block"
+        covered = torch.cat([places[0], both[1]]).sort().values
+        assert covered.equal((kept & inside).reshape(-1).nonzero().squeeze(1).int())
+
+    for row_block in range(row_blocks):
+        expected = kept[:, row_block].nonzero().squeeze(1)
+        line = slice(row_block * columns, row_block * columns + len(expected))
+        assert made.rows.other.cpu()[line].equal(expected.int())
+        assert made.rows.slot.cpu()[line].equal(ids[expected, row_block])
+
+
+def gradients(hidden, weight, targets, impl="cce", eps=EPS, workspace_mib=128, frozen=()):
+    leaves = {"hidden": hidden.detach().clone(), "weight": weight.detach().clone()}
+    wanted = [leaf.requires_grad_() for name, leaf in leaves.items() if name not in frozen]
+    loss = functional.compute(
+        leaves["hidden"],
+        leaves["weight"],
+        targets,
+        None,
+        options=Options(filter_eps=eps, workspace_mib=workspace_mib),
+        reduction="mean",
+        shift=0,
+        impl=impl,
+        return_lse=False,
+    )
+    return torch.autograd.grad(loss, wanted)
+
+
+def test_strips_and_pieces_change_nothing_but_the_order_of_sums(device, monkeypatch):
+    """A workspace too small for everything gives the gradients of a large one, to rounding."""
+    hidden, weight, targets = peaked(device, tokens=300)
+    targets[5:90] = -100
+    at_once = gradients(hidden, weight, targets, impl="cce_exact")
+    plans = []
+    made = plan.make_plan
+
+    def spy(*args):
+        plans.append(made(*args))
+        return plans[-1]
+
+    monkeypatch.setattr(autograd, "make_plan", spy)
+    pieces = autograd._pieces
+    monkeypatch.setattr(autograd, "_pieces", lambda tokens, size, mib, config: pieces(tokens, size * 64, mib, config))
+    in_pieces = gradients(hidden, weight, targets, impl="cce_exact", workspace_mib=1)
+    assert len(plans) > 2, "the tokens must have been cut into pieces"
+    for whole, cut in zip(at_once, in_pieces, strict=True):
+        assert (whole - cut).norm() <= 1e-6 * whole.norm()
+
+    plans.clear()
+    monkeypatch.setattr(autograd, "_pieces", pieces)
+    monkeypatch.setattr(autograd, "make_plan", lambda *args: spy(*args[:6], 24, *args[7:]))
+    in_strips = gradients(hidden, weight, targets, impl="cce_exact")
+    assert plans[-1].strips.item() > 3
+    for whole, cut in zip(at_once, in_strips, strict=True):
+        assert (whole - cut).norm() <= 1e-6 * whole.norm()
+
+
+def test_what_is_dropped_is_below_the_threshold(device):
+    """An error no larger than every dropped entry at eps would give, and a gradient that did drop something."""
+    hidden, weight, targets = peaked(device)
+    filtered, _ = gradients(hidden, weight, targets, eps=EPS)
+    exact, _ = gradients(hidden, weight, targets, impl="cce_exact")
+    softmax = softmax_of(hidden, weight)
+    dropped = torch.where(softmax < EPS, softmax, 0).norm(dim=1)
+    bound = (dropped * torch.linalg.matrix_norm(weight.double(), 2)).norm() / len(targets)
+    error = (filtered - exact).norm()
+    assert 0 < error <= bound
+
+
+def test_same_bits_every_run(device):
+    hidden, weight, targets = peaked(device, dtype=torch.float16)
+    first, again = gradients(hidden, weight, targets), gradients(hidden, weight, targets)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_a_frozen_input_leaves_the_other_gradient_as_it_is(device, frozen):
+    hidden, weight, targets = peaked(device)
+    both = dict(zip(("hidden", "weight"), gradients(hidden, weight, targets), strict=True))
+    (alone,) = gradients(hidden, weight, targets, frozen=(frozen,))
+    assert torch.equal(alone, both["weight" if frozen == "hidden" else "hidden"])
+
+
+def test_loss_of_a_token_does_not_depend_on_its_neighbours(device):
+    hidden, weight, targets = peaked(device)
+
+    def losses(rows):
+        return functional.linear_cross_entropy(hidden[rows], weight, targets[rows], reduction="none", impl="cce")
+
+    everything = losses(slice(None))
+    assert torch.equal(everything[40:41], losses(slice(40, 41)))
+    assert torch.equal(everything[100:], losses(slice(100, None)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_descriptor_path_equals_pointer_path(device, dtype, monkeypatch):
+    """Ragged tokens, entries and features; rows of whole 16 bytes, as descriptors need."""
+    hidden, weight, targets = peaked(device, tokens=77, vocabulary=333, width=40, dtype=dtype)
+    if device.type == "cuda" and not tuning.has_tma(torch.cuda.get_device_capability(device)):
+        pytest.skip("this card has no copy engine")
+    results = {}
+    for tma in (False, True):
+        config = dataclasses.replace(tuning.config_for(device, dtype), tma=tma)
+        monkeypatch.setattr(forward, "config_for", lambda *_, config=config: config)
+        kernel, *_ = forward._operands(hidden, weight, config)
+        assert kernel is (forward._descriptor_kernel if tma else forward._pointer_kernel)
+        *_, lse, target_logit = run_forward(hidden, weight, targets)
+        results[tma] = (lse, target_logit)
+    for pointer, descriptor in zip(results[False], results[True], strict=True):
+        torch.testing.assert_close(pointer, descriptor, rtol=1e-6, atol=1e-5)
+
+
+def test_phases_cover_the_vocabulary_once():
+    for tiles in (1, 2, 3, 17, 594, 1000, 5000):
+        covered = [tile for first, width in forward.phases(tiles) for tile in range(first, first + width)]
+        assert covered == list(range(tiles))
