@@ -1,0 +1,92 @@
+"""The demo from beginning to end."""
+
+import platform
+import shlex
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from torchtune_lce.demo import data, device, folder, model, report, tokenizer
+from torchtune_lce.demo.comparison import Comparison, compare
+from torchtune_lce.demo.errors import DemoError
+from torchtune_lce.demo.runs import CONFIGS, METHOD_TITLES, RUNS, Result, Run, Setting, execute
+
+_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+# Enough padded tokens that the logits stand out in the memory table.
+_BATCH_SIZE = {"cpu": 8, "cuda": 32}
+
+
+def demonstrate(output: Path, impl: str, steps: int) -> bool:
+    """Makes the data, runs the recipes, shows the comparison; whether the losses agree.
+
+    Raises DemoError if it cannot run; what the arguments alone can tell is told before anything is written.
+    """
+    kind, dtype = device.choose()
+    ran = device.implementation(impl, kind, dtype)
+    if steps < 2:
+        raise DemoError(f"--steps must be at least 2, a first and a last one, got {steps}")
+    setting = Setting(kind, _DTYPE_NAMES[dtype], _BATCH_SIZE[kind], steps, impl)
+    output = folder.prepare(output)
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(f"tune-lce demo on {device.describe(kind)} in {setting.dtype}, impl '{ran}' (set: '{impl}')")
+    console.print(f"Everything is written to {output}")
+    prepare_inputs(console, setting, output)
+    console.print("The commands, as they are started in that folder:")
+    results = {run: run_one(console, run, setting, output) for run in RUNS}
+
+    comparisons = {
+        method: compare(*(results[Run(method, ours)].losses for ours in (False, True)), dtype)
+        for method in METHOD_TITLES
+    }
+    report.show(console, results, comparisons, ran, kind)
+    report.draw(results, comparisons, ran, output / folder.CURVES)
+    console.print(f"Curves: {output / folder.CURVES}")
+    return conclude(console, comparisons)
+
+
+def prepare_inputs(console: Console, setting: Setting, output: Path) -> None:
+    """Writes data set, tokenizer and checkpoint."""
+    config: DictConfig = OmegaConf.load(CONFIGS / "full_single_device.yaml")
+    with console.status("reading the standard library"):
+        sources = data.read_sources()
+        samples = data.questions_and_answers(sources)
+    most = len(samples) // setting.batch_size
+    if setting.steps > most:
+        raise DemoError(
+            f"--steps must be at most {most}, got {setting.steps}: "
+            f"the data set has {len(samples)} samples and a step takes {setting.batch_size}"
+        )
+    data.write_jsonl(samples, output / folder.SAMPLES)
+    console.print(
+        f"  samples    {len(samples):,} questions and answers from {len(sources):,} modules of "
+        f"Python {platform.python_version()}'s library"
+    )
+    entries = config.model.vocab_size
+    with console.status("training the tokenizer"):
+        tokenizer.train(sources.values(), entries - len(config.tokenizer.special_tokens), output / folder.TOKENIZER)
+    characters = sum(map(len, sources.values())) / 1e6
+    console.print(f"  tokenizer  {entries:,} entries, trained on {characters:.1f} million characters of its source")
+    parameters = model.write_checkpoint(config.model, output / folder.MODEL / "model.pt")
+    console.print(f"  model      {parameters / 1e6:.1f} million parameters, random weights, tied head")
+
+
+def run_one(console: Console, run: Run, setting: Setting, output: Path) -> Result:
+    console.print(shlex.join(run.command(setting)))
+    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(run.title.ljust(max(len(run.title) for run in RUNS)), total=setting.steps)
+        return execute(run, setting, output, lambda done: progress.update(task, completed=done))
+
+
+def conclude(console: Console, comparisons: dict[str, Comparison]) -> bool:
+    """Says for each recipe whether the losses agree, with the numbers; whether all do."""
+    for method, comparison in comparisons.items():
+        console.print(
+            f"{METHOD_TITLES[method]}: {'agree' if comparison.agrees else 'DIFFER'}. The losses differ by up to "
+            f"{comparison.largest:.1e}; rounding explains up to {min(comparison.bounds):.1e}."
+        )
+    return all(comparison.agrees for comparison in comparisons.values())

@@ -1,0 +1,36 @@
+"""The folder that holds everything the demo writes."""
+
+import shutil
+from pathlib import Path
+
+from torchtune_lce.demo.errors import DemoError
+
+# Says that a folder is the demo's own, whose contents the next demo may delete.
+MARKER = ".tune-lce-demo"
+SAMPLES, TOKENIZER, MODEL, RUNS, CURVES = "samples.jsonl", "tokenizer", "model", "runs", "curves.png"
+# The configs have the data set's cache here too, not in the home folder.
+_OWN = (SAMPLES, TOKENIZER, MODEL, RUNS, CURVES, "cache")
+
+
+def prepare(output: Path) -> Path:
+    """An absolute path to a folder without anything of an earlier demo in it.
+
+    Raises DemoError for a file, a folder that cannot be written, or one that holds something else.
+    """
+    output = output.expanduser().absolute()
+    if output.exists() and not output.is_dir():
+        raise DemoError(f"--output must be a folder, {output} is a file")
+    marker = output / MARKER
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if not marker.exists() and any(output.iterdir()):
+            raise DemoError(f"--output must be a new folder, an empty one or an earlier demo's; {output} is neither")
+        marker.touch()
+        for path in map(output.joinpath, _OWN):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise DemoError(f"--output must be a folder that can be written, {output}: {error.strerror}") from error
+    return output
