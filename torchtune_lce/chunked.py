@@ -11,10 +11,12 @@ from torchtune_lce.options import Options
 from torchtune_lce.reference import accumulation_dtype
 
 
-def entries_per_chunk(tokens: int, vocabulary: int, workspace_mib: int) -> int:
-    """Vocabulary entries whose logits and softmax (8 bytes a pair in float32, plus one copy in the input dtype) fit."""
-    fitting = workspace_mib * 2**20 // (12 * max(tokens, 1))
-    return min(vocabulary, max(fitting, 64))
+def entries_per_chunk(tokens: int, vocabulary: int, workspace_mib: int, dtype: torch.dtype) -> int:
+    """Vocabulary entries whose blocks fit the workspace: two of logits (a softcap or a log-sum-exp takes the second)
+    and one in the dtype of the inputs. At least 64, fewer than a hidden state has, or the products would be slow.
+    """
+    bytes_per_entry = tokens * (2 * accumulation_dtype(dtype).itemsize + dtype.itemsize)
+    return min(vocabulary, max(workspace_mib * 2**20 // max(bytes_per_entry, 1), 64))
 
 
 class _ChunkedTokenLosses(torch.autograd.Function):
@@ -26,13 +28,11 @@ class _ChunkedTokenLosses(torch.autograd.Function):
         labels = targets[rows].long()
         lse = hidden.new_full(rows.shape, -torch.inf, dtype=dtype)
         target_logit = hidden.new_zeros(rows.shape, dtype=dtype)
-        chunk = entries_per_chunk(rows.numel(), weight.shape[0], options.workspace_mib)
+        chunk = entries_per_chunk(rows.numel(), weight.shape[0], options.workspace_mib, hidden.dtype)
         for start in range(0, weight.shape[0], chunk):
-            logits, _ = _chunk_logits(kept, weight, bias, start, chunk, options.softcap)
-            lse = torch.logaddexp(lse, logits.logsumexp(-1))
-            inside = (labels >= start) & (labels < start + chunk)
-            column = (labels - start).clamp(0, logits.shape[1] - 1)
-            target_logit = logits.gather(-1, column[:, None]).squeeze(-1).where(inside, target_logit)
+            chunk_lse, chunk_target = _chunk_statistics(kept, weight, bias, labels, start, chunk, options.softcap)
+            lse = torch.logaddexp(lse, chunk_lse)
+            target_logit += chunk_target
         ctx.save_for_backward(hidden, weight, bias, targets, rows, lse)
         ctx.options, ctx.chunk = options, chunk
         ctx.set_materialize_grads(False)
@@ -57,13 +57,9 @@ class _ChunkedTokenLosses(torch.autograd.Function):
         d_weight = torch.empty_like(weight) if need_weight else None
         d_bias = torch.empty_like(bias) if need_bias else None
         for start in range(0, weight.shape[0], ctx.chunk):
-            logits, slope = _chunk_logits(kept, weight, bias, start, ctx.chunk, ctx.options.softcap)
-            d_logits = logits.sub_(lse[:, None]).exp_().mul_(d_softmax[:, None])
-            inside = ((labels >= start) & (labels < start + ctx.chunk)).nonzero().squeeze(-1)
-            # Subtracted before rounding to the input dtype: p - 1 is small where the model is confident.
-            d_logits[inside, labels[inside] - start] -= d_nll[inside]
-            if slope is not None:
-                d_logits.mul_(slope)
+            d_logits = _chunk_gradient(
+                kept, weight, bias, labels, lse, d_nll, d_softmax, start, ctx.chunk, ctx.options.softcap
+            )
             chunk = slice(start, start + ctx.chunk)
             if need_bias:
                 d_bias[chunk] = d_logits.sum(0)
@@ -72,6 +68,8 @@ class _ChunkedTokenLosses(torch.autograd.Function):
                 d_kept += d_logits @ weight[chunk]
             if need_weight:
                 torch.mm(d_logits.T, kept, out=d_weight[chunk])
+            # Or it would live on while the next chunk is computed.
+            del d_logits
         d_hidden = None
         if need_hidden:
             d_hidden = torch.zeros_like(hidden)
@@ -80,15 +78,33 @@ class _ChunkedTokenLosses(torch.autograd.Function):
 
 
 def _chunk_logits(hidden, weight, bias, start, chunk, softcap):
-    """Logits of entries [start, start + chunk) and, with a softcap, their derivative by the uncapped logits."""
+    """Logits of entries [start, start + chunk) and, with a softcap, the tanh that they are made of."""
     part = slice(start, start + chunk)
     logits = torch.mm(hidden, weight[part].T).to(accumulation_dtype(hidden.dtype))
     if bias is not None:
         logits += bias[part]
     if softcap is None:
         return logits, None
-    capped = torch.tanh_(logits.div_(softcap))
-    return capped * softcap, 1 - capped.square()
+    tanh = torch.tanh_(logits.div_(softcap))
+    return tanh * softcap, tanh
+
+
+def _chunk_statistics(hidden, weight, bias, labels, start, chunk, softcap):
+    """Log-sum-exp over the chunk, and the target's logit where the target lies in it, 0 elsewhere."""
+    logits = _chunk_logits(hidden, weight, bias, start, chunk, softcap)[0]
+    inside = (labels >= start) & (labels < start + chunk)
+    column = (labels - start).clamp(0, logits.shape[1] - 1)
+    return logits.logsumexp(-1), logits.gather(-1, column[:, None]).squeeze(-1).where(inside, 0)
+
+
+def _chunk_gradient(hidden, weight, bias, labels, lse, d_nll, d_softmax, start, chunk, softcap):
+    """Gradient by the chunk's logits, before the softcap, in the accumulation dtype."""
+    logits, tanh = _chunk_logits(hidden, weight, bias, start, chunk, softcap)
+    d_logits = logits.sub_(lse[:, None]).exp_().mul_(d_softmax[:, None])
+    inside = ((labels >= start) & (labels < start + chunk)).nonzero().squeeze(-1)
+    # Subtracted before rounding to the input dtype: p - 1 is small where the model is confident.
+    d_logits[inside, labels[inside] - start] -= d_nll[inside]
+    return d_logits if tanh is None else d_logits.mul_(tanh.square_().neg_().add_(1))
 
 
 def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options):

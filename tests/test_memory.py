@@ -1,0 +1,191 @@
+"""What is held: between forward and backward, and at the worst moment of each. Bytes are counted, not estimated."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from torchtune_lce.functional import compute
+from torchtune_lce.options import Options
+
+MIB = 2**20
+WORKSPACE_MIB = 1
+# Bytes a token and a vocabulary entry for vectors of labels, places, sums and counts: a handful of 8-byte ones each.
+# A block of logits, even one of 2 bytes an entry, is many times that in the shapes below.
+BYTES_PER_TOKEN = 64
+BYTES_PER_ENTRY = 8
+
+
+@dataclass(frozen=True)
+class Shape:
+    tokens: int
+    vocabulary: int
+    width: int
+
+    def logits(self, itemsize: int) -> int:
+        return self.tokens * self.vocabulary * itemsize
+
+    def vectors(self) -> int:
+        return self.tokens * BYTES_PER_TOKEN + self.vocabulary * BYTES_PER_ENTRY
+
+
+# One whose logits are what would not fit, one whose hidden states and their gradient's float32 sum would not.
+LONG = Shape(tokens=256, vocabulary=8200, width=32)
+WIDE = Shape(tokens=1030, vocabulary=520, width=1024)
+# The same for Triton's interpreter, which takes a tenth of a second for a tile.
+FEW_LONG = Shape(tokens=256, vocabulary=1300, width=32)
+FEW_WIDE = Shape(tokens=300, vocabulary=33, width=1024)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Bytes that a call allocated: at the worst moment, and those still there when it had ended."""
+
+    peak: int
+    kept: int
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"bias": True}, {"softcap": 5.0, "bias": True}])
+@pytest.mark.parametrize("shape", [LONG, WIDE], ids=["long", "wide"])
+def test_chunked(shape, options, dtype):
+    """One bounded chunk, forward and backward. Beside it: a copy of the hidden states in use, and in the backward their
+    gradient's sum in the accumulation dtype and a chunk's part of it."""
+    inputs = make_inputs(shape, dtype, torch.device("cpu"), bias="bias" in options)
+    forward, backward = usage_of_both("chunked", inputs, softcap=options.get("softcap"))
+    states = shape.tokens * shape.width
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    assert forward.kept <= shape.vectors()
+    assert forward.peak <= WORKSPACE_MIB * MIB + states * dtype.itemsize + shape.vectors()
+    copies = states * (2 * dtype.itemsize + wide)
+    assert backward.peak <= WORKSPACE_MIB * MIB + copies + gradient_bytes(inputs) + shape.vectors()
+
+
+def test_chunked_takes_more_tokens_than_fit():
+    """No chunk is below 64 entries: with very many tokens that is more than the workspace, and yet not their logits."""
+    shape = Shape(tokens=30_000, vocabulary=2000, width=4)
+    inputs = make_inputs(shape, torch.float32, torch.device("cpu"))
+    forward, _ = usage_of_both("chunked", inputs)
+    assert forward.peak <= 64 * 12 * shape.tokens + shape.tokens * shape.width * 4 + shape.vectors()
+
+
+@pytest.mark.parametrize(
+    ("impl", "shape", "dtype"),
+    [
+        ("cce", FEW_LONG, torch.float32),
+        ("cce_exact", FEW_LONG, torch.float32),
+        ("cce", FEW_WIDE, torch.float16),
+    ],
+    ids=["cce-long", "cce_exact-long", "cce-wide"],
+)
+def test_cce(impl, shape, dtype, device):
+    pytest.importorskip("triton")
+    assert_cce_bounds(impl, shape, make_inputs(shape, dtype, device, bias=True), WORKSPACE_MIB)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workspace_mib", [16, 128])
+@pytest.mark.parametrize("impl", ["cce", "cce_exact"])
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(8192, 128_256, 2048), Shape(16_384, 32_000, 4096), Shape(4100, 256_000, 1024)],
+    ids=["llama", "wide", "gemma"],
+)
+def test_cce_on_a_card(shape, impl, workspace_mib, device):
+    inputs = make_inputs(shape, torch.bfloat16, device)
+    assert_cce_bounds(impl, shape, inputs, workspace_mib)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "cce"])
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_frozen_input_has_no_gradient_in_memory(impl, frozen, device):
+    if impl == "cce":
+        pytest.importorskip("triton")
+    shape = Shape(tokens=40, vocabulary=200, width=96) if frozen == "weight" else Shape(200, 40, 96)
+    everything = make_inputs(shape, torch.float32, device)
+    one_frozen = everything | {frozen: everything[frozen].detach()}
+    _, whole = usage_of_both(impl, everything)
+    _, part = usage_of_both(impl, one_frozen)
+    assert part.peak <= whole.peak - everything[frozen].nbytes
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_the_meter_sees_logits(impl):
+    """The reference holds them in float32, once at least; in the bounds above they would show."""
+    inputs = make_inputs(LONG, torch.float32, torch.device("cpu"))
+    forward, backward = usage_of_both(impl, inputs)
+    assert (forward.peak >= LONG.logits(4)) == (impl == "reference")
+    assert (forward.kept >= LONG.logits(4)) == (impl == "reference")
+    assert (backward.peak - gradient_bytes(inputs) >= LONG.logits(4)) == (impl == "reference")
+
+
+def assert_cce_bounds(impl: str, shape: Shape, inputs: dict, workspace_mib: int) -> None:
+    """Kept: vectors, and where gradients are filtered a bit per block of tokens and entry. Beside it one workspace."""
+    hidden = inputs["hidden"]
+    assert max(shape.logits(4), 4 * hidden.numel()) > workspace_mib * MIB + shape.vectors(), (
+        "the bound would hold anyway"
+    )
+    block = 128 if hidden.is_cuda else 32  # tokens; the interpreter's tiles are smaller
+    bits = -(-shape.tokens // block) * (shape.vocabulary + 1024) // 8 if impl == "cce" else 0
+    forward, backward = usage_of_both(impl, inputs, workspace_mib)
+    assert forward.kept <= shape.vectors() + bits
+    assert forward.peak <= workspace_mib * MIB + shape.vectors() + bits
+    assert backward.peak <= workspace_mib * MIB + gradient_bytes(inputs) + shape.vectors()
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, bias: bool = False) -> dict:
+    targets = torch.randint(0, shape.vocabulary, (shape.tokens,), device=device)
+    targets[::7] = -100
+    return {
+        "hidden": torch.randn(shape.tokens, shape.width, device=device, dtype=dtype, requires_grad=True),
+        "weight": torch.randn(shape.vocabulary, shape.width, device=device, dtype=dtype, requires_grad=True),
+        "targets": targets,
+        "bias": torch.randn(shape.vocabulary, device=device, dtype=dtype, requires_grad=True) if bias else None,
+    }
+
+
+def gradient_bytes(inputs: dict) -> int:
+    return sum(x.nbytes for x in inputs.values() if x is not None and x.requires_grad)
+
+
+def usage_of_both(impl: str, inputs: dict, workspace_mib: int = WORKSPACE_MIB, softcap=None) -> tuple[Usage, Usage]:
+    """Of a forward and its backward, a mean over the tokens."""
+    options = Options(workspace_mib=workspace_mib, softcap=softcap)
+
+    def loss(inputs):
+        return compute(**inputs, options=options, reduction="mean", shift=0, impl=impl, return_lse=False)
+
+    device = inputs["hidden"].device
+    # What is made once a process does not count.
+    loss(make_inputs(Shape(3, 5, 16), inputs["hidden"].dtype, device)).backward()
+    held = []
+    for tensor in inputs.values():
+        if tensor is not None:
+            tensor.grad = None
+    forward = usage(lambda: held.append(loss(inputs)), device)
+    return forward, usage(lambda: held.pop().backward(), device)
+
+
+def usage(call: Callable[[], None], device: torch.device) -> Usage:
+    """By the allocator's own record: of every block on a CPU, of its statistics on a card."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return Usage(torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before)
+    # Triton's interpreter leaves its arguments to the garbage collector.
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+        gc.collect()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    peak = live = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return Usage(peak, live)
