@@ -114,7 +114,7 @@ def test_jsonl_holds_one_sample_a_line(tmp_path):
 
 def test_torchtunes_tokenizer_reads_what_was_trained(tmp_path):
     text = "def wrap(self, café, 123):\n    return self.wrapped  # it's\n\n"
-    tokenizer.train([text] * 3, 300, tmp_path)
+    tokenizer.train([text] * 3, 290, tmp_path)
     trained = Qwen2Tokenizer(
         str(tmp_path / "vocab.json"),
         str(tmp_path / "merges.txt"),
@@ -124,7 +124,9 @@ def test_torchtunes_tokenizer_reads_what_was_trained(tmp_path):
     ids = trained.encode(text, add_bos=False, add_eos=False)
     assert trained.decode(ids) == text
     # An entry is of use only if torchtune splits text as the training did: each must come back as itself.
-    for entry in range(256, 290):
+    whole = [entry for entry in range(256, 290) if "\N{REPLACEMENT CHARACTER}" not in trained.decode([entry])]
+    assert len(whole) > 30
+    for entry in whole:
         assert trained.encode(trained.decode([entry]), add_bos=False, add_eos=False) == [entry]
     assert " self" in map(trained.decode, ([entry] for entry in ids)), "a word goes with the space before it"
 
