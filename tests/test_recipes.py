@@ -1,6 +1,7 @@
 """Our recipes beside torchtune's own, both really run: the same losses step by step, the same checkpoints."""
 
 import logging
+import os
 import shutil
 import sys
 from argparse import Namespace
@@ -153,10 +154,13 @@ def test_bfloat16_within_its_rounding(runs, method):
     assert_equal_steps(losses, stock, tolerance=torch.finfo(torch.bfloat16).eps / 4)
 
 
-@pytest.mark.parametrize("impl", ["reference", "chunked"])
+INTERPRETED = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs on a card, below")
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked", pytest.param("cce", marks=INTERPRETED)])
 def test_impl_comes_from_the_config(runs, impl, caplog):
     caplog.set_level(logging.INFO)
-    losses, _ = runs.ours(FULL, overrides=[f"loss.impl={impl}", "loss.workspace_mib=1"])
+    losses, _ = runs.ours(FULL, overrides=[f"loss.impl={impl}", "loss.workspace_mib=64"])
     assert_equal_steps(losses, runs.stock(FULL)[0])
     said = [record for record in caplog.records if "Linear cross-entropy runs" in record.message]
     assert len(said) == 1

@@ -1,13 +1,13 @@
 """``tune-lce``: torchtune's command line, which also knows this package's recipes and configs by name."""
 
 import argparse
-import importlib.util
 import re
 from collections.abc import Callable
 
 from torchtune._cli.tune import TuneCLIParser
 
 from torchtune_lce import registry
+from torchtune_lce.demo import command as demo
 
 DESCRIPTION = """\
 torchtune's command line with the recipes and configs of torchtune-lce, which train without holding the logits.
@@ -19,6 +19,7 @@ Every subcommand of `tune` is here, takes the same arguments and also these name
 EPILOG = """\
 examples:
 
+    $ tune-lce demo
     $ tune-lce run lce_lora_finetune_single_device --config lce/llama3_2/1B_lora_single_device
     $ tune-lce run lce_full_finetune_single_device --config mine.yaml loss=torchtune_lce.LinearCrossEntropyLoss
     $ tune-lce cp lce/llama3_2/1B_lora_single_device mine.yaml
@@ -41,28 +42,18 @@ class TuneLCEParser(TuneCLIParser):
             _rename_command(parser)
         validate = subparsers.choices["validate"]
         validate.set_defaults(func=_taking_names(validate.get_default("func")))
-        add_own_subcommands(subparsers)
-
-
-def add_own_subcommands(subparsers: argparse._SubParsersAction) -> None:
-    """What ``tune-lce`` offers beyond ``tune``. Imported here: the modules must stay quick to import."""
-    if importlib.util.find_spec("torchtune_lce.demo.command"):
-        from torchtune_lce.demo import command as demo
-
+        # Beyond torchtune's. Each module must be quick to import: all are, whatever the subcommand that runs.
         demo.add_parser(subparsers)
 
 
 def _rename_command(parser: argparse.ArgumentParser) -> None:
     """torchtune's help and errors say ``tune run``; typed like that, our names are unknown."""
     subcommand = re.compile(r"\btune (?=cat|cp|download|ls|run|validate)")
-    for holder, fields in [
-        (parser, ("prog", "usage", "description", "epilog")),
-        *((a, ("help",)) for a in parser._actions),
-    ]:
-        for field in fields:
-            text = getattr(holder, field)
-            if text:
-                setattr(holder, field, subcommand.sub("tune-lce ", text))
+    texts = [(parser, field) for field in ("prog", "usage", "description", "epilog")]
+    for holder, field in texts + [(action, "help") for action in parser._actions]:
+        text = getattr(holder, field)
+        if text:
+            setattr(holder, field, subcommand.sub("tune-lce ", text))
 
 
 def _taking_names(validate: Callable) -> Callable:

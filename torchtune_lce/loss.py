@@ -187,7 +187,7 @@ def _unbound_message() -> str:
     running = Path(sys.argv[0]).stem
     recipe = running if (RECIPES / f"{running}.py").exists() else "<recipe>"
     return (
-        "the loss was called before set_model_output, so it knows no output projection. torchtune's own recipes never "
-        f"call it: use `tune run torchtune_lce/recipes/{recipe}.py`, or add "
+        "the loss was called before set_model_output, so it knows no output projection. torchtune 0.6.1's own recipes "
+        f"never call that: use `tune run torchtune_lce/recipes/{recipe}.py`, or add "
         "`self._loss_fn.set_model_output(self._model)` at the end of setup() to your own `tune cp` copy of a recipe"
     )
