@@ -1,0 +1,179 @@
+"""What is installed: the package alone, with its kernels, recipes and configs, from the tree and by way of an sdist."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LINKED = ("kernels", "recipes", "configs")
+PACKAGED = (".py", ".yaml")
+RECIPES = ("lora_finetune_single_device", "full_finetune_single_device")
+
+
+def packaged_files() -> set[str]:
+    """Paths from the root, through the links, of all that the package consists of."""
+    found = {
+        str(path.relative_to(ROOT))
+        for folder in ("torchtune_lce", *(f"torchtune_lce/{name}" for name in LINKED))
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in PACKAGED
+    }
+    assert {f"torchtune_lce/recipes/{name}.py" for name in RECIPES} < found
+    assert {"torchtune_lce/kernels/autograd.py", "torchtune_lce/functional.py"} < found
+    assert len([name for name in found if name.endswith(".yaml")]) > 20
+    return found
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory) -> dict[str, Path]:
+    """One built from the tree and one from its sdist, in a copy that holds no leftovers of other builds."""
+    pytest.importorskip("build")
+    folder = tmp_path_factory.mktemp("build")
+    leftovers = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "tune-lce-demo")
+    shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=leftovers)
+    built = {}
+    # Without --wheel it makes an sdist, and the wheel out of that.
+    for way, options in {"tree": ["--wheel"], "sdist": []}.items():
+        command = [
+            sys.executable,
+            "-m",
+            "build",
+            "--no-isolation",
+            *options,
+            "--outdir",
+            folder / way,
+            folder / "source",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (built[way],) = (folder / way).glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="session")
+def installed(wheels, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("installed")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target]
+    done = subprocess.run([*pip, wheels["tree"]], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return target
+
+
+def run_elsewhere(installed: Path, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Python in an empty folder, the installed wheel before all else."""
+    environment = os.environ | {"PYTHONPATH": str(installed), "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["tree", "sdist"])
+def test_wheel_holds_the_package_alone(wheels, way):
+    with zipfile.ZipFile(wheels[way]) as wheel:
+        names = wheel.namelist()
+        (info,) = {name.split("/")[0] for name in names if ".dist-info/" in name}
+        entry_points = wheel.read(f"{info}/entry_points.txt").decode()
+    assert {name.split("/")[0] for name in names} == {"torchtune_lce", info}
+    assert {name for name in names if name.startswith("torchtune_lce/")} == packaged_files()
+    assert "tune-lce = torchtune_lce.cli:main" in entry_points
+
+
+@pytest.mark.slow
+def test_both_wheels_are_equal(wheels):
+    """Files' checksums, and those of the metadata but for the list of them."""
+    sums = []
+    for wheel in wheels.values():
+        with zipfile.ZipFile(wheel) as opened:
+            sums.append({entry.filename: entry.CRC for entry in opened.infolist() if not entry.is_dir()})
+    assert sums[0] == sums[1]
+
+
+@pytest.mark.slow
+def test_installed_top_level(installed):
+    """PyPI has a package called kernels, and torchtune installs recipes."""
+    names = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
+    assert names == {"torchtune_lce", "bin"}
+    assert [path.name for path in (installed / "bin").iterdir()] == ["tune-lce"]
+
+
+@pytest.mark.slow
+def test_installed_package_runs_from_another_folder(installed, tmp_path):
+    """Its kernels too; recipes and configs are found where they were installed."""
+    code = f"""
+import importlib.resources, importlib.util, json, torch
+import torchtune_lce
+hidden, weight, targets = torch.randn(3, 8), torch.randn(11, 8), torch.arange(3)
+losses = [torchtune_lce.linear_cross_entropy(hidden, weight, targets, impl=i).item() for i in ("cce", "chunked")]
+recipes = [importlib.util.find_spec("torchtune_lce.recipes." + name).origin for name in {RECIPES}]
+configs = importlib.resources.files("torchtune_lce.configs")
+read = len((configs / "llama3_2" / "1B_lora_single_device.yaml").read_text())
+print(json.dumps([torchtune_lce.__file__, losses, recipes, read]))
+"""
+    done = run_elsewhere(installed, tmp_path, "-c", code)
+    assert done.returncode == 0, done.stderr
+    file, losses, recipes, read = json.loads(done.stdout)
+    package = installed / "torchtune_lce"
+    assert file == str(package / "__init__.py")
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert recipes == [str(package / "recipes" / f"{name}.py") for name in RECIPES]
+    assert read > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_installed_recipe_starts_from_another_folder(installed, tmp_path, recipe):
+    """As far as torchtune's own complaint that no config was named."""
+    done = run_elsewhere(installed, tmp_path, "-m", f"torchtune_lce.recipes.{recipe}")
+    assert done.returncode == 2, done.stderr
+    assert "the following arguments are required: --config" in done.stderr
+
+
+@pytest.mark.slow
+def test_installed_console_script_runs_from_another_folder(installed, tmp_path):
+    done = run_elsewhere(installed, tmp_path, str(installed / "bin" / "tune-lce"), "ls")
+    assert done.returncode == 0, done.stderr
+    assert "lce_lora_finetune_single_device" in done.stdout
+    assert "lce/llama3_2/1B_lora_single_device" in done.stdout
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_folder_is_linked_into_the_package(name):
+    """A copy would be installed and not edited; an __init__.py would shadow other packages of that name in the root."""
+    link = ROOT / "torchtune_lce" / name
+    assert link.is_symlink()
+    assert os.readlink(link) == f"../{name}"
+    assert (ROOT / name).is_dir()
+    assert not list((ROOT / name).rglob("__init__.py"))
+
+
+def test_tests_are_no_package():
+    """Either file would put the root on the path of the tests, and its folders before installed packages."""
+    assert not (ROOT / "tests" / "__init__.py").exists()
+    assert not (ROOT / "conftest.py").exists()
+
+
+def test_no_import_in_the_short_form():
+    """`kernels.x` and `torchtune_lce.kernels.x` would be two modules, and `recipes` is torchtune's."""
+    folders = ("torchtune_lce", *LINKED[:2], "tests", "docs")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 30
+    short = [f"{path.relative_to(ROOT)}: {name}" for path in files for name in imported(path) if is_short(name)]
+    assert not short
+
+
+def imported(path: Path) -> list[str]:
+    """Absolute names of the modules that a file imports, wherever in it."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))))
+    plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    return plain + [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+
+
+def is_short(module: str) -> bool:
+    return module.partition(".")[0] in LINKED
