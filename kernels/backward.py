@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchtune_lce.kernels.plan import Plan
-from torchtune_lce.kernels.primitives import grid_barrier, softcapped
+from torchtune_lce.kernels.primitives import LOG2_E, grid_barrier, softcapped
 from torchtune_lce.kernels.tuning import Config, cooperative, programs
 
 
@@ -46,6 +46,7 @@ def _logit_gradient_pair(
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """(softmax * (d_nll + d_lse) - onehot * d_nll) * softcap', rounded to the input dtype only after the difference.
@@ -56,7 +57,8 @@ def _logit_gradient_pair(
     row_block = left % row_blocks_total
     place = row_block * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     used = place < tokens_total
-    token = tl.load(rows + place, mask=used, other=0)
+    # Places past the end read a token in use; their gradients are set to zero below.
+    token = tl.load(rows + tl.minimum(place, tokens_total - 1))
     in_pair = tl.arange(0, WIDTH)
     in_tile = in_pair % TILE
     column = left // row_blocks_total
@@ -68,31 +70,35 @@ def _logit_gradient_pair(
         right = tl.maximum(right, 0)
         column = tl.where(in_pair < TILE, column, right // row_blocks_total)
         slot = tl.where(in_pair < TILE, slot, tl.load(ids + right) - first_id)
-    entry = tl.load(entries + column * TILE + in_tile, mask=present, other=entries_total)
-    inside = entry < entries_total
+    # Entries past the vocabulary read its last one; the products after this leave them out.
+    entry = tl.minimum(tl.load(entries + column * TILE + in_tile), entries_total - 1)
     depth = tl.arange(0, BLOCK_D)
-    hidden_rows = hidden + token[:, None] * hidden_stride
-    weight_rows = weight + entry.to(tl.int64)[None, :] * weight_stride
+    hidden_rows = hidden + token[:, None] * hidden_stride + depth[None, :]
+    weight_rows = weight + entry.to(tl.int64)[None, :] * weight_stride + depth[:, None]
     logits = tl.zeros((ROW_BLOCK, WIDTH), tl.float32)
     for start in range(0, features, BLOCK_D):
-        d = start + depth
-        a = tl.load(hidden_rows + d[None, :], mask=used[:, None] & (d < features)[None, :], other=0.0)
-        b = tl.load(weight_rows + d[:, None], mask=inside[None, :] & (d < features)[:, None], other=0.0)
+        if EVEN_D:
+            a = tl.load(hidden_rows + start)
+            b = tl.load(weight_rows + start)
+        else:
+            a = tl.load(hidden_rows + start, mask=(start + depth < features)[None, :], other=0.0)
+            b = tl.load(weight_rows + start, mask=(start + depth < features)[:, None], other=0.0)
         logits = tl.dot(a, b, logits, input_precision=PRECISION)
     if HAS_BIAS:
-        logits += tl.load(bias + entry, mask=inside, other=0.0).to(tl.float32)[None, :]
+        logits += tl.load(bias + entry).to(tl.float32)[None, :]
     if HAS_SOFTCAP:
         logits = softcapped(logits, softcap)
     upstream = tl.load(d_nll + place, mask=used, other=0.0)
     upstream_softmax = upstream
     if HAS_D_LSE:
         upstream_softmax += tl.load(d_lse + place, mask=used, other=0.0)
-    softmax = tl.exp(logits - tl.load(lse + place, mask=used, other=0.0)[:, None])
-    is_target = tl.load(labels + place, mask=used, other=-1)[:, None] == entry[None, :]
+    base = tl.load(lse + place, mask=used, other=0.0) * LOG2_E
+    softmax = tl.exp2(logits * LOG2_E - base[:, None])
+    is_target = tl.load(labels + place, mask=used, other=-1).to(tl.int32)[:, None] == entry[None, :]
     gradient = softmax * upstream_softmax[:, None] - tl.where(is_target, upstream[:, None], 0.0)
     if HAS_SOFTCAP:
         gradient *= 1 - (logits / softcap) * (logits / softcap)
-    gradient = tl.where(used[:, None] & inside[None, :], gradient, 0.0)
+    gradient = tl.where(used[:, None], gradient, 0.0)
     out = gradients + slot.to(tl.int64) * (ROW_BLOCK * TILE) + in_tile
     out = out[None, :] + tl.arange(0, ROW_BLOCK)[:, None] * TILE
     tl.store(out, gradient.to(gradients.dtype.element_ty), mask=present[None, :])
@@ -123,6 +129,7 @@ def _weight_gradient_tile(
     TILE: tl.constexpr,
     FEATURES: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """d_weight[entries of the column, chunk of features] = sum over the column's kept tiles of gradient^T @ hidden."""
@@ -136,7 +143,7 @@ def _weight_gradient_tile(
     steps = tl.load(length + column) * STEPS
     # Where a step's operands lie is read one step ahead: loads through an index of the same step cannot be pipelined.
     place = tl.load(others, mask=steps > 0, other=0) * ROW_BLOCK + within
-    token = tl.load(rows + place, mask=place < tokens_total, other=0)
+    token = tl.load(rows + tl.minimum(place, tokens_total - 1), mask=within < steps * BLOCK_K, other=0)
     slot = tl.load(slots, mask=steps > 0, other=first_id) - first_id
     for step in range(0, steps):
         token_in_tile = step % STEPS * BLOCK_K + within
@@ -149,15 +156,17 @@ def _weight_gradient_tile(
         if NEED_BIAS:
             bias_total += tl.sum(gradient.to(tl.float32), 0)
         if NEED_WEIGHT:
-            h = tl.load(
-                hidden + token[:, None] * hidden_stride + d[None, :],
-                mask=(place < tokens_total)[:, None] & (d < features)[None, :],
-                other=0.0,
-            )
+            # Places past the end read a token in use: their gradients are zero.
+            if EVEN_D:
+                h = tl.load(hidden + token[:, None] * hidden_stride + d[None, :])
+            else:
+                h = tl.load(
+                    hidden + token[:, None] * hidden_stride + d[None, :], mask=(d < features)[None, :], other=0.0
+                )
             total = tl.dot(tl.trans(gradient), h, total, input_precision=PRECISION)
         ahead = tl.minimum(step + 1, steps - 1)
         place = tl.load(others + ahead // STEPS) * ROW_BLOCK + ahead % STEPS * BLOCK_K + within
-        token = tl.load(rows + place, mask=place < tokens_total, other=0)
+        token = tl.load(rows + tl.minimum(place, tokens_total - 1))
         slot = tl.load(slots + ahead // STEPS) - first_id
     entry = tl.load(entries + column * TILE + tl.arange(0, TILE))
     inside = entry < entries_total
@@ -198,6 +207,7 @@ def _hidden_gradient_tile(
     TILE: tl.constexpr,
     FEATURES: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Adds gradient @ weight over this strip's tiles of a row block to the running sum; the last strip writes it."""
@@ -217,11 +227,10 @@ def _hidden_gradient_tile(
         gradient = tl.load(
             gradients + slot.to(tl.int64) * (ROW_BLOCK * TILE) + in_tile[:, None] * TILE + entry_in_tile[None, :]
         )
-        w = tl.load(
-            weight + entry.to(tl.int64)[:, None] * weight_stride + d[None, :],
-            mask=(entry < entries_total)[:, None] & (d < features)[None, :],
-            other=0.0,
-        )
+        inside = (entry < entries_total)[:, None]
+        if not EVEN_D:
+            inside = inside & (d < features)[None, :]
+        w = tl.load(weight + entry.to(tl.int64)[:, None] * weight_stride + d[None, :], mask=inside, other=0.0)
         total = tl.dot(gradient, w, total, input_precision=PRECISION)
         ahead = tl.minimum(step + 1, steps - 1)
         column = tl.load(others + ahead // STEPS)
@@ -289,6 +298,7 @@ def _backward_kernel(
     FEATURES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -338,6 +348,7 @@ def _backward_kernel(
                 TILE,
                 WIDTH,
                 BLOCK_D,
+                EVEN_D,
                 PRECISION,
             )
         arrived += workers
@@ -373,6 +384,7 @@ def _backward_kernel(
                         TILE,
                         FEATURES,
                         BLOCK_K,
+                        EVEN_D,
                         PRECISION,
                     )
             else:
@@ -403,6 +415,7 @@ def _backward_kernel(
                         TILE,
                         FEATURES,
                         BLOCK_K,
+                        EVEN_D,
                         PRECISION,
                     )
         arrived += workers
@@ -482,6 +495,7 @@ def run_backward(
         FEATURES=config.features,
         BLOCK_D=config.block_d,
         BLOCK_K=config.block_k,
+        EVEN_D=features % config.block_d == 0 and features % config.features == 0,
         PRECISION=config.precision,
         num_warps=config.warps,
         num_stages=config.backward_stages,

@@ -12,11 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchtune_lce.kernels.primitives import bitwise_or, softcapped, tile_coordinates
+from torchtune_lce.kernels.primitives import LOG2_E, bitwise_or, softcapped, tile_coordinates
 from torchtune_lce.kernels.tuning import Config, config_for, programs
 
 WORD_BITS = tl.constexpr(32)
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @dataclass(frozen=True)
@@ -51,17 +50,18 @@ def _tile_statistics(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     RECORD: tl.constexpr,
+    RAGGED: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
     """Stores one tile's log-sum-exp, its target logits and, with RECORD, its activity bits."""
     entries = entry_tile * ENTRIES + tl.arange(0, ENTRIES)
-    inside = entries < entries_total
     if HAS_BIAS:
-        logits += tl.load(bias + entries, mask=inside, other=0.0).to(tl.float32)[None, :]
+        logits += tl.load(bias + entries, mask=entries < entries_total, other=0.0).to(tl.float32)[None, :]
     if HAS_SOFTCAP:
         logits = softcapped(logits, softcap)
-    logits = tl.where(inside[None, :], logits, float("-inf"))
+    if RAGGED:
+        logits = tl.where((entries < entries_total)[None, :], logits, float("-inf"))
 
     peak = tl.max(logits, 1)
     # A row of -inf alone must not become -inf - -inf.
@@ -69,7 +69,7 @@ def _tile_statistics(
     total = tl.sum(tl.exp2(logits * LOG2_E - (peak * LOG2_E)[:, None]), 1)
     lse = peak + tl.log(total)
 
-    label = tl.load(labels + tokens, mask=token_mask, other=-1)
+    label = tl.load(labels + tokens, mask=token_mask, other=-1).to(tl.int32)
     own = (label >= entry_tile * ENTRIES) & (label < (entry_tile + 1) * ENTRIES)
     if tl.max(own.to(tl.int32), 0) > 0:
         target = tl.sum(tl.where(label[:, None] == entries[None, :], logits, 0.0), 1)
@@ -125,6 +125,7 @@ def _pointer_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     RECORD: tl.constexpr,
+    RAGGED: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -169,6 +170,7 @@ def _pointer_kernel(
             HAS_BIAS,
             HAS_SOFTCAP,
             RECORD,
+            RAGGED,
             ROW_BLOCK,
             ENTRIES,
         )
@@ -198,6 +200,7 @@ def _descriptor_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     RECORD: tl.constexpr,
+    RAGGED: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -238,6 +241,7 @@ def _descriptor_kernel(
             HAS_BIAS,
             HAS_SOFTCAP,
             RECORD,
+            RAGGED,
             ROW_BLOCK,
             ENTRIES,
         )
@@ -263,17 +267,19 @@ def _merge_kernel(tile_lse, running_lse, count, tile_lse_stride, tiles, TILES: t
     tl.store(running_lse + tokens, tl.where(peak == float("-inf"), peak + total, peak + tl.log(total)), mask=mask)
 
 
-def phases(tiles: int) -> list[tuple[int, int]]:
+def phases(vocabulary: int, tile: int) -> list[tuple[int, int]]:
     """(first tile, tiles) of each phase: narrow ones first, so that most tiles meet a running value close to the final.
 
-    A function of the vocabulary alone: a token's sums are taken in the same order whatever else is in the batch.
+    A tile that the vocabulary ends in is a phase of its own, the only one that pays for masking. All this is a function
+    of the vocabulary alone: a token's sums are taken in the same order whatever else is in the batch.
     """
     result, first, width = [], 0, 2
-    while first < tiles:
-        result.append((first, min(width, tiles - first)))
+    whole = vocabulary // tile
+    while first < whole:
+        result.append((first, min(width, whole - first)))
         first += width
         width = min(width * 8, 128)
-    return result
+    return result + [(whole, 1)] * (vocabulary % tile > 0)
 
 
 def lse_and_target_logit(
@@ -290,10 +296,9 @@ def lse_and_target_logit(
     config = config_for(hidden.device, hidden.dtype)
     tokens, features = hidden.shape
     vocabulary = weight.shape[0]
-    tiles = triton.cdiv(vocabulary, config.forward_entries)
     lse = hidden.new_empty(tokens, dtype=torch.float32)
     target_logit = torch.empty_like(lse)
-    plan = phases(tiles)
+    plan = phases(vocabulary, config.forward_entries)
     tile_lse = hidden.new_empty((max(width for _, width in plan), tokens), dtype=torch.float32)
     # The first phase has no running value yet; the tile's own log-sum-exp stands in for it.
     lse.fill_(float("-inf"))
@@ -322,6 +327,7 @@ def lse_and_target_logit(
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=softcap is not None,
             RECORD=activity is not None,
+            RAGGED=(first_tile + width) * config.forward_entries > vocabulary,
             ROW_BLOCK=config.row_block,
             ENTRIES=config.forward_entries,
             BLOCK_D=config.block_d,

@@ -226,6 +226,6 @@ def test_descriptor_path_equals_pointer_path(device, dtype, monkeypatch):
 
 
 def test_phases_cover_the_vocabulary_once():
-    for tiles in (1, 2, 3, 17, 594, 1000, 5000):
-        covered = [tile for first, width in forward.phases(tiles) for tile in range(first, first + width)]
-        assert covered == list(range(tiles))
+    for vocabulary in (1, 63, 64, 65, 1000, 64 * 594, 300_001):
+        covered = [tile for first, width in forward.phases(vocabulary, 64) for tile in range(first, first + width)]
+        assert covered == list(range(-(-vocabulary // 64)))
