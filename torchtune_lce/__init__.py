@@ -1,4 +1,4 @@
-"""Linear cross-entropy for torchtune: loss and gradients from hidden states and the output projection, without logits."""
+"""Linear cross-entropy for torchtune: loss and gradients from hidden states and output projection, without logits."""
 
 import importlib
 from typing import TYPE_CHECKING

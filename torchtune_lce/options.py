@@ -9,8 +9,8 @@ import torch
 class Options:
     """Settings of one call, validated once by :func:`torchtune_lce.validation.check_options`.
 
-    ``filter_eps`` is ``"auto"``, ``None`` (keep everything) or a float in [0, 1): softmax entries below it may be dropped
-    from the gradients by the implementations that filter.
+    ``filter_eps`` is ``"auto"``, ``None`` (keep everything) or a float in [0, 1): softmax entries below it may be
+    dropped from the gradients by the implementations that filter.
     """
 
     ignore_index: int = -100
