@@ -66,7 +66,8 @@ CASES = {
     "lse": Case(pulled=BOTH),
     "lse-only": Case(pulled=("lse",), settings=Settings(reduction="none")),
     "lse-confident": Case(pulled=BOTH, confident=0.7, settings=Settings(reduction="sum")),
-    "confident": Case(confident=0.7),
+    # A sum: divided by their number, the gradients of float16 would be subnormal.
+    "confident": Case(confident=0.7, settings=Settings(reduction="sum")),
     "large-logits": Case(logit_scale=3000.0),
     "rank-1": Case(tokens=(), ignored=0.0, pulled=BOTH),
     "rank-1-ignored": Case(tokens=(), ignored=1.0),
@@ -159,6 +160,10 @@ def _calls():
             yield _call("cce", name, case, bf16, needs_triton, pytest.mark.gpu)
         if name in COMPILED:
             yield _call("torch_compile", name, case, fp32, needs_compiler)
+    # Hundreds of pieces: sums over them must not be rounded to the inputs' dtype on the way.
+    many = Case(tokens=(40,), vocabulary=20_011, width=24, bias=True, confident=0.5)
+    for dtype in (fp32, fp16, bf16):
+        yield _call("chunked", "many-pieces", many, dtype)
     yield _call("torch_compile", "mean", CASES["mean"], bf16, needs_compiler)
     for name, case in FILTERING.items():
         yield _call("cce", name, case, fp16, needs_triton)
@@ -415,8 +420,9 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[st
     targets = torch.randint(0, case.labels_below or case.vocabulary, case.tokens)
     if case.confident:
         chosen = torch.rand(case.tokens) < case.confident
-        # Along the target's own row: a logit of 60 on average, where the other rows' stay around 60 / sqrt(D).
-        aligned = weight[targets] * (60 / case.logit_scale**2)
+        # Along the target's own row: a logit around 25 to 75, where the other rows' are a sqrt(D)-th of that. From
+        # hardly confident to a softmax of 1 but for 1e-20: rounding before p - 1 is taken shows in between.
+        aligned = weight[targets] * (50 * (0.5 + torch.rand(*case.tokens, 1)) / case.logit_scale**2)
         if case.settings.shift:
             aligned = aligned.roll(-case.settings.shift, -2)
         hidden[chosen] = aligned[chosen]

@@ -159,18 +159,22 @@ def usage_of_both(impl: str, inputs: dict, workspace_mib: int = WORKSPACE_MIB, s
         return compute(**inputs, options=options, reduction="mean", shift=0, impl=impl, return_lse=False)
 
     device = inputs["hidden"].device
+    interpreted = impl.startswith("cce") and device.type == "cpu"
     # What is made once a process does not count.
     loss(make_inputs(Shape(3, 5, 16), inputs["hidden"].dtype, device)).backward()
     held = []
     for tensor in inputs.values():
         if tensor is not None:
             tensor.grad = None
-    forward = usage(lambda: held.append(loss(inputs)), device)
-    return forward, usage(lambda: held.pop().backward(), device)
+    forward = usage(lambda: held.append(loss(inputs)), device, interpreted)
+    return forward, usage(lambda: held.pop().backward(), device, interpreted)
 
 
-def usage(call: Callable[[], None], device: torch.device) -> Usage:
-    """By the allocator's own record: of every block on a CPU, of its statistics on a card."""
+def usage(call: Callable[[], None], device: torch.device, interpreted: bool) -> Usage:
+    """By the allocator's own record: of every block on a CPU, of its statistics on a card.
+
+    Triton's interpreter leaves its arguments to the garbage collector.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -178,11 +182,12 @@ def usage(call: Callable[[], None], device: torch.device) -> Usage:
         call()
         torch.cuda.synchronize()
         return Usage(torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before)
-    # Triton's interpreter leaves its arguments to the garbage collector.
-    gc.collect()
+    if interpreted:
+        gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
-        gc.collect()
+        if interpreted:
+            gc.collect()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     peak = live = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

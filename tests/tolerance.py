@@ -110,48 +110,57 @@ def allowances(
     eps = torch.finfo(wide).eps
     hidden, weight = exact.hidden.abs(), weight.detach().double().abs()
     magnitude = hidden @ weight.T + (0 if bias is None else bias.detach().double().abs())
-    d_logit = sum_error(hidden.shape[1], wide) * magnitude + rounding(exact.logits, logits_dtype)
+    d_logit = sum_error(hidden.shape[1], wide) * magnitude
+    # The same in forward and backward, unlike the error of the sums, which may be taken in another order there.
+    rounded = rounding(exact.logits, logits_dtype)
     capped, slope, d_slope = exact.logits, 1.0, 0.0
     if settings.softcap is not None:
         capped = settings.softcap * torch.tanh(exact.logits / settings.softcap)
         slope = 1 - (capped / settings.softcap).square()
         # 2 sigmoid(2x) - 1 takes four roundings of values up to 2.
         d_logit = d_logit + 8 * eps * settings.softcap
-        d_slope = 2 * d_logit / settings.softcap + 4 * eps
+        d_slope = 2 * (d_logit + rounded) / settings.softcap + 4 * eps
     softmax = capped.softmax(-1)
     target = exact.labels.where(exact.labels != settings.ignore_index, 0)[:, None]
     # The exponent of each term is rounded, in base e or 2, then the sum and its logarithm.
     exponent = capped.abs() + capped.amax(-1, keepdim=True).abs()
     d_lse = (softmax * (d_logit + 2 * eps * exponent)).sum(-1) + 4 * eps * (1 + capped.logsumexp(-1).abs())
     d_nll = d_lse + d_logit.gather(-1, target)[:, 0] + eps * (capped.gather(-1, target)[:, 0].abs() + exact.nll.abs())
-
+    # What rounded logits r move in log softmax_v, r_v - sum of p r: its own r counted once, so small where p is near 1.
+    by_rounded = (softmax * rounded).sum(-1, keepdim=True)
+    moved = (1 - 2 * softmax) * rounded + by_rounded
     d_softmax = (exact.d_nll + exact.d_lse).abs()[:, None]
-    error = softmax * (d_logit + d_lse[:, None] + 2 * eps * exponent + 8 * eps) * d_softmax * slope
+    error = softmax * (d_logit + d_lse[:, None] + 2 * eps * exponent + 8 * eps + moved)
+    error *= d_softmax * slope
     error += eps * exact.d_nll.abs()[:, None] * F.one_hot(target[:, 0], capped.shape[1]) * slope
     # Where the softcap is saturated the slope itself is rounding noise.
     before_slope = softmax * d_softmax + exact.d_nll.abs()[:, None] * F.one_hot(target[:, 0], capped.shape[1])
     error += before_slope * d_slope
-    # Rounded to the inputs' dtype for the product, and a piece of the sum rounded to it once more.
-    error += 2 * rounding(exact.d_logits, dtype)
 
     dropped = torch.zeros_like(softmax)
     if filter_eps is not None:
         # The implementation compares its own rounded softmax.
         dropped = (softmax * d_softmax * slope).where(softmax < filter_eps * (1 + 2**-8), 0)
     tokens, vocabulary = softmax.shape
-    magnitude = exact.d_logits.abs()
-    by_hidden = error + sum_error(vocabulary, wide) * magnitude + (dropped if "hidden" in filtered else 0)
-    by_weight = error + sum_error(tokens, wide) * magnitude + (dropped if "weight" in filtered else 0)
-    bounds = {"hidden": by_hidden @ weight, "weight": by_weight.T @ hidden, "bias": by_weight.sum(0)}
+    by_hidden = error + sum_error(vocabulary, wide) * exact.d_logits.abs() + (dropped if "hidden" in filtered else 0)
+    by_weight = error + sum_error(tokens, wide) * exact.d_logits.abs() + (dropped if "weight" in filtered else 0)
+    # Rounded to the inputs' dtype for the product, and a piece of the sum rounded to it once more.
+    twice = 2**0.5 * rounding(exact.d_logits, dtype)
+    bounds = {
+        "hidden": by_hidden @ weight + independent_errors(twice, weight),
+        "weight": by_weight.T @ hidden + independent_errors(twice.T, hidden),
+        "bias": by_weight.sum(0) + independent_errors(twice.T, torch.ones_like(hidden[:, :1]))[:, 0],
+    }
     bounds["hidden"] = _scatter(bounds["hidden"], exact.rows, exact.results["hidden"])
     for name in exact.results.keys() & bounds.keys():
         bounds[name] = bounds[name] + rounding(exact.results[name], dtype)
+    d_nll = d_nll + moved.gather(-1, target)[:, 0]
     total = d_nll.sum() + sum_error(tokens, wide) * exact.nll.abs().sum()
     kept = (exact.labels != settings.ignore_index).sum().clamp(min=1)
     shift = min(settings.shift, exact.results["lse"].shape[-1]) if exact.results["lse"].ndim else 0
     per_token = {"none": _at_targets(d_nll, exact, shift), "sum": total, "mean": total / kept}
     bounds["loss"] = per_token[settings.reduction]
-    bounds["lse"] = _at_targets(d_lse, exact, shift)
+    bounds["lse"] = _at_targets(d_lse + by_rounded[:, 0], exact, shift)
     return bounds
 
 
@@ -163,6 +172,16 @@ def sum_error(length: int, dtype: torch.dtype) -> float:
     analysis").
     """
     return 4 * max(length, 1) ** 0.5 * torch.finfo(dtype).eps / 2
+
+
+def independent_errors(errors: Tensor, matrix: Tensor) -> Tensor:
+    """Error of ``values @ matrix`` where each value was rounded, ``errors`` being the most that it can be off.
+
+    Rounding errors are uniform, so their standard deviation is that over the root of 3: six of these, or all at their
+    worst where that is less.
+    """
+    six_deviations = 6 / 3**0.5 * (errors.square() @ matrix.square()).sqrt()
+    return torch.minimum(six_deviations, errors @ matrix)
 
 
 def rounding(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ from torchtune_lce.reference import accumulation_dtype
 
 def entries_per_chunk(tokens: int, vocabulary: int, workspace_mib: int, dtype: torch.dtype) -> int:
     """Vocabulary entries whose blocks fit the workspace: two of logits (a softcap or a log-sum-exp takes the second)
-    and one in the dtype of the inputs. At least 64, fewer than a hidden state has, or the products would be slow.
+    beside the last chunk's gradient in the inputs' dtype. At least 64, or the products would be slow.
     """
     bytes_per_entry = tokens * (2 * accumulation_dtype(dtype).itemsize + dtype.itemsize)
     return min(vocabulary, max(workspace_mib * 2**20 // max(bytes_per_entry, 1), 64))
@@ -68,8 +68,6 @@ class _ChunkedTokenLosses(torch.autograd.Function):
                 d_kept += d_logits @ weight[chunk]
             if need_weight:
                 torch.mm(d_logits.T, kept, out=d_weight[chunk])
-            # Or it would live on while the next chunk is computed.
-            del d_logits
         d_hidden = None
         if need_hidden:
             d_hidden = torch.zeros_like(hidden)
