@@ -47,13 +47,13 @@ class _CutCrossEntropy(torch.autograd.Function):
                 labels[piece],
                 (count - piece.start).clamp(0, piece.stop - piece.start),
                 options.softcap,
-                activity and Activity(activity.words[blocks], activity.tile),
+                activity and activity.of(blocks),
                 math.log(eps) if activity else 0.0,
             )
         used = torch.arange(rows.numel(), device=rows.device) < count
         lse = lse.where(used, 0)
-        words = activity.words if activity else None
-        ctx.save_for_backward(hidden, weight, bias, rows, labels, count, lse, words)
+        recorded = (activity.words, activity.whole) if activity else (None, None)
+        ctx.save_for_backward(hidden, weight, bias, rows, labels, count, lse, *recorded)
         ctx.options, ctx.filtering = options, filtering
         ctx.set_materialize_grads(False)
         nll = (lse - target_logit).where(used, 0)
@@ -64,7 +64,7 @@ class _CutCrossEntropy(torch.autograd.Function):
         # once_differentiable would let the gradients pass for constants where only the saved inputs ask for more.
         if torch.is_grad_enabled():
             raise RuntimeError("impl='cce' has no second derivative (create_graph=True); set impl='reference'")
-        hidden, weight, bias, rows, labels, count, lse, words = ctx.saved_tensors
+        hidden, weight, bias, rows, labels, count, lse, words, whole = ctx.saved_tensors
         options, filtering = ctx.options, ctx.filtering
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         config = config_for(hidden.device, hidden.dtype)
@@ -83,13 +83,15 @@ class _CutCrossEntropy(torch.autograd.Function):
             columns = triton.cdiv(weight.shape[0], config.entry_tile)
             strip_tiles = min(max(int(mib * 2**20) // tile_bytes, 2 * row_blocks), columns * row_blocks + row_blocks)
             first = piece.start // config.row_block
-            activity = words if words is None else Activity(words[first : first + row_blocks], config.forward_entries)
+            recorded = None
+            if words is not None:
+                recorded = Activity(words, whole, config.forward_entries).of(slice(first, first + row_blocks))
             # A gradient that nobody wants must not make the plan keep more.
             filter_hidden = filtering.hidden or d_hidden is None
             filter_weight = filtering.weight or (d_weight is None and d_bias is None)
             used = (count - piece.start).clamp(0, piece.stop - piece.start)
             plan = make_plan(
-                activity, filter_hidden, filter_weight, used, row_blocks, weight.shape[0], strip_tiles, config
+                recorded, filter_hidden, filter_weight, used, row_blocks, weight.shape[0], strip_tiles, config
             )
             run_backward(
                 plan,
@@ -146,7 +148,11 @@ def _compact(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor
 def _empty_activity(tokens: int, vocabulary: int, config: Config, device: torch.device) -> Activity:
     words = triton.cdiv(vocabulary, config.forward_entries) * config.forward_entries // 32
     shape = (triton.cdiv(tokens, config.row_block), words)
-    return Activity(torch.empty(shape, dtype=torch.int32, device=device), config.forward_entries)
+    return Activity(
+        torch.empty(shape, dtype=torch.int32, device=device),
+        torch.empty(shape[0], dtype=torch.bool, device=device),
+        config.forward_entries,
+    )
 
 
 def _pieces(tokens: int, bytes_a_token: int, workspace_mib: int, config: Config) -> Iterator[slice]:

@@ -2,7 +2,12 @@
 
 The vocabulary is walked in phases of growing width. A phase's kernel leaves one log-sum-exp a token and vocabulary
 tile; :func:`_merge_kernel` folds them, in order, into the running one. What matters is decided against the running
-value, a lower bound of the final one: the record can keep more than the threshold asks for, never less.
+value of the phases before, a lower bound of the final one: the record can keep more than the threshold asks for, never
+less.
+
+A threshold on single entries says nothing about their sum: where the softmax is flat, as in an untrained model, all of
+it lies in entries below any threshold. So the mass of the inactive entries is summed too, and a row block in which it
+is more than ``DROPPED_MASS_LIMIT`` of the tokens' mean is kept whole.
 """
 
 from dataclasses import dataclass
@@ -18,16 +23,25 @@ from torchtune_lce.kernels.tuning import Config, config_for, programs
 WORD_BITS = tl.constexpr(32)
 
 
+# Trained models leave a few hundredths of the softmax below finfo(bfloat16).eps / 32; a flat softmax leaves all of it.
+DROPPED_MASS_LIMIT = 0.25
+
+
 @dataclass(frozen=True)
 class Activity:
-    """One bit for each (row block, entry): some token of the block may give the entry a softmax of filter_eps or more.
+    """Which parts of the softmax the gradients need.
 
-    ``words`` is int32 [row blocks, words]; entry e of a tile of W = tile / 32 words is bit e // W of the tile's word
-    e % W, the order in which one thread of the forward holds its columns.
+    ``words`` is int32 [row blocks, words], a bit for each (row block, entry): some token of the block may give the
+    entry filter_eps or more. Entry e of a tile of W = tile / 32 words is bit e // W of the tile's word e % W, the order
+    in which one thread of the forward holds its columns. ``whole`` is bool [row blocks]: keep every entry.
     """
 
     words: Tensor
+    whole: Tensor
     tile: int
+
+    def of(self, row_blocks: slice) -> "Activity":
+        return Activity(self.words[row_blocks], self.whole[row_blocks], self.tile)
 
 
 @triton.jit
@@ -38,11 +52,12 @@ def _tile_statistics(
     entry_tile,
     bias,
     labels,
-    running_lse,
-    tile_lse,
+    running,
+    statistics,
     target_logit,
     words,
     words_stride,
+    tokens_stride,
     row_block,
     entries_total,
     log_eps,
@@ -54,7 +69,7 @@ def _tile_statistics(
     ROW_BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """Stores one tile's log-sum-exp, its target logits and, with RECORD, its activity bits."""
+    """Stores one tile's log-sum-exp, its target logits and, with RECORD, its activity bits and what they leave out."""
     entries = entry_tile * ENTRIES + tl.arange(0, ENTRIES)
     if HAS_BIAS:
         logits += tl.load(bias + entries, mask=entries < entries_total, other=0.0).to(tl.float32)[None, :]
@@ -63,29 +78,32 @@ def _tile_statistics(
     if RAGGED:
         logits = tl.where((entries < entries_total)[None, :], logits, float("-inf"))
 
-    peak = tl.max(logits, 1)
-    # A row of -inf alone must not become -inf - -inf.
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.sum(tl.exp2(logits * LOG2_E - (peak * LOG2_E)[:, None]), 1)
-    lse = peak + tl.log(total)
-
     label = tl.load(labels + tokens, mask=token_mask, other=-1).to(tl.int32)
     own = (label >= entry_tile * ENTRIES) & (label < (entry_tile + 1) * ENTRIES)
     if tl.max(own.to(tl.int32), 0) > 0:
         target = tl.sum(tl.where(label[:, None] == entries[None, :], logits, 0.0), 1)
         tl.store(target_logit + tokens, target, mask=own)
 
+    peak = tl.max(logits, 1)
+    # A row of -inf alone must not become -inf - -inf.
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    powers = tl.exp2(logits * LOG2_E - (peak * LOG2_E)[:, None])
+    total = tl.sum(powers, 1)
+
     if RECORD:
-        running = tl.load(running_lse + tokens, mask=token_mask, other=float("inf"))
-        bound = tl.maximum(running, lse) + log_eps
-        WORDS: tl.constexpr = ENTRIES // WORD_BITS
+        bound = tl.load(running + tokens, mask=token_mask, other=float("inf")) + log_eps
         # `<` and not `>=`: a NaN must be kept, so that it reaches the gradients.
-        below = tl.reshape(logits, (ROW_BLOCK, WORD_BITS, WORDS)) < bound[:, None, None]
-        bits = tl.sum(tl.where(below, 0, 1 << tl.arange(0, WORD_BITS)[None, :, None]), 1)
+        below = powers < tl.exp(bound - peak)[:, None]
+        WORDS: tl.constexpr = ENTRIES // WORD_BITS
+        bits = tl.where(
+            tl.reshape(below, (ROW_BLOCK, WORD_BITS, WORDS)), 0, 1 << tl.arange(0, WORD_BITS)[None, :, None]
+        )
         words += row_block.to(tl.int64) * words_stride + entry_tile * WORDS
-        tl.store(words + tl.arange(0, WORDS), tl.reduce(bits, 0, bitwise_or))
+        tl.store(words + tl.arange(0, WORDS), tl.reduce(tl.sum(bits, 1), 0, bitwise_or))
+        dropped = tl.sum(tl.where(below, powers, 0.0), 1)
+        tl.store(statistics + tokens_stride + tokens, peak + tl.log(dropped), mask=token_mask)
     # Last, because Triton 3.6 cannot flatten a loop whose body ends in a branch.
-    tl.store(tile_lse + tokens, lse, mask=token_mask)
+    tl.store(statistics + tokens, peak + tl.log(total), mask=token_mask)
 
 
 @triton.jit
@@ -108,15 +126,15 @@ def _pointer_kernel(
     bias,
     labels,
     count,
-    running_lse,
-    tile_lse,
+    running,
+    statistics,
     target_logit,
     words,
     entries_total,
     features,
     hidden_stride,
     weight_stride,
-    tile_lse_stride,
+    tokens_stride,
     words_stride,
     first_tile,
     tiles,
@@ -158,11 +176,12 @@ def _pointer_kernel(
             entry_tile,
             bias,
             labels,
-            running_lse,
-            tile_lse + column.to(tl.int64) * tile_lse_stride,
+            running,
+            statistics + column.to(tl.int64) * tokens_stride * (2 if RECORD else 1),
             target_logit,
             words,
             words_stride,
+            tokens_stride,
             row_block,
             entries_total,
             log_eps,
@@ -183,15 +202,15 @@ def _descriptor_kernel(
     bias,
     labels,
     count,
-    running_lse,
-    tile_lse,
+    running,
+    statistics,
     target_logit,
     words,
     entries_total,
     features,
     hidden_stride,
     weight_stride,
-    tile_lse_stride,
+    tokens_stride,
     words_stride,
     first_tile,
     tiles,
@@ -229,11 +248,12 @@ def _descriptor_kernel(
             entry_tile,
             bias,
             labels,
-            running_lse,
-            tile_lse + column.to(tl.int64) * tile_lse_stride,
+            running,
+            statistics + column.to(tl.int64) * tokens_stride * (2 if RECORD else 1),
             target_logit,
             words,
             words_stride,
+            tokens_stride,
             row_block,
             entries_total,
             log_eps,
@@ -248,23 +268,25 @@ def _descriptor_kernel(
 
 
 @triton.jit
-def _merge_kernel(tile_lse, running_lse, count, tile_lse_stride, tiles, TILES: tl.constexpr, BLOCK: tl.constexpr):
-    """running_lse[n] = log-sum-exp of itself and tile_lse[0:tiles, n], always in the order of the vocabulary."""
-    tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = tokens < tl.load(count)
-    peak = tl.load(running_lse + tokens, mask=mask, other=0.0)
+def _merge_kernel(
+    statistics, running, count, tokens_stride, total_stride, tiles, TILES: tl.constexpr, BLOCK: tl.constexpr
+):
+    """running[i] = log-sum-exp of itself and statistics[0:tiles, i], always in the order of the vocabulary."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = (index < total_stride) & (index % tokens_stride < tl.load(count))
+    peak = tl.load(running + index, mask=mask, other=0.0)
     total = tl.full((BLOCK,), 1.0, tl.float32)
     tile = tl.arange(0, TILES)
-    parts = tile_lse + tile[:, None].to(tl.int64) * tile_lse_stride + tokens[None, :]
+    parts = statistics + tile[:, None].to(tl.int64) * total_stride + index[None, :]
     for first in range(0, tiles, TILES):
         part = tl.load(parts, mask=(first + tile < tiles)[:, None] & mask[None, :], other=float("-inf"))
-        parts += TILES * tile_lse_stride
+        parts += TILES * total_stride
         higher = tl.maximum(peak, tl.max(part, 0))
         # A NaN passes the maxima by and reaches the total; -inf alone must not become -inf - -inf.
         base = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(peak - base) + tl.sum(tl.exp(part - base[None, :]), 0)
         peak = higher
-    tl.store(running_lse + tokens, tl.where(peak == float("-inf"), peak + total, peak + tl.log(total)), mask=mask)
+    tl.store(running + index, tl.where(peak == float("-inf"), peak + total, peak + tl.log(total)), mask=mask)
 
 
 def phases(vocabulary: int, tile: int) -> list[tuple[int, int]]:
@@ -296,12 +318,11 @@ def lse_and_target_logit(
     config = config_for(hidden.device, hidden.dtype)
     tokens, features = hidden.shape
     vocabulary = weight.shape[0]
-    lse = hidden.new_empty(tokens, dtype=torch.float32)
-    target_logit = torch.empty_like(lse)
+    target_logit = hidden.new_empty(tokens, dtype=torch.float32)
     plan = phases(vocabulary, config.forward_entries)
-    tile_lse = hidden.new_empty((max(width for _, width in plan), tokens), dtype=torch.float32)
-    # The first phase has no running value yet; the tile's own log-sum-exp stands in for it.
-    lse.fill_(float("-inf"))
+    # Of each token: its log-sum-exp and, when recorded, that of its inactive entries.
+    running = hidden.new_full((2 if activity else 1, tokens), float("-inf"), dtype=torch.float32)
+    statistics = hidden.new_empty((max(width for _, width in plan), *running.shape), dtype=torch.float32)
     kernel, hidden_operand, weight_operand = _operands(hidden, weight, config)
     for first_tile, width in plan:
         kernel[(min(programs(hidden.device), triton.cdiv(tokens, config.row_block) * width),)](
@@ -310,15 +331,15 @@ def lse_and_target_logit(
             bias,
             labels,
             count,
-            lse,
-            tile_lse,
+            running,
+            statistics,
             target_logit,
             activity.words if activity else None,
             vocabulary,
             features,
             hidden.stride(0),
             weight.stride(0),
-            tile_lse.stride(0),
+            tokens,
             activity.words.stride(0) if activity else 0,
             first_tile,
             width,
@@ -336,7 +357,9 @@ def lse_and_target_logit(
             num_warps=config.warps,
             num_stages=config.forward_stages,
         )
-        _merge_kernel[(triton.cdiv(tokens, 64),)](tile_lse, lse, count, tile_lse.stride(0), width, TILES=16, BLOCK=64)
+        _merge_kernel[(triton.cdiv(running.numel(), 64),)](
+            statistics, running, count, tokens, running.numel(), width, TILES=16, BLOCK=64
+        )
     if activity:
         _target_kernel[(triton.cdiv(tokens, config.row_block),)](
             activity.words,
@@ -346,7 +369,17 @@ def lse_and_target_logit(
             ROW_BLOCK=config.row_block,
             ENTRIES=config.forward_entries,
         )
-    return lse, target_logit
+        activity.whole.copy_(_flat_row_blocks(running, count, config.row_block))
+    return running[0], target_logit
+
+
+def _flat_row_blocks(running: Tensor, count: Tensor, row_block: int) -> Tensor:
+    """bool [row blocks]: whether the inactive entries hold more of the softmax than the limit, in the tokens' mean."""
+    tokens = running.shape[1]
+    used = torch.arange(tokens, device=running.device) < count
+    excess = ((running[1] - running[0]).exp() - DROPPED_MASS_LIMIT).where(used, 0)
+    padded = torch.nn.functional.pad(excess, (0, -tokens % row_block))
+    return padded.view(-1, row_block).sum(1) > 0
 
 
 def _operands(hidden: Tensor, weight: Tensor, config: Config):

@@ -151,7 +151,7 @@ def make_plan(
 
     used = torch.arange(row_blocks, dtype=torch.int32, device=device) * config.row_block < count
     everything = used.to(torch.int32).expand(columns, row_blocks).contiguous()
-    kept = everything if activity is None else _kept(activity, entries, count, row_blocks, columns, vocabulary, config)
+    kept = everything if activity is None else _kept(activity, entries, count, used, columns, vocabulary, config)
     for_hidden = kept if filter_hidden else everything
     for_weight = kept if filter_weight else everything
     union = kept if filter_hidden and filter_weight else everything
@@ -243,21 +243,24 @@ def _order(activity: Activity | None, count: Tensor, vocabulary: int, config: Co
     return counts.clamp_(max=32767).to(torch.int16).sort(descending=True, stable=True).indices
 
 
-def _kept(activity, entries, count, row_blocks, columns, vocabulary, config) -> Tensor:
-    kept = torch.zeros((columns, row_blocks), dtype=torch.int32, device=entries.device)
+def _kept(
+    activity: Activity, entries: Tensor, count: Tensor, used: Tensor, columns: int, vocabulary: int, config: Config
+) -> Tensor:
+    """int32 [columns, row blocks]: 1 where a used row block has an active entry in the column, or is kept whole."""
+    kept = torch.zeros((columns, used.numel()), dtype=torch.int32, device=entries.device)
     _tile_kernel[(columns,)](
         activity.words,
         entries,
         kept,
         count,
         activity.words.stride(0),
-        row_blocks,
+        used.numel(),
         vocabulary,
         ROW_BLOCK=config.row_block,
         TILE=config.entry_tile,
         WORDS=activity.tile // WORD_BITS.value,
     )
-    return kept
+    return torch.maximum(kept, (activity.whole & used).to(torch.int32))
 
 
 def _lines(kept: Tensor, ids: Tensor, rank: Tensor, by_row: bool) -> Lines:
