@@ -242,7 +242,7 @@ def test_folder_of_an_earlier_demo_is_emptied_of_what_is_its_own(tmp_path):
 
 def test_relative_folder_becomes_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert folder.prepare(Path("demo")) == tmp_path / "demo"
+    assert folder.prepare(Path("demo")) == (tmp_path / "demo").resolve()
 
 
 def test_file_as_folder_is_named(tmp_path):
@@ -313,6 +313,15 @@ def test_exit_status_tells_whether_the_losses_agree(tmp_path, monkeypatch, capsy
     assert verdict in printed
     assert "not counted" in printed
     assert (tmp_path / "demo" / "curves.png").exists()
+
+
+def test_interrupt_is_no_traceback(tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demonstration, "prepare_inputs", interrupted)
+    assert demo("--output", str(tmp_path / "demo")) == 130
+    assert capsys.readouterr().err == "tune-lce demo: interrupted\n"
 
 
 @pytest.mark.slow

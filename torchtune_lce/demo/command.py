@@ -11,7 +11,7 @@ the tokenizer is trained on its source, the model has random weights. Uses a CUD
 it takes up to three minutes. Exit status: 0 if the losses agree, 1 if they differ by more than rounding, 2 if it could
 not run.
 """
-DEFAULT_STEPS = 30
+DEFAULT_STEPS = 20
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -50,4 +50,7 @@ def main(args: argparse.Namespace) -> None:
     except DemoError as error:
         print(f"tune-lce demo: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # the running fine-tune has been ended
+        print("tune-lce demo: interrupted", file=sys.stderr)
+        sys.exit(130)
     sys.exit(0 if agrees else 1)

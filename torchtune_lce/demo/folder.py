@@ -17,7 +17,7 @@ def prepare(output: Path) -> Path:
 
     Raises DemoError for a file, a folder that cannot be written, or one that holds something else.
     """
-    output = output.expanduser().absolute()
+    output = output.expanduser().resolve()
     if output.exists() and not output.is_dir():
         raise DemoError(f"--output must be a folder, {output} is a file")
     marker = output / MARKER
