@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from torchtune_lce.filtering import open_record
 from torchtune_lce.implementations import Filtering
 from torchtune_lce.kernels.backward import run_backward
 from torchtune_lce.kernels.forward import Activity, lse_and_target_logit
@@ -47,12 +48,15 @@ class _CutCrossEntropy(torch.autograd.Function):
                 labels[piece],
                 (count - piece.start).clamp(0, piece.stop - piece.start),
                 options.softcap,
-                activity and activity.of(blocks),
+                activity and activity.of(blocks, piece),
                 math.log(eps) if activity else 0.0,
             )
         used = torch.arange(rows.numel(), device=rows.device) < count
         lse = lse.where(used, 0)
-        recorded = (activity.words, activity.whole) if activity else (None, None)
+        ctx.record = open_record(rows.numel(), rows.device)
+        if ctx.record and activity:
+            ctx.record.dropped_mass[rows] = activity.dropped_mass
+        recorded = (activity.words, activity.whole, activity.dropped_mass) if activity else (None, None, None)
         ctx.save_for_backward(hidden, weight, bias, rows, labels, count, lse, *recorded)
         ctx.options, ctx.filtering = options, filtering
         ctx.set_materialize_grads(False)
@@ -64,7 +68,7 @@ class _CutCrossEntropy(torch.autograd.Function):
         # once_differentiable would let the gradients pass for constants where only the saved inputs ask for more.
         if torch.is_grad_enabled():
             raise RuntimeError("impl='cce' has no second derivative (create_graph=True); set impl='reference'")
-        hidden, weight, bias, rows, labels, count, lse, words, whole = ctx.saved_tensors
+        hidden, weight, bias, rows, labels, count, lse, *recorded = ctx.saved_tensors
         options, filtering = ctx.options, ctx.filtering
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         config = config_for(hidden.device, hidden.dtype)
@@ -74,25 +78,31 @@ class _CutCrossEntropy(torch.autograd.Function):
         d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
         d_bias = torch.empty_like(bias) if need_bias else None
 
-        def run(
-            piece: slice, d_hidden: Tensor | None, d_weight: Tensor | None, d_bias: Tensor | None, mib: int
-        ) -> None:
-            """Gradients from the places in `piece`, with `mib` for the tiles of a strip."""
-            row_blocks = triton.cdiv(piece.stop - piece.start, config.row_block)
-            tile_bytes = config.row_block * config.entry_tile * hidden.element_size()
+        def run(piece: slice, d_hidden: Tensor | None, d_weight: Tensor | None, d_bias: Tensor | None) -> None:
+            """Gradients from the places in `piece`."""
+            tokens = piece.stop - piece.start
+            row_blocks = triton.cdiv(tokens, config.row_block)
             columns = triton.cdiv(weight.shape[0], config.entry_tile)
-            strip_tiles = min(max(int(mib * 2**20) // tile_bytes, 2 * row_blocks), columns * row_blocks + row_blocks)
+            # Beside the strips' tiles: the plan's lists, and the sums of d_hidden over strips.
+            left = options.workspace_mib * 2**20 - 24 * weight.shape[0] - 48 * columns * row_blocks
+            if d_hidden is not None:
+                left -= tokens * hidden.shape[1] * 4
+            tile_bytes = config.row_block * config.entry_tile * hidden.element_size()
+            strip_tiles = min(max(left // tile_bytes, 2 * row_blocks), (columns + 1) * row_blocks)
             first = piece.start // config.row_block
-            recorded = None
-            if words is not None:
-                recorded = Activity(words, whole, config.forward_entries).of(slice(first, first + row_blocks))
+            activity = None
+            if recorded[0] is not None:
+                whole = Activity(*recorded, config.forward_entries)
+                activity = whole.of(slice(first, first + row_blocks), piece)
             # A gradient that nobody wants must not make the plan keep more.
             filter_hidden = filtering.hidden or d_hidden is None
             filter_weight = filtering.weight or (d_weight is None and d_bias is None)
             used = (count - piece.start).clamp(0, piece.stop - piece.start)
             plan = make_plan(
-                recorded, filter_hidden, filter_weight, used, row_blocks, weight.shape[0], strip_tiles, config
+                activity, filter_hidden, filter_weight, used, row_blocks, weight.shape[0], strip_tiles, config
             )
+            if ctx.record:
+                ctx.record.kept_tiles, ctx.record.tiles = plan.first_id[-1:], columns * row_blocks
             run_backward(
                 plan,
                 hidden,
@@ -116,15 +126,13 @@ class _CutCrossEntropy(torch.autograd.Function):
         # The float32 sums of d_hidden over strips may take half of the workspace; past that the two gradients take a
         # pass each, and that of hidden goes by pieces of tokens.
         pieces = list(_pieces(rows.numel(), hidden.shape[1] * 4 * 2, options.workspace_mib, config))
-        together = len(pieces) == 1 or not need_hidden
-        half = options.workspace_mib / 2
-        if together and rows.numel():
-            run(everything, d_hidden, d_weight, d_bias, half)
-        elif rows.numel():
+        if len(pieces) == 1 or not need_hidden and pieces:
+            run(everything, d_hidden, d_weight, d_bias)
+        elif pieces:
             if need_weight or need_bias:
-                run(everything, None, d_weight, d_bias, options.workspace_mib)
+                run(everything, None, d_weight, d_bias)
             for piece in pieces:
-                run(piece, d_hidden, None, None, half)
+                run(piece, d_hidden, None, None)
         else:
             for gradient in (d_weight, d_bias):
                 if gradient is not None:
@@ -151,6 +159,7 @@ def _empty_activity(tokens: int, vocabulary: int, config: Config, device: torch.
     return Activity(
         torch.empty(shape, dtype=torch.int32, device=device),
         torch.empty(shape[0], dtype=torch.bool, device=device),
+        torch.empty(tokens, dtype=torch.float32, device=device),
         config.forward_entries,
     )
 

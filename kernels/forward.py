@@ -34,14 +34,17 @@ class Activity:
     ``words`` is int32 [row blocks, words], a bit for each (row block, entry): some token of the block may give the
     entry filter_eps or more. Entry e of a tile of W = tile / 32 words is bit e // W of the tile's word e % W, the order
     in which one thread of the forward holds its columns. ``whole`` is bool [row blocks]: keep every entry.
+    ``dropped_mass`` is float32 [tokens]: the softmax mass of the entries that this leaves out.
     """
 
     words: Tensor
     whole: Tensor
+    dropped_mass: Tensor
     tile: int
 
-    def of(self, row_blocks: slice) -> "Activity":
-        return Activity(self.words[row_blocks], self.whole[row_blocks], self.tile)
+    def of(self, row_blocks: slice, tokens: slice) -> "Activity":
+        """The part of it for some row blocks, which are these tokens."""
+        return Activity(self.words[row_blocks], self.whole[row_blocks], self.dropped_mass[tokens], self.tile)
 
 
 @triton.jit
@@ -369,17 +372,19 @@ def lse_and_target_logit(
             ROW_BLOCK=config.row_block,
             ENTRIES=config.forward_entries,
         )
-        activity.whole.copy_(_flat_row_blocks(running, count, config.row_block))
+        _mark_flat_row_blocks(activity, running, count, config.row_block)
     return running[0], target_logit
 
 
-def _flat_row_blocks(running: Tensor, count: Tensor, row_block: int) -> Tensor:
-    """bool [row blocks]: whether the inactive entries hold more of the softmax than the limit, in the tokens' mean."""
+def _mark_flat_row_blocks(activity: Activity, running: Tensor, count: Tensor, row_block: int) -> None:
+    """Fills ``dropped_mass`` and, where its mean over a row block's tokens passes the limit, ``whole``."""
     tokens = running.shape[1]
     used = torch.arange(tokens, device=running.device) < count
-    excess = ((running[1] - running[0]).exp() - DROPPED_MASS_LIMIT).where(used, 0)
-    padded = torch.nn.functional.pad(excess, (0, -tokens % row_block))
-    return padded.view(-1, row_block).sum(1) > 0
+    mass = (running[1] - running[0]).exp()
+    excess = torch.nn.functional.pad((mass - DROPPED_MASS_LIMIT).where(used, 0), (0, -tokens % row_block))
+    activity.whole.copy_(excess.view(-1, row_block).sum(1) > 0)
+    dropped = used & ~activity.whole.repeat_interleave(row_block)[:tokens]
+    activity.dropped_mass.copy_(mass.where(dropped, 0))
 
 
 def _operands(hidden: Tensor, weight: Tensor, config: Config):

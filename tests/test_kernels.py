@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from torchtune_lce import functional
+from torchtune_lce import filtering, functional
 from torchtune_lce.kernels import autograd, forward, plan, tuning
 from torchtune_lce.options import Options
 
@@ -246,3 +246,22 @@ def test_phases_cover_the_vocabulary_once():
     for vocabulary in (1, 63, 64, 65, 1000, 64 * 594, 300_001):
         covered = [tile for first, width in forward.phases(vocabulary, 64) for tile in range(first, first + width)]
         assert covered == list(range(-(-vocabulary // 64)))
+
+
+def test_what_filtering_left_out_can_be_asked_for(device):
+    hidden, weight, targets = peaked(device)
+    targets[10:20] = -100
+    with filtering.recording() as records:
+        gradients(hidden, weight, targets)
+        gradients(hidden, weight, targets, impl="cce_exact")
+    filtered, exact = records
+    softmax = softmax_of(hidden, weight)
+    below = torch.where(softmax < EPS, softmax, 0).sum(1)
+    assert (filtered.dropped_mass[10:20] == 0).all()
+    # Some entries count as active on the strength of a running value: never more is left out than the threshold says.
+    assert (filtered.dropped_mass <= below * (1 + 1e-4)).all()
+    assert 0 < filtered.largest_dropped_mass < 1
+    assert 0 < filtered.kept_fraction < exact.kept_fraction == 1
+    assert exact.largest_dropped_mass == 0
+    gradients(hidden, weight, targets)
+    assert len(records) == 2, "nothing is collected outside"

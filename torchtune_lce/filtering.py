@@ -1,0 +1,58 @@
+"""What gradient filtering left out of a call, for whoever asks: nothing is kept or computed for others."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class FilterRecord:
+    """Of one call of a ``cce`` implementation, on the device of its inputs; reading a property waits for it.
+
+    ``dropped_mass`` [N] float32 bounds, for each token, the softmax mass of the entries that the gradients may leave
+    out (the kept tiles hold some of it after all); 0 where ignored, and where the token's row block is kept whole. The
+    tile counts are there after the backward.
+    """
+
+    dropped_mass: Tensor
+    kept_tiles: Tensor | None = None  # [1] integer, of the last launch of the backward
+    tiles: int = 0
+
+    @property
+    def kept_fraction(self) -> float:
+        """Kept tiles of all tiles, those of ignored tokens too; 1.0 where nothing is filtered or ignored."""
+        if self.kept_tiles is None:
+            raise RuntimeError("kept_fraction is known after the backward, which has not run for this call")
+        return self.kept_tiles.item() / max(self.tiles, 1)
+
+    @property
+    def largest_dropped_mass(self) -> float:
+        """Bound on the softmax mass left out of any token's gradient."""
+        return self.dropped_mass.max().item() if self.dropped_mass.numel() else 0.0
+
+
+_records: ContextVar[list[FilterRecord] | None] = ContextVar("torchtune_lce_filter_records", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[FilterRecord]]:
+    """Collects a :class:`FilterRecord` for each ``cce`` call made inside, in their order."""
+    records: list[FilterRecord] = []
+    token = _records.set(records)
+    try:
+        yield records
+    finally:
+        _records.reset(token)
+
+
+def open_record(tokens: int, device: torch.device) -> FilterRecord | None:
+    """The record of a call that begins, if somebody collects them."""
+    records = _records.get()
+    if records is None:
+        return None
+    records.append(FilterRecord(torch.zeros(tokens, dtype=torch.float32, device=device)))
+    return records[-1]
