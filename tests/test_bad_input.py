@@ -1,5 +1,6 @@
 """Every complaint about an argument: it names the argument, what was expected and what came."""
 
+import os
 import re
 
 import pytest
@@ -14,7 +15,9 @@ from torchtune_lce.functional import compute
 from torchtune_lce.implementations import NAMES
 from torchtune_lce.options import Options
 
-RUNNABLE = ("reference", "chunked", "torch_compile", "cce", "cce_exact", "auto")
+ANY = ("reference", "chunked", "torch_compile", "cce", "cce_exact", "auto")
+# The kernels take CPU tensors in the interpreter alone; where there is a card, conftest.py leaves it off.
+RUNNABLE = [impl for impl in ANY if os.environ.get("TRITON_INTERPRET") == "1" or not impl.startswith("cce")]
 
 
 def arguments(**changed) -> dict:
@@ -159,7 +162,7 @@ def mesh():
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("impl", RUNNABLE)
+@pytest.mark.parametrize("impl", ANY)
 @pytest.mark.parametrize(("name", "placement"), [("weight", Shard(0)), ("weight", Replicate()), ("hidden", Shard(0))])
 def test_distributed_tensor_is_refused(mesh, name, placement, impl):
     """A kernel would read past a shard, or through a null pointer."""

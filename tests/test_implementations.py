@@ -96,7 +96,7 @@ def test_says_again_for_another_reason(machine, caplog):
     assert [record.args[0] for record in caplog.records] == ["chunked", "torch_compile"]
 
 
-def test_public_function_says_it(device, caplog):
+def test_public_function_says_it(caplog):
     hidden, weight, targets = torch.randn(3, 8), torch.randn(11, 8), torch.tensor([0, 10, 5])
     with caplog.at_level(logging.INFO, logger="torchtune_lce"):
         linear_cross_entropy(hidden, weight, targets)
