@@ -1,4 +1,8 @@
-"""The autograd.Function of the ``cce`` implementations: what is saved, and how the work is cut to the workspace."""
+"""The ``cce`` implementations as two custom operators: what passes between them, and cutting work to the workspace.
+
+Operators, so that torch.compile sees one opaque node each way and CUDA graphs can hold them: nothing in here reads a
+tensor's values on the host.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -20,124 +24,254 @@ def token_losses(filtering: Filtering) -> Callable:
     """The preset's function, with the contract of :func:`torchtune_lce.reference.token_losses`."""
 
     def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options):
-        return _CutCrossEntropy.apply(hidden, weight, bias, targets, options, filtering)
+        eps = options.resolved_filter_eps(hidden.dtype)
+        needed = (hidden.requires_grad, weight.requires_grad or (bias is not None and bias.requires_grad))
+        # A gradient that nobody wants must not make the others keep more.
+        filter_hidden, filter_weight = filtering.hidden or not needed[0], filtering.weight or not needed[1]
+        records = bool(eps) and any(needed) and torch.is_grad_enabled() and (filter_hidden or filter_weight)
+        nll, lse, *_ = _forward(
+            hidden,
+            weight,
+            bias,
+            targets,
+            options.ignore_index,
+            options.softcap,
+            eps if records else None,
+            filter_hidden,
+            filter_weight,
+            options.workspace_mib,
+        )
+        return nll, lse
 
     return run
 
 
-class _CutCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, options: Options, filtering: Filtering):
-        hidden, weight = _rows_contiguous(hidden), _rows_contiguous(weight)
-        bias = bias if bias is None else bias.contiguous()
-        config = config_for(hidden.device, hidden.dtype)
-        rows, labels, count = _compact(targets, options.ignore_index)
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        eps = options.resolved_filter_eps(hidden.dtype)
-        filters = (need_hidden and filtering.hidden) or ((need_weight or need_bias) and filtering.weight)
-        activity = _empty_activity(rows.numel(), weight.shape[0], config, hidden.device) if filters and eps else None
+@torch.library.custom_op(
+    "torchtune_lce::cut_cross_entropy",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float? softcap, float? eps, "
+    "bool filter_hidden, bool filter_weight, int workspace_mib) "
+    "-> (Tensor nll, Tensor lse, Tensor rows, Tensor labels, Tensor count, Tensor row_lse, "
+    "Tensor words, Tensor whole, Tensor dropped_mass)",
+)
+def _forward(hidden, weight, bias, targets, ignore_index, softcap, eps, filter_hidden, filter_weight, workspace_mib):
+    """nll and lse [N] float32, 0 where ignored; then what the backward needs.
 
-        lse = torch.zeros_like(rows, dtype=torch.float32)
-        target_logit = torch.zeros_like(lse)
-        for piece in _pieces(rows.numel(), hidden.shape[1] * hidden.element_size() * 4, options.workspace_mib, config):
-            blocks = slice(piece.start // config.row_block, triton.cdiv(piece.stop, config.row_block))
-            lse[piece], target_logit[piece] = lse_and_target_logit(
-                hidden[rows[piece]],
-                weight,
-                bias,
-                labels[piece],
-                (count - piece.start).clamp(0, piece.stop - piece.start),
-                options.softcap,
-                activity and activity.of(blocks, piece),
-                math.log(eps) if activity else 0.0,
-            )
-        used = torch.arange(rows.numel(), device=rows.device) < count
-        lse = lse.where(used, 0)
+    rows [N] int64 lists the tokens in use first, count [1] int32 how many those are, labels and row_lse are in that
+    order. words, whole and dropped_mass are an :class:`Activity`, empty without eps.
+    """
+    hidden, weight = _rows_contiguous(hidden), _rows_contiguous(weight)
+    bias = bias if bias is None else bias.contiguous()
+    config = config_for(hidden.device, hidden.dtype)
+    rows, labels, count = _compact(targets, ignore_index)
+    tokens = rows.numel()
+    activity = None if eps is None else _empty_activity(tokens, weight.shape[0], config, hidden.device)
+    row_lse = torch.zeros_like(rows, dtype=torch.float32)
+    target_logit = torch.zeros_like(row_lse)
+    for piece in _pieces(tokens, hidden.shape[1] * hidden.element_size() * 4, workspace_mib, config):
+        blocks = slice(piece.start // config.row_block, triton.cdiv(piece.stop, config.row_block))
+        row_lse[piece], target_logit[piece] = lse_and_target_logit(
+            hidden[rows[piece]],
+            weight,
+            bias,
+            labels[piece],
+            (count - piece.start).clamp(0, piece.stop - piece.start),
+            softcap,
+            activity and activity.of(blocks, piece),
+            math.log(eps) if activity else 0.0,
+        )
+    used = torch.arange(tokens, device=rows.device) < count
+    row_lse = row_lse.where(used, 0)
+    nll = torch.zeros_like(row_lse).scatter_(0, rows, (row_lse - target_logit).where(used, 0))
+    lse = torch.zeros_like(row_lse).scatter_(0, rows, row_lse)
+    if activity is None:
+        nothing = [hidden.new_empty(0, dtype=dtype) for dtype in (torch.int32, torch.bool, torch.float32)]
+        return nll, lse, rows, labels, count, row_lse, *nothing
+    return nll, lse, rows, labels, count, row_lse, activity.words, activity.whole, activity.dropped_mass
+
+
+@_forward.register_fake
+def _(hidden, weight, bias, targets, ignore_index, softcap, eps, filter_hidden, filter_weight, workspace_mib):
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return hidden.new_empty(shape, dtype=dtype)
+
+    tokens = targets.shape[0]
+    config = config_for(hidden.device, hidden.dtype)
+    row_blocks, words = _activity_shape(tokens, weight.shape[0], config) if eps is not None else (0, 0)
+    return (
+        empty(tokens),
+        empty(tokens),
+        empty(tokens, dtype=torch.int64),
+        torch.empty_like(targets),
+        empty(1, dtype=torch.int32),
+        empty(tokens),
+        empty(row_blocks, words, dtype=torch.int32) if eps is not None else empty(0, dtype=torch.int32),
+        empty(row_blocks, dtype=torch.bool),
+        empty(tokens if eps is not None else 0),
+    )
+
+
+@torch.library.custom_op(
+    "torchtune_lce::cut_cross_entropy_backward",
+    mutates_args=(),
+    schema="(Tensor? d_nll, Tensor? d_lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor labels, "
+    "Tensor count, Tensor row_lse, Tensor words, Tensor whole, Tensor dropped_mass, float? softcap, "
+    "bool filter_hidden, bool filter_weight, bool need_hidden, bool need_weight, bool need_bias, int workspace_mib) "
+    "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor tiles)",
+)
+def _backward(
+    d_nll,
+    d_lse,
+    hidden,
+    weight,
+    bias,
+    rows,
+    labels,
+    count,
+    row_lse,
+    words,
+    whole,
+    dropped_mass,
+    softcap,
+    filter_hidden,
+    filter_weight,
+    need_hidden,
+    need_weight,
+    need_bias,
+    workspace_mib,
+):
+    """Gradients, empty where not needed; and [kept tiles, all tiles] int64 of the last launch."""
+    hidden, weight = _rows_contiguous(hidden), _rows_contiguous(weight)
+    bias = bias if bias is None else bias.contiguous()
+    config = config_for(hidden.device, hidden.dtype)
+    vocabulary, features = weight.shape
+    recorded = Activity(words, whole, dropped_mass, config.forward_entries) if words.numel() else None
+    d_nll = torch.zeros_like(row_lse) if d_nll is None else d_nll[rows]
+    d_lse = None if d_lse is None else d_lse[rows]
+    nothing = hidden.new_empty(0)
+    d_hidden = hidden.new_zeros(hidden.shape) if need_hidden else None
+    d_weight = weight.new_empty(weight.shape) if need_weight else None
+    d_bias = bias.new_empty(bias.shape) if need_bias else None
+    tiles = torch.zeros(2, dtype=torch.int64, device=hidden.device)
+
+    def run(piece: slice, d_hidden: Tensor | None, d_weight: Tensor | None, d_bias: Tensor | None) -> None:
+        """Gradients from the places in `piece`."""
+        tokens = piece.stop - piece.start
+        row_blocks = triton.cdiv(tokens, config.row_block)
+        columns = triton.cdiv(vocabulary, config.entry_tile)
+        # Beside the strips' tiles: the plan's lists, and the sums of d_hidden over strips.
+        left = workspace_mib * 2**20 - 24 * vocabulary - 48 * columns * row_blocks
+        if d_hidden is not None:
+            left -= tokens * features * 4
+        tile_bytes = config.row_block * config.entry_tile * hidden.element_size()
+        strip_tiles = min(max(left // tile_bytes, 2 * row_blocks), (columns + 1) * row_blocks)
+        first = piece.start // config.row_block
+        used = (count - piece.start).clamp(0, tokens)
+        plan = make_plan(
+            recorded and recorded.of(slice(first, first + row_blocks), piece),
+            filter_hidden or d_hidden is None,
+            filter_weight or (d_weight is None and d_bias is None),
+            used,
+            row_blocks,
+            vocabulary,
+            strip_tiles,
+            config,
+        )
+        tiles[0], tiles[1] = plan.first_id[-1], columns * row_blocks
+        run_backward(
+            plan,
+            hidden,
+            weight,
+            bias,
+            rows[piece],
+            labels[piece],
+            used,
+            row_lse[piece],
+            d_nll[piece],
+            d_lse if d_lse is None else d_lse[piece],
+            softcap,
+            strip_tiles,
+            d_hidden,
+            d_weight,
+            d_bias,
+            config,
+        )
+
+    everything = slice(0, rows.numel())
+    # The float32 sums of d_hidden over strips may take half of the workspace; past that the two gradients take a pass
+    # each, and that of hidden goes by pieces of tokens.
+    pieces = list(_pieces(rows.numel(), features * 4 * 2, workspace_mib, config))
+    if len(pieces) == 1 or not need_hidden and pieces:
+        run(everything, d_hidden, d_weight, d_bias)
+    elif pieces:
+        if need_weight or need_bias:
+            run(everything, None, d_weight, d_bias)
+        for piece in pieces:
+            run(piece, d_hidden, None, None)
+    else:
+        for gradient in (d_weight, d_bias):
+            if gradient is not None:
+                gradient.zero_()
+    return *(nothing.clone() if gradient is None else gradient for gradient in (d_hidden, d_weight, d_bias)), tiles
+
+
+@_backward.register_fake
+def _(
+    d_nll,
+    d_lse,
+    hidden,
+    weight,
+    bias,
+    rows,
+    labels,
+    count,
+    row_lse,
+    words,
+    whole,
+    dropped_mass,
+    softcap,
+    filter_hidden,
+    filter_weight,
+    need_hidden,
+    need_weight,
+    need_bias,
+    workspace_mib,
+):
+    needed = ((need_hidden, hidden), (need_weight, weight), (need_bias, bias))
+    gradients = (x.new_empty(x.shape) if need else hidden.new_empty(0) for need, x in needed)
+    return *gradients, hidden.new_empty(2, dtype=torch.int64)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    hidden, weight, bias, _, _, softcap, _, *settings = inputs
+    _, _, rows, labels, count, row_lse, words, whole, dropped_mass = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, rows, labels, count, row_lse, words, whole, dropped_mass)
+    ctx.settings = softcap, *settings
+    ctx.record = None
+    if not torch.compiler.is_compiling():
         ctx.record = open_record(rows.numel(), rows.device)
-        if ctx.record and activity:
-            ctx.record.dropped_mass[rows] = activity.dropped_mass
-        recorded = (activity.words, activity.whole, activity.dropped_mass) if activity else (None, None, None)
-        ctx.save_for_backward(hidden, weight, bias, rows, labels, count, lse, *recorded)
-        ctx.options, ctx.filtering = options, filtering
-        ctx.set_materialize_grads(False)
-        nll = (lse - target_logit).where(used, 0)
-        return torch.empty_like(nll).scatter_(0, rows, nll), torch.empty_like(lse).scatter_(0, rows, lse)
+        if ctx.record and words.numel():
+            ctx.record.dropped_mass[rows] = dropped_mass
 
-    @staticmethod
-    def backward(ctx, d_nll, d_lse):
-        # once_differentiable would let the gradients pass for constants where only the saved inputs ask for more.
-        if torch.is_grad_enabled():
-            raise RuntimeError("impl='cce' has no second derivative (create_graph=True); set impl='reference'")
-        hidden, weight, bias, rows, labels, count, lse, *recorded = ctx.saved_tensors
-        options, filtering = ctx.options, ctx.filtering
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        config = config_for(hidden.device, hidden.dtype)
-        d_nll = torch.zeros_like(lse) if d_nll is None else d_nll[rows]
-        d_lse = None if d_lse is None else d_lse[rows]
-        d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need_hidden else None
-        d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
-        d_bias = torch.empty_like(bias) if need_bias else None
 
-        def run(piece: slice, d_hidden: Tensor | None, d_weight: Tensor | None, d_bias: Tensor | None) -> None:
-            """Gradients from the places in `piece`."""
-            tokens = piece.stop - piece.start
-            row_blocks = triton.cdiv(tokens, config.row_block)
-            columns = triton.cdiv(weight.shape[0], config.entry_tile)
-            # Beside the strips' tiles: the plan's lists, and the sums of d_hidden over strips.
-            left = options.workspace_mib * 2**20 - 24 * weight.shape[0] - 48 * columns * row_blocks
-            if d_hidden is not None:
-                left -= tokens * hidden.shape[1] * 4
-            tile_bytes = config.row_block * config.entry_tile * hidden.element_size()
-            strip_tiles = min(max(left // tile_bytes, 2 * row_blocks), (columns + 1) * row_blocks)
-            first = piece.start // config.row_block
-            activity = None
-            if recorded[0] is not None:
-                whole = Activity(*recorded, config.forward_entries)
-                activity = whole.of(slice(first, first + row_blocks), piece)
-            # A gradient that nobody wants must not make the plan keep more.
-            filter_hidden = filtering.hidden or d_hidden is None
-            filter_weight = filtering.weight or (d_weight is None and d_bias is None)
-            used = (count - piece.start).clamp(0, piece.stop - piece.start)
-            plan = make_plan(
-                activity, filter_hidden, filter_weight, used, row_blocks, weight.shape[0], strip_tiles, config
-            )
-            if ctx.record:
-                ctx.record.kept_tiles, ctx.record.tiles = plan.first_id[-1:], columns * row_blocks
-            run_backward(
-                plan,
-                hidden,
-                weight,
-                bias,
-                rows[piece],
-                labels[piece],
-                used,
-                lse[piece],
-                d_nll[piece],
-                d_lse if d_lse is None else d_lse[piece],
-                options.softcap,
-                strip_tiles,
-                d_hidden,
-                d_weight,
-                d_bias,
-                config,
-            )
+def _differentiate(ctx, d_nll, d_lse, *_):
+    softcap, filter_hidden, filter_weight, workspace_mib = ctx.settings
+    needs = ctx.needs_input_grad[:3]
+    *gradients, tiles = _backward(
+        d_nll, d_lse, *ctx.saved_tensors, softcap, filter_hidden, filter_weight, *needs, workspace_mib
+    )
+    if ctx.record:
+        ctx.record.tiles = tiles
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 7
 
-        everything = slice(0, rows.numel())
-        # The float32 sums of d_hidden over strips may take half of the workspace; past that the two gradients take a
-        # pass each, and that of hidden goes by pieces of tokens.
-        pieces = list(_pieces(rows.numel(), hidden.shape[1] * 4 * 2, options.workspace_mib, config))
-        if len(pieces) == 1 or not need_hidden and pieces:
-            run(everything, d_hidden, d_weight, d_bias)
-        elif pieces:
-            if need_weight or need_bias:
-                run(everything, None, d_weight, d_bias)
-            for piece in pieces:
-                run(piece, d_hidden, None, None)
-        else:
-            for gradient in (d_weight, d_bias):
-                if gradient is not None:
-                    gradient.zero_()
-        return d_hidden, d_weight, d_bias, None, None, None
+
+def _refuse_second_derivative(ctx, *_):
+    raise RuntimeError("impl='cce' has no second derivative (create_graph=True); set impl='reference'")
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+_backward.register_autograd(_refuse_second_derivative)
 
 
 def _rows_contiguous(matrix: Tensor) -> Tensor:
@@ -153,12 +287,17 @@ def _compact(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor
     return rows, targets[rows], count
 
 
-def _empty_activity(tokens: int, vocabulary: int, config: Config, device: torch.device) -> Activity:
+def _activity_shape(tokens: int, vocabulary: int, config: Config) -> tuple[int, int]:
+    """Row blocks, and words of a row block."""
     words = triton.cdiv(vocabulary, config.forward_entries) * config.forward_entries // 32
-    shape = (triton.cdiv(tokens, config.row_block), words)
+    return triton.cdiv(tokens, config.row_block), words
+
+
+def _empty_activity(tokens: int, vocabulary: int, config: Config, device: torch.device) -> Activity:
+    row_blocks, words = _activity_shape(tokens, vocabulary, config)
     return Activity(
-        torch.empty(shape, dtype=torch.int32, device=device),
-        torch.empty(shape[0], dtype=torch.bool, device=device),
+        torch.empty((row_blocks, words), dtype=torch.int32, device=device),
+        torch.empty(row_blocks, dtype=torch.bool, device=device),
         torch.empty(tokens, dtype=torch.float32, device=device),
         config.forward_entries,
     )

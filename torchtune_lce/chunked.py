@@ -1,7 +1,8 @@
 """``impl="chunked"``: bounded memory in plain eager PyTorch, for any device and without a compiler.
 
 The vocabulary is walked in chunks. The forward keeps a running log-sum-exp; the backward computes each chunk's logits
-again, so neither direction ever holds more than one [N, chunk] block of them.
+again, so neither direction ever holds more than one [N, chunk] block of them. Both are custom operators: how many
+tokens are in use decides their shapes, which a compiler cannot know.
 """
 
 import torch
@@ -19,60 +20,125 @@ def entries_per_chunk(tokens: int, vocabulary: int, workspace_mib: int, dtype: t
     return min(vocabulary, max(workspace_mib * 2**20 // max(bytes_per_entry, 1), 64))
 
 
-class _ChunkedTokenLosses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, options: Options):
-        dtype = accumulation_dtype(hidden.dtype)
-        rows = (targets != options.ignore_index).nonzero().squeeze(-1)
-        kept = hidden if rows.numel() == targets.numel() else hidden[rows]
-        labels = targets[rows].long()
-        lse = hidden.new_full(rows.shape, -torch.inf, dtype=dtype)
-        target_logit = hidden.new_zeros(rows.shape, dtype=dtype)
-        chunk = entries_per_chunk(rows.numel(), weight.shape[0], options.workspace_mib, hidden.dtype)
-        for start in range(0, weight.shape[0], chunk):
-            chunk_lse, chunk_target = _chunk_statistics(kept, weight, bias, labels, start, chunk, options.softcap)
-            lse = torch.logaddexp(lse, chunk_lse)
-            target_logit += chunk_target
-        ctx.save_for_backward(hidden, weight, bias, targets, rows, lse)
-        ctx.options, ctx.chunk = options, chunk
-        ctx.set_materialize_grads(False)
-        scattered = [hidden.new_zeros(targets.shape, dtype=dtype) for _ in range(2)]
-        scattered[0][rows] = lse - target_logit
-        scattered[1][rows] = lse
-        return tuple(scattered)
+@torch.library.custom_op(
+    "torchtune_lce::chunked",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float? softcap, "
+    "int workspace_mib) -> (Tensor nll, Tensor lse)",
+)
+def _forward(hidden, weight, bias, targets, ignore_index, softcap, workspace_mib):
+    rows, kept, labels, chunk = _in_use(hidden, weight, targets, ignore_index, workspace_mib)
+    row_lse = hidden.new_full(rows.shape, -torch.inf, dtype=accumulation_dtype(hidden.dtype))
+    target_logit = torch.zeros_like(row_lse)
+    for start in range(0, weight.shape[0], chunk):
+        chunk_lse, chunk_target = _chunk_statistics(kept, weight, bias, labels, start, chunk, softcap)
+        row_lse = torch.logaddexp(row_lse, chunk_lse)
+        target_logit += chunk_target
+    nll, lse = (row_lse.new_zeros(targets.shape) for _ in range(2))
+    nll[rows] = row_lse - target_logit
+    lse[rows] = row_lse
+    return nll, lse
 
-    @staticmethod
-    def backward(ctx, d_nll, d_lse):
-        # once_differentiable would let the gradients pass for constants where only the saved inputs ask for more.
-        if torch.is_grad_enabled():
-            raise RuntimeError("impl='chunked' has no second derivative (create_graph=True); set impl='reference'")
-        hidden, weight, bias, targets, rows, lse = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        kept = hidden if rows.numel() == targets.numel() else hidden[rows]
-        labels = targets[rows].long()
-        nothing = torch.zeros_like(lse)
-        d_nll = nothing if d_nll is None else d_nll[rows]
-        d_softmax = d_nll if d_lse is None else d_nll + d_lse[rows]
-        d_kept = torch.zeros_like(kept, dtype=lse.dtype) if need_hidden else None
-        d_weight = torch.empty_like(weight) if need_weight else None
-        d_bias = torch.empty_like(bias) if need_bias else None
-        for start in range(0, weight.shape[0], ctx.chunk):
-            d_logits = _chunk_gradient(
-                kept, weight, bias, labels, lse, d_nll, d_softmax, start, ctx.chunk, ctx.options.softcap
-            )
-            chunk = slice(start, start + ctx.chunk)
-            if need_bias:
-                d_bias[chunk] = d_logits.sum(0)
-            d_logits = d_logits.to(hidden.dtype)
-            if need_hidden:
-                d_kept += d_logits @ weight[chunk]
-            if need_weight:
-                torch.mm(d_logits.T, kept, out=d_weight[chunk])
-        d_hidden = None
+
+@_forward.register_fake
+def _(hidden, weight, bias, targets, ignore_index, softcap, workspace_mib):
+    dtype = accumulation_dtype(hidden.dtype)
+    return hidden.new_empty(targets.shape, dtype=dtype), hidden.new_empty(targets.shape, dtype=dtype)
+
+
+@torch.library.custom_op(
+    "torchtune_lce::chunked_backward",
+    mutates_args=(),
+    schema="(Tensor? d_nll, Tensor? d_lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor lse, "
+    "int ignore_index, float? softcap, int workspace_mib, bool need_hidden, bool need_weight, bool need_bias) "
+    "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
+)
+def _backward(
+    d_nll,
+    d_lse,
+    hidden,
+    weight,
+    bias,
+    targets,
+    lse,
+    ignore_index,
+    softcap,
+    workspace_mib,
+    need_hidden,
+    need_weight,
+    need_bias,
+):
+    """Gradients, empty where not needed."""
+    rows, kept, labels, chunk = _in_use(hidden, weight, targets, ignore_index, workspace_mib)
+    row_lse = lse[rows]
+    d_nll = torch.zeros_like(row_lse) if d_nll is None else d_nll[rows]
+    d_softmax = d_nll if d_lse is None else d_nll + d_lse[rows]
+    d_kept = torch.zeros_like(kept, dtype=lse.dtype) if need_hidden else None
+    d_weight = weight.new_empty(weight.shape if need_weight else 0)
+    d_bias = hidden.new_empty(bias.shape if need_bias else 0)
+    for start in range(0, weight.shape[0], chunk):
+        d_logits = _chunk_gradient(kept, weight, bias, labels, row_lse, d_nll, d_softmax, start, chunk, softcap)
+        part = slice(start, start + chunk)
+        if need_bias:
+            d_bias[part] = d_logits.sum(0)
+        d_logits = d_logits.to(hidden.dtype)
         if need_hidden:
-            d_hidden = torch.zeros_like(hidden)
-            d_hidden[rows] = d_kept.to(hidden.dtype)
-        return d_hidden, d_weight, d_bias, None, None
+            d_kept += d_logits @ weight[part]
+        if need_weight:
+            torch.mm(d_logits.T, kept, out=d_weight[part])
+    d_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0)
+    if need_hidden:
+        d_hidden[rows] = d_kept.to(hidden.dtype)
+    return d_hidden, d_weight, d_bias
+
+
+@_backward.register_fake
+def _(
+    d_nll,
+    d_lse,
+    hidden,
+    weight,
+    bias,
+    targets,
+    lse,
+    ignore_index,
+    softcap,
+    workspace_mib,
+    need_hidden,
+    need_weight,
+    need_bias,
+):
+    needed = ((need_hidden, hidden), (need_weight, weight), (need_bias, bias))
+    return tuple(x.new_empty(x.shape) if need else hidden.new_empty(0) for need, x in needed)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ignore_index, softcap, workspace_mib = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.settings = ignore_index, softcap, workspace_mib
+
+
+def _differentiate(ctx, d_nll, d_lse):
+    needs = ctx.needs_input_grad[:3]
+    gradients = _backward(d_nll, d_lse, *ctx.saved_tensors, *ctx.settings, *needs)
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 4
+
+
+def _refuse_second_derivative(ctx, *_):
+    raise RuntimeError("impl='chunked' has no second derivative (create_graph=True); set impl='reference'")
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+_backward.register_autograd(_refuse_second_derivative)
+
+
+def _in_use(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, workspace_mib: int):
+    """Tokens that are not ignored, their hidden states and labels, and the entries of a chunk for so many."""
+    rows = (targets != ignore_index).nonzero().squeeze(-1)
+    kept = hidden if rows.numel() == targets.numel() else hidden[rows]
+    chunk = entries_per_chunk(rows.numel(), weight.shape[0], workspace_mib, hidden.dtype)
+    return rows, kept, targets[rows].long(), chunk
 
 
 def _chunk_logits(hidden, weight, bias, start, chunk, softcap):
@@ -107,4 +173,4 @@ def _chunk_gradient(hidden, weight, bias, labels, lse, d_nll, d_softmax, start, 
 
 def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options):
     """Same contract as :func:`torchtune_lce.reference.token_losses`."""
-    return _ChunkedTokenLosses.apply(hidden, weight, bias, targets, options)
+    return _forward(hidden, weight, bias, targets, options.ignore_index, options.softcap, options.workspace_mib)

@@ -19,15 +19,15 @@ class FilterRecord:
     """
 
     dropped_mass: Tensor
-    kept_tiles: Tensor | None = None  # [1] integer, of the last launch of the backward
-    tiles: int = 0
+    tiles: Tensor | None = None  # [2] int64: kept and all, of the last launch of the backward
 
     @property
     def kept_fraction(self) -> float:
         """Kept tiles of all tiles, those of ignored tokens too; 1.0 where nothing is filtered or ignored."""
-        if self.kept_tiles is None:
+        if self.tiles is None:
             raise RuntimeError("kept_fraction is known after the backward, which has not run for this call")
-        return self.kept_tiles.item() / max(self.tiles, 1)
+        kept, tiles = self.tiles.tolist()
+        return kept / max(tiles, 1)
 
     @property
     def largest_dropped_mass(self) -> float:

@@ -54,19 +54,26 @@ def choose(impl: str, hidden: Tensor) -> tuple[str, TokenLosses]:
 
     Raises ValueError for an unknown name and RuntimeError, saying what to set instead, for one that cannot run here.
     """
-    check_name(impl)
-    if impl == "auto":
-        impl, why = _automatic(hidden.device, hidden.dtype)
-        _say_once(impl, why)
-    if impl in _TORCH_IMPLS:
-        return impl, _TORCH_IMPLS[impl]
-    obstacle = _cce_obstacle(hidden.device, hidden.dtype)
-    if obstacle:
-        raise RuntimeError(f"impl={impl!r} {obstacle}")
+    name = _resolve(impl, hidden.device, hidden.dtype)
+    if name in _TORCH_IMPLS:
+        return name, _TORCH_IMPLS[name]
     # Imported here: Triton may be absent, and TRITON_INTERPRET is read when the kernels are defined.
     from torchtune_lce.kernels import autograd
 
-    return impl, autograd.token_losses(CCE_PRESETS[impl])
+    return name, autograd.token_losses(CCE_PRESETS[name])
+
+
+@torch.compiler.assume_constant_result
+def _resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name that ``impl`` stands for. A compiler need not look inside: same arguments, same answer."""
+    check_name(impl)
+    if impl == "auto":
+        impl, why = _automatic(device, dtype)
+        _say_once(impl, why)
+    obstacle = None if impl in _TORCH_IMPLS else _cce_obstacle(device, dtype)
+    if obstacle:
+        raise RuntimeError(f"impl={impl!r} {obstacle}")
+    return impl
 
 
 def _automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:

@@ -1,0 +1,78 @@
+"""Under torch.compile: no graph break, the same numbers, and custom operators that keep torch's own rules."""
+
+import pytest
+import torch
+
+from torchtune_lce import linear_cross_entropy
+from torchtune_lce.kernels import autograd
+
+TOKENS, VOCABULARY, WIDTH = 70, 300, 24
+IMPLS = ["cce", "cce_exact", "chunked", "reference"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+def make_inputs(device, tokens=TOKENS, ignored=9):
+    hidden = torch.randn(tokens, WIDTH, device=device, requires_grad=True)
+    weight = (torch.randn(VOCABULARY, WIDTH, device=device) / 3).requires_grad_()
+    targets = torch.randint(0, VOCABULARY, (tokens,), device=device)
+    targets[:ignored] = -100
+    return hidden, weight, targets
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_one_graph_with_the_same_numbers(impl, reduction, device):
+    def loss_and_lse(hidden, weight, targets):
+        loss, lse = linear_cross_entropy(
+            hidden * 2, weight, targets, impl=impl, reduction=reduction, softcap=9.0, shift=1, return_lse=True
+        )
+        return (loss * 3).sum() + lse.mean()
+
+    hidden, weight, targets = make_inputs(device)
+    compiled = torch.compile(loss_and_lse, fullgraph=True, backend="aot_eager")
+    ours = torch.autograd.grad(compiled(hidden, weight, targets), (hidden, weight))
+    eager = torch.autograd.grad(loss_and_lse(hidden, weight, targets), (hidden, weight))
+    for graph, plain in zip(ours, eager, strict=True):
+        torch.testing.assert_close(graph, plain, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("impl", ["cce", "chunked"])
+def test_dynamic_shapes_compile_once(impl, device):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda *inputs: linear_cross_entropy(*inputs, impl=impl), fullgraph=True, dynamic=True, backend=counter
+    )
+    for tokens, ignored in ((70, 9), (81, 0), (130, 60)):
+        inputs = make_inputs(device, tokens, ignored)
+        loss = compiled(*inputs)
+        assert torch.equal(loss, linear_cross_entropy(*inputs, impl=impl))
+        loss.backward()
+    assert counter.frame_count == 1
+
+
+def test_an_impl_that_cannot_run_says_so_when_compiled_too(device):
+    hidden, weight, targets = make_inputs(device)
+    compiled = torch.compile(lambda *inputs: linear_cross_entropy(*inputs, impl="fast"), backend="eager")
+    # Dynamo wraps what is raised while it traces; the sentence is in it.
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException, match="impl must be one of auto"):
+        compiled(hidden, weight, targets)
+
+
+@pytest.mark.parametrize("eps", [2.0**-6, None])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_operators_of_cce_keep_the_rules(eps, frozen, device):
+    hidden, weight, targets = make_inputs(device)
+    bias = torch.randn(VOCABULARY, device=device, requires_grad=not frozen)
+    weight.requires_grad_(not frozen)
+    torch.library.opcheck(autograd._forward, (hidden, weight, bias, targets, -100, None, eps, True, True, 64))
+
+
+def test_operators_of_chunked_keep_the_rules(device):
+    from torchtune_lce import chunked
+
+    hidden, weight, targets = make_inputs(device)
+    torch.library.opcheck(chunked._forward, (hidden, weight, None, targets, -100, 30.0, 64))
