@@ -17,14 +17,17 @@ CONFIGS = registry.PACKAGE / "configs"
 STOCK = Path(torchtune.__file__).parent.parent / "recipes" / "configs"
 METHODS = {
     "llama3_2/1B": ["lora_single_device", "full_single_device", "qlora_single_device"],
-    "llama3_2/3B": ["lora_single_device", "full_single_device", "qlora_single_device"],
-    "llama3_1/8B": ["lora_single_device", "full_single_device", "qlora_single_device"],
+    "llama3_2/3B": ["lora_single_device", "full_single_device", "qlora_single_device", "lora", "full"],
+    "llama3_1/8B": ["lora_single_device", "full_single_device", "qlora_single_device", "lora", "full"],
+    "llama3_1/70B": ["lora", "full"],
     "qwen2_5/0.5B": ["lora_single_device", "full_single_device"],
     "qwen2_5/1.5B": ["lora_single_device", "full_single_device"],
-    "qwen2_5/7B": ["lora_single_device", "full_single_device"],
+    "qwen2_5/7B": ["lora_single_device", "full_single_device", "lora", "full"],
+    "qwen2_5/72B": ["lora"],  # torchtune has no full one
     "gemma2/2B": ["lora_single_device", "qlora_single_device"],
-    "gemma2/9B": ["lora_single_device", "qlora_single_device"],
-    "mistral/7B": ["lora_single_device", "qlora_single_device", "full_low_memory"],
+    "gemma2/9B": ["lora_single_device", "qlora_single_device", "lora", "full"],
+    "gemma2/27B": ["lora", "full"],
+    "mistral/7B": ["lora_single_device", "qlora_single_device", "full_low_memory", "lora", "full"],
     "phi4/14B": ["lora_single_device", "qlora_single_device", "full_low_memory"],
 }
 OF_A_STOCK_CONFIG = sorted(f"{model}_{method}" for model, methods in METHODS.items() for method in methods)
@@ -48,8 +51,17 @@ def commands(name: str, start: str) -> list[list[str]]:
     return [shlex.split(line) for line in header(name) if line.startswith(start)]
 
 
+def runs(name: str, program: str) -> list[tuple[int, list[str]]]:
+    """Every ``<program> run`` of the header: on how many devices, and the words from the recipe on."""
+    found = []
+    for _, _, *words in commands(name, f"{program} run"):
+        distributed = words[0] == "--nproc_per_node"
+        found.append((int(words[1]), words[2:]) if distributed else (1, words))
+    return found
+
+
 def test_exactly_the_required_configs_are_bundled():
-    assert len(ALL) == 27
+    assert len(ALL) == 42
     assert sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml")) == ALL
 
 
@@ -84,17 +96,19 @@ def test_header_starts_an_existing_recipe_with_this_config(name):
     ours = {
         recipe.name: {config.name: Path(config.file_path) for config in recipe.configs} for recipe in registry.recipes()
     }
-    by_name = commands(name, "tune-lce run")
+    by_name = runs(name, "tune-lce")
     assert len(by_name) == 2, "one to start it, one with overrides"
-    for _, _, recipe, option, config, *overrides in by_name:
+    for devices, (recipe, option, config, *overrides) in by_name:
         assert option == "--config"
+        assert (devices > 1) == recipe.endswith("_distributed")
         assert ours[recipe][config] == path_of(name)
         for override in overrides:
             assert OmegaConf.select(OmegaConf.load(path_of(name)), override.partition("=")[0]) is not None
-    [(_, _, recipe, option, config, *_)] = commands(name, "tune run")
+    [(devices, (recipe, option, config, *_))] = runs(name, "tune")
     assert option == "--config"
+    assert devices == by_name[0][0] == by_name[1][0]
     assert (registry.PACKAGE.parent / recipe).exists()
-    assert Path(recipe).stem == by_name[0][2].removeprefix("lce_")
+    assert Path(recipe).stem == by_name[0][1][0].removeprefix("lce_")
     if not name.startswith("tiny/"):
         assert (registry.PACKAGE.parent / config).samefile(path_of(name))
 
@@ -103,7 +117,7 @@ def test_header_starts_an_existing_recipe_with_this_config(name):
 def test_header_names_stocks_config_and_what_to_install(name):
     stock = {config.name: recipe.name for recipe in get_all_recipes() for config in recipe.configs}
     assert f"torchtune's {name}." in " ".join(header(name))
-    assert commands(name, "tune-lce run")[0][2] == f"lce_{stock[name]}"
+    assert runs(name, "tune-lce")[0][1][0] == f"lce_{stock[name]}"
     needs_bitsandbytes = load(path_of(name))["optimizer"]["_component_"].startswith("bitsandbytes.")
     assert ("pip install bitsandbytes" in header(name)) == needs_bitsandbytes
 

@@ -13,7 +13,9 @@ import torchtune
 from omegaconf import OmegaConf
 from tiny_models import (
     FULL,
+    FULL_DISTRIBUTED,
     LORA,
+    LORA_DISTRIBUTED,
     OUR_LOSS,
     STOCK_LOSS,
     VOCABULARY,
@@ -261,13 +263,13 @@ def test_targets_beyond_the_head_name_the_tokenizer(runs):
 STOCK_CONFIGS = [
     pytest.param(entry.file_path, id=entry.name)
     for recipe in get_all_recipes()
-    if recipe.name in (LORA, FULL)
+    if recipe.name in (LORA, FULL, LORA_DISTRIBUTED, FULL_DISTRIBUTED)
     for entry in recipe.configs
 ]
 
 
 def test_stock_configs_are_all_there():
-    assert len(STOCK_CONFIGS) > 50
+    assert len(STOCK_CONFIGS) > 90
 
 
 @pytest.mark.parametrize("file", STOCK_CONFIGS)

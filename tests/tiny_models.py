@@ -15,7 +15,14 @@ from torchtune_lce.stock_recipes import load_stock_recipe
 VOCABULARY = 512
 LORA = "lora_finetune_single_device"
 FULL = "full_finetune_single_device"
-_CLASSES = {LORA: "LoRAFinetuneRecipeSingleDevice", FULL: "FullFinetuneRecipeSingleDevice"}
+LORA_DISTRIBUTED = "lora_finetune_distributed"
+FULL_DISTRIBUTED = "full_finetune_distributed"
+_CLASSES = {
+    LORA: "LoRAFinetuneRecipeSingleDevice",
+    FULL: "FullFinetuneRecipeSingleDevice",
+    LORA_DISTRIBUTED: "LoRAFinetuneRecipeDistributed",
+    FULL_DISTRIBUTED: "FullFinetuneRecipeDistributed",
+}
 STOCK_LOSS = "torchtune.modules.loss.CEWithChunkedOutputLoss"
 OUR_LOSS = "torchtune_lce.LinearCrossEntropyLoss"
 
@@ -80,7 +87,7 @@ def recipe_config(assets: Path, output: Path, method: str, *, tied: bool, loss: 
     """What a YAML file would say, five steps of two micro-batches; ``overrides`` as on torchtune's command line."""
     builder = "torchtune.models.llama3_2._component_builders."
     model = {"_component_": builder + "llama3_2", **SIZES, "tie_word_embeddings": tied}
-    if method == LORA:
+    if method in (LORA, LORA_DISTRIBUTED):
         model |= {
             "_component_": builder + "lora_llama3_2",
             "lora_attn_modules": ["q_proj", "v_proj"],
@@ -143,7 +150,7 @@ def recipe_config(assets: Path, output: Path, method: str, *, tied: bool, loss: 
         "enable_activation_checkpointing": False,
         "enable_activation_offloading": False,
     }
-    if method == FULL:
+    if method in (FULL, FULL_DISTRIBUTED):
         del cfg["lr_scheduler"]
     return OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(overrides)))
 

@@ -10,6 +10,8 @@ PACKAGE = Path(__file__).parent
 CONFIG_SUFFIXES = {
     "lora_finetune_single_device": ("lora_single_device", "dora_single_device"),
     "full_finetune_single_device": ("full_single_device", "full_low_memory"),
+    "lora_finetune_distributed": ("lora",),
+    "full_finetune_distributed": ("full",),
 }
 
 

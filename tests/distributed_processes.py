@@ -1,0 +1,57 @@
+"""Processes that find each other as torchrun's do; a module of its own, since each of them imports what it runs."""
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from tiny_models import our_recipe, stock_recipe, train
+from torchtune import training
+
+from torchtune_lce.stock_recipes import load_stock_recipe
+
+TIMEOUT = timedelta(seconds=120)
+
+
+def spawn(function: Callable, ranks: int, *arguments, backend: str = "gloo") -> None:
+    """``function(rank, *arguments)`` in `ranks` processes of one process group; raises what one of them raised."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_run, args=(ranks, port, backend, function, arguments), nprocs=ranks)
+
+
+def _run(rank: int, ranks: int, port: int, backend: str, function: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    # What torchrun sets; torchtune and NCCL read it.
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    function(rank, *arguments)
+    dist.destroy_process_group()
+
+
+def train_all(rank: int, runs: list) -> None:
+    """Every ``(ours, method, config)`` of `runs` through its real distributed recipe, one after the other."""
+    if runs[0][2].device == "cpu":
+        _let_recipes_run_on_a_cpu()
+    for ours, method, cfg in runs:
+        # One process group serves all runs: gloo may hang where groups come and go in one process.
+        module = load_stock_recipe(method)
+        module.init_process_group = module.destroy_process_group = lambda *arguments: None
+        train(our_recipe(method) if ours else stock_recipe(method), cfg)
+
+
+def _let_recipes_run_on_a_cpu() -> None:
+    """torchtune 0.6.1's distributed recipes ask their device for what only cards have."""
+    training.get_memory_stats = lambda *arguments, **settings: {}
+    training.log_memory_stats = lambda *arguments, **settings: None
+    torch.cpu.empty_cache = torch.cpu.reset_peak_memory_stats = lambda *arguments, **settings: None
