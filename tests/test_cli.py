@@ -100,7 +100,7 @@ def test_help(tune_lce):
     assert "usage: tune-lce" in text
     assert "lce_<method>" in text
     assert "lce/<model>/<size>_<method>" in text
-    for subcommand in ("download", "ls", "cp", "run", "validate", "cat", "demo"):
+    for subcommand in ("download", "ls", "cp", "run", "validate", "cat", "demo", "doctor"):
         assert f"\n    {subcommand} " in text
     assert tune_lce() == text
 

@@ -8,6 +8,7 @@ from torchtune._cli.tune import TuneCLIParser
 
 from torchtune_lce import registry
 from torchtune_lce.demo import command as demo
+from torchtune_lce.doctor import command as doctor
 
 DESCRIPTION = """\
 torchtune's command line with the recipes and configs of torchtune-lce, which train without holding the logits.
@@ -44,6 +45,7 @@ class TuneLCEParser(TuneCLIParser):
         validate.set_defaults(func=_taking_names(validate.get_default("func")))
         # Beyond torchtune's. Each module must be quick to import: all are, whatever the subcommand that runs.
         demo.add_parser(subparsers)
+        doctor.add_parser(subparsers)
 
 
 def _rename_command(parser: argparse.ArgumentParser) -> None:

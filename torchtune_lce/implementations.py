@@ -68,15 +68,16 @@ def _resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     """The name that ``impl`` stands for. A compiler need not look inside: same arguments, same answer."""
     check_name(impl)
     if impl == "auto":
-        impl, why = _automatic(device, dtype)
+        impl, why = automatic(device, dtype)
         _say_once(impl, why)
-    obstacle = None if impl in _TORCH_IMPLS else _cce_obstacle(device, dtype)
-    if obstacle:
-        raise RuntimeError(f"impl={impl!r} {obstacle}")
+    against = obstacle(impl, device, dtype)
+    if against:
+        raise RuntimeError(f"impl={impl!r} {against}")
     return impl
 
 
-def _automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """What ``auto`` takes there, and why."""
     if device.type != "cuda":
         return "chunked", f"{device.type} has no Triton kernels"
     if not _has_triton():
@@ -93,8 +94,10 @@ def _automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     return "cce", f"compute capability {_dotted(capability)}"
 
 
-def _cce_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot run, or None."""
+def obstacle(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``impl`` cannot run there and what to set instead, or None. PyTorch's own can run anywhere."""
+    if impl in _TORCH_IMPLS:
+        return None
     if not _has_triton():
         return "needs Triton, which is not installed; set impl='chunked'"
     if dtype == torch.float64:
