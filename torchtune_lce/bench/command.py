@@ -1,0 +1,121 @@
+"""The subcommand ``bench`` of ``tune-lce``."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+DESCRIPTION = """\
+Times linear cross-entropy losses on one CUDA card: this package's, PyTorch's and those of cut-cross-entropy,
+liger-kernel and quack-kernels where they are installed. Each is first compared with an exact reference, and not timed
+if it is wrong. Writes the results as JSON and as a picture.
+
+data:
+  random    an untrained model: nothing to leave out
+  trained   a synthetic softmax as sparse as a trained language model's (default)
+  probe     trains a small language model first, about three minutes, and takes its hidden states
+  file      saved tensors: a .pt file with {"hidden", "weight", "targets"} or {name: (hidden, weight, targets)}
+
+A shape of its own follows a colon: --data random:8192x4096x128256 --data trained:gemma2_2b
+
+Exit status: 0 if every loss of this package that ran is right, 1 if one is wrong or fails, 2 if it could not run.
+Timings come only from a card; --check-only compares with the reference anywhere.
+"""
+KINDS = ("random", "trained", "probe", "file")
+DTYPES = ("bfloat16", "float16", "float32")
+DEFAULT_TOKENS, DEFAULT_MODEL = 8192, "qwen2_5_3b"
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Adds ``bench`` to the subcommands."""
+    parser = subparsers.add_parser(
+        "bench",
+        prog="tune-lce bench",
+        help="Time this package's losses and others on a card, each checked first.",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help=f"hidden size and vocabulary of a model; default: {DEFAULT_MODEL}"
+    )
+    parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS, help=f"default: {DEFAULT_TOKENS}")
+    parser.add_argument("--hidden", type=int, help="hidden size, in place of the model's")
+    parser.add_argument("--vocab", type=int, help="vocabulary, in place of the model's")
+    parser.add_argument(
+        "--data", action="append", metavar="KIND[:SHAPE]", help=f"{', '.join(KINDS)}; may be given several times"
+    )
+    parser.add_argument("--file", type=Path, metavar="PATH", help="the tensors of --data file")
+    parser.add_argument("--only", metavar="IMPL,...", help="losses to take; default: all but the rarer presets of cce")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16; float32 for --check-only without a card")
+    parser.add_argument(
+        "--output", type=Path, default=Path("tune-lce-bench"), metavar="DIR", help="default: ./tune-lce-bench"
+    )
+    parser.add_argument("--check-only", action="store_true", help="compare with the reference on small data, no timing")
+    parser.set_defaults(func=main)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs the benchmark and ends the process with its status."""
+    # Imported here: `tune-lce` makes the parsers of all subcommands before it runs one.
+    from torchtune_lce.bench.errors import BenchError
+
+    try:
+        passed = run(args)
+    except BenchError as error:
+        print(f"tune-lce bench: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("tune-lce bench: interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0 if passed else 1)
+
+
+def run(args: argparse.Namespace) -> bool:
+    """What the arguments ask for; raises BenchError for those that make no sense and for want of a card."""
+    import torch
+
+    from torchtune_lce.bench import losses, session, timing
+    from torchtune_lce.bench.errors import BenchError
+
+    candidates = losses.select(args.only.split(",") if args.only else None)
+    sources = read_sources(args)
+    card = torch.cuda.is_available()
+    device = torch.device("cuda" if card else "cpu")
+    dtype = getattr(torch, args.dtype or ("bfloat16" if card else "float32"))
+    if args.check_only:
+        return session.check_only(candidates, device, dtype)
+    if not card:
+        raise BenchError("timings come only from a CUDA card, and there is none; --check-only runs without")
+    command = shlex.join(["tune-lce", *sys.argv[1:]])
+    plan = session.Plan(candidates, sources, device, dtype, timing.cuda_timer, args.output, command)
+    return session.bench(plan)
+
+
+def read_sources(args: argparse.Namespace) -> list:
+    """The :class:`torchtune_lce.bench.session.Source` that ``--data`` and the sizes name."""
+    from torchtune_lce.bench import shapes
+    from torchtune_lce.bench.errors import BenchError
+    from torchtune_lce.bench.session import Source
+
+    if args.model and args.model not in shapes.MODELS:
+        raise BenchError(f"--model takes {', '.join(shapes.MODELS)}; got {args.model!r}")
+    hidden, vocab = shapes.MODELS[args.model or DEFAULT_MODEL]
+    usual = shapes.checked(
+        shapes.Shape(
+            args.tokens, hidden if args.hidden is None else args.hidden, vocab if args.vocab is None else args.vocab
+        )
+    )
+    sources = []
+    for entry in args.data or ["trained"]:
+        kind, _, shape = entry.partition(":")
+        if kind not in KINDS:
+            raise BenchError(f"--data takes {', '.join(KINDS)}, got {kind!r}")
+        if kind == "file":
+            if args.file is None or shape:
+                raise BenchError("--data file takes its tensors, and their sizes, from --file PATH")
+            sources.append(Source(kind, path=args.file))
+        else:
+            sources.append(Source(kind, shapes.parse_shape(shape, args.tokens) if shape else usual))
+    if args.file and all(source.kind != "file" for source in sources):
+        raise BenchError("--file is for --data file")
+    return sources

@@ -1,0 +1,76 @@
+"""What the losses are measured on: hidden states, projection weight and targets."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from torchtune_lce.bench.errors import BenchError
+from torchtune_lce.bench.shapes import Shape
+
+IGNORE_INDEX = -100
+# Of the logits that random data gives: enough that nearly every tile has an entry worth keeping.
+_RANDOM_LOGIT_STD = 1.28
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``data`` is "random", "trained" or "file"; ``name`` tells apart several batches of one file."""
+
+    data: str
+    name: str
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D], dtype of hidden
+    targets: Tensor  # [N] int64, IGNORE_INDEX or 0 <= t < V
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(*self.hidden.shape, self.weight.shape[0])
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} {self.shape}"
+
+
+def random_batch(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Batch:
+    """An untrained model: hidden ~ N(0, 1), weight ~ N(0, (1.28 / sqrt D)^2), targets uniform."""
+    generator = torch.Generator(device).manual_seed(seed)
+    hidden = torch.randn(shape.tokens, shape.hidden, generator=generator, device=device, dtype=torch.float32).to(dtype)
+    weight = torch.randn(shape.vocab, shape.hidden, generator=generator, device=device, dtype=torch.float32)
+    weight = weight.mul_(_RANDOM_LOGIT_STD / shape.hidden**0.5).to(dtype)
+    targets = torch.randint(shape.vocab, (shape.tokens,), generator=generator, device=device)
+    return Batch("random", "random", hidden, weight, targets)
+
+
+def file_batches(path: Path, device: torch.device) -> list[Batch]:
+    """Batches saved with torch.save: {"hidden", "weight", "targets"}, or {name: (hidden, weight, targets)}.
+
+    Raises BenchError for a file that holds something else.
+    """
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise BenchError(f"--file: {path} does not exist") from None
+    if not isinstance(saved, dict) or not saved:
+        raise BenchError(f"--file: {path} must hold a dict, got {type(saved).__name__}")
+    if set(saved) == {"hidden", "weight", "targets"}:
+        saved = {path.stem: (saved["hidden"], saved["weight"], saved["targets"])}
+    return [_checked_batch(path, name, tensors) for name, tensors in saved.items()]
+
+
+def _checked_batch(path: Path, name: str, tensors: object) -> Batch:
+    wanted = f"--file: {path}: {name!r} must be a tuple of tensors hidden [N, D], weight [V, D] and targets [N]"
+    if not isinstance(tensors, (tuple, list)) or [getattr(x, "ndim", None) for x in tensors] != [2, 2, 1]:
+        raise BenchError(wanted)
+    hidden, weight, targets = tensors
+    if hidden.shape[1] != weight.shape[1] or hidden.shape[0] != targets.shape[0] or not weight.numel():
+        raise BenchError(f"{wanted}, got {list(hidden.shape)}, {list(weight.shape)}, {list(targets.shape)}")
+    if hidden.dtype != weight.dtype or not hidden.is_floating_point() or targets.dtype != torch.int64:
+        raise BenchError(
+            f"{wanted} in one floating dtype and int64, got {hidden.dtype}, {weight.dtype} and {targets.dtype}"
+        )
+    valid = targets[targets != IGNORE_INDEX]
+    if not len(valid) or valid.min() < 0 or valid.max() >= weight.shape[0]:
+        raise BenchError(f"{wanted}; every target must be {IGNORE_INDEX} or in [0, {weight.shape[0]}), some of them in")
+    return Batch("file", name, hidden.contiguous(), weight.contiguous(), targets.contiguous())

@@ -1,0 +1,5 @@
+"""The one exception of the benchmark whose message is meant for the person at the terminal."""
+
+
+class BenchError(Exception):
+    """Stops the benchmark; ``tune-lce bench`` prints the message and exits with status 2."""

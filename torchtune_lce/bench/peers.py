@@ -1,0 +1,60 @@
+"""Other people's losses, each in the way that its own documentation calls it. Packages are imported when asked for."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchtune_lce.bench.data import IGNORE_INDEX
+
+CHUNKS = 8
+
+
+def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """F.linear, float32 logits, F.cross_entropy."""
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=IGNORE_INDEX)
+
+
+def compiled_full_logits():
+    # Every size is a constant to the compiler, so that it may choose by it.
+    return torch.compile(lambda hidden, weight, targets: full_logits(hidden, weight, targets), dynamic=False)
+
+
+def compiled_chunks():
+    """The way of torchtune's main branch: eight chunks of tokens, each projected and reduced in one compiled function.
+
+    Autograd keeps what every chunk's backward needs.
+    """
+
+    def chunk_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        logits = F.linear(hidden, weight).float()
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+    compiled = torch.compile(chunk_sum, dynamic=False)
+
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        parts = zip(hidden.tensor_split(CHUNKS), targets.tensor_split(CHUNKS), strict=True)
+        total = sum(compiled(part, weight, labels) for part, labels in parts if len(labels))
+        return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+
+    return loss
+
+
+def apple_cce():
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda hidden, weight, targets: linear_cross_entropy(hidden, weight, targets, impl="cce")
+
+
+def liger():
+    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX)
+    return lambda hidden, weight, targets: loss(weight, hidden, targets)
+
+
+def quack():
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return lambda hidden, weight, targets: chunked_linear_cross_entropy(
+        hidden, weight, targets, ignore_index=IGNORE_INDEX
+    )

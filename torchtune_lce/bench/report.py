@@ -1,0 +1,134 @@
+"""What the benchmark leaves behind: a table, a JSON file and a picture."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from torchtune_lce.bench.correctness import Errors
+from torchtune_lce.bench.measure import OK, Case
+
+_OURS, _OTHERS, _BASELINE_COLOUR = "#12355b", "#b9c4d0", "#b23a3a"
+_LEAST_MIB = 0.5  # so that nothing at all has a place on a logarithmic axis
+
+
+def write_json(results: dict, path: Path) -> None:
+    """``results`` as it is; its "cases" are :class:`Case`, its "floors" and "data" plain dictionaries."""
+    plain = {**results, "cases": [dataclasses.asdict(case) for case in results["cases"]]}
+    path.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+
+
+def show(console: Console, grid: Table) -> None:
+    """Prints a table that is never cut: a terminal that is too narrow breaks the lines instead."""
+    needed = Measurement.get(console, console.options.update(width=1000), grid).maximum
+    Console(file=console.file, width=max(needed, console.width), highlight=False, markup=False).print(grid)
+
+
+def table(title: str, cases: list[Case]) -> Table:
+    """The cases of one batch, each loss with both gradients and then with a frozen head."""
+    grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("loss", "gradients"):
+        grid.add_column(heading, no_wrap=True)
+    numbers = (
+        "forward\nms",
+        "recording\nms",
+        "forward +\nbackward, ms",
+        "spread\nms",
+        "x compiled\nfull logits",
+        "TFLOP/s",
+        "peak\nMiB",
+        "tiles\nkept",
+        "error\nhidden",
+        "error\nweight",
+    )
+    for heading in numbers:
+        grid.add_column(heading, justify="right", no_wrap=True)
+    grid.add_column("", no_wrap=True)
+    for case in cases:
+        grid.add_row(
+            case.impl,
+            "frozen head" if case.frozen_weight else "both",
+            _number(case.forward_ms, ".2f"),
+            _number(case.forward_recording_ms, ".2f"),
+            _number(case.forward_backward_ms, ".2f"),
+            _number(case.spread_ms, ".2f"),
+            _number(case.ratio_to_torch_compile_full, ".2f"),
+            _number(case.forward_backward_tflops, ",.0f"),
+            _number(case.peak_mib, ",.0f"),
+            _number(case.kept_fraction, ".3f"),
+            _number(case.grad_error_hidden, ".1e"),
+            _number(case.grad_error_weight, ".1e"),
+            "" if case.status == OK else case.status,
+        )
+    return grid
+
+
+def check_table(rows: list[tuple[str, str, Errors | None, float]]) -> Table:
+    """Of the correctness check alone: name, status, errors and the most that they may be."""
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    grid.add_column("loss", no_wrap=True)
+    for heading in ("error\nloss", "error\nhidden", "error\nweight", "allowed"):
+        grid.add_column(heading, justify="right", no_wrap=True)
+    grid.add_column("", no_wrap=True)
+    for name, status, found, allowed in rows:
+        errors = (None, None, None) if found is None else (found.loss, found.hidden, found.weight)
+        grid.add_row(name, *(_number(error, ".1e") for error in errors), f"{allowed:.1e}", status)
+    return grid
+
+
+def _number(value: float | None, style: str) -> str:
+    return "" if value is None else format(value, style)
+
+
+def draw(cases: list[Case], ours: set[str], floors: list[dict], path: Path) -> None:
+    """Time with both gradients, with a frozen head, and peak memory of each batch, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    batches = list(dict.fromkeys((case.data_name, str(case.shape)) for case in cases))
+    names = list(dict.fromkeys(case.impl for case in cases))
+    # Without pyplot: no display is touched and no global state stays behind.
+    figure = Figure(figsize=(15, 1.2 + len(batches) * (1.2 + 0.3 * len(names))), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, shape) in zip(figure.subplots(len(batches), 3, squeeze=False), batches, strict=True):
+        here = [case for case in cases if (case.data_name, str(case.shape)) == (name, shape)]
+        both = {case.impl: case for case in here if not case.frozen_weight}
+        frozen = {case.impl: case for case in here if case.frozen_weight}
+        gemm = next(
+            floor["logits_gemm_ms"] for floor in floors if (floor["data_name"], floor["shape"]) == (name, shape)
+        )
+        _bars(axes[0], {key: case.forward_backward_ms for key, case in both.items()}, both, ours, "{:.1f}")
+        axes[0].set_title(f"{name}, {shape}: both gradients", loc="left", fontsize=10)
+        _bars(axes[1], {key: case.forward_backward_ms for key, case in frozen.items()}, frozen, ours, "{:.1f}")
+        axes[1].set_title("frozen head", loc="left", fontsize=10)
+        for axis in axes[:2]:
+            axis.axvline(gemm, color=_BASELINE_COLOUR, linestyle="--", linewidth=1, label="logits' product alone")
+            axis.set_xlabel("forward + backward, ms")
+        axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+        peaks = {key: None if case.peak_mib is None else max(case.peak_mib, _LEAST_MIB) for key, case in both.items()}
+        _bars(axes[2], peaks, both, ours, "{:,.0f}")
+        if any(peaks.values()):
+            axes[2].set_xscale("log")
+        axes[2].set_xlabel("peak memory over inputs and gradients, MiB")
+        axes[2].set_title("both gradients", loc="left", fontsize=10)
+    figure.savefig(path)
+
+
+def _bars(axis, values: dict[str, float | None], cases: dict[str, Case], ours: set[str], style: str) -> None:
+    for place, (name, value) in enumerate(values.items()):
+        if value is None or not math.isfinite(value):
+            status = cases[name].status
+            axis.text(0, place, "  not measured" if status == OK else f"  {status[:30]}", va="center", fontsize=8)
+            axis.barh(place, 0)
+            continue
+        axis.barh(place, value, color=_OURS if name in ours else _OTHERS)
+        axis.text(value, place, " " + style.format(value), va="center", fontsize=8)
+    axis.set_yticks(range(len(values)), values)
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
+    axis.spines[["top", "right"]].set_visible(False)

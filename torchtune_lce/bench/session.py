@@ -1,0 +1,206 @@
+"""The benchmark from beginning to end."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from torchtune_lce.bench import correctness, environment, measure, probe, report, text
+from torchtune_lce.bench.data import Batch, file_batches, random_batch
+from torchtune_lce.bench.errors import BenchError
+from torchtune_lce.bench.losses import BASELINE, Candidate
+from torchtune_lce.bench.measure import OK, Case
+from torchtune_lce.bench.shapes import FLOPS_FORMULA, Shape
+from torchtune_lce.bench.statistics import softmax_statistics
+from torchtune_lce.bench.timing import Timer
+from torchtune_lce.bench.trained import trained_batch
+
+RESULTS, PICTURE = "bench.json", "bench.png"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a batch comes from: "random", "trained" or "probe" with a shape, "file" with a path."""
+
+    kind: str
+    shape: Shape | None = None
+    path: Path | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be measured, and on what."""
+
+    candidates: list[Candidate]
+    sources: list[Source]
+    device: torch.device
+    dtype: torch.dtype
+    timer: Timer
+    output: Path
+    command: str
+    training: probe.Training = field(default_factory=probe.Training)
+
+
+def bench(plan: Plan) -> bool:
+    """Checks and times everything, prints it as it comes and writes it; whether this package's losses all passed.
+
+    Files are written after each batch, so that an interrupted run leaves what it had. Raises BenchError if it cannot
+    run.
+    """
+    console = _console()
+    plan.output.mkdir(parents=True, exist_ok=True)
+    setting = environment.describe(plan.device)
+    console.print(", ".join(f"{name} {value}" for name, value in setting.items() if value))
+    candidates = _able(console, plan)
+    results = {**setting, "command": plan.command, "dtype": _name(plan.dtype), "flops": FLOPS_FORMULA}
+    results |= {"data": [], "floors": [], "cases": []}
+    refused = _refused(console, candidates, plan)
+    for source in plan.sources:
+        for batch in _batches(console, source, plan):
+            console.print(f"{batch.title}, {_name(batch.hidden.dtype)}")
+            statistics = softmax_statistics(batch)
+            console.print(f"  {statistics}")
+            about = {"data": batch.data, "data_name": batch.name, "shape": str(batch.shape)}
+            results["data"].append({**about, **asdict(statistics)})
+            projection = measure.time_projection(batch, plan.timer)
+            rate = batch.shape.flops(None) / projection / 1e9
+            console.print(f"  the logits' matrix product alone: {projection:.2f} ms, {rate:,.0f} TFLOP/s")
+            results["floors"].append({**about, "logits_gemm_ms": projection, "tflops": rate})
+            cases = _measure_all(console, candidates, refused, batch, plan)
+            results["cases"] += cases
+            report.show(console, report.table(batch.title, cases))
+            report.write_json(results, plan.output / RESULTS)
+            ours = {candidate.name for candidate in plan.candidates if candidate.ours}
+            report.draw(results["cases"], ours, results["floors"], plan.output / PICTURE)
+    console.print(FLOPS_FORMULA)
+    console.print(f"Written: {plan.output / RESULTS}, {plan.output / PICTURE}")
+    ours = {candidate.name for candidate in candidates if candidate.ours}
+    return all(case.status in (OK, measure.OUT_OF_MEMORY) for case in results["cases"] if case.impl in ours)
+
+
+def check_only(candidates: list[Candidate], device: torch.device, dtype: torch.dtype) -> bool:
+    """The correctness check on small data, as a table; whether every loss that can run here passed.
+
+    Raises BenchError if none can.
+    """
+    console = _console()
+    console.print(f"correctness check on {environment.describe(device)['device']} in {_name(dtype)}")
+    rows, passed = [], True
+    for candidate in candidates:
+        obstacle = candidate.obstacle(device, dtype)
+        if obstacle:
+            console.print(f"  {candidate.name} is left out: {obstacle}")
+            continue
+        with console.status(candidate.name):
+            status, found = measure.check(candidate, dtype, device)
+        passed &= status == OK
+        rows.append((candidate.name, status, found, correctness.tolerance(candidate, dtype)))
+    if not rows:
+        raise BenchError("none of the losses can run here")
+    report.show(console, report.check_table(rows))
+    return passed
+
+
+def _console() -> Console:
+    return Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _able(console: Console, plan: Plan) -> list[Candidate]:
+    """The candidates that can run here; says of the others why not."""
+    able = []
+    for candidate in plan.candidates:
+        obstacle = candidate.obstacle(plan.device, plan.dtype)
+        if obstacle:
+            console.print(f"{candidate.name} is left out: {obstacle}")
+        else:
+            able.append(candidate)
+    if not able:
+        raise BenchError("none of the losses can run here")
+    return able
+
+
+def _refused(console: Console, candidates: list[Candidate], plan: Plan) -> dict[str, str]:
+    """What is wrong with those that fail on small ragged data, by name. Losses with demands on sizes are not asked."""
+    refused = {}
+    for candidate in candidates:
+        if not candidate.any_size:
+            continue
+        with console.status(f"checking {candidate.name}"):
+            status, _ = measure.check(candidate, plan.dtype, plan.device)
+        if status != OK:
+            refused[candidate.name] = f"small data: {status}"
+            console.print(f"{candidate.name} fails on {correctness.RAGGED} and will not be timed: {status}")
+    return refused
+
+
+def _batches(console: Console, source: Source, plan: Plan) -> Iterator[Batch]:
+    try:
+        if source.kind == "random":
+            yield random_batch(source.shape, plan.dtype, plan.device)
+        elif source.kind == "trained":
+            yield trained_batch(source.shape, plan.dtype, plan.device)
+        elif source.kind == "probe":
+            yield from _probe_batches(console, source.shape, plan)
+        else:
+            yield from file_batches(source.path, plan.device)
+    except torch.OutOfMemoryError as error:
+        raise BenchError(f"{source.kind} data of {source.shape or source.path} do not fit: {error}") from error
+
+
+def _probe_batches(console: Console, shape: Shape, plan: Plan) -> list[Batch]:
+    with console.status("reading the probe's text"):
+        texts = text.read_texts(plan.training.characters())
+    with console.status("training its tokenizer"):
+        tokens = text.tokenize(texts, shape.vocab)
+    console.print(
+        f"probe: {len(tokens) / 1e6:.1f} million tokens of {len(texts):,} files, {len(tokens.unique()):,} ids"
+    )
+    columns = (TextColumn("  training {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=plan.training.steps)
+
+        def on_step(step: int, loss: float) -> None:
+            progress.update(task, completed=step + 1, description=f"loss {loss:.2f}")
+
+        return probe.probe_batches(tokens, shape, plan.dtype, plan.device, plan.training, on_step)
+
+
+def _measure_all(
+    console: Console, candidates: list[Candidate], refused: dict[str, str], batch: Batch, plan: Plan
+) -> list[Case]:
+    # What was compiled for another shape must not make this one's sizes dynamic.
+    torch.compiler.reset()
+    right = _exact(batch)
+    cases = []
+    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=2 * len(candidates))
+        for candidate in candidates:
+            for frozen in (False, True):
+                progress.update(task, description=f"{candidate.name}{', frozen head' if frozen else ''}")
+                if candidate.name in refused:
+                    status = refused[candidate.name]
+                    case = Case(candidate.name, batch.shape, batch.data, batch.name, frozen, status)
+                else:
+                    case = measure.measure(candidate, batch, right, frozen, plan.timer)
+                cases.append(case)
+                progress.advance(task)
+    for case in cases:
+        baseline = next((c for c in cases if c.impl == BASELINE and c.frozen_weight == case.frozen_weight), None)
+        if baseline and baseline.forward_backward_ms and case.forward_backward_ms:
+            case.ratio_to_torch_compile_full = case.forward_backward_ms / baseline.forward_backward_ms
+    return cases
+
+
+def _exact(batch: Batch) -> correctness.Exact:
+    try:
+        return correctness.exact(batch)
+    except torch.OutOfMemoryError as error:
+        raise BenchError(f"{batch.title}: the reference does not fit: {error}") from error
