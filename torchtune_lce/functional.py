@@ -58,6 +58,29 @@ def linear_cross_entropy(
     )
 
 
+def linear_token_logprobs(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [...]
+    bias: Tensor | None = None,  # [V]
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    shift: int = 0,
+    impl: str = "auto",
+    filter_eps: float | str | None = "auto",
+) -> Tensor:
+    """Log-probability of each target, float32 in the shape of ``targets``, 0 where ignored or shifted off.
+
+    What DPO, PPO and GRPO are made of. Gradients flow with any upstream gradient a token; arguments and errors as in
+    :func:`linear_cross_entropy`.
+    """
+    options = Options(ignore_index=ignore_index, softcap=softcap, filter_eps=filter_eps)
+    return -compute(
+        hidden, weight, targets, bias, options=options, reduction="none", shift=shift, impl=impl, return_lse=False
+    )
+
+
 def compute(
     hidden: Tensor,
     weight: Tensor,
@@ -94,6 +117,8 @@ def compute(
     nll, lse = token_losses(hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels, options)
     if poison is not None:
         nll, lse = nll * poison, lse * poison
+    if options.z_loss:
+        nll = nll + options.z_loss * lse.square()
     loss = _reduce(nll, labels, targets.shape, reduction, shift, options.ignore_index)
     return (loss, _restore(lse, targets.shape, shift)) if return_lse else loss
 

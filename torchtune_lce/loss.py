@@ -35,6 +35,7 @@ class LinearCrossEntropyLoss(nn.Module, SFTLoss):
         filter_eps: see :func:`torchtune_lce.linear_cross_entropy`.
         reduction: ``mean`` over the targets that are not ignored, as torchtune's recipes need; ``sum``; or ``none``.
         workspace_mib: the most memory in MiB that an implementation may use beyond gradients and O(N + V).
+        z_loss: this times the squared log-sum-exp is added to each token's loss, which keeps the logits from drifting.
         check_targets: check the range of every batch's targets on a GPU too, which stalls it, not only the first one's.
 
     Raises:
@@ -49,11 +50,16 @@ class LinearCrossEntropyLoss(nn.Module, SFTLoss):
         filter_eps: float | str | None = "auto",
         reduction: str = "mean",
         workspace_mib: int = 128,
+        z_loss: float = 0.0,
         check_targets: bool = False,
     ):
         super().__init__()
         self._options = Options(
-            ignore_index=ignore_index, softcap=softcap, filter_eps=filter_eps, workspace_mib=workspace_mib
+            ignore_index=ignore_index,
+            softcap=softcap,
+            filter_eps=filter_eps,
+            workspace_mib=workspace_mib,
+            z_loss=z_loss,
         )
         validation.check_options(self._options)
         validation.check_reduction(reduction)

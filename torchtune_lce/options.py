@@ -10,13 +10,15 @@ class Options:
     """Settings of one call, validated once by :func:`torchtune_lce.validation.check_options`.
 
     ``filter_eps`` is ``"auto"``, ``None`` (keep everything) or a float in [0, 1): softmax entries below it may be
-    dropped from the gradients by the implementations that filter.
+    dropped from the gradients by the implementations that filter. ``z_loss`` times the squared log-sum-exp is added to
+    each token's loss (PaLM, Chowdhery et al. 2022, section 5).
     """
 
     ignore_index: int = -100
     softcap: float | None = None
     filter_eps: float | str | None = "auto"
     workspace_mib: int = 128
+    z_loss: float = 0.0
 
     def resolved_filter_eps(self, dtype: torch.dtype) -> float | None:
         """The threshold in force for gradients in ``dtype``.

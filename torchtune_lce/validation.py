@@ -22,6 +22,9 @@ def check_options(options: Options) -> None:
     softcap = options.softcap
     if softcap is not None and not (_is_real(softcap) and math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap must be None or a finite number > 0, got {softcap!r}")
+    z_loss = options.z_loss
+    if not (_is_real(z_loss) and math.isfinite(z_loss) and z_loss >= 0):
+        raise ValueError(f"z_loss must be a finite number >= 0, got {z_loss!r}")
     eps = options.filter_eps
     if eps not in ("auto", None) and not (_is_real(eps) and 0 <= eps < 1):
         raise ValueError(f"filter_eps must be 'auto', None or a number in [0, 1), got {eps!r}")
