@@ -29,7 +29,7 @@ def token_losses(filtering: Filtering) -> Callable:
         # A gradient that nobody wants must not make the others keep more.
         filter_hidden, filter_weight = filtering.hidden or not needed[0], filtering.weight or not needed[1]
         records = bool(eps) and any(needed) and torch.is_grad_enabled() and (filter_hidden or filter_weight)
-        nll, lse, *_ = _forward(
+        nll, lse, *_ = torch.ops.torchtune_lce.cut_cross_entropy(
             hidden,
             weight,
             bias,
@@ -46,14 +46,16 @@ def token_losses(filtering: Filtering) -> Callable:
     return run
 
 
-@torch.library.custom_op(
+torch.library.define(
     "torchtune_lce::cut_cross_entropy",
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float? softcap, float? eps, "
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float? softcap, float? eps, "
     "bool filter_hidden, bool filter_weight, int workspace_mib) "
     "-> (Tensor nll, Tensor lse, Tensor rows, Tensor labels, Tensor count, Tensor row_lse, "
     "Tensor words, Tensor whole, Tensor dropped_mass)",
 )
+
+
+@torch.library.impl("torchtune_lce::cut_cross_entropy", "default")
 def _forward(hidden, weight, bias, targets, ignore_index, softcap, eps, filter_hidden, filter_weight, workspace_mib):
     """nll and lse [N] float32, 0 where ignored; then what the backward needs.
 
@@ -90,7 +92,7 @@ def _forward(hidden, weight, bias, targets, ignore_index, softcap, eps, filter_h
     return nll, lse, rows, labels, count, row_lse, activity.words, activity.whole, activity.dropped_mass
 
 
-@_forward.register_fake
+@torch.library.register_fake("torchtune_lce::cut_cross_entropy")
 def _(hidden, weight, bias, targets, ignore_index, softcap, eps, filter_hidden, filter_weight, workspace_mib):
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return hidden.new_empty(shape, dtype=dtype)
@@ -111,14 +113,16 @@ def _(hidden, weight, bias, targets, ignore_index, softcap, eps, filter_hidden, 
     )
 
 
-@torch.library.custom_op(
+torch.library.define(
     "torchtune_lce::cut_cross_entropy_backward",
-    mutates_args=(),
-    schema="(Tensor? d_nll, Tensor? d_lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor labels, "
+    "(Tensor? d_nll, Tensor? d_lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor labels, "
     "Tensor count, Tensor row_lse, Tensor words, Tensor whole, Tensor dropped_mass, float? softcap, "
     "bool filter_hidden, bool filter_weight, bool need_hidden, bool need_weight, bool need_bias, int workspace_mib) "
     "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor tiles)",
 )
+
+
+@torch.library.impl("torchtune_lce::cut_cross_entropy_backward", "default")
 def _backward(
     d_nll,
     d_lse,
@@ -215,7 +219,7 @@ def _backward(
     return *(nothing.clone() if gradient is None else gradient for gradient in (d_hidden, d_weight, d_bias)), tiles
 
 
-@_backward.register_fake
+@torch.library.register_fake("torchtune_lce::cut_cross_entropy_backward")
 def _(
     d_nll,
     d_lse,
@@ -258,7 +262,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _differentiate(ctx, d_nll, d_lse, *_):
     softcap, filter_hidden, filter_weight, workspace_mib = ctx.settings
     needs = ctx.needs_input_grad[:3]
-    *gradients, tiles = _backward(
+    *gradients, tiles = torch.ops.torchtune_lce.cut_cross_entropy_backward(
         d_nll, d_lse, *ctx.saved_tensors, softcap, filter_hidden, filter_weight, *needs, workspace_mib
     )
     if ctx.record:
@@ -270,8 +274,8 @@ def _refuse_second_derivative(ctx, *_):
     raise RuntimeError("impl='cce' has no second derivative (create_graph=True); set impl='reference'")
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
-_backward.register_autograd(_refuse_second_derivative)
+torch.library.register_autograd("torchtune_lce::cut_cross_entropy", _differentiate, setup_context=_setup_context)
+torch.library.register_autograd("torchtune_lce::cut_cross_entropy_backward", _refuse_second_derivative)
 
 
 def _rows_contiguous(matrix: Tensor) -> Tensor:

@@ -20,12 +20,14 @@ def entries_per_chunk(tokens: int, vocabulary: int, workspace_mib: int, dtype: t
     return min(vocabulary, max(workspace_mib * 2**20 // max(bytes_per_entry, 1), 64))
 
 
-@torch.library.custom_op(
+torch.library.define(
     "torchtune_lce::chunked",
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float? softcap, "
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float? softcap, "
     "int workspace_mib) -> (Tensor nll, Tensor lse)",
 )
+
+
+@torch.library.impl("torchtune_lce::chunked", "default")
 def _forward(hidden, weight, bias, targets, ignore_index, softcap, workspace_mib):
     rows, kept, labels, chunk = _in_use(hidden, weight, targets, ignore_index, workspace_mib)
     row_lse = hidden.new_full(rows.shape, -torch.inf, dtype=accumulation_dtype(hidden.dtype))
@@ -40,19 +42,21 @@ def _forward(hidden, weight, bias, targets, ignore_index, softcap, workspace_mib
     return nll, lse
 
 
-@_forward.register_fake
+@torch.library.register_fake("torchtune_lce::chunked")
 def _(hidden, weight, bias, targets, ignore_index, softcap, workspace_mib):
     dtype = accumulation_dtype(hidden.dtype)
     return hidden.new_empty(targets.shape, dtype=dtype), hidden.new_empty(targets.shape, dtype=dtype)
 
 
-@torch.library.custom_op(
+torch.library.define(
     "torchtune_lce::chunked_backward",
-    mutates_args=(),
-    schema="(Tensor? d_nll, Tensor? d_lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor lse, "
+    "(Tensor? d_nll, Tensor? d_lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor lse, "
     "int ignore_index, float? softcap, int workspace_mib, bool need_hidden, bool need_weight, bool need_bias) "
     "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
 )
+
+
+@torch.library.impl("torchtune_lce::chunked_backward", "default")
 def _backward(
     d_nll,
     d_lse,
@@ -92,7 +96,7 @@ def _backward(
     return d_hidden, d_weight, d_bias
 
 
-@_backward.register_fake
+@torch.library.register_fake("torchtune_lce::chunked_backward")
 def _(
     d_nll,
     d_lse,
@@ -121,7 +125,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, d_nll, d_lse):
     needs = ctx.needs_input_grad[:3]
-    gradients = _backward(d_nll, d_lse, *ctx.saved_tensors, *ctx.settings, *needs)
+    gradients = torch.ops.torchtune_lce.chunked_backward(d_nll, d_lse, *ctx.saved_tensors, *ctx.settings, *needs)
     return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 4
 
 
@@ -129,8 +133,8 @@ def _refuse_second_derivative(ctx, *_):
     raise RuntimeError("impl='chunked' has no second derivative (create_graph=True); set impl='reference'")
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
-_backward.register_autograd(_refuse_second_derivative)
+torch.library.register_autograd("torchtune_lce::chunked", _differentiate, setup_context=_setup_context)
+torch.library.register_autograd("torchtune_lce::chunked_backward", _refuse_second_derivative)
 
 
 def _in_use(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, workspace_mib: int):
@@ -173,4 +177,6 @@ def _chunk_gradient(hidden, weight, bias, labels, lse, d_nll, d_softmax, start, 
 
 def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options):
     """Same contract as :func:`torchtune_lce.reference.token_losses`."""
-    return _forward(hidden, weight, bias, targets, options.ignore_index, options.softcap, options.workspace_mib)
+    return torch.ops.torchtune_lce.chunked(
+        hidden, weight, bias, targets, options.ignore_index, options.softcap, options.workspace_mib
+    )
