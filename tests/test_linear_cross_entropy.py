@@ -411,8 +411,9 @@ def test_second_derivative_is_refused(impl, device):
     """Their backward is computed by hand: differentiated, it would pass for a constant."""
     tensors = make_inputs(Case(), torch.float32, device)
     loss = call(impl, Case(), tensors)["loss"]
+    (gradient,) = torch.autograd.grad(loss, tensors["hidden"], create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative.*impl='reference'"):
-        torch.autograd.grad(loss, tensors["hidden"], create_graph=True)
+        torch.autograd.grad(gradient.square().sum(), tensors["hidden"])
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor | None]:
