@@ -1,5 +1,6 @@
 """What the losses are measured on: hidden states, projection weight and targets."""
 
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,34 +44,33 @@ def random_batch(shape: Shape, dtype: torch.dtype, device: torch.device, seed: i
     return Batch("random", "random", hidden, weight, targets)
 
 
-def file_batches(path: Path, device: torch.device) -> list[Batch]:
+def file_batches(path: Path, dtype: torch.dtype, device: torch.device) -> list[Batch]:
     """Batches saved with torch.save: {"hidden", "weight", "targets"}, or {name: (hidden, weight, targets)}.
 
-    Raises BenchError for a file that holds something else.
+    They are brought to ``dtype`` and ``device``. Raises BenchError for a file that holds something else.
     """
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise BenchError(f"--file: {path} does not exist") from None
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise BenchError(f"--file: {path} was not written by torch.save: {str(error).splitlines()[0]}") from error
     if not isinstance(saved, dict) or not saved:
         raise BenchError(f"--file: {path} must hold a dict, got {type(saved).__name__}")
     if set(saved) == {"hidden", "weight", "targets"}:
         saved = {path.stem: (saved["hidden"], saved["weight"], saved["targets"])}
-    return [_checked_batch(path, name, tensors) for name, tensors in saved.items()]
+    return [_checked_batch(path, name, tensors, dtype, device) for name, tensors in saved.items()]
 
 
-def _checked_batch(path: Path, name: str, tensors: object) -> Batch:
+def _checked_batch(path: Path, name: str, tensors: object, dtype: torch.dtype, device: torch.device) -> Batch:
     wanted = f"--file: {path}: {name!r} must be a tuple of tensors hidden [N, D], weight [V, D] and targets [N]"
     if not isinstance(tensors, (tuple, list)) or [getattr(x, "ndim", None) for x in tensors] != [2, 2, 1]:
         raise BenchError(wanted)
     hidden, weight, targets = tensors
     if hidden.shape[1] != weight.shape[1] or hidden.shape[0] != targets.shape[0] or not weight.numel():
         raise BenchError(f"{wanted}, got {list(hidden.shape)}, {list(weight.shape)}, {list(targets.shape)}")
-    if hidden.dtype != weight.dtype or not hidden.is_floating_point() or targets.dtype != torch.int64:
-        raise BenchError(
-            f"{wanted} in one floating dtype and int64, got {hidden.dtype}, {weight.dtype} and {targets.dtype}"
-        )
+    if not hidden.is_floating_point() or not weight.is_floating_point() or targets.dtype != torch.int64:
+        raise BenchError(f"{wanted}, floating and int64, got {hidden.dtype}, {weight.dtype} and {targets.dtype}")
     valid = targets[targets != IGNORE_INDEX]
     if not len(valid) or valid.min() < 0 or valid.max() >= weight.shape[0]:
         raise BenchError(f"{wanted}; every target must be {IGNORE_INDEX} or in [0, {weight.shape[0]}), some of them in")
-    return Batch("file", name, hidden.contiguous(), weight.contiguous(), targets.contiguous())
+    hidden, weight = (tensor.to(device, dtype).contiguous() for tensor in (hidden, weight))
+    return Batch("file", name, hidden, weight, targets.to(device).contiguous())

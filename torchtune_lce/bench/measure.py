@@ -41,6 +41,8 @@ class Case:
 def measure(candidate: Candidate, batch: Batch, right: Exact, frozen: bool, timer: Timer) -> Case:
     """Times the candidate if it agrees with ``right``; whatever it raises becomes the case's status."""
     case = Case(candidate.name, batch.shape, batch.data, batch.name, frozen, OK)
+    # Past a few recompilations torch.compile gives up, in silence: each case starts from none.
+    torch.compiler.reset()
     try:
         _fill(case, candidate, candidate.build(), batch, right, timer)
     except torch.OutOfMemoryError:

@@ -19,8 +19,15 @@ _LEAST_MIB = 0.5  # so that nothing at all has a place on a logarithmic axis
 
 def write_json(results: dict, path: Path) -> None:
     """``results`` as it is; its "cases" are :class:`Case`, its "floors" and "data" plain dictionaries."""
-    plain = {**results, "cases": [dataclasses.asdict(case) for case in results["cases"]]}
-    path.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+    plain = {**results, "cases": [_finite(dataclasses.asdict(case)) for case in results["cases"]]}
+    path.write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite(case: dict) -> dict:
+    """JSON has no NaN: a wrong loss's errors may be, and its status says so."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in case.items()
+    }
 
 
 def show(console: Console, grid: Table) -> None:
@@ -29,9 +36,9 @@ def show(console: Console, grid: Table) -> None:
     Console(file=console.file, width=max(needed, console.width), highlight=False, markup=False).print(grid)
 
 
-def table(title: str, cases: list[Case]) -> Table:
+def table(cases: list[Case]) -> Table:
     """The cases of one batch, each loss with both gradients and then with a frozen head."""
-    grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("loss", "gradients"):
         grid.add_column(heading, no_wrap=True)
     numbers = (
@@ -109,13 +116,15 @@ def draw(cases: list[Case], ours: set[str], floors: list[dict], path: Path) -> N
         for axis in axes[:2]:
             axis.axvline(gemm, color=_BASELINE_COLOUR, linestyle="--", linewidth=1, label="logits' product alone")
             axis.set_xlabel("forward + backward, ms")
-        axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+        axes[0].legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
         peaks = {key: None if case.peak_mib is None else max(case.peak_mib, _LEAST_MIB) for key, case in both.items()}
         _bars(axes[2], peaks, both, ours, "{:,.0f}")
         if any(peaks.values()):
             axes[2].set_xscale("log")
-        axes[2].set_xlabel("peak memory over inputs and gradients, MiB")
-        axes[2].set_title("both gradients", loc="left", fontsize=10)
+        else:
+            axes[2].set_xticks([])
+        axes[2].set_xlabel("MiB over inputs and gradients")
+        axes[2].set_title("peak memory, both gradients", loc="left", fontsize=10)
     figure.savefig(path)
 
 

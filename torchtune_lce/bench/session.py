@@ -60,7 +60,7 @@ def bench(plan: Plan) -> bool:
     refused = _refused(console, candidates, plan)
     for source in plan.sources:
         for batch in _batches(console, source, plan):
-            console.print(f"{batch.title}, {_name(batch.hidden.dtype)}")
+            console.print(f"\n{batch.title}, {_name(plan.dtype)}")
             statistics = softmax_statistics(batch)
             console.print(f"  {statistics}")
             about = {"data": batch.data, "data_name": batch.name, "shape": str(batch.shape)}
@@ -71,7 +71,7 @@ def bench(plan: Plan) -> bool:
             results["floors"].append({**about, "logits_gemm_ms": projection, "tflops": rate})
             cases = _measure_all(console, candidates, refused, batch, plan)
             results["cases"] += cases
-            report.show(console, report.table(batch.title, cases))
+            report.show(console, report.table(cases))
             report.write_json(results, plan.output / RESULTS)
             ours = {candidate.name for candidate in plan.candidates if candidate.ours}
             report.draw(results["cases"], ours, results["floors"], plan.output / PICTURE)
@@ -149,7 +149,7 @@ def _batches(console: Console, source: Source, plan: Plan) -> Iterator[Batch]:
         elif source.kind == "probe":
             yield from _probe_batches(console, source.shape, plan)
         else:
-            yield from file_batches(source.path, plan.device)
+            yield from file_batches(source.path, plan.dtype, plan.device)
     except torch.OutOfMemoryError as error:
         raise BenchError(f"{source.kind} data of {source.shape or source.path} do not fit: {error}") from error
 
@@ -175,8 +175,6 @@ def _probe_batches(console: Console, shape: Shape, plan: Plan) -> list[Batch]:
 def _measure_all(
     console: Console, candidates: list[Candidate], refused: dict[str, str], batch: Batch, plan: Plan
 ) -> list[Case]:
-    # What was compiled for another shape must not make this one's sizes dynamic.
-    torch.compiler.reset()
     right = _exact(batch)
     cases = []
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
