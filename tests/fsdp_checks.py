@@ -106,6 +106,11 @@ def _check_gradients(rank: int, head: str, own_group: list[str], reshard: bool) 
     assert not leftovers, case
 
 
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, in units of the largest entry."""
+    return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
 def _check_bound_before_sharding() -> None:
     model = build_model(tied=False)
     loss = LinearCrossEntropyLoss(impl="chunked")

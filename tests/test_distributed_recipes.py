@@ -77,6 +77,11 @@ def _cases() -> dict[str, Case]:
         cases[" ".join(["lora on the output", *overrides])] = Case(
             LORA_DISTRIBUTED, False, (*on_output, *overrides), equals="stock lora on the output"
         )
+    split = ("tensor_parallel_dim=2", "tensor_parallel_plan._component_=torchtune.models.llama3.base_llama_tp_plan")
+    cases["stock tensor parallel"] = Case(FULL_DISTRIBUTED, False, split, loss=STOCK_LOSS)
+    cases["tensor parallel"] = Case(FULL_DISTRIBUTED, False, split, equals="stock tensor parallel")
+    # torchtune's own recipe crashes here.
+    cases["tensor parallel, tied"] = Case(FULL_DISTRIBUTED, True, split)
     cases["a rank without labels"] = Case(FULL_DISTRIBUTED, True, ("batch_size=1", "shuffle=False"))
     return cases
 
@@ -166,6 +171,16 @@ def test_single_device_recipes_go_on_from_the_checkpoint(runs, tied, recipe, tmp
         losses.append(logged_losses(Path(cfg.output_dir)))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][0] < runs.losses(name)[0] - 0.1
+
+
+def test_a_tied_head_under_tensor_parallelism_equals_one_device(runs):
+    cfg = runs.config("one device", FULL, tied=True, loss=STOCK_LOSS)
+    train(stock_recipe(FULL), cfg)
+    stock = runs.losses("one device")
+    assert len(set(stock)) == STEPS
+    assert runs.losses("tensor parallel, tied") == pytest.approx(stock, rel=ROUNDING)
+    ours, single = runs.saved("tensor parallel, tied"), runs.saved("one device")
+    assert list(ours) == list(single)
 
 
 def test_a_rank_without_labels_leaves_the_other_ranks_numbers(runs):

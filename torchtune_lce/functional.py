@@ -1,10 +1,15 @@
 """The public function: validate, pick the implementation, shift and reduce."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from torchtune_lce import implementations, validation
 from torchtune_lce.options import Options
+
+if TYPE_CHECKING:
+    from torchtune_lce.tensor_parallel import VocabularyShard
 
 
 def linear_cross_entropy(
@@ -92,8 +97,12 @@ def compute(
     shift: int,
     impl: str,
     return_lse: bool,
+    shard: "VocabularyShard | None" = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`linear_cross_entropy` with its settings in one object."""
+    """:func:`linear_cross_entropy` with its settings in one object.
+
+    With ``shard``, weight and bias are this rank's rows of a larger vocabulary, which ``targets`` are in.
+    """
     validation.check_options(options)
     validation.check_reduction(reduction)
     validation.check_shift(shift)
@@ -101,15 +110,18 @@ def compute(
     hidden, weight, bias = _autocast(hidden, weight, bias)
     validation.check_tensors(hidden, weight, targets, bias)
     _, token_losses = implementations.choose(impl, hidden)
+    vocabulary = weight.shape[0]
+    if shard is not None:
+        token_losses, vocabulary = shard.token_losses(token_losses), shard.vocabulary
 
     if shift:
         targets = _align(targets, shift, options.ignore_index)
     labels = targets.reshape(-1)
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        validation.check_range(labels, weight.shape[0], options.ignore_index)
+        validation.check_range(labels, vocabulary, options.ignore_index)
         poison = None
     else:
-        outside = validation.out_of_range(labels, weight.shape[0], options.ignore_index)
+        outside = validation.out_of_range(labels, vocabulary, options.ignore_index)
         labels = labels.where(~outside, 0)
         # A factor, not a replacement: the NaN then reaches the gradients too.
         poison = torch.ones_like(labels, dtype=torch.float32).masked_fill_(outside, torch.nan)

@@ -14,6 +14,7 @@ from torchtune_lce.model_output import skip_output_layer
 from torchtune_lce.options import Options
 from torchtune_lce.projection import Projection
 from torchtune_lce.sft_loss import SFTLoss
+from torchtune_lce.tensor_parallel import local_rows
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -117,25 +118,25 @@ class LinearCrossEntropyLoss(nn.Module, SFTLoss):
                 f"outputs must be one tensor of hidden states, got a {type(outputs).__name__} of {len(outputs)}: build "
                 "the model without output_hidden_states, or pass the last one"
             )
-        if isinstance(outputs, DTensor):
-            raise TypeError(
-                f"outputs must be a plain tensor, got a DTensor ({', '.join(map(str, outputs.placements))}): leave the "
-                "final norm and the output projection out of tensor parallelism"
-            )
         if weight is not None:
             return self._loss(outputs, targets, weight, bias)
         if bias is not None:
             raise ValueError("bias must come with weight: the bound projection brings its own")
         if self._projection is None:
             raise RuntimeError(_unbound_message())
-        return self._projection.call(self._loss, outputs, targets)
+        return self._projection.call(self._bound_loss, outputs, targets)
 
-    def _loss(self, outputs: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _loss(self, outputs: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, shard=None) -> Tensor:
+        if isinstance(outputs, DTensor):
+            raise TypeError(
+                f"outputs must be a plain tensor, got a DTensor ({', '.join(map(str, outputs.placements))}), though "
+                "weight is none: split the output projection too, or leave the final norm out of tensor parallelism"
+            )
         validation.check_plain(outputs, weight, targets, bias)
         self._check_width(outputs, weight)
         if not torch.compiler.is_compiling():
             if self._first_batch or self.check_targets:
-                self._check_range(targets, weight.shape[0])
+                self._check_range(targets, weight.shape[0] if shard is None else shard.vocabulary)
             if self._first_batch:
                 self._say_which(outputs, weight)
                 self._first_batch = False
@@ -149,7 +150,19 @@ class LinearCrossEntropyLoss(nn.Module, SFTLoss):
             shift=0,
             impl=self.impl,
             return_lse=False,
+            shard=shard,
         )
+
+    def _bound_loss(self, outputs: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The loss under the bound projection, whose rows tensor parallelism may have split over ranks."""
+        if not isinstance(weight, DTensor):
+            return self._loss(outputs, targets, weight, bias)
+        weight, shard = local_rows("weight", weight)
+        if bias is not None:
+            bias, _ = local_rows("bias", bias)
+        if isinstance(outputs, DTensor):
+            outputs, shard = shard.whole_hidden(outputs)
+        return self._loss(outputs, targets, weight, bias, shard)
 
     def _check_width(self, outputs: Tensor, weight: Tensor) -> None:
         if weight.ndim == 2 and outputs.shape[-1:] != weight.shape[1:]:

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from types import MethodType
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -33,6 +34,14 @@ class Projection:
                 _check_plain(tensor)
         _check_dropout(self._output)
         self._holder = _deepest_fsdp_module(model, self._owner)
+        self._fsdp = isinstance(self._holder, FSDPModule)
+        # Without FSDP2 only tensor parallelism splits a weight. With it, what is split still while its holder runs is.
+        self._mesh = None if self._fsdp else getattr(self._owner.weight, "device_mesh", None)
+        # torchtune has the root let go of its parameters after forward: they would be gathered again for the loss at
+        # once. Older torch never lets a root do that, and has no such method.
+        self._keeps_gathered = self._holder is model and hasattr(model, "set_reshard_after_forward")
+        if self._keeps_gathered:
+            model.set_reshard_after_forward(False, recurse=False)
         self._method = f"_linear_cross_entropy_{next(_counter)}"
         setattr(self._holder, self._method, MethodType(_call_with_projection, self._holder))
         # FSDP2 then gathers the weight before the method and averages its gradient over the ranks after the backward,
@@ -40,20 +49,33 @@ class Projection:
         register_fsdp_forward_method(self._holder, self._method)
 
     def call(self, function: Callable, hidden: Tensor, targets: Tensor):
-        """``function(hidden, targets, weight, bias)``, within what FSDP2 takes for a forward of the weight's holder."""
-        return getattr(self._holder, self._method)(self, function, hidden, targets)
+        """``function(hidden, targets, weight, bias)``, within what FSDP2 takes for a forward of the weight's holder.
+
+        Both are DTensors where tensor parallelism splits them, on its mesh alone.
+        """
+        result = getattr(self._holder, self._method)(self, function, hidden, targets)
+        if self._keeps_gathered and not torch.is_grad_enabled():
+            # No backward will do it.
+            self._holder.reshard()
+        return result
 
     def release(self) -> None:
         vars(self._holder).pop(self._method, None)
 
     def read(self) -> tuple[Tensor, Tensor | None]:
         for tensor in self._tensors():
-            if isinstance(tensor, DTensor):
+            if not isinstance(tensor, DTensor):
+                _check_plain(tensor)
+            elif not self._fsdp and tensor.device_mesh != self._mesh:
                 raise TypeError(
-                    f"weight of the model's output is a DTensor ({', '.join(map(str, tensor.placements))}): apply "
-                    "FSDP2 before set_model_output, and leave the output projection out of tensor parallelism"
+                    f"weight of the model's output is a DTensor ({', '.join(map(str, tensor.placements))}) on a mesh "
+                    "that it was not on before: apply FSDP2 before set_model_output, and tensor parallelism too"
                 )
-            _check_plain(tensor)
+            elif isinstance(self._output, LoRALinear):
+                raise TypeError(
+                    "model.output is a LoRALinear under tensor parallelism, whose adapters are not split as its weight "
+                    "is: set apply_lora_to_output: False"
+                )
         _check_dropout(self._output)
         if isinstance(self._output, TiedLinear):
             return self._owner.weight, None

@@ -1,0 +1,283 @@
+"""What several processes check of a vocabulary that tensor parallelism splits; each of them imports this."""
+
+import itertools
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from fsdp_checks import relative_error
+from tiny_models import SIZES, VOCABULARY, build_model
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torchtune.models.llama3 import base_llama_tp_plan
+from torchtune.training import get_shard_conditions, prepare_mha_for_tp, shard_model
+
+from torchtune_lce import LinearCrossEntropyLoss, linear_cross_entropy
+
+EMBED_DIM = SIZES["embed_dim"]
+# Divisible by neither ranks nor tiles.
+RAGGED = 509
+OUTPUT_PLAN = {"output": ColwiseParallel(output_layouts=Replicate())}
+TIED_PLAN = {"tok_embeddings": RowwiseParallel(input_layouts=Replicate())}
+
+
+def check_vocabulary_parallel(mesh: DeviceMesh, impls: tuple[str, ...]) -> None:
+    """On a mesh of one axis, every rank of which sees the same tokens."""
+    with torch.device(mesh.device_type):
+        for impl in impls:
+            _check_equals_one_process(mesh, impl, False, None, "mean")
+            _check_equals_one_process(mesh, impl, True, 5.0, "none")
+        _check_ignore_index_that_is_a_row(mesh)
+        _check_sequence_parallel_hidden(mesh)
+        _check_confident(mesh)
+        _check_no_labels(mesh)
+        _check_autocast(mesh)
+        _check_tied(mesh)
+        _check_collectives(mesh)
+        _check_refusals(mesh)
+
+
+def check_with_fsdp(mesh: DeviceMesh) -> None:
+    """On a mesh ("dp", "tp"): FSDP2 over the first axis, tensor parallelism over the second."""
+    for tied, own_group, reshard in itertools.product((True, False), ([], ["tok_embeddings", "output"]), (True, False)):
+        _check_gradients_with_fsdp(mesh, tied, own_group, reshard)
+
+
+@dataclass
+class Problem:
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    upstream: Tensor
+
+
+def _problem(bias: bool = False, scale: float = 1.0) -> Problem:
+    """The same on every rank."""
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cpu").to(torch.get_default_device())
+
+    targets = torch.randint(RAGGED, (2, 7), generator=generator, device="cpu")
+    # Both ends of the vocabulary, and what a shorter last shard would take for its own.
+    targets[0, :3] = torch.tensor([0, RAGGED - 1, RAGGED // 2], device="cpu")
+    targets[1, 2:4] = -100
+    return Problem(
+        normal(2, 7, EMBED_DIM),
+        normal(RAGGED, EMBED_DIM) * 0.3 * scale,
+        normal(RAGGED) if bias else None,
+        targets.to(torch.get_default_device()),
+        normal(2, 7),
+    )
+
+
+def _bound(mesh: DeviceMesh, problem: Problem, **settings) -> tuple[LinearCrossEntropyLoss, nn.Module]:
+    model = build_model(tied=False)
+    model.output = nn.Linear(EMBED_DIM, RAGGED, bias=problem.bias is not None)
+    with torch.no_grad():
+        model.output.weight.copy_(problem.weight)
+        if problem.bias is not None:
+            model.output.bias.copy_(problem.bias)
+    parallelize_module(model, mesh, OUTPUT_PLAN)
+    loss = LinearCrossEntropyLoss(**settings)
+    loss.set_model_output(model)
+    return loss, model
+
+
+def _backward(loss: Tensor, upstream: Tensor) -> None:
+    (loss * upstream).sum().backward() if loss.ndim else (loss * 3).backward()
+
+
+def _expected(problem: Problem, **settings) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of one process with the whole vocabulary, summed in float64."""
+    inputs = {"hidden": problem.hidden, "weight": problem.weight}
+    if problem.bias is not None:
+        inputs["bias"] = problem.bias
+    inputs = {name: tensor.double().requires_grad_() for name, tensor in inputs.items()}
+    loss = linear_cross_entropy(**inputs, targets=problem.targets, impl="reference", **settings)
+    _backward(loss, problem.upstream)
+    return loss.detach(), {name: tensor.grad for name, tensor in inputs.items()}
+
+
+def _assert_close(actual: Tensor, expected: Tensor, case: str, tolerance: float = 2e-6) -> None:
+    if isinstance(actual, DTensor):
+        actual = actual.full_tensor()
+    error = relative_error(actual, expected)
+    assert error < tolerance, f"{case}: relative error {error}"
+
+
+def _check_equals_one_process(mesh, impl: str, bias: bool, softcap: float | None, reduction: str) -> None:
+    problem = _problem(bias)
+    expected, gradients = _expected(problem, softcap=softcap, reduction=reduction)
+    loss, model = _bound(mesh, problem, impl=impl, softcap=softcap, reduction=reduction)
+    hidden = problem.hidden.clone().requires_grad_()
+    actual = loss(hidden, problem.targets)
+    _backward(actual, problem.upstream)
+    case = f"{impl}, bias {bias}, softcap {softcap}, {reduction}"
+    _assert_close(actual, expected, f"{case}, loss")
+    _assert_close(hidden.grad, gradients["hidden"], f"{case}, hidden")
+    weight = model.output.weight
+    assert isinstance(weight.grad, DTensor)
+    assert weight.grad.placements == weight.placements == (Shard(0),)
+    assert weight.grad.to_local().shape == weight.to_local().shape
+    _assert_close(weight.grad, gradients["weight"], f"{case}, weight")
+    if bias:
+        _assert_close(model.output.bias.grad, gradients["bias"], f"{case}, bias")
+
+
+def _check_ignore_index_that_is_a_row(mesh) -> None:
+    """Local row numbers start anew on every rank, and none of them may be taken for ignore_index."""
+    problem = _problem()
+    problem.targets[problem.targets == -100] = 3
+    expected, gradients = _expected(problem, reduction="none", ignore_index=3)
+    loss, model = _bound(mesh, problem, impl="chunked", reduction="none", ignore_index=3)
+    actual = loss(problem.hidden, problem.targets)
+    _backward(actual, problem.upstream)
+    _assert_close(actual, expected, "ignore_index 3, loss")
+    _assert_close(model.output.weight.grad, gradients["weight"], "ignore_index 3, weight")
+
+
+def _check_sequence_parallel_hidden(mesh) -> None:
+    """As torchtune's main branch has it: ranks hold parts of the sequence, here parts of unequal length."""
+    problem = _problem()
+    expected, gradients = _expected(problem)
+    loss, model = _bound(mesh, problem, impl="chunked")
+    for placement in (Shard(1), Replicate()):
+        hidden = distribute_tensor(problem.hidden, mesh, [placement]).requires_grad_()
+        model.output.weight.grad = None
+        actual = loss(hidden, problem.targets)
+        actual.mul(3).backward()
+        _assert_close(actual, expected, f"{placement}, loss")
+        assert hidden.grad.placements == (placement,)
+        _assert_close(hidden.grad, gradients["hidden"], f"{placement}, hidden")
+        _assert_close(model.output.weight.grad, gradients["weight"], f"{placement}, weight")
+
+
+def _check_confident(mesh) -> None:
+    """No loss below zero where a probability rounds to 1, on whichever rank its row is."""
+    problem = _problem(scale=20.0)
+    problem.targets = (problem.hidden @ problem.weight.T).argmax(-1)
+    loss, _ = _bound(mesh, problem, impl="reference", reduction="none")
+    actual = loss(problem.hidden, problem.targets)
+    assert (actual >= 0).all()
+    assert (actual == 0).any()
+
+
+def _check_no_labels(mesh) -> None:
+    """Zero, with gradients that are zeros and not missing; the collectives run all the same."""
+    problem = _problem()
+    loss, model = _bound(mesh, problem, impl="chunked")
+    hidden = problem.hidden.clone().requires_grad_()
+    actual = loss(hidden, torch.full_like(problem.targets, -100))
+    actual.backward()
+    assert actual == 0
+    assert not hidden.grad.any()
+    assert not model.output.weight.grad.to_local().any()
+
+
+def _check_autocast(mesh) -> None:
+    problem = _problem()
+    loss, _ = _bound(mesh, problem, impl="chunked")
+    with torch.autocast(problem.hidden.device.type, torch.bfloat16):
+        actual = loss(problem.hidden, problem.targets)
+        expected = linear_cross_entropy(problem.hidden, problem.weight, problem.targets, impl="chunked")
+    _assert_close(actual, expected, "autocast")
+
+
+def _tokens_and_targets(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    tokens, targets = torch.randint(VOCABULARY, (2, 2, 9), generator=generator, device="cpu")
+    targets[0, :4] = -100
+    return tokens.to(torch.get_default_device()), targets.to(torch.get_default_device())
+
+
+def _check_tied(mesh) -> None:
+    """torchtune 0.6.1's own tied head fails under tensor parallelism; its embedding's rows are a vocabulary's."""
+    tokens, targets = _tokens_and_targets(3)
+    single, loss = build_model(), LinearCrossEntropyLoss(impl="chunked")
+    loss.set_model_output(single)
+    expected = loss(single(tokens), targets)
+    expected.backward()
+    model = parallelize_module(build_model(), mesh, TIED_PLAN)
+    loss.set_model_output(model)
+    actual = loss(model(tokens), targets)
+    actual.backward()
+    _assert_close(actual, expected, "tied, loss")
+    for (name, parameter), reference in zip(model.named_parameters(), single.parameters(), strict=True):
+        _assert_close(parameter.grad, reference.grad, f"tied, {name}")
+
+
+def _check_collectives(mesh) -> None:
+    """Two all-reduces over the tokens and one of the hidden states' gradient; nothing is ever gathered."""
+    problem = _problem()
+    loss, _ = _bound(mesh, problem, impl="chunked")
+    hidden = problem.hidden.clone().requires_grad_()
+    with CommDebugMode() as forward:
+        result = loss(hidden, problem.targets)
+    with CommDebugMode() as backward:
+        result.backward()
+    assert _counted(forward) == {"allreduce_": 2}
+    assert _counted(backward) == {"allreduce_": 1}
+
+
+def _counted(mode: CommDebugMode) -> dict[str, int]:
+    return {str(operator).split(".")[-1]: count for operator, count in mode.get_comm_counts().items() if count}
+
+
+def _check_refusals(mesh) -> None:
+    problem = _problem()
+    for placement in (Replicate(), Shard(1)):
+        loss, model = _bound(mesh, problem)
+        whole = distribute_tensor(problem.weight, mesh, [placement])
+        model.output.weight = nn.Parameter(whole)
+        with pytest.raises(ValueError, match=r"weight of the model's output must be split by rows .*, got "):
+            loss(problem.hidden, problem.targets)
+    ranks = mesh.size()
+    model = build_model(tied=False)
+    model.tok_embeddings = nn.Embedding(ranks, EMBED_DIM)
+    model.output = nn.Linear(EMBED_DIM, ranks - 1, bias=False)
+    parallelize_module(model, mesh, OUTPUT_PLAN)
+    loss = LinearCrossEntropyLoss()
+    loss.set_model_output(model)
+    with pytest.raises(ValueError, match=f"rows for each of {ranks} tensor parallel ranks, got {ranks - 1}"):
+        loss(problem.hidden, torch.zeros_like(problem.targets))
+    loss, _ = _bound(mesh, problem)
+    with pytest.raises(TypeError, match="outputs must be sharded or replicated, got a DTensor of unsummed parts"):
+        loss(DTensor.from_local(problem.hidden, mesh, [Partial()]), problem.targets)
+    with pytest.raises(ValueError, match=rf"in \[0, {RAGGED}\)"):
+        loss(problem.hidden, problem.targets + RAGGED)
+
+
+def _check_gradients_with_fsdp(mesh, tied: bool, own_group: list[str], reshard: bool) -> None:
+    case = f"tied {tied}, own group {own_group}, reshard_after_forward {reshard}"
+    loss = LinearCrossEntropyLoss(impl="reference")
+    single = build_model(tied).to(mesh.device_type)
+    loss.set_model_output(single)
+    for rank in range(2):
+        tokens, targets = (tensor.to(mesh.device_type) for tensor in _tokens_and_targets(rank))
+        (loss(single(tokens), targets) / 2).backward()
+
+    model = prepare_mha_for_tp(build_model(tied).to(mesh.device_type), mesh["tp"])
+    plan = base_llama_tp_plan()
+    if tied:
+        plan = {name: style for name, style in plan.items() if name != "output"}
+    parallelize_module(model, mesh["tp"], plan)
+    shard_model(
+        model,
+        [partial(get_shard_conditions, names_to_match=own_group)],
+        cpu_offload=False,
+        reshard_after_forward=reshard,
+        dp_mesh=mesh["dp"],
+    )
+    loss.set_model_output(model)
+    tokens, targets = (tensor.to(mesh.device_type) for tensor in _tokens_and_targets(mesh["dp"].get_local_rank()))
+    loss(model(tokens), targets).backward()
+    for (name, parameter), reference in zip(model.named_parameters(), single.parameters(), strict=True):
+        gradient = parameter.grad.full_tensor()
+        error = relative_error(gradient, reference.grad)
+        assert error < 2e-6, f"{case}, {name}: relative error {error}"

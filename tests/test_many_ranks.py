@@ -1,0 +1,38 @@
+"""Meshes of four processes: a vocabulary split over ranks, FSDP2 in its kinds, both at once; and two cards."""
+
+import pytest
+import torch
+from distributed_processes import spawn
+from sharding_checks import check_sharded
+from tensor_parallel_checks import check_vocabulary_parallel, check_with_fsdp
+from torch.distributed.device_mesh import init_device_mesh
+
+FSDP2_RUNS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
+
+
+def check_four_processes(rank: int) -> None:
+    flat = init_device_mesh("cpu", (4,))
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    check_vocabulary_parallel(square["tp"], ("reference", "chunked", "cce", "cce_exact"))
+    check_vocabulary_parallel(flat, ("chunked", "cce"))
+    if FSDP2_RUNS_ON_CPU:
+        check_with_fsdp(square)
+        check_sharded(flat, square)
+
+
+def check_two_cards(rank: int) -> None:
+    torch.cuda.set_device(rank)
+    mesh = init_device_mesh("cuda", (2,))
+    check_vocabulary_parallel(mesh, ("reference", "chunked", "torch_compile", "cce", "cce_exact"))
+    check_sharded(mesh, init_device_mesh("cuda", (1, 2), mesh_dim_names=("dp", "shard")))
+
+
+def test_four_processes():
+    """All cases in one spawn: starting the processes costs more than most of what they do."""
+    spawn(check_four_processes, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA cards")
+def test_two_cards():
+    spawn(check_two_cards, 2, backend="cuda:nccl,cpu:gloo")

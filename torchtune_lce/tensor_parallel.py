@@ -1,0 +1,137 @@
+"""Tensor parallelism over the vocabulary: each rank holds some rows of the weight, and nobody ever holds more.
+
+A rank runs an implementation on its own rows, as if they were a whole vocabulary. Two all-reduces over the tokens merge
+the log-sum-exps and the target logits of all ranks; the backward needs one more, which adds up the hidden states'
+gradients. Neither the weight nor logits travel.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from torchtune_lce.implementations import TokenLosses
+from torchtune_lce.options import Options
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """Rows [start, start + rows) of ``vocabulary``, those of this rank of ``mesh`` (one-dimensional).
+
+    ``sums_hidden``: hidden states come as plain tensors, the same on all ranks, so their gradients are added up here.
+    """
+
+    mesh: DeviceMesh
+    start: int
+    rows: int
+    vocabulary: int
+    sums_hidden: bool = True
+
+    def token_losses(self, local: TokenLosses) -> TokenLosses:
+        """The implementation ``local``, which knows this rank's rows only, as one of the whole vocabulary.
+
+        The result takes this rank's weight [rows, D] and bias [rows], but targets in [0, vocabulary), and returns on
+        every rank the same loss and log-sum-exp. Every rank must call it, with the same hidden states and targets.
+        """
+
+        def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options):
+            group = self.mesh.get_group()
+            valid = targets != options.ignore_index
+            place = targets - self.start
+            owned = valid & (place >= 0) & (place < self.rows)
+            # Tokens whose target lies elsewhere need their log-sum-exp here: a row of ours stands in for the target,
+            # and the merge drops its logit, whose gradient is then zero.
+            place = place.clamp(0, self.rows - 1).where(valid, -1)
+            if self.sums_hidden:
+                hidden = _SumGradients.apply(hidden, group)
+            nll, lse = local(hidden, weight, bias, place, replace(options, ignore_index=-1))
+            return _Merge.apply(nll, lse, valid, owned, group)
+
+        return run
+
+    def whole_hidden(self, hidden: DTensor) -> tuple[Tensor, "VocabularyShard"]:
+        """All of the hidden states that sequence parallelism split, as a plain tensor, and this shard for them.
+
+        Their gradients go back as parts of a sum: each rank gets the total of its own part, in one reduce-scatter.
+        """
+        if hidden.device_mesh != self.mesh:
+            raise TypeError(
+                f"outputs must be plain or on the device mesh of weight, {self.mesh}, got {hidden.device_mesh}"
+            )
+        if any(placement.is_partial() for placement in hidden.placements):
+            raise TypeError(
+                f"outputs must be sharded or replicated, got a DTensor of unsummed parts ({_names(hidden)}): the final "
+                "norm cannot have run on them"
+            )
+        whole = hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+        return whole, replace(self, sums_hidden=False)
+
+
+def local_rows(name: str, tensor: DTensor) -> tuple[Tensor, VocabularyShard]:
+    """This rank's rows of a weight or bias, through which gradients reach the DTensor, and which rows they are.
+
+    Raises ValueError, naming the tensor ``name``, for any layout but rows on one axis of ranks, each with some rows.
+    """
+    mesh, vocabulary = tensor.device_mesh, tensor.shape[0]
+    # By its exact type: the strided kind holds other rows.
+    if mesh.ndim != 1 or type(tensor.placements[0]) is not Shard or tensor.placements[0].dim != 0:
+        raise ValueError(
+            f"{name} of the model's output must be split by rows over one axis of ranks (ColwiseParallel on the output "
+            f"projection, RowwiseParallel on an embedding tied to it), got {_names(tensor)} on {mesh}"
+        )
+    ranks = mesh.size()
+    # As torch.chunk does it: as even as ceil allows, and the last ones may be short.
+    most = math.ceil(vocabulary / ranks)
+    if most * (ranks - 1) >= vocabulary:
+        # Every rank says so, and none waits for the others.
+        raise ValueError(
+            f"{name} of the model's output must have rows for each of {ranks} tensor parallel ranks, got {vocabulary}"
+        )
+    start = mesh.get_local_rank() * most
+    return tensor.to_local(), VocabularyShard(mesh, start, min(most, vocabulary - start), vocabulary)
+
+
+class _SumGradients(torch.autograd.Function):
+    """The same hidden states for every rank; each rank's gradient is a part, and their sum is the gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, group):
+        ctx.group = group
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, d_hidden: Tensor):
+        total = d_hidden.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class _Merge(torch.autograd.Function):
+    """Loss and log-sum-exp [N] over all ranks' rows, from those over this rank's."""
+
+    @staticmethod
+    def forward(ctx, nll: Tensor, lse: Tensor, valid: Tensor, owned: Tensor, group):
+        largest = lse.clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        # Beside the sum of exponentials the loss itself, measured from the largest log-sum-exp: both terms are >= 0, so
+        # nothing cancels and no loss comes out negative.
+        sums = torch.stack([(lse - largest).exp(), (nll + (largest - lse)).where(owned, 0)])
+        dist.all_reduce(sums, group=group)
+        beyond = sums[0].log()
+        whole = (largest + beyond).where(valid, 0)
+        ctx.save_for_backward((lse - whole).exp(), valid, owned)
+        return (sums[1] + beyond).where(valid, 0), whole
+
+    @staticmethod
+    def backward(ctx, d_nll: Tensor, d_lse: Tensor):
+        share, valid, owned = ctx.saved_tensors
+        d_own = d_nll.where(owned, 0)
+        return d_own, ((d_nll + d_lse) * share - d_own).where(valid, 0), None, None, None
+
+
+def _names(tensor: DTensor) -> str:
+    return ", ".join(map(str, tensor.placements))
