@@ -127,6 +127,8 @@ def test_files_hold_one_batch_or_several_by_name(tmp_path):
         {"a": (hidden, weight)},
         {"a": (hidden, weight[:, :3], targets)},
         {"a": (hidden, weight, targets + 9)},
+        {"a": (hidden, weight, targets - 9)},
+        {"a": (hidden, weight, torch.full_like(targets, -100))},
         {"a": (hidden, weight, targets.int())},
         [hidden],
     ):
@@ -162,10 +164,20 @@ def test_text_is_read_once_and_up_to_the_limit(tmp_path):
         text.read_texts(1, [tmp_path / "nothing"])
 
 
+def test_texts_become_ids_that_repeat_as_they_do():
+    words = " ".join(f"word{number}" for number in range(300))
+    tokens = text.tokenize([words, "other", words], 2000)
+    assert 0 <= tokens.min() < tokens.max() < 2000
+    ends = (tokens == tokens[-1]).nonzero()
+    assert len(ends) == 3  # a mark after each
+    first = ends[0].item() + 1
+    assert torch.equal(tokens[:first], tokens[-first:])
+    with pytest.raises(BenchError, match="vocabulary"):
+        text.tokenize([words], 200)
+
+
 def test_the_probe_learns_the_text_and_keeps_what_its_loss_saw():
-    sources = [path.read_text() for path in Path(probe.__file__).parent.glob("*.py")]
-    tokens = text.tokenize(sources, 2000)
-    assert tokens.max() < 2000
+    tokens = torch.arange(4000) % 37 * 11
     training = probe.Training(layers=1, sequence=32, batch=8, steps=60, held_out=4, learning_rate=3e-3)
     seen = []
     train, val = probe.probe_batches(

@@ -89,8 +89,8 @@ def _fill(case: Case, candidate: Candidate, loss: Loss, batch: Batch, right: Exa
     case.forward_backward_ms, case.spread_ms = timing.median, timing.spread
     case.forward_backward_tflops = batch.shape.flops(frozen) / timing.median / 1e9
     case.forward_recording_ms = timer(lambda: loss(hidden, weight, batch.targets)).median
-    with torch.no_grad():
-        case.forward_ms = timer(lambda: loss(hidden, weight, batch.targets)).median
+    with torch.no_grad():  # and inputs that ask for no gradient: an autograd.Function may look at them alone
+        case.forward_ms = timer(lambda: loss(batch.hidden, batch.weight, batch.targets)).median
 
 
 def _peak_bytes(run, gradient_bytes: int) -> int:
