@@ -12,8 +12,9 @@ from rich.table import Table
 
 from torchtune_lce.bench.correctness import Errors
 from torchtune_lce.bench.measure import OK, Case
+from torchtune_lce.bench.shapes import Shape
 
-_OURS, _OTHERS, _BASELINE_COLOUR = "#12355b", "#b9c4d0", "#b23a3a"
+_OURS, _OTHERS, _FLOOR_COLOUR = "#12355b", "#b9c4d0", "#b23a3a"
 _LEAST_MIB = 0.5  # so that nothing at all has a place on a logarithmic axis
 
 
@@ -97,35 +98,36 @@ def draw(cases: list[Case], ours: set[str], floors: list[dict], path: Path) -> N
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    batches = list(dict.fromkeys((case.data_name, str(case.shape)) for case in cases))
+    batches = list(dict.fromkeys((case.data_name, case.shape) for case in cases))
     names = list(dict.fromkeys(case.impl for case in cases))
     # Without pyplot: no display is touched and no global state stays behind.
     figure = Figure(figsize=(15, 1.2 + len(batches) * (1.2 + 0.3 * len(names))), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (name, shape) in zip(figure.subplots(len(batches), 3, squeeze=False), batches, strict=True):
-        here = [case for case in cases if (case.data_name, str(case.shape)) == (name, shape)]
+        here = [case for case in cases if (case.data_name, case.shape) == (name, shape)]
         both = {case.impl: case for case in here if not case.frozen_weight}
         frozen = {case.impl: case for case in here if case.frozen_weight}
-        gemm = next(
-            floor["logits_gemm_ms"] for floor in floors if (floor["data_name"], floor["shape"]) == (name, shape)
-        )
-        _bars(axes[0], {key: case.forward_backward_ms for key, case in both.items()}, both, ours, "{:.1f}")
-        axes[0].set_title(f"{name}, {shape}: both gradients", loc="left", fontsize=10)
-        _bars(axes[1], {key: case.forward_backward_ms for key, case in frozen.items()}, frozen, ours, "{:.1f}")
-        axes[1].set_title("frozen head", loc="left", fontsize=10)
-        for axis in axes[:2]:
-            axis.axvline(gemm, color=_BASELINE_COLOUR, linestyle="--", linewidth=1, label="logits' product alone")
-            axis.set_xlabel("forward + backward, ms")
-        axes[0].legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
-        peaks = {key: None if case.peak_mib is None else max(case.peak_mib, _LEAST_MIB) for key, case in both.items()}
-        _bars(axes[2], peaks, both, ours, "{:,.0f}")
-        if any(peaks.values()):
-            axes[2].set_xscale("log")
-        else:
-            axes[2].set_xticks([])
-        axes[2].set_xlabel("MiB over inputs and gradients")
-        axes[2].set_title("peak memory, both gradients", loc="left", fontsize=10)
+        floor = next(floor for floor in floors if (floor["data_name"], Shape(**floor["shape"])) == (name, shape))
+        titles = (f"{name}, {shape}: both gradients", "frozen head", "peak memory, both gradients")
+        for axis, title in zip(axes, titles, strict=True):
+            axis.set_title(title, loc="left", fontsize=10)
+        for axis, group in zip(axes, (both, frozen), strict=False):
+            _bars(axis, {impl: case.forward_backward_ms for impl, case in group.items()}, group, ours, "{:.1f}")
+            axis.axvline(floor["logits_gemm_ms"], color=_FLOOR_COLOUR, linestyle="--", linewidth=1)
+            axis.set_xlabel("forward + backward, ms (dashed: the logits' product alone)")
+        _draw_peaks(axes[2], both, ours)
     figure.savefig(path)
+
+
+def _draw_peaks(axis, cases: dict[str, Case], ours: set[str]) -> None:
+    peaks = {impl: None if case.peak_mib is None else max(case.peak_mib, _LEAST_MIB) for impl, case in cases.items()}
+    _bars(axis, peaks, cases, ours, "{:,.0f}")
+    axis.set_xlabel("MiB over inputs and gradients")
+    if any(peaks.values()):
+        axis.set_xscale("log")
+        axis.set_xlim(left=_LEAST_MIB / 2)
+    else:
+        axis.set_xticks([])
 
 
 def _bars(axis, values: dict[str, float | None], cases: dict[str, Case], ours: set[str], style: str) -> None:

@@ -63,7 +63,7 @@ def bench(plan: Plan) -> bool:
             console.print(f"\n{batch.title}, {_name(plan.dtype)}")
             statistics = softmax_statistics(batch)
             console.print(f"  {statistics}")
-            about = {"data": batch.data, "data_name": batch.name, "shape": str(batch.shape)}
+            about = {"data": batch.data, "data_name": batch.name, "shape": asdict(batch.shape)}
             results["data"].append({**about, **asdict(statistics)})
             projection = measure.time_projection(batch, plan.timer)
             rate = batch.shape.flops(None) / projection / 1e9
