@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from tiny_models import our_recipe, stock_recipe, train
 from torchtune import training
+from torchtune.models.llama3_2._component_builders import llama3_2, lora_llama3_2
 
 from torchtune_lce.stock_recipes import load_stock_recipe
 
@@ -48,6 +49,18 @@ def train_all(rank: int, runs: list) -> None:
         module = load_stock_recipe(method)
         module.init_process_group = module.destroy_process_group = lambda *arguments: None
         train(our_recipe(method) if ours else stock_recipe(method), cfg)
+
+
+def lora_llama3_2_on_a_cpu(**settings) -> torch.nn.Module:
+    """A model for configs: torchtune's, in processes that torchtune's own launcher has started."""
+    _let_recipes_run_on_a_cpu()
+    return lora_llama3_2(**settings)
+
+
+def llama3_2_on_a_cpu(**settings) -> torch.nn.Module:
+    """As above, without LoRA."""
+    _let_recipes_run_on_a_cpu()
+    return llama3_2(**settings)
 
 
 def _let_recipes_run_on_a_cpu() -> None:

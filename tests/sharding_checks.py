@@ -83,7 +83,7 @@ def _check_recipe_scaling(
     scale_grads(model, torch.tensor(ranks / labels))
     for (name, parameter), expected in zip(model.named_parameters(), single.parameters(), strict=True):
         assert isinstance(parameter, DTensor), f"{case}: {name} was left unsharded"
-        error = relative_error(parameter.grad.to(device).full_tensor(), expected.grad)
+        error = relative_error(parameter.grad.full_tensor().to(device), expected.grad)
         assert error < 1e-6, f"{case}, {name}: relative error {error}"
 
 

@@ -1,11 +1,15 @@
 """Our distributed recipes beside torchtune's own, all really run on two processes: same losses, same checkpoints."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from distributed_processes import spawn, train_all
+from omegaconf import OmegaConf
 from tiny_models import (
     FULL,
     FULL_DISTRIBUTED,
@@ -26,11 +30,6 @@ from tiny_models import (
 ROUNDING = 1.5e-6
 STEPS = 3
 OWN_GROUPS = "custom_sharded_layers=[tok_embeddings,output]"
-
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() and not hasattr(torch.cpu.Stream, "record_event"),
-    reason="this torch's FSDP2 does not run on a CPU",
-)
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,8 @@ COMPARED = [name for name, case in CASES.items() if case.equals]
 class Runs:
     """Runs all cases in one spawn: starting two processes costs more than a run."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, device: str = "cpu", backend: str = "gloo"):
+        self._device = device
         self.assets = folder / "assets"
         self._folder = folder
         write_assets(self.assets)
@@ -101,7 +101,7 @@ class Runs:
         question = "Say nothing at all. " * 20
         chats = [(question, "nothing"), ("Say one", "one, of course")] * 6
         self.unlabelled = write_chats(self.assets / "unlabelled.jsonl", chats)
-        spawn(train_all, 2, [self._prepared(name, case) for name, case in CASES.items()])
+        spawn(train_all, 2, [self._prepared(name, case) for name, case in CASES.items()], backend=backend)
 
     def output(self, name: str) -> Path:
         return self._folder / name
@@ -113,7 +113,7 @@ class Runs:
         return torch.load(self.output(name) / "epoch_0" / file, weights_only=True)
 
     def config(self, name: str, method: str, *, tied: bool, overrides=(), loss=OUR_LOSS):
-        overrides = [f"max_steps_per_epoch={STEPS}", *overrides]
+        overrides = [f"max_steps_per_epoch={STEPS}", f"device={self._device}", *overrides]
         return recipe_config(self.assets, self.output(name), method, tied=tied, loss=loss, overrides=overrides)
 
     def _prepared(self, name: str, case: Case) -> tuple:
@@ -127,7 +127,18 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Runs:
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("this torch's FSDP2 does not run on a CPU")
     return Runs(tmp_path_factory.mktemp("distributed"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA cards")
+def test_steps_on_two_cards_equal_stock(tmp_path):
+    runs = Runs(tmp_path, device="cuda", backend="cuda:nccl,cpu:gloo")
+    for name in COMPARED:
+        # Other kernels sum in another order.
+        assert runs.losses(name) == pytest.approx(runs.losses(CASES[name].equals), rel=1e-5), name
 
 
 @pytest.mark.parametrize("name", COMPARED)
@@ -171,6 +182,31 @@ def test_single_device_recipes_go_on_from_the_checkpoint(runs, tied, recipe, tmp
         losses.append(logged_losses(Path(cfg.output_dir)))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][0] < runs.losses(name)[0] - 0.1
+
+
+@pytest.mark.parametrize(
+    ("command", "recipe", "method", "name"),
+    [
+        ("tune-lce", "lce_lora_finetune_distributed", LORA_DISTRIBUTED, "lora tied"),
+        ("tune", "torchtune_lce/recipes/full_finetune_distributed.py", FULL_DISTRIBUTED, "full tied"),
+    ],
+    ids=["by name", "by path"],
+)
+def test_launched_as_a_user_does(runs, command, recipe, method, name):
+    builder = "lora_llama3_2" if method == LORA_DISTRIBUTED else "llama3_2"
+    overrides = ["max_steps_per_epoch=1", f"model._component_=distributed_processes.{builder}_on_a_cpu"]
+    cfg = runs.config(f"launched {name}", method, tied=True, overrides=overrides)
+    path = runs.assets / f"{method}.yaml"
+    OmegaConf.save(cfg, path)
+    program = Path(sys.executable).parent / command
+    subprocess.run(
+        [program, "run", "--nproc_per_node", "2", recipe, "--config", path],
+        check=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
+        cwd=runs.assets,
+    )
+    assert runs.losses(f"launched {name}") == pytest.approx(runs.losses(name)[:1], rel=ROUNDING)
 
 
 def test_a_tied_head_under_tensor_parallelism_equals_one_device(runs):

@@ -117,8 +117,8 @@ class _Merge(torch.autograd.Function):
     def forward(ctx, nll: Tensor, lse: Tensor, valid: Tensor, owned: Tensor, group):
         largest = lse.clone()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-        # Beside the sum of exponentials the loss itself, measured from the largest log-sum-exp: both terms are >= 0, so
-        # nothing cancels and no loss comes out negative.
+        # Beside the sum of exponentials the loss, measured from the largest log-sum-exp as they are: no term is
+        # negative, so nothing cancels.
         sums = torch.stack([(lse - largest).exp(), (nll + (largest - lse)).where(owned, 0)])
         dist.all_reduce(sums, group=group)
         beyond = sums[0].log()
