@@ -31,6 +31,7 @@ def check_vocabulary_parallel(mesh: DeviceMesh, impls: tuple[str, ...]) -> None:
         for impl in impls:
             _check_equals_one_process(mesh, impl, False, None, "mean")
             _check_equals_one_process(mesh, impl, True, 5.0, "none")
+        _check_gradient_through_log_sum_exp(mesh)
         _check_ignore_index_that_is_a_row(mesh)
         _check_sequence_parallel_hidden(mesh)
         _check_far_apart(mesh)
@@ -129,6 +130,21 @@ def _check_equals_one_process(mesh, impl: str, bias: bool, softcap: float | None
     _assert_close(weight.grad, gradients["weight"], f"{case}, weight")
     if bias:
         _assert_close(model.output.bias.grad, gradients["bias"], f"{case}, bias")
+
+
+def _check_gradient_through_log_sum_exp(mesh) -> None:
+    """The z-loss is a function of nothing else."""
+    problem = _problem()
+    single = {name: getattr(problem, name).double().requires_grad_() for name in ("hidden", "weight")}
+    nll, lse = linear_cross_entropy(
+        **single, targets=problem.targets, impl="reference", reduction="none", return_lse=True
+    )
+    _backward(nll + 0.1 * lse.square(), problem.upstream)
+    loss, model = _bound(mesh, problem, impl="chunked", reduction="none", z_loss=0.1)
+    hidden = problem.hidden.clone().requires_grad_()
+    _backward(loss(hidden, problem.targets), problem.upstream)
+    _assert_close(hidden.grad, single["hidden"].grad, "z-loss, hidden")
+    _assert_close(model.output.weight.grad, single["weight"].grad, "z-loss, weight")
 
 
 def _check_ignore_index_that_is_a_row(mesh) -> None:
