@@ -7,7 +7,7 @@ from torchtune_lce import linear_cross_entropy
 from torchtune_lce.kernels import autograd  # noqa: F401, defines the operators
 
 TOKENS, VOCABULARY, WIDTH = 70, 300, 24
-IMPLS = ["cce", "cce_exact", "chunked", "reference"]
+IMPLS = ["auto", "cce", "cce_exact", "chunked", "reference"]
 
 
 @pytest.fixture(autouse=True)
