@@ -255,7 +255,11 @@ REFUSED_OUTPUTS = {
         "DoRALinear, .* set apply_lora_to_output: False, or use_dora: False",
     ),
     "nf4": (quantised_linear, TypeError, "must be a plain tensor, got NF4Tensor: leave the output projection unquant"),
-    "qat": (lambda: QATLoRALinear(EMBED_DIM, VOCABULARY, 4, 8), TypeError, "got QATLoRALinear; .* weight="),
+    "qat": (
+        lambda: QATLoRALinear(EMBED_DIM, VOCABULARY, 4, 8),
+        TypeError,
+        "QATLoRALinear, .* apply_lora_to_output: False",
+    ),
     "callable": (lambda: torch.nn.Sequential(), TypeError, "must be a torch.nn.Linear, .* got Sequential; .* weight="),
     "classifier": (
         lambda: nn.Linear(EMBED_DIM, 2),

@@ -19,7 +19,7 @@ from torchtune_lce.tensor_parallel import local_rows
 RECIPES = Path(__file__).parent / "recipes"
 
 
-class LinearCrossEntropyLoss(nn.Module, SFTLoss):
+class LinearCrossEntropyLoss(SFTLoss, nn.Module):
     """Cross-entropy from hidden states and the model's own output projection, without the logits.
 
     .. code-block:: yaml
@@ -99,6 +99,16 @@ class LinearCrossEntropyLoss(nn.Module, SFTLoss):
             self._projection.release()
             self._skipped.restore()
             self._projection = self._skipped = None
+
+    def __getstate__(self) -> dict:
+        """What a copy or a pickle takes; of a bound loss there is none, for it would hold and train a second model."""
+        if self._projection is not None:
+            raise TypeError(
+                "a loss that is bound to a model cannot be copied: release() it first, or build another one. "
+                "torchtune's early_exit_loss copies its loss and takes logits of every layer: leave early_exit_loss "
+                "out of the config, or keep torch.nn.CrossEntropyLoss for it"
+            )
+        return vars(self)
 
     def forward(
         self,
@@ -204,6 +214,12 @@ class LinearCrossEntropyLoss(nn.Module, SFTLoss):
 def _unbound_message() -> str:
     """Names this package's recipe of the same name as the one that runs, if there is one."""
     running = Path(sys.argv[0]).stem
+    if running == "early_exit_finetune_distributed":
+        return (
+            "the loss was called before set_model_output, so it knows no output projection; and torchtune's early-exit "
+            "recipe cannot use it, because early_exit_loss takes logits of every layer: set "
+            "loss=torch.nn.CrossEntropyLoss"
+        )
     recipe = running if (RECIPES / f"{running}.py").exists() else "<recipe>"
     return (
         "the loss was called before set_model_output, so it knows no output projection. torchtune 0.6.1's own recipes "

@@ -1,6 +1,7 @@
 """The output projection of a torchtune model: which tensors it is made of, and how to reach them."""
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from types import MethodType
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torchtune.modules.peft import DoRALinear, LoRALinear
+from torchtune.modules.peft import DoRALinear, LoRALinear, QATLoRALinear
 from torchtune.modules.tied_linear import TiedLinear
 
 from torchtune_lce.model_output import find_decoder, uncompiled
@@ -76,12 +77,25 @@ class Projection:
                     "model.output is a LoRALinear under tensor parallelism, whose adapters are not split as its weight "
                     "is: set apply_lora_to_output: False"
                 )
+            elif _is_fake_quantised(self._output):
+                raise TypeError(
+                    f"model.output is a {type(self._output).__name__} under tensor parallelism, and its fake "
+                    "quantizers take whole tensors: set tensor_parallel_dim: 1"
+                )
         _check_dropout(self._output)
         if isinstance(self._output, TiedLinear):
             return self._owner.weight, None
         if isinstance(self._output, LoRALinear) and not self._output.disabled:
             return _effective_weight(self._output), self._output.bias
+        if _is_fake_quantised(self._output):
+            return _applied(self._output.weight_fake_quantizer, self._output.weight), self._output.bias
         return self._output.weight, self._output.bias
+
+    def input(self, hidden: Tensor) -> Tensor:
+        """What the output's product takes in place of ``hidden``: quantisation-aware training rounds it."""
+        if _is_fake_quantised(self._output):
+            return _applied(self._output.activation_fake_quantizer, hidden)
+        return hidden
 
     def _output_rows(self) -> int:
         return self._owner.weight.shape[0]
@@ -96,7 +110,8 @@ class Projection:
 def _call_with_projection(
     holder: nn.Module, projection: Projection, function: Callable, hidden: Tensor, targets: Tensor
 ):
-    return function(hidden, targets, *projection.read())
+    weight, bias = projection.read()
+    return function(projection.input(hidden), targets, weight, bias)
 
 
 def _owner(output) -> nn.Module:
@@ -112,10 +127,30 @@ def _owner(output) -> nn.Module:
     # something else from the same weight.
     if isinstance(output, nn.Module) and type(output).forward in (nn.Linear.forward, LoRALinear.forward):
         return output
+    if _is_fake_quantised(output):
+        return output
+    if isinstance(output, QATLoRALinear):
+        raise TypeError(
+            "model.output is a QATLoRALinear, whose adapter takes hidden states that its weight takes rounded: set "
+            "apply_lora_to_output: False"
+        )
     raise TypeError(
         "model.output must be a torch.nn.Linear, or torchtune's TiedLinear or LoRALinear, "
         f"got {type(output).__name__}; for another kind of output call the loss as loss(hidden, targets, weight=...)"
     )
+
+
+def _is_fake_quantised(output) -> bool:
+    """Whether it is torchao's linear layer for quantisation-aware training, of any kind.
+
+    Such a model has imported that class; nobody else need wait for it.
+    """
+    kind = getattr(sys.modules.get("torchao.quantization.qat.linear"), "FakeQuantizedLinear", None)
+    return kind is not None and isinstance(output, kind) and type(output).forward is kind.forward
+
+
+def _applied(fake_quantizer: nn.Module | None, tensor: Tensor) -> Tensor:
+    return tensor if fake_quantizer is None else fake_quantizer(tensor)
 
 
 def _effective_weight(output: LoRALinear) -> Tensor:
