@@ -14,6 +14,7 @@ from torch import Tensor
 from torchtune_lce.filtering import open_record
 from torchtune_lce.implementations import Filtering
 from torchtune_lce.kernels.backward import run_backward
+from torchtune_lce.kernels.descriptors import has_blocks
 from torchtune_lce.kernels.forward import Activity, lse_and_target_logit
 from torchtune_lce.kernels.plan import make_plan
 from torchtune_lce.kernels.tuning import Config, config_for
@@ -162,13 +163,7 @@ def _backward(
         """Gradients from the places in `piece`."""
         tokens = piece.stop - piece.start
         row_blocks = triton.cdiv(tokens, config.row_block)
-        columns = triton.cdiv(vocabulary, config.entry_tile)
-        # Beside the strips' tiles: the plan's lists, and the sums of d_hidden over strips.
-        left = workspace_mib * 2**20 - 24 * vocabulary - 48 * columns * row_blocks
-        if d_hidden is not None:
-            left -= tokens * features * 4
-        tile_bytes = config.row_block * config.entry_tile * hidden.element_size()
-        strip_tiles = min(max(left // tile_bytes, 2 * row_blocks), (columns + 1) * row_blocks)
+        strip_tiles, copies = _division(hidden, weight, d_hidden is not None, tokens, workspace_mib, config)
         first = piece.start // config.row_block
         used = (count - piece.start).clamp(0, tokens)
         plan = make_plan(
@@ -181,10 +176,15 @@ def _backward(
             strip_tiles,
             config,
         )
-        tiles[0], tiles[1] = plan.first_id[-1], columns * row_blocks
+        tiles[0], tiles[1] = plan.first_id[-1], plan.ids.numel()
+        in_order = None
+        if copies:
+            # Past the end a token in use: whatever stands in ignored ones is not to be multiplied.
+            in_order = hidden[rows[piece].where(torch.arange(tokens, device=rows.device) < used, rows[piece.start])]
         run_backward(
             plan,
             hidden,
+            in_order,
             weight,
             bias,
             rows[piece],
@@ -202,9 +202,9 @@ def _backward(
         )
 
     everything = slice(0, rows.numel())
-    # The float32 sums of d_hidden over strips may take half of the workspace; past that the two gradients take a pass
-    # each, and that of hidden goes by pieces of tokens.
-    pieces = list(_pieces(rows.numel(), features * 4 * 2, workspace_mib, config))
+    # The sums of d_hidden over strips may take half of the workspace; past that the two gradients take a pass each, and
+    # that of hidden goes by pieces of tokens.
+    pieces = list(_pieces(rows.numel(), max(2 * _sum_bytes(hidden), 1), workspace_mib, config))
     if len(pieces) == 1 or not need_hidden and pieces:
         run(everything, d_hidden, d_weight, d_bias)
     elif pieces:
@@ -305,6 +305,33 @@ def _empty_activity(tokens: int, vocabulary: int, config: Config, device: torch.
         torch.empty(tokens, dtype=torch.float32, device=device),
         config.forward_entries,
     )
+
+
+def _sum_bytes(hidden: Tensor) -> int:
+    """Workspace that the sums of a token's gradient take between strips, beside the gradient itself."""
+    return 2 * hidden.shape[1] if hidden.element_size() == 2 else 0
+
+
+def _division(
+    hidden: Tensor, weight: Tensor, need_hidden: bool, tokens: int, workspace_mib: int, config: Config
+) -> tuple[int, bool]:
+    """Tiles of a strip, and whether hidden states are copied in the order of their places, within the workspace.
+
+    Beside these the workspace holds the plan's lists and the sums of the gradient of hidden over strips.
+    """
+    vocabulary, features = weight.shape
+    row_blocks = triton.cdiv(tokens, config.row_block)
+    columns = triton.cdiv(vocabulary, config.entry_tile)
+    workspace = workspace_mib * 2**20
+    left = workspace - 24 * vocabulary - 48 * columns * row_blocks
+    if need_hidden:
+        left -= tokens * _sum_bytes(hidden)
+    copy = tokens * features * hidden.element_size()
+    copies = has_blocks(config, hidden, weight) and left - copy >= workspace // 4
+    if copies:
+        left -= copy
+    tile_bytes = config.row_block * config.entry_tile * hidden.element_size()
+    return min(max(left // tile_bytes, 2 * row_blocks), (columns + 1) * row_blocks), copies
 
 
 def _pieces(tokens: int, bytes_a_token: int, workspace_mib: int, config: Config) -> Iterator[slice]:

@@ -10,15 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
 from torchtune_lce.kernels.plan import Plan
-from torchtune_lce.kernels.primitives import LOG2_E, grid_barrier, softcapped
+from torchtune_lce.kernels.primitives import LOG2_E, grid_barrier, load_halves, softcapped, store_halves
 from torchtune_lce.kernels.tuning import Config, cooperative, programs
 
 
 @triton.jit
 def _logit_gradient_pair(
     hidden,
+    hidden_rows,
     weight,
+    weight_rows,
     bias,
     rows,
     labels,
@@ -42,6 +45,8 @@ def _logit_gradient_pair(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_D_LSE: tl.constexpr,
+    HIDDEN_TMA: tl.constexpr,
+    WEIGHT_TMA: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -70,19 +75,28 @@ def _logit_gradient_pair(
         right = tl.maximum(right, 0)
         column = tl.where(in_pair < TILE, column, right // row_blocks_total)
         slot = tl.where(in_pair < TILE, slot, tl.load(ids + right) - first_id)
-    # Entries past the vocabulary read its last one; the products after this leave them out.
-    entry = tl.minimum(tl.load(entries + column * TILE + in_tile), entries_total - 1)
+    # Entries past the vocabulary read its last one; their gradients are set to zero too.
+    entry = tl.load(entries + column * TILE + in_tile)
+    inside = entry < entries_total
+    entry = tl.minimum(entry, entries_total - 1)
     depth = tl.arange(0, BLOCK_D)
-    hidden_rows = hidden + token[:, None] * hidden_stride + depth[None, :]
-    weight_rows = weight + entry.to(tl.int64)[None, :] * weight_stride + depth[:, None]
+    hidden_at = hidden + token[:, None] * hidden_stride + depth[None, :]
+    weight_at = weight + entry.to(tl.int64)[None, :] * weight_stride + depth[:, None]
     logits = tl.zeros((ROW_BLOCK, WIDTH), tl.float32)
     for start in range(0, features, BLOCK_D):
-        if EVEN_D:
-            a = tl.load(hidden_rows + start)
-            b = tl.load(weight_rows + start)
+        if HIDDEN_TMA:
+            a = hidden_rows.load([row_block * ROW_BLOCK, start])
+        elif EVEN_D:
+            a = tl.load(hidden_at + start)
         else:
-            a = tl.load(hidden_rows + start, mask=(start + depth < features)[None, :], other=0.0)
-            b = tl.load(weight_rows + start, mask=(start + depth < features)[:, None], other=0.0)
+            a = tl.load(hidden_at + start, mask=(start + depth < features)[None, :], other=0.0)
+        if WEIGHT_TMA:
+            # Nothing is dropped: the second tile is the one after the first, and the order is that of the weight.
+            b = weight_rows.load([left // row_blocks_total * TILE, start]).T
+        elif EVEN_D:
+            b = tl.load(weight_at + start)
+        else:
+            b = tl.load(weight_at + start, mask=(start + depth < features)[:, None], other=0.0)
         logits = tl.dot(a, b, logits, input_precision=PRECISION)
     if HAS_BIAS:
         logits += tl.load(bias + entry).to(tl.float32)[None, :]
@@ -98,7 +112,7 @@ def _logit_gradient_pair(
     gradient = softmax * upstream_softmax[:, None] - tl.where(is_target, upstream[:, None], 0.0)
     if HAS_SOFTCAP:
         gradient *= 1 - (logits / softcap) * (logits / softcap)
-    gradient = tl.where(used[:, None], gradient, 0.0)
+    gradient = tl.where(used[:, None] & inside[None, :], gradient, 0.0)
     out = gradients + slot.to(tl.int64) * (ROW_BLOCK * TILE) + in_tile
     out = out[None, :] + tl.arange(0, ROW_BLOCK)[:, None] * TILE
     tl.store(out, gradient.to(gradients.dtype.element_ty), mask=present[None, :])
@@ -107,6 +121,7 @@ def _logit_gradient_pair(
 @triton.jit
 def _weight_gradient_tile(
     hidden,
+    hidden_columns,
     rows,
     entries,
     others,
@@ -125,6 +140,7 @@ def _weight_gradient_tile(
     hidden_stride,
     NEED_WEIGHT: tl.constexpr,
     NEED_BIAS: tl.constexpr,
+    HIDDEN_TMA: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -142,9 +158,9 @@ def _weight_gradient_tile(
     bias_total = tl.zeros((TILE,), tl.float32)
     steps = tl.load(length + column) * STEPS
     # Where a step's operands lie is read one step ahead: loads through an index of the same step cannot be pipelined.
-    place = tl.load(others, mask=steps > 0, other=0) * ROW_BLOCK + within
-    token = tl.load(rows + tl.minimum(place, tokens_total - 1), mask=within < steps * BLOCK_K, other=0)
+    first_place = tl.load(others, mask=steps > 0, other=0) * ROW_BLOCK
     slot = tl.load(slots, mask=steps > 0, other=first_id) - first_id
+    token = tl.load(rows + tl.minimum(first_place + within, tokens_total - 1), mask=within < steps * BLOCK_K, other=0)
     for step in range(0, steps):
         token_in_tile = step % STEPS * BLOCK_K + within
         gradient = tl.load(
@@ -157,7 +173,9 @@ def _weight_gradient_tile(
             bias_total += tl.sum(gradient.to(tl.float32), 0)
         if NEED_WEIGHT:
             # Places past the end read a token in use: their gradients are zero.
-            if EVEN_D:
+            if HIDDEN_TMA:
+                h = hidden_columns.load([first_place, chunk * FEATURES])
+            elif EVEN_D:
                 h = tl.load(hidden + token[:, None] * hidden_stride + d[None, :])
             else:
                 h = tl.load(
@@ -165,9 +183,10 @@ def _weight_gradient_tile(
                 )
             total = tl.dot(tl.trans(gradient), h, total, input_precision=PRECISION)
         ahead = tl.minimum(step + 1, steps - 1)
-        place = tl.load(others + ahead // STEPS) * ROW_BLOCK + ahead % STEPS * BLOCK_K + within
-        token = tl.load(rows + tl.minimum(place, tokens_total - 1))
+        first_place = tl.load(others + ahead // STEPS) * ROW_BLOCK + ahead % STEPS * BLOCK_K
         slot = tl.load(slots + ahead // STEPS) - first_id
+        if not HIDDEN_TMA:
+            token = tl.load(rows + tl.minimum(first_place + within, tokens_total - 1))
     entry = tl.load(entries + column * TILE + tl.arange(0, TILE))
     inside = entry < entries_total
     if NEED_WEIGHT:
@@ -184,6 +203,7 @@ def _weight_gradient_tile(
 @triton.jit
 def _hidden_gradient_tile(
     weight,
+    weight_columns,
     rows,
     entries,
     others,
@@ -191,8 +211,9 @@ def _hidden_gradient_tile(
     begin,
     end,
     gradients,
-    hidden_sum,
     d_hidden,
+    sums_high,
+    sums_low,
     row_block,
     chunk,
     first_id,
@@ -203,6 +224,7 @@ def _hidden_gradient_tile(
     entries_total,
     features,
     weight_stride,
+    WEIGHT_TMA: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -210,7 +232,10 @@ def _hidden_gradient_tile(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds gradient @ weight over this strip's tiles of a row block to the running sum; the last strip writes it."""
+    """Adds gradient @ weight over this strip's tiles of a row block to the running sum, which the last strip rounds.
+
+    An output of 16 bits holds the upper halves of its float32 sums until then; their lower halves are a workspace.
+    """
     STEPS: tl.constexpr = TILE // BLOCK_K
     d = chunk * FEATURES + tl.arange(0, FEATURES)
     in_tile = tl.arange(0, ROW_BLOCK)
@@ -220,39 +245,53 @@ def _hidden_gradient_tile(
     steps = (end - begin) * STEPS
     # One step ahead, as in the weight's gradient.
     column = tl.load(others, mask=steps > 0, other=0)
-    entry = tl.load(entries + column * TILE + tl.arange(0, BLOCK_K))
+    first_entry = column * TILE
+    entry = tl.load(entries + first_entry + tl.arange(0, BLOCK_K))
     slot = tl.load(slots, mask=steps > 0, other=first_id) - first_id
     for step in range(0, steps):
         entry_in_tile = step % STEPS * BLOCK_K + tl.arange(0, BLOCK_K)
         gradient = tl.load(
             gradients + slot.to(tl.int64) * (ROW_BLOCK * TILE) + in_tile[:, None] * TILE + entry_in_tile[None, :]
         )
-        inside = (entry < entries_total)[:, None]
-        if not EVEN_D:
-            inside = inside & (d < features)[None, :]
-        w = tl.load(weight + entry.to(tl.int64)[:, None] * weight_stride + d[None, :], mask=inside, other=0.0)
+        if WEIGHT_TMA:
+            w = weight_columns.load([first_entry, chunk * FEATURES])
+        else:
+            inside = (entry < entries_total)[:, None]
+            if not EVEN_D:
+                inside = inside & (d < features)[None, :]
+            w = tl.load(weight + entry.to(tl.int64)[:, None] * weight_stride + d[None, :], mask=inside, other=0.0)
         total = tl.dot(gradient, w, total, input_precision=PRECISION)
         ahead = tl.minimum(step + 1, steps - 1)
-        column = tl.load(others + ahead // STEPS)
-        entry = tl.load(entries + column * TILE + ahead % STEPS * BLOCK_K + tl.arange(0, BLOCK_K))
+        first_entry = tl.load(others + ahead // STEPS) * TILE + ahead % STEPS * BLOCK_K
         slot = tl.load(slots + ahead // STEPS) - first_id
+        if not WEIGHT_TMA:
+            entry = tl.load(entries + first_entry + tl.arange(0, BLOCK_K))
     place = row_block * ROW_BLOCK + in_tile
     mask = (place < tokens_total)[:, None] & (d < features)[None, :]
-    sums = hidden_sum + place.to(tl.int64)[:, None] * features + d[None, :]
-    if is_first == 0:
-        total += tl.load(sums, mask=mask, other=0.0)
-    if is_last:
-        token = tl.load(rows + place, mask=place < tokens_total, other=0)
-        out = d_hidden + token[:, None] * features + d[None, :]
-        tl.store(out, total.to(d_hidden.dtype.element_ty), mask=mask)
+    token = tl.load(rows + place, mask=place < tokens_total, other=0)
+    out = token[:, None] * features + d[None, :]
+    if d_hidden.dtype.element_ty == tl.float32:
+        if is_first == 0:
+            total += tl.load(d_hidden + out, mask=mask, other=0.0)
+        tl.store(d_hidden + out, total, mask=mask)
     else:
-        tl.store(sums, total, mask=mask)
+        low = sums_low + place.to(tl.int64)[:, None] * features + d[None, :]
+        if is_first == 0:
+            total += load_halves(sums_high + out, low, mask)
+        if is_last == 0:
+            store_halves(sums_high + out, low, total, mask)
+        else:
+            tl.store(d_hidden + out, total.to(d_hidden.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _backward_kernel(
     hidden,
+    hidden_rows,
+    hidden_columns,
     weight,
+    weight_rows,
+    weight_columns,
     bias,
     rows,
     labels,
@@ -261,8 +300,9 @@ def _backward_kernel(
     d_nll,
     d_lse,
     gradients,
-    hidden_sum,
     d_hidden,
+    sums_high,
+    sums_low,
     d_weight,
     d_bias,
     arrivals,
@@ -292,6 +332,8 @@ def _backward_kernel(
     NEED_HIDDEN: tl.constexpr,
     NEED_WEIGHT: tl.constexpr,
     NEED_BIAS: tl.constexpr,
+    HIDDEN_TMA: tl.constexpr,
+    WEIGHT_TMA: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -320,7 +362,9 @@ def _backward_kernel(
         for pair in range(tl.load(first_pairs + first_column) + program, tl.load(first_pairs + end_column), workers):
             _logit_gradient_pair(
                 hidden,
+                hidden_rows,
                 weight,
+                weight_rows,
                 bias,
                 rows,
                 labels,
@@ -344,6 +388,8 @@ def _backward_kernel(
                 HAS_BIAS,
                 HAS_SOFTCAP,
                 HAS_D_LSE,
+                HIDDEN_TMA,
+                WEIGHT_TMA,
                 ROW_BLOCK,
                 TILE,
                 WIDTH,
@@ -362,6 +408,7 @@ def _backward_kernel(
                 if NEED_WEIGHT or NEED_BIAS:
                     _weight_gradient_tile(
                         hidden,
+                        hidden_columns,
                         rows,
                         entries,
                         column_others,
@@ -380,6 +427,7 @@ def _backward_kernel(
                         hidden_stride,
                         NEED_WEIGHT,
                         NEED_BIAS,
+                        HIDDEN_TMA,
                         ROW_BLOCK,
                         TILE,
                         FEATURES,
@@ -392,6 +440,7 @@ def _backward_kernel(
                     row_block = (item - column_items) // chunks
                     _hidden_gradient_tile(
                         weight,
+                        weight_columns,
                         rows,
                         entries,
                         row_others,
@@ -399,8 +448,9 @@ def _backward_kernel(
                         tl.load(rows_before + row_block.to(tl.int64) * (columns + 1) + first_column),
                         tl.load(rows_before + row_block.to(tl.int64) * (columns + 1) + end_column),
                         gradients,
-                        hidden_sum,
                         d_hidden,
+                        sums_high,
+                        sums_low,
                         row_block,
                         (item - column_items) % chunks,
                         first_id,
@@ -411,6 +461,7 @@ def _backward_kernel(
                         entries_total,
                         features,
                         weight_stride,
+                        WEIGHT_TMA,
                         ROW_BLOCK,
                         TILE,
                         FEATURES,
@@ -425,6 +476,7 @@ def _backward_kernel(
 def run_backward(
     plan: Plan,
     hidden: Tensor,  # [N, D]
+    in_order: Tensor | None,  # [M, D]: hidden[rows], where memory allows a copy
     weight: Tensor,  # [V, D]
     bias: Tensor | None,  # [V]
     rows: Tensor,  # [M] int64: row of hidden at each place
@@ -442,62 +494,87 @@ def run_backward(
 ) -> None:
     """Launches the backward for the places of ``rows``; reads nothing back to the host."""
     device, features = hidden.device, hidden.shape[1]
-    row_blocks = triton.cdiv(rows.numel(), config.row_block)
-    columns = plan.columns_length.numel()
     gradients = hidden.new_empty((strip_tiles, config.row_block, config.entry_tile))
-    hidden_sum = hidden.new_empty((rows.numel(), features), dtype=torch.float32) if d_hidden is not None else None
-    arrivals = torch.zeros(1, dtype=torch.int32, device=device)
-    _backward_kernel[(programs(device),)](
-        hidden,
-        weight,
-        bias,
-        rows,
-        labels,
-        count,
-        lse,
-        d_nll,
-        d_lse,
-        gradients,
-        hidden_sum,
-        d_hidden,
-        d_weight,
-        d_bias,
-        arrivals,
-        plan.entries,
-        plan.ids,
-        plan.first_id,
-        plan.pairs,
-        plan.first_pair,
-        plan.strip_first,
-        plan.strips,
-        plan.rows.other,
-        plan.rows.slot,
-        plan.rows_before,
-        plan.columns.other,
-        plan.columns.slot,
-        plan.columns_length,
-        weight.shape[0],
-        features,
-        row_blocks,
-        columns,
-        hidden.stride(0),
-        weight.stride(0),
-        softcap or 1.0,
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=softcap is not None,
-        HAS_D_LSE=d_lse is not None,
-        NEED_HIDDEN=d_hidden is not None,
-        NEED_WEIGHT=d_weight is not None,
-        NEED_BIAS=d_bias is not None,
-        ROW_BLOCK=config.row_block,
-        TILE=config.entry_tile,
-        WIDTH=config.forward_entries,
-        FEATURES=config.features,
-        BLOCK_D=config.block_d,
-        BLOCK_K=config.block_k,
-        EVEN_D=features % config.block_d == 0 and features % config.features == 0,
-        PRECISION=config.precision,
-        num_warps=config.warps,
-        num_stages=config.backward_stages,
-        **cooperative(device),
+    sums_high = sums_low = None
+    if d_hidden is not None and d_hidden.element_size() == 2:
+        sums_high = d_hidden.view(torch.int16)
+        sums_low = sums_high.new_empty((rows.numel(), features))
+    hidden_blocks = None, None
+    if in_order is not None:
+        hidden_blocks = (
+            in_blocks(in_order, config.row_block, config.block_d),
+            in_blocks(in_order, config.block_k, config.features),
+        )
+
+    def launch(strips: Tensor, weight_blocks: tuple) -> None:
+        arrivals = torch.zeros(1, dtype=torch.int32, device=device)
+        _backward_kernel[(programs(device),)](
+            hidden,
+            *hidden_blocks,
+            weight,
+            *weight_blocks,
+            bias,
+            rows,
+            labels,
+            count,
+            lse,
+            d_nll,
+            d_lse,
+            gradients,
+            d_hidden,
+            sums_high,
+            sums_low,
+            d_weight,
+            d_bias,
+            arrivals,
+            plan.entries,
+            plan.ids,
+            plan.first_id,
+            plan.pairs,
+            plan.first_pair,
+            plan.strip_first,
+            strips,
+            plan.rows.other,
+            plan.rows.slot,
+            plan.rows_before,
+            plan.columns.other,
+            plan.columns.slot,
+            plan.columns_length,
+            weight.shape[0],
+            features,
+            triton.cdiv(rows.numel(), config.row_block),
+            plan.columns_length.numel(),
+            hidden.stride(0),
+            weight.stride(0),
+            softcap or 1.0,
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap is not None,
+            HAS_D_LSE=d_lse is not None,
+            NEED_HIDDEN=d_hidden is not None,
+            NEED_WEIGHT=d_weight is not None,
+            NEED_BIAS=d_bias is not None,
+            HIDDEN_TMA=in_order is not None,
+            WEIGHT_TMA=weight_blocks[0] is not None,
+            ROW_BLOCK=config.row_block,
+            TILE=config.entry_tile,
+            WIDTH=config.forward_entries,
+            FEATURES=config.features,
+            BLOCK_D=config.block_d,
+            BLOCK_K=config.block_k,
+            EVEN_D=features % config.block_d == 0 and features % config.features == 0,
+            PRECISION=config.precision,
+            num_warps=config.warps,
+            num_stages=config.backward_stages,
+            **cooperative(device),
+        )
+
+    # Of the two launches the plan leaves one without strips, unless it was known beforehand that nothing is dropped.
+    if not has_blocks(config, weight):
+        launch(plan.sparse_strips + plan.dense_strips, (None, None))
+        return
+    if not plan.is_dense:
+        launch(plan.sparse_strips, (None, None))
+    launch(
+        plan.dense_strips,
+        (in_blocks(weight, config.forward_entries, config.block_d), in_blocks(weight, config.block_k, config.features)),
     )

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
 from torchtune_lce.kernels.primitives import LOG2_E, bitwise_or, softcapped, tile_coordinates
 from torchtune_lce.kernels.tuning import Config, config_for, programs
 
@@ -373,7 +374,8 @@ def lse_and_target_logit(
             ENTRIES=config.forward_entries,
         )
         _mark_flat_row_blocks(activity, running, count, config.row_block)
-    return running[0], target_logit
+    # A sum that the target is nearly alone in may round to just below it, and a loss is never negative.
+    return torch.maximum(running[0], target_logit), target_logit
 
 
 def _mark_flat_row_blocks(activity: Activity, running: Tensor, count: Tensor, row_block: int) -> None:
@@ -388,16 +390,11 @@ def _mark_flat_row_blocks(activity: Activity, running: Tensor, count: Tensor, ro
 
 
 def _operands(hidden: Tensor, weight: Tensor, config: Config):
-    """The kernel and how it takes its matrices: descriptors need 16-byte rows."""
-    aligned = all(
-        t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 and t.shape[0] for t in (hidden, weight)
-    )
-    if not (config.tma and aligned):
+    """The kernel and how it takes its matrices."""
+    if not has_blocks(config, hidden, weight):
         return _pointer_kernel, hidden, weight
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     return (
         _descriptor_kernel,
-        TensorDescriptor.from_tensor(hidden, [config.row_block, config.block_d]),
-        TensorDescriptor.from_tensor(weight, [config.forward_entries, config.block_d]),
+        in_blocks(hidden, config.row_block, config.block_d),
+        in_blocks(weight, config.forward_entries, config.block_d),
     )

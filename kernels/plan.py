@@ -15,6 +15,9 @@ from torch import Tensor
 from torchtune_lce.kernels.forward import WORD_BITS, Activity
 from torchtune_lce.kernels.tuning import Config
 
+# Past this share of kept tiles the rest is computed too: blocks copied in order beat tiles gathered by row.
+DENSE_FRACTION = 0.6
+
 
 @dataclass(frozen=True)
 class Lines:
@@ -34,7 +37,9 @@ class Plan:
     pairs: Tensor  # int32 [2, columns * row blocks]: places of two tiles of a row block and strip, -1 for no second
     first_pair: Tensor  # int32 [columns + 1]: pairs whose first tile stands before each column
     strip_first: Tensor  # int32 [most strips + 1]: first column of each strip
-    strips: Tensor  # int32 [1]: strips in use
+    sparse_strips: Tensor  # int32 [1]: strips in use, 0 if every tile is kept
+    dense_strips: Tensor  # int32 [1]: strips in use if every tile is kept, and the vocabulary in its own order; else 0
+    is_dense: bool  # whether the host knows that it is
     rows: Lines  # for the gradient of hidden: tiles of each row block
     rows_before: Tensor  # int32 [row blocks, columns + 1]: how many of them stand before each column
     columns: Lines  # for the gradient of the weight: tiles of each column
@@ -143,15 +148,21 @@ def make_plan(
     strip_tiles: int,
     config: Config,
 ) -> Plan:
-    """``activity`` None, or a gradient that is not filtered, keeps every tile; ``strip_tiles`` >= ``row_blocks``."""
+    """``activity`` None, or a gradient that is not filtered, keeps every tile; ``strip_tiles`` >= 2 ``row_blocks``."""
     device = count.device
     columns = triton.cdiv(vocabulary, config.entry_tile)
-    entries = torch.full((columns * config.entry_tile,), vocabulary, dtype=torch.int32, device=device)
-    entries[:vocabulary] = _order(activity, count, vocabulary, config)
-
+    entries = torch.arange(columns * config.entry_tile, dtype=torch.int32, device=device).clamp_(max=vocabulary)
     used = torch.arange(row_blocks, dtype=torch.int32, device=device) * config.row_block < count
-    everything = used.to(torch.int32).expand(columns, row_blocks).contiguous()
-    kept = everything if activity is None else _kept(activity, entries, count, used, columns, vocabulary, config)
+    kept = everything = used.to(torch.int32).expand(columns, row_blocks).contiguous()
+    is_dense = activity is None
+    dense = torch.full((1,), is_dense, device=device)
+    if not is_dense:
+        in_order = entries.clone()
+        in_order[:vocabulary] = _order(activity, count, vocabulary, config)
+        kept = _kept(activity, in_order, count, used, columns, vocabulary, config)
+        dense = kept.sum(dtype=torch.int32) > DENSE_FRACTION * everything.sum(dtype=torch.int32)
+        entries = entries.where(dense, in_order)
+        kept = everything.where(dense, kept)
     for_hidden = kept if filter_hidden else everything
     for_weight = kept if filter_weight else everything
     union = kept if filter_hidden and filter_weight else everything
@@ -183,7 +194,9 @@ def make_plan(
         pairs=pairs,
         first_pair=first_pair,
         strip_first=strip_first,
-        strips=strips,
+        sparse_strips=strips * ~dense,
+        dense_strips=strips * dense,
+        is_dense=is_dense,
         rows=union_rows if for_hidden is union else _lines(for_hidden, ids, rows_before, by_row=True),
         rows_before=rows_before,
         columns=_lines(for_weight, ids, within - for_weight, by_row=False),
@@ -225,10 +238,8 @@ def _pairs(union: Tensor, before: Tensor, rows: Lines, strip_first: Tensor, conf
     return pairs, torch.cat([index.view(columns, row_blocks)[:, 0], total])
 
 
-def _order(activity: Activity | None, count: Tensor, vocabulary: int, config: Config) -> Tensor:
+def _order(activity: Activity, count: Tensor, vocabulary: int, config: Config) -> Tensor:
     """Entries by falling number of active row blocks, equal ones by id."""
-    if activity is None:
-        return torch.arange(vocabulary, dtype=torch.int32, device=count.device)
     counts = torch.empty(vocabulary, dtype=torch.int32, device=count.device)
     _count_kernel[(triton.cdiv(vocabulary, activity.tile),)](
         activity.words,

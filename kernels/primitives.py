@@ -27,6 +27,22 @@ def tile_coordinates(index, row_blocks, columns, GROUP: tl.constexpr):
 
 
 @triton.jit
+def load_halves(high, low, mask):
+    """The float32 values that :func:`store_halves` stored, 0 where masked off."""
+    upper = tl.load(high, mask=mask, other=0).to(tl.int32) << 16
+    lower = tl.load(low, mask=mask, other=0).to(tl.int32) & 0xFFFF
+    return (upper | lower).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_halves(high, low, values, mask):
+    """Stores the bits of float32 values as two int16: an output of 16 bits then holds half of its own running sums."""
+    bits = values.to(tl.int32, bitcast=True)
+    tl.store(high, (bits >> 16).to(tl.int16), mask=mask)
+    tl.store(low, bits.to(tl.int16), mask=mask)
+
+
+@triton.jit
 def grid_barrier(arrivals, target):
     """Waits until `target` programs have arrived in all; every program of the grid must be resident.
 

@@ -41,6 +41,14 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _memory_given_back():
+    """What one test leaves in the allocator's cache would be missing in other processes on the same card."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _poisoned_allocations():
     """The package's torch.empty, empty_like and new_empty give NaN or garbage, so an output left unwritten shows."""

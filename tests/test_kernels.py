@@ -15,6 +15,12 @@ from torchtune_lce.options import Options
 EPS = 2.0**-8
 
 
+@pytest.fixture(autouse=True)
+def _sparse(monkeypatch):
+    """Data this small keep most of their tiles; all of them would then be computed."""
+    monkeypatch.setattr(plan, "DENSE_FRACTION", 1.0)
+
+
 def peaked(device, tokens=150, vocabulary=700, width=32, dtype=torch.float32):
     """Hidden states, a weight and targets whose softmax is large on few entries, scattered over the vocabulary."""
     hidden = torch.randn(tokens, width)
@@ -102,7 +108,8 @@ def test_plan_covers_what_is_kept(device, strip_tiles):
     assert first_id[-1] == kept.sum()
     assert ids[kept].equal(torch.arange(int(kept.sum()), dtype=torch.int32))
 
-    strips = made.strips.item()
+    assert made.dense_strips == 0
+    strips = made.sparse_strips.item()
     starts = made.strip_first.cpu().long()[: strips + 1]
     assert starts[0] == 0
     assert starts[-1] == columns
@@ -156,20 +163,70 @@ def test_strips_and_pieces_change_nothing_but_the_order_of_sums(device, monkeypa
         return plans[-1]
 
     monkeypatch.setattr(autograd, "make_plan", spy)
-    pieces = autograd._pieces
-    monkeypatch.setattr(autograd, "_pieces", lambda tokens, size, mib, config: pieces(tokens, size * 64, mib, config))
+    sum_bytes = autograd._sum_bytes
+    monkeypatch.setattr(autograd, "_sum_bytes", lambda hidden: 4096)
     in_pieces = gradients(hidden, weight, targets, impl="cce_exact", workspace_mib=1)
     assert len(plans) > 2, "the tokens must have been cut into pieces"
     for whole, cut in zip(at_once, in_pieces, strict=True):
         assert (whole - cut).norm() <= 1e-6 * whole.norm()
 
     plans.clear()
-    monkeypatch.setattr(autograd, "_pieces", pieces)
-    monkeypatch.setattr(autograd, "make_plan", lambda *args: spy(*args[:6], 24, *args[7:]))
+    monkeypatch.setattr(autograd, "_sum_bytes", sum_bytes)
+    # The smallest strips that there can be: two tiles of every row block.
+    monkeypatch.setattr(autograd, "make_plan", lambda *args: spy(*args[:6], 2 * args[4], *args[7:]))
     in_strips = gradients(hidden, weight, targets, impl="cce_exact")
-    assert plans[-1].strips.item() > 3
+    assert plans[-1].dense_strips.item() > 3
     for whole, cut in zip(at_once, in_strips, strict=True):
         assert (whole - cut).norm() <= 1e-6 * whole.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("filtered", [True, False])
+def test_blocks_by_the_copy_engine_change_nothing(device, dtype, filtered, monkeypatch):
+    """Ragged everywhere, over several strips, with hidden states that are not finite where they are ignored."""
+    hidden, weight, targets = peaked(device, tokens=140, vocabulary=451, width=40, dtype=dtype)
+    targets[5:90] = -100
+    hidden[50] = torch.nan
+    weight *= 0.5
+    config = tuning.config_for(device, dtype)
+    if device.type == "cuda" and not config.tma:
+        pytest.skip("this card has no copy engine")
+    blocks = []
+    run_backward = autograd.run_backward
+
+    def spy(plan, hidden, in_order, *rest):
+        blocks.append(in_order is not None)
+        assert plan.is_dense is not filtered
+        run_backward(plan, hidden, in_order, *rest)
+
+    monkeypatch.setattr(autograd, "run_backward", spy)
+    monkeypatch.setattr(autograd, "make_plan", lambda *args: plan.make_plan(*args[:6], 2 * args[4], *args[7:]))
+    found = []
+    for tma in (False, True):
+        monkeypatch.setattr(autograd, "config_for", lambda *_, tma=tma: dataclasses.replace(config, tma=tma))
+        found.append(gradients(hidden, weight, targets, impl="cce" if filtered else "cce_exact"))
+    assert blocks == [False, True]
+    for gathered, copied in zip(*found, strict=True):
+        assert copied.isfinite().all()
+        torch.testing.assert_close(gathered, copied, rtol=torch.finfo(dtype).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("spread", [0.02, 1.0])
+def test_past_a_share_of_kept_tiles_the_rest_is_computed_too(device, spread, monkeypatch):
+    """The host does not know: a launch for either case is made, and one of them has nothing to do."""
+    monkeypatch.setattr(plan, "DENSE_FRACTION", 0.6)
+    hidden, weight, targets = peaked(device, tokens=100, vocabulary=1500)
+    weight *= spread
+    plans = []
+    monkeypatch.setattr(autograd, "make_plan", lambda *args: plans.append(plan.make_plan(*args)) or plans[-1])
+    with filtering.recording() as records:
+        found = gradients(hidden, weight, targets)
+    flat = spread < 1
+    assert (plans[0].dense_strips.item() > 0) == flat
+    assert (plans[0].sparse_strips.item() > 0) != flat
+    assert (records[0].kept_fraction == 1) == flat
+    exact = gradients(hidden, weight, targets, impl="cce_exact")
+    assert all(torch.equal(*pair) for pair in zip(found, exact, strict=True)) == flat
 
 
 def test_what_is_dropped_is_below_the_threshold(device):

@@ -14,16 +14,19 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def check_options(options: Options) -> None:
-    """Raises ValueError or TypeError for a setting that no implementation accepts."""
+    """Raises ValueError or TypeError for a setting that no implementation accepts.
+
+    By comparisons alone: torch.compile traces numbers through those, and not through math.isfinite.
+    """
     _check_integer("ignore_index", options.ignore_index)
     _check_integer("workspace_mib", options.workspace_mib)
     if options.workspace_mib < 1:
         raise ValueError(f"workspace_mib must be at least 1, got {options.workspace_mib}")
     softcap = options.softcap
-    if softcap is not None and not (_is_real(softcap) and math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not (_is_real(softcap) and 0 < softcap < math.inf):
         raise ValueError(f"softcap must be None or a finite number > 0, got {softcap!r}")
     z_loss = options.z_loss
-    if not (_is_real(z_loss) and math.isfinite(z_loss) and z_loss >= 0):
+    if not (_is_real(z_loss) and 0 <= z_loss < math.inf):
         raise ValueError(f"z_loss must be a finite number >= 0, got {z_loss!r}")
     eps = options.filter_eps
     if eps not in ("auto", None) and not (_is_real(eps) and 0 <= eps < 1):
