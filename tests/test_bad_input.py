@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 
 import pytest
 import torch
@@ -31,6 +32,12 @@ def arguments(**changed) -> dict:
     return good | changed
 
 
+def nested(*parts: torch.Tensor, **settings) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that their interface may change
+        return torch.nested.nested_tensor(list(parts), **settings)
+
+
 # What is wrong: the changed arguments, the error, and what its message says, in this order.
 BAD = {
     "reduction": ({"reduction": "avg"}, ValueError, "reduction", "mean, sum, none", "'avg'"),
@@ -40,6 +47,12 @@ BAD = {
     "shift-bool": ({"shift": True}, TypeError, "shift", "int", "True"),
     "ignore-index-none": ({"ignore_index": None}, TypeError, "ignore_index", "int", "None"),
     "ignore-index-float": ({"ignore_index": -100.0}, TypeError, "ignore_index", "int", "-100.0"),
+    "ignore-index-of-65-bits": ({"ignore_index": 2**63}, ValueError, "ignore_index", "torch.int64", str(2**63)),
+    # Compared as 32 bits it would be 0, and every target 0 would be ignored.
+    "ignore-index-wraps": (
+        {"targets": torch.zeros(2, 3).int(), "ignore_index": 2**32},
+        *(ValueError, "ignore_index", "torch.int32", "from -2147483648 to 2147483647", "got 4294967296"),
+    ),
     "softcap-zero": ({"softcap": 0}, ValueError, "softcap", "finite number > 0", "0"),
     "softcap-negative": ({"softcap": -30.0}, ValueError, "softcap", "finite number > 0", "-30.0"),
     "softcap-inf": ({"softcap": float("inf")}, ValueError, "softcap", "finite number > 0", "inf"),
@@ -65,6 +78,19 @@ BAD = {
     "targets-float": ({"targets": torch.ones(2, 3)}, TypeError, "targets", "int64, int32", "torch.float32"),
     "targets-int16": ({"targets": torch.ones(2, 3).short()}, TypeError, "targets", "int64, int32", "torch.int16"),
     "targets-bool": ({"targets": torch.ones(2, 3) > 0}, TypeError, "targets", "int64, int32", "torch.bool"),
+    "targets-int8": ({"targets": torch.ones(2, 3).char()}, TypeError, "targets", "int64, int32", "torch.int8"),
+    "targets-uint8": ({"targets": torch.ones(2, 3).byte()}, TypeError, "targets", "int64, int32", "torch.uint8"),
+    "weight-sparse": ({"weight": torch.ones(11, 8).to_sparse()}, TypeError, "weight", "dense", "torch.sparse_coo"),
+    "weight-mkldnn": ({"weight": torch.ones(11, 8).to_mkldnn()}, TypeError, "weight", "dense", "torch._mkldnn"),
+    "hidden-nested": ({"hidden": nested(torch.ones(3, 8))}, TypeError, "hidden", "dense", "nested"),
+    "hidden-jagged": (
+        {"hidden": nested(torch.ones(3, 8), layout=torch.jagged)},
+        *(TypeError, "hidden", "plain tensor", "NestedTensor"),
+    ),
+    "hidden-empty": (
+        {"hidden": torch.ones(2, 3, 0), "weight": torch.ones(11, 0)},
+        *(ValueError, "hidden", "at least one feature", "[2, 3, 0]"),
+    ),
     "hidden-scalar": ({"hidden": torch.tensor(1.0)}, ValueError, "hidden", "[..., D]", "scalar"),
     "weight-transposed": ({"weight": torch.ones(8, 11)}, ValueError, "weight", "[V, 8]", "[8, 11]"),
     "weight-vector": ({"weight": torch.ones(8)}, ValueError, "weight", "[V, 8]", "[8]"),

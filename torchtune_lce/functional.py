@@ -109,7 +109,10 @@ def compute(
     validation.check_plain(hidden, weight, targets, bias)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     validation.check_tensors(hidden, weight, targets, bias)
-    _, token_losses = implementations.choose(impl, hidden)
+    validation.check_ignore_index(options.ignore_index, targets)
+    name, token_losses = implementations.choose(impl, hidden)
+    if name not in implementations.MADE_OF_TORCH:
+        validation.check_no_tangents(name, hidden, weight, bias)
     vocabulary = weight.shape[0]
     if shard is not None:
         token_losses, vocabulary = shard.token_losses(token_losses), shard.vocabulary
@@ -138,7 +141,7 @@ def compute(
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast, what F.linear would do to its inputs."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     # float64 stays as it is, in F.linear too.

@@ -41,6 +41,8 @@ _TORCH_IMPLS: dict[str, TokenLosses] = {
     "chunked": chunked.token_losses,
     "reference": reference.token_losses,
 }
+# Differentiated by autograd, in every mode that it has; the others are custom operators with a backward of their own.
+MADE_OF_TORCH = ("torch_compile", "reference")
 NAMES = ("auto", *CCE_PRESETS, *_TORCH_IMPLS)
 
 

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchtune_lce.options import Options
@@ -44,6 +45,22 @@ def check_shift(shift: int) -> None:
         raise ValueError(f"shift must be >= 0, got {shift}")
 
 
+def check_ignore_index(ignore_index: int, targets: Tensor) -> None:
+    """Raises ValueError for a value that ``targets`` cannot hold: torch would compare with what is left of its bits."""
+    info = torch.iinfo(targets.dtype)
+    if not info.min <= ignore_index <= info.max:
+        raise ValueError(
+            f"ignore_index must be a value of the dtype of targets, {targets.dtype}, from {info.min} to {info.max}, "
+            f"got {ignore_index}"
+        )
+
+
+def check_no_tangents(impl: str, *tensors: Tensor | None) -> None:
+    """Raises RuntimeError under forward-mode differentiation, where a custom operator would pass for a constant."""
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(f"impl={impl!r} has no forward-mode derivative (torch.func.jvp); set impl='reference'")
+
+
 def check_plain(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
     """Raises for what is no tensor, shows another matrix than it holds, or lies on another device."""
     named = {"hidden": hidden, "weight": weight, "targets": targets}
@@ -57,6 +74,9 @@ def check_plain(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | 
                 f"{name} must be a plain tensor, got {type(tensor).__name__}: its data is not the matrix that it "
                 "shows. Unshard or dequantise it first (torchtune_lce.LinearCrossEntropyLoss does it for FSDP2)"
             )
+        if tensor.layout != torch.strided or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else str(tensor.layout)
+            raise TypeError(f"{name} must be a dense tensor (torch.strided), got {kind}")
         if tensor.device != hidden.device:
             raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
 
@@ -69,6 +89,8 @@ def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
         raise TypeError(f"targets must be one of {_names(TARGET_DTYPES)}, got {targets.dtype}")
     if hidden.ndim < 1:
         raise ValueError("hidden must have shape [..., D], got a scalar")
+    if hidden.shape[-1] == 0:
+        raise ValueError(f"hidden must have at least one feature, got {list(hidden.shape)}")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight must have shape [V, {hidden.shape[-1]}] to match hidden, got {list(weight.shape)}")
     if weight.shape[0] == 0:
