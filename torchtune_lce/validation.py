@@ -104,7 +104,10 @@ def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
         raise ValueError(f"bias must have shape [{weight.shape[0]}] to match weight, got {list(bias.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden.dtype:
-            raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
+            raise TypeError(
+                f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}: cast one of them, or call "
+                "under torch.autocast"
+            )
 
 
 def check_range(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
