@@ -104,7 +104,7 @@ class Trained(nn.Module):
         return losses, scales
 
 
-@pytest.mark.parametrize("scale", [2.0**10, 2.0**40], ids=["fitting", "overflowing"])
+@pytest.mark.parametrize("scale", [2.0**10, 2.0**22], ids=["fitting", "overflowing"])
 @pytest.mark.parametrize("impl", EACH)
 def test_gradient_scaler(impl, scale, device):
     """Overflows are infinite, so the scaler sees them and skips just the steps that it skips for plain PyTorch."""
