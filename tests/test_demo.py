@@ -14,9 +14,10 @@ from omegaconf import OmegaConf
 from torchtune import config
 from torchtune.models.qwen2 import Qwen2Tokenizer
 
+from torchtune_lce import recipe_runs
 from torchtune_lce.demo import command, data, demonstration, folder, model, runs, tokenizer
 from torchtune_lce.demo.comparison import compare
-from torchtune_lce.demo.errors import DemoError
+from torchtune_lce.errors import CommandError
 
 LIBRARY = {
     "pack/__init__.py": '"""Packs things so that other things can be unpacked."""\n',
@@ -99,7 +100,7 @@ def test_samples_of_this_pythons_library_last_for_the_default_steps():
 
 
 def test_library_without_sources_is_named(tmp_path):
-    with pytest.raises(DemoError, match=f"standard library, but {tmp_path} holds no .py files"):
+    with pytest.raises(CommandError, match=f"standard library, but {tmp_path} holds no .py files"):
         data.read_sources(tmp_path)
 
 
@@ -132,7 +133,7 @@ def test_torchtunes_tokenizer_reads_what_was_trained(tmp_path):
 
 
 def test_too_little_text_for_the_vocabulary_is_named(tmp_path):
-    with pytest.raises(DemoError, match=r"needs a vocabulary of 32765 entries, .* give only 25\d"):
+    with pytest.raises(CommandError, match=r"needs a vocabulary of 32765 entries, .* give only 25\d"):
         tokenizer.train(["abc abc"], 32765, tmp_path)
 
 
@@ -203,23 +204,29 @@ def test_commands_differ_by_recipe_and_loss_only():
 
 def test_log_is_read_up_to_its_last_whole_line(tmp_path):
     log = tmp_path / "log.txt"
-    assert runs.read_log(log) == []
+    assert recipe_runs.read_log(log) == []
     log.write_text("Step 1 | loss:11.5 lr:2e-05 tokens_per_second_per_gpu:70.5 \nStep 2 | loss:1")
-    assert runs.read_log(log) == [{"loss": 11.5, "lr": 2e-5, "tokens_per_second_per_gpu": 70.5}]
+    assert recipe_runs.read_log(log) == [{"loss": 11.5, "lr": 2e-5, "tokens_per_second_per_gpu": 70.5}]
 
 
 def test_summary_takes_the_cards_memory_where_torchtune_logged_it():
     slow_start = record(11.0) | {"tokens_per_second_per_gpu": 1.0}
-    on_cpu = runs.summarise([slow_start, record(10.0), record(9.0)], resident=700)
-    assert on_cpu == runs.Result([11.0, 10.0, 9.0], tokens_per_second=100.0, peak_bytes=700)
-    on_gpu = runs.summarise([record(11.0, peak_memory_alloc=0.5), record(10.0, peak_memory_alloc=0.25)], resident=700)
-    assert on_gpu.peak_bytes == 2**29
+    on_cpu = recipe_runs.summarise([slow_start, record(10.0), record(9.0)], resident=700)
+    assert on_cpu == recipe_runs.Result(
+        [11.0, 10.0, 9.0], tokens_per_second=100.0, spread=0.0, peak_bytes=700, reserved_bytes=None
+    )
+    first, second = (
+        record(11.0, peak_memory_alloc=0.5, peak_memory_reserved=0.5),
+        record(10.0, peak_memory_alloc=0.25, peak_memory_reserved=1.0),
+    )
+    on_gpu = recipe_runs.summarise([first, second], resident=700)
+    assert (on_gpu.peak_bytes, on_gpu.reserved_bytes) == (2**29, 2**30)
 
 
 @pytest.mark.slow
 def test_failed_run_shows_its_command_and_what_it_printed(tmp_path):
     # Without a model in the folder torchtune's recipe fails.
-    with pytest.raises(DemoError) as error:
+    with pytest.raises(CommandError) as error:
         runs.execute(runs.Run("full", ours=True), setting(), tmp_path, lambda done: None)
     message = str(error.value)
     assert "ended with status 1 after 0 of 3 steps" in message
@@ -248,16 +255,16 @@ def test_relative_folder_becomes_absolute(tmp_path, monkeypatch):
 def test_file_as_folder_is_named(tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
-    with pytest.raises(DemoError, match=f"--output must be a folder, {file} is a file"):
+    with pytest.raises(CommandError, match=f"--output must be a folder, {file} is a file"):
         folder.prepare(file)
-    with pytest.raises(DemoError, match="--output must be a folder that can be written"):
+    with pytest.raises(CommandError, match="--output must be a folder that can be written"):
         folder.prepare(file / "below")
     assert file.read_text() == "mine"
 
 
 def test_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "model").mkdir()
-    with pytest.raises(DemoError, match="--output must be a new folder, an empty one or an earlier demo's"):
+    with pytest.raises(CommandError, match="--output must be a new folder, an empty one or an earlier demo's"):
         folder.prepare(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -303,7 +310,7 @@ def test_bad_arguments_are_named(tmp_path, monkeypatch, capsys, arguments, messa
 def test_exit_status_tells_whether_the_losses_agree(tmp_path, monkeypatch, capsys, planted, status, verdict):
     def execute(run, setting, output, on_step):
         losses = [11.0, 10.0, 9.0 + planted * (run == runs.Run("full", ours=True))]
-        return runs.summarise([record(loss) for loss in losses], resident=None)
+        return recipe_runs.summarise([record(loss) for loss in losses], resident=None)
 
     monkeypatch.setattr(demonstration, "execute", execute)
     monkeypatch.setattr(demonstration, "prepare_inputs", lambda *args: None)
@@ -352,7 +359,9 @@ def test_demo_end_to_end(tmp_path):
     vocabulary = json.loads((output / "tokenizer" / "vocab.json").read_text())
     assert len(vocabulary) == 32765, "and three special tokens"
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
-    losses = {run: [step["loss"] for step in runs.read_log(output / run.folder / "log.txt")] for run in runs.RUNS}
+    losses = {
+        run: [step["loss"] for step in recipe_runs.read_log(output / run.folder / "log.txt")] for run in runs.RUNS
+    }
     for run, values in losses.items():
         assert len(values) == 3, run
         # An untrained model, whose logits spread by about 1, on 32,768 entries; and it learns.

@@ -43,11 +43,11 @@ def main(args: argparse.Namespace) -> None:
     """Runs the demo and ends the process with its status."""
     # Imported here: `tune-lce` makes the parsers of all subcommands before it runs one.
     from torchtune_lce.demo.demonstration import demonstrate
-    from torchtune_lce.demo.errors import DemoError
+    from torchtune_lce.errors import CommandError
 
     try:
         agrees = demonstrate(args.output, args.impl, args.steps)
-    except DemoError as error:
+    except CommandError as error:
         print(f"tune-lce demo: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # the running fine-tune has been ended

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from torchtune_lce.demo.errors import DemoError
+from torchtune_lce.errors import CommandError
 
 # Tests are repetitive and partly written not to parse; the others are not the standard library.
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -18,7 +18,7 @@ _SHORTEST_ANSWER = 40
 def read_sources(folder: Path | None = None) -> dict[str, str]:
     """Source text by module name, in the order of the names, from ``folder`` (the running Python's library if None).
 
-    Raises DemoError where there are no sources, as in an embedded or zipped Python.
+    Raises CommandError where there are no sources, as in an embedded or zipped Python.
     """
     folder = folder or Path(sysconfig.get_path("stdlib"))
     sources = {}
@@ -32,7 +32,7 @@ def read_sources(folder: Path | None = None) -> dict[str, str]:
                 continue
             sources[".".join(part for part in parts if part != "__init__")] = text
     if not sources:
-        raise DemoError(
+        raise CommandError(
             f"the demo's text is the source of Python's standard library, but {folder} holds no .py files; "
             "run it with a Python that was installed with its library's sources"
         )

@@ -11,8 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from torchtune_lce.demo import data, device, folder, model, report, tokenizer
 from torchtune_lce.demo.comparison import Comparison, compare
-from torchtune_lce.demo.errors import DemoError
 from torchtune_lce.demo.runs import CONFIGS, METHOD_TITLES, RUNS, Result, Run, Setting, execute
+from torchtune_lce.errors import CommandError
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # Enough padded tokens that the logits stand out in the memory table.
@@ -22,12 +22,12 @@ _BATCH_SIZE = {"cpu": 8, "cuda": 32}
 def demonstrate(output: Path, impl: str, steps: int) -> bool:
     """Makes the data, runs the recipes, shows the comparison; whether the losses agree.
 
-    Raises DemoError if it cannot run; what the arguments alone can tell is told before anything is written.
+    Raises CommandError if it cannot run; what the arguments alone can tell is told before anything is written.
     """
     kind, dtype = device.choose()
     ran = device.implementation(impl, kind, dtype)
     if steps < 2:
-        raise DemoError(f"--steps must be at least 2, a first and a last one, got {steps}")
+        raise CommandError(f"--steps must be at least 2, a first and a last one, got {steps}")
     setting = Setting(kind, _DTYPE_NAMES[dtype], _BATCH_SIZE[kind], steps, impl)
     output = folder.prepare(output)
 
@@ -56,7 +56,7 @@ def prepare_inputs(console: Console, setting: Setting, output: Path) -> None:
         samples = data.questions_and_answers(sources)
     most = len(samples) // setting.batch_size
     if setting.steps > most:
-        raise DemoError(
+        raise CommandError(
             f"--steps must be at most {most}, got {setting.steps}: "
             f"the data set has {len(samples)} samples and a step takes {setting.batch_size}"
         )

@@ -3,7 +3,7 @@
 import torch
 
 from torchtune_lce import implementations
-from torchtune_lce.demo.errors import DemoError
+from torchtune_lce.errors import CommandError
 
 
 def choose() -> tuple[str, torch.dtype]:
@@ -18,8 +18,8 @@ def describe(device: str) -> str:
 
 
 def implementation(impl: str, device: str, dtype: torch.dtype) -> str:
-    """The name of what will run for ``impl``. Raises DemoError, before any work is done, if nothing can."""
+    """The name of what will run for ``impl``. Raises CommandError, before any work is done, if nothing can."""
     try:
         return implementations.choose(impl, torch.empty(1, 1, device=device, dtype=dtype))[0]
     except (ValueError, RuntimeError) as error:
-        raise DemoError(f"--impl: {error}") from error
+        raise CommandError(f"--impl: {error}") from error

@@ -3,7 +3,8 @@
 import shutil
 from pathlib import Path
 
-from torchtune_lce.demo.errors import DemoError
+from torchtune_lce import output_folder
+from torchtune_lce.errors import CommandError
 
 # Says that a folder is the demo's own, whose contents the next demo may delete.
 MARKER = ".tune-lce-demo"
@@ -15,22 +16,15 @@ _OWN = (SAMPLES, TOKENIZER, MODEL, RUNS, CURVES, "cache")
 def prepare(output: Path) -> Path:
     """An absolute path to a folder without anything of an earlier demo in it.
 
-    Raises DemoError for a file, a folder that cannot be written, or one that holds something else.
+    Raises CommandError for a file, a folder that cannot be written, or one that holds something else.
     """
-    output = output.expanduser().resolve()
-    if output.exists() and not output.is_dir():
-        raise DemoError(f"--output must be a folder, {output} is a file")
-    marker = output / MARKER
+    output = output_folder.claim(output, MARKER, "an earlier demo's")
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        if not marker.exists() and any(output.iterdir()):
-            raise DemoError(f"--output must be a new folder, an empty one or an earlier demo's; {output} is neither")
-        marker.touch()
         for path in map(output.joinpath, _OWN):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
     except OSError as error:
-        raise DemoError(f"--output must be a folder that can be written, {output}: {error.strerror}") from error
+        raise CommandError(f"--output must be a folder that can be written, {output}: {error.strerror}") from error
     return output

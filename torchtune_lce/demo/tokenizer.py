@@ -4,13 +4,13 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
-from torchtune_lce.demo.errors import DemoError
+from torchtune_lce.errors import CommandError
 
 
 def train(texts: Iterable[str], entries: int, folder: Path) -> None:
     """Writes ``vocab.json`` with ids 0 to ``entries`` - 1 and ``merges.txt`` into ``folder``.
 
-    Special tokens are not among them: the config numbers those from ``entries`` on. Raises DemoError if the texts
+    Special tokens are not among them: the config numbers those from ``entries`` on. Raises CommandError if the texts
     give fewer entries.
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
@@ -29,7 +29,7 @@ def train(texts: Iterable[str], entries: int, folder: Path) -> None:
     )
     tokenizer.train_from_iterator((unicodedata.normalize("NFC", text) for text in texts), trainer)
     if tokenizer.get_vocab_size() != entries:
-        raise DemoError(
+        raise CommandError(
             f"the demo needs a vocabulary of {entries} entries, the sources of this Python's library give only "
             f"{tokenizer.get_vocab_size()}; run it with a Python that was installed with its library's sources"
         )
