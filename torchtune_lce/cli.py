@@ -8,6 +8,7 @@ from torchtune._cli.tune import TuneCLIParser
 
 from torchtune_lce import registry
 from torchtune_lce.bench import command as bench
+from torchtune_lce.compare import command as compare
 from torchtune_lce.demo import command as demo
 from torchtune_lce.doctor import command as doctor
 
@@ -23,6 +24,7 @@ examples:
 
     $ tune-lce demo
     $ tune-lce bench --model llama3_1_8b --data trained --data random
+    $ tune-lce compare --config lce/gemma2/2B_lora_single_device --random-weights --demo-data
     $ tune-lce run lce_lora_finetune_single_device --config lce/llama3_2/1B_lora_single_device
     $ tune-lce run lce_full_finetune_single_device --config mine.yaml loss=torchtune_lce.LinearCrossEntropyLoss
     $ tune-lce cp lce/llama3_2/1B_lora_single_device mine.yaml
@@ -48,6 +50,7 @@ class TuneLCEParser(TuneCLIParser):
         # Beyond torchtune's. Each module must be quick to import: all are, whatever the subcommand that runs.
         demo.add_parser(subparsers)
         bench.add_parser(subparsers)
+        compare.add_parser(subparsers)
         doctor.add_parser(subparsers)
 
 

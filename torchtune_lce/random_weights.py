@@ -2,31 +2,34 @@
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 from torchtune import config
 from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.modules.peft import get_adapter_params
+
+
+def meta_model(model_config: DictConfig) -> nn.Module:
+    """What ``model_config`` builds, unquantised, its parameters of the right shapes and without any memory."""
+    model_config = OmegaConf.create(OmegaConf.to_container(model_config, resolve=True))
+    if "quantize_base" in model_config:
+        model_config.quantize_base = False  # takes seconds a layer; recipes quantise what they load
+    with torch.device("meta"):
+        return config.instantiate(model_config)
 
 
 def random_state_dict(
     model_config: DictConfig,
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
-    logit_std: float = 1.0,
 ) -> dict[str, Tensor]:
     """A state dict, on the CPU, of the model that ``model_config`` builds; without adapters.
 
     Matrices get a standard deviation of 1 / sqrt(columns). With the final norm, logits then have about that of 1, and
-    the head can tell tokens apart even while it is frozen, as it is under LoRA. The head's is ``logit_std`` times that:
-    1 is an untrained model, whose softmax is flat. ``device`` draws the numbers; another one draws others.
+    the head can tell tokens apart even while it is frozen, as it is under LoRA. Their
+    softmax is an untrained model's: flat. ``device`` draws the numbers; another one draws others.
     """
-    model_config = OmegaConf.create(OmegaConf.to_container(model_config))
-    if "quantize_base" in model_config:
-        model_config.quantize_base = False  # the recipe quantises what it loads
-    with torch.device("meta"):
-        model = config.instantiate(model_config)
+    model = meta_model(model_config)
     shapes = model.state_dict()
-    head = "output.weight" if "output.weight" in shapes else "tok_embeddings.weight"
     adapters = get_adapter_params(model)
     zeros = {f"{name}.scale" for name, module in model.named_modules() if isinstance(module, GemmaRMSNorm)}
     device = device or torch.device("cpu")
@@ -39,7 +42,6 @@ def random_state_dict(
             # A norm's scale; Gemma's is an offset from 1.
             value = torch.full(meta.shape, 0.0 if name in zeros or name.endswith(".bias") else 1.0)
         else:
-            std = meta.shape[1] ** -0.5 * (logit_std if name == head else 1.0)
-            value = torch.empty(meta.shape, device=device).normal_(std=std, generator=generator)
+            value = torch.empty(meta.shape, device=device).normal_(std=meta.shape[1] ** -0.5, generator=generator)
         state[name] = value.to("cpu", dtype)
     return state

@@ -47,6 +47,14 @@ def find_config(name: str) -> Path | None:
     return None
 
 
+def find_recipe(config_name: str) -> Recipe | None:
+    """The recipe that a registered config is for, or None."""
+    for recipe in _recipe_registry.get_all_recipes():
+        if any(config.name == config_name for config in recipe.configs):
+            return recipe
+    return None
+
+
 def _configs(suffixes: tuple[str, ...]) -> list[Config]:
     folder = PACKAGE / "configs"
     paths = sorted(path for path in folder.rglob("*.yaml") if path.stem.endswith(suffixes))

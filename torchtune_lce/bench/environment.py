@@ -18,8 +18,11 @@ def describe(device: torch.device) -> dict[str, str | None]:
     return {
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU ({platform.machine()})",
         "driver": _driver() if cuda else None,
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "torchtune": _version("torchtune"),
+        "torchao": _version("torchao"),
         "commit": commit(),
         **{name.replace("-", "_"): version for name in _PEERS if (version := _version(name))},
     }

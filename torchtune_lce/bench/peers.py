@@ -19,21 +19,28 @@ def compiled_full_logits():
     return torch.compile(lambda hidden, weight, targets: full_logits(hidden, weight, targets), dynamic=False)
 
 
-def compiled_chunks():
+def compiled_chunks(dynamic: bool | None = False):
     """The way of torchtune's main branch: eight chunks of tokens, each projected and reduced in one compiled function.
 
     Autograd keeps what every chunk's backward needs.
     """
+    return _chunks(torch.compile(_chunk_sum, dynamic=dynamic))
 
-    def chunk_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        logits = F.linear(hidden, weight).float()
-        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
-    compiled = torch.compile(chunk_sum, dynamic=False)
+def eager_chunks():
+    """The same, not compiled: autograd keeps every chunk's float32 log-softmax."""
+    return _chunks(_chunk_sum)
 
+
+def _chunk_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight).float()
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def _chunks(chunk_sum):
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         parts = zip(hidden.tensor_split(CHUNKS), targets.tensor_split(CHUNKS), strict=True)
-        total = sum(compiled(part, weight, labels) for part, labels in parts if len(labels))
+        total = sum(chunk_sum(part, weight, labels) for part, labels in parts if len(labels))
         return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
     return loss

@@ -3,12 +3,16 @@
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torchtune_lce.errors import CommandError
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
-def train(texts: Iterable[str], entries: int, folder: Path) -> None:
-    """Writes ``vocab.json`` with ids 0 to ``entries`` - 1 and ``merges.txt`` into ``folder``.
+
+def train(texts: Iterable[str], entries: int, folder: Path) -> "Tokenizer":
+    """Writes ``vocab.json`` with ids 0 to ``entries`` - 1 and ``merges.txt`` into ``folder``; returns the tokenizer.
 
     Special tokens are not among them: the config numbers those from ``entries`` on. Raises CommandError if the texts
     give fewer entries.
@@ -35,3 +39,4 @@ def train(texts: Iterable[str], entries: int, folder: Path) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.model.save(str(folder))
+    return tokenizer

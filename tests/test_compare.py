@@ -1,0 +1,371 @@
+"""tune-lce compare: what it runs for each loss, what it remembers, what it shows, and short runs of the whole."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tiny_models import (
+    FULL,
+    LORA,
+    LORA_DISTRIBUTED,
+    OUR_LOSS,
+    STOCK_LOSS,
+    our_recipe,
+    recipe_config,
+    stock_recipe,
+    train,
+    write_assets,
+)
+from torchtune import config as torchtune_config
+from torchtune.models.qwen2 import Qwen2Tokenizer
+
+from torchtune_lce import recipe_runs, registry
+from torchtune_lce.compare import command, losses, report, runs, session
+from torchtune_lce.compare.checkpointers import LoadOnly, RandomWeights
+from torchtune_lce.compare.demo_data import DemoData, TokenRows
+from torchtune_lce.compare.losses import LossChoice
+from torchtune_lce.compare.runs import Outcome, Run
+from torchtune_lce.errors import CommandError
+from torchtune_lce.random_weights import random_state_dict
+from torchtune_lce.recipe_runs import Result
+
+LORA_CONFIG = "lce/llama3_2/1B_lora_single_device"
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    registry.register()
+
+
+def result(*values, speed=100.0, peak=2**30) -> Result:
+    return Result(list(values), speed, 1.0, peak, None)
+
+
+# --- losses ---
+
+
+def test_names_are_read():
+    assert losses.parse("stock,cce_compiled,torch_compile,main") == [
+        LossChoice("stock", False),
+        LossChoice("cce", True),
+        LossChoice("torch_compile", False),
+        LossChoice("main", False),
+    ]
+    assert LossChoice("cce", True).name == "cce_compiled"
+    with pytest.raises(CommandError, match="--losses takes stock, main, auto, cce, .* got 'ccee'"):
+        losses.parse("stock,ccee")
+    with pytest.raises(CommandError, match="each loss once"):
+        losses.parse("cce,stock,cce")
+
+
+def test_sections_of_the_config():
+    ours = OmegaConf.create({"_component_": OUR_LOSS, "impl": "auto", "workspace_mib": 64})
+    stock = OmegaConf.create({"_component_": STOCK_LOSS, "num_output_chunks": 4})
+    assert LossChoice("stock", True).section(ours) == {"_component_": STOCK_LOSS}
+    assert LossChoice("cce", False).section(ours) == {"_component_": OUR_LOSS, "impl": "cce", "workspace_mib": 64}
+    assert LossChoice("cce", False).section(stock) == {"_component_": OUR_LOSS, "impl": "cce"}
+    assert LossChoice("main", True).section(ours)["compile"] is True
+
+
+def test_a_loss_that_cannot_run_is_refused_and_left_out_of_the_usual_ones(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(CommandError, match="--losses: cce needs a CUDA card, hidden is on cpu; take 'chunked'"):
+        losses.select("stock,cce", "cpu", torch.float32)
+    usual = [choice.name for choice in losses.select(None, "cpu", torch.float32)]
+    assert usual == ["stock", "chunked", "torch_compile"]
+
+
+# --- configs ---
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("lce/none/such", [], "--config takes a name that `tune-lce ls` lists or the path of a YAML file, got"),
+        (LORA_CONFIG, ["max_steps_per_epoch=3"], "max_steps_per_epoch is set by tune-lce compare"),
+        (LORA_CONFIG, ["metric_logger.filename=a"], "metric_logger.filename is set by tune-lce compare"),
+        (LORA_CONFIG, ["loss.impl=cce"], "loss.impl is set by tune-lce compare"),
+        (LORA_CONFIG, ["batch_size"], "must be in the form of key=value, got batch_size"),
+    ],
+)
+def test_bad_configs_are_named(name, overrides, message):
+    with pytest.raises(CommandError, match=message):
+        runs.read_config(name, overrides)
+
+
+def test_recipe_goes_with_the_config_and_the_devices(tmp_path):
+    config = runs.read_config(LORA_CONFIG, ["batch_size=3"])
+    assert config.batch_size == 3
+    assert runs.recipe_for(LORA_CONFIG, config, None) == LORA
+    assert runs.recipe_for("llama3_2/1B_full_single_device", config, None) == FULL
+    assert runs.recipe_for("lce/llama3_2/3B_lora", config, 2) == LORA_DISTRIBUTED
+    assert runs.recipe_for("mine.yaml", config, 2) == LORA_DISTRIBUTED
+    full = OmegaConf.create({"model": {}})
+    assert runs.recipe_for("mine.yaml", full, None) == FULL
+    with pytest.raises(CommandError, match="needs --nproc_per_node"):
+        runs.recipe_for("lce/llama3_2/3B_lora", config, None)
+    with pytest.raises(CommandError, match="takes one device"):
+        runs.recipe_for(LORA_CONFIG, config, 2)
+    with pytest.raises(CommandError, match="LoRA or full fine-tune, llama3_1/8B_lora_dpo"):
+        runs.recipe_for("llama3_1/8B_lora_dpo", config, 2)
+
+
+# --- inputs ---
+
+
+def test_rows_are_full_and_made_once(tmp_path):
+    sources = {f"module{i}": f"def wrapper_{i}(value):\n    return {word}\n" * 9 for i, word in enumerate(dir(torch))}
+    demo = DemoData(rows=12, sequence=32, vocabulary=320)
+    assert demo.make(tmp_path, sources)
+    sections = OmegaConf.create(demo.sections(tmp_path))
+    tokenizer = torchtune_config.instantiate(sections.tokenizer)
+    assert isinstance(tokenizer, Qwen2Tokenizer)
+    rows = torchtune_config.instantiate(sections.dataset, tokenizer)
+    assert isinstance(rows, TokenRows)
+    assert len(rows) == 12
+    assert {len(row["tokens"]) for row in rows} == {32}
+    assert all(row["tokens"] == row["labels"] for row in rows)
+    ids = {token for row in rows for token in row["tokens"]}
+    assert max(ids) < 317, "the special tokens come last"
+    assert len(ids) > 20
+    # torchtune's tokenizer reads the ids as the text that they came from.
+    assert "return" in tokenizer.decode(rows[0]["tokens"])
+    assert not demo.make(tmp_path, sources)
+    assert DemoData(rows=11, sequence=32, vocabulary=320).make(tmp_path, sources)
+    with pytest.raises(
+        CommandError, match=r"--demo-data: the runs need 500,000 rows of 32 tokens, .* take fewer --steps"
+    ):
+        DemoData(rows=500_000, sequence=32, vocabulary=320).make(tmp_path, sources)
+
+
+def test_random_weights_fit_the_recipes_model():
+    model = {
+        "_component_": "torchtune.models.gemma2.lora_gemma2",
+        **dict(lora_attn_modules=["q_proj"], lora_rank=2, lora_alpha=4),
+        "quantize_base": True,
+        **dict(vocab_size=400, num_layers=1, num_heads=2, head_dim=16, num_kv_heads=1, embed_dim=32),
+        **dict(intermediate_dim=64, max_seq_len=64),
+    }
+    state = RandomWeights(model, model_type="GEMMA2", should_load_recipe_state=False).load_checkpoint()["model"]
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
+    built = torchtune_config.instantiate(OmegaConf.create(model | {"quantize_base": False}))
+    missing, unexpected = built.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert missing
+    assert all("lora" in name for name in missing)
+    again = random_state_dict(OmegaConf.create(model), torch.bfloat16)
+    assert all(torch.equal(again[name], state[name]) for name in state)
+    # Gemma's scales are offsets from 1: an untrained one does nothing.
+    assert torch.equal(state["norm.rms_norm.scale"], torch.zeros(32, dtype=torch.bfloat16))
+    assert state["tok_embeddings.weight"].float().std().item() == pytest.approx(32**-0.5, rel=0.05)
+
+
+def test_llama_scales_are_ones():
+    config = OmegaConf.load(registry.PACKAGE / "configs" / "tiny" / "full_single_device.yaml").model
+    state = random_state_dict(config)
+    assert torch.equal(state["norm.scale"], torch.ones(128))
+    assert not state["layers.0.attn.q_proj.bias"].any()
+
+
+# --- runs ---
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    config = runs.read_config(LORA_CONFIG, [])
+    choice = LossChoice("chunked", True)
+    ready = runs.prepared(config, choice, tmp_path / "run", 3, random_weights=True)
+    return Run(choice, LORA, ready, None, tmp_path / "run", 3, 1, {"commit": "a"})
+
+
+def logging(*values):
+    """What stands in for a recipe: logs these losses."""
+
+    def recipe(command, folder, steps, on_step, log, warmup):
+        lines = [f"Step {i} | loss:{loss} tokens_per_second_per_gpu:{10.0 * i} \n" for i, loss in enumerate(values)]
+        log.write_text("".join(lines))
+        return recipe_runs.summarise(recipe_runs.read_log(log), 700, warmup)
+
+    return recipe
+
+
+def test_command_and_config_of_a_run(run):
+    assert run.command()[:3] == ["tune", "run", f"torchtune_lce/recipes/{LORA}.py"]
+    config = run.config
+    assert config.compile is True
+    assert (config.max_steps_per_epoch, config.epochs, config.log_every_n_steps, config.seed) == (3, 1, 1, 0)
+    assert config.save_adapter_weights_only is True
+    assert config.checkpointer.model_type == "LLAMA3_2"
+    assert config.checkpointer.model == config.model, "whatever the overrides make of it"
+    stock = Run(LossChoice("stock", False), LORA_DISTRIBUTED, config, 2, run.folder, 3, 1, {})
+    assert stock.command()[:5] == ["tune", "run", "--nproc_per_node", "2", LORA_DISTRIBUTED]
+
+
+def test_what_is_done_is_remembered_until_something_changes(run, monkeypatch):
+    assert run.finished() is None
+    monkeypatch.setattr(recipe_runs, "run", logging(3.0, 2.0, 1.0))
+    outcome = run.execute(lambda done: None)
+    assert outcome.status == "ok"
+    assert run.finished() == outcome
+    for change in ({"environment": {"commit": "b"}}, {"devices": 2}, {"config": OmegaConf.create({"seed": 1})}):
+        assert Run(**vars(run) | change).finished() is None, change
+    # Another warm-up is another way to read the same log.
+    longer = Run(**vars(run) | {"warmup": 2}).finished()
+    assert (outcome.result.tokens_per_second, longer.result.tokens_per_second) == (15.0, 20.0)
+
+
+@pytest.mark.parametrize("out_of_memory", [True, False])
+def test_only_want_of_memory_is_a_result(run, monkeypatch, out_of_memory):
+    def recipe(*args):
+        raise recipe_runs.RunFailed("the run ended", out_of_memory)
+
+    monkeypatch.setattr(recipe_runs, "run", recipe)
+    outcome = run.execute(lambda done: None)
+    assert outcome.result is None
+    assert outcome.status == ("out of memory" if out_of_memory else "failed")
+    assert (run.finished() is None) != out_of_memory
+
+
+def test_a_repeated_run_leaves_nothing_of_the_old_one(run, monkeypatch):
+    monkeypatch.setattr(recipe_runs, "run", logging(3.0, 2.0, 1.0))
+    run.execute(lambda done: None)
+    monkeypatch.setattr(recipe_runs, "run", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run.execute(lambda done: None)
+    assert run.finished() is None
+    assert not (run.folder / recipe_runs.LOG).exists()
+
+
+# --- report ---
+
+
+def test_rows_compare_with_the_first():
+    outcomes = {
+        "stock": Outcome("ok", result(3.0, 2.0, 1.0)),
+        "cce": Outcome("ok", result(3.0, 2.25, 1.0, speed=150.0, peak=2**29)),
+        "chunked": Outcome("out of memory", None),
+    }
+    _, cce, chunked = report.rows(outcomes)
+    assert cce["largest_difference"] == 0.25
+    assert cce["speed_to_first"] == 1.5
+    assert cce["memory_to_first"] == 0.5
+    assert cce["final_loss"] == 1.0
+    assert chunked == {"loss": "chunked", "status": "out of memory"}
+
+
+def test_results_are_written_where_the_first_failed_and_where_a_loss_is_nan(tmp_path):
+    outcomes = {"stock": Outcome("failed", None, "why"), "cce": Outcome("ok", result(3.0, math.nan))}
+    report.write_json(outcomes, {"about": {"device": "x"}}, tmp_path / "compare.json")
+    written = json.loads((tmp_path / "compare.json").read_text())
+    assert written["rows"][1]["final_loss"] is None
+    assert written["losses"] == {"cce": [3.0, None]}
+    assert written["about"]["device"] == "x"
+    report.draw(outcomes, "title", True, tmp_path / "compare.png")
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert report.table(outcomes, on_card=True).row_count == 2
+    same = {"a": Outcome("ok", result(3.0, math.nan)), "b": Outcome("ok", result(3.0, 2.0))}
+    assert math.isnan(report.rows(same)[1]["largest_difference"])
+
+
+# --- command line ---
+
+
+def compare(*arguments) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["compare", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        args.func(args)
+    return end.value.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "5"], "--steps must be more than the --warmup of 5, got 5"),
+        (["--losses", "ccee", "device=cpu"], "--losses takes stock"),
+        (["--demo-data", "device=cpu", "--vocabulary", "128257"], "--vocabulary must be at most 128256"),
+        (["device=cpu", "dtype=null"], "the config's dtype must be bf16, fp16 or fp32, got None"),
+    ],
+)
+def test_bad_arguments_are_named(tmp_path, capsys, arguments, message):
+    assert compare("--config", LORA_CONFIG, "--output", tmp_path / "out", *arguments) == 2
+    assert capsys.readouterr().err.startswith(f"tune-lce compare: {message}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_a_card_that_is_not_there_is_named(tmp_path, capsys):
+    assert compare("--config", LORA_CONFIG, "--output", tmp_path) == 2
+    assert "the config's device is cuda, and there is none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("out of memory", 0), ("failed", 1)])
+def test_exit_status_and_files(tmp_path, monkeypatch, capsys, status, code):
+    outcomes = {
+        "stock": Outcome("ok", result(3.0, 2.0)),
+        "chunked": Outcome(status, None if code else result(3.0, 2.0)),
+    }
+    monkeypatch.setattr(session, "run_one", lambda console, run, choices, fresh: outcomes[run.choice.name])
+    common = ("--output", tmp_path / "out", "--steps", "2", "--warmup", "1", "device=cpu", "dtype=fp32")
+    assert compare("--config", LORA_CONFIG, "--losses", "stock,chunked", *common) == code
+    assert "chunked" in capsys.readouterr().out
+    written = json.loads((tmp_path / "out" / session.RESULTS).read_text())
+    assert [row["status"] for row in written["rows"]] == ["ok", status]
+    assert written["about"]["overrides"] == ["device=cpu", "dtype=fp32"]
+    assert (tmp_path / "out" / session.PICTURE).exists()
+
+
+@pytest.mark.slow
+def test_lora_from_a_checkpoint_and_again(tmp_path, capsys):
+    """Torchtune's own loss and ours in their recipes; the same command again runs nothing."""
+    write_assets(tmp_path / "assets")
+    cfg = recipe_config(tmp_path / "assets", tmp_path / "unused", LORA, tied=True, loss=OUR_LOSS)
+    OmegaConf.save(cfg, tmp_path / "mine.yaml")
+    arguments = ("--config", tmp_path / "mine.yaml", "--output", tmp_path / "out", "--steps", "3", "--warmup", "1")
+    assert compare(*arguments, "--losses", "stock,chunked") == 0
+    said = capsys.readouterr().out
+    assert "tune run lora_finetune_single_device --config" in said
+    assert "tune run torchtune_lce/recipes/lora_finetune_single_device.py --config" in said
+    written = json.loads((tmp_path / "out" / session.RESULTS).read_text())
+    stock, chunked = written["rows"]
+    assert len(set(written["losses"]["stock"])) == 3
+    assert chunked["largest_difference"] <= 1.5e-6 * written["losses"]["stock"][0]
+    assert min(stock["tokens_per_second"], chunked["peak_allocated_bytes"]) > 0
+    # Nothing is saved.
+    assert not list((tmp_path / "out").rglob("*.bin"))
+    assert not list((tmp_path / "out").rglob("adapter*"))
+    assert compare(*arguments, "--losses", "stock,chunked") == 0
+    assert capsys.readouterr().out.count("done before (ok)") == 2
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_full_on_random_weights_in_mains_way(tmp_path, tied):
+    """In this process, as the recipe does it: the same losses as torchtune's own, from no checkpoint at all."""
+    write_assets(tmp_path / "assets")
+    curves = []
+    for kind, recipe in (("stock", stock_recipe(FULL)), ("main", our_recipe(FULL))):
+        cfg = recipe_config(tmp_path / "assets", tmp_path, FULL, tied=tied, loss=OUR_LOSS)
+        cfg.checkpointer.checkpoint_dir = str(tmp_path / "nowhere")
+        folder = tmp_path / kind
+        train(recipe, runs.prepared(cfg, LossChoice(kind, False), folder, 3, random_weights=True))
+        curves.append([record["loss"] for record in recipe_runs.read_log(folder / recipe_runs.LOG)])
+        assert not list(folder.rglob("*.bin"))
+    stock, main = curves
+    assert stock[0] == pytest.approx(math.log(512), abs=1), "an untrained model"
+    assert len(set(stock)) == 3
+    assert main == pytest.approx(stock, rel=1.5e-6)
+
+
+def test_load_only_loads_what_the_checkpointer_loads(tmp_path):
+    write_assets(tmp_path / "assets")
+    section = recipe_config(tmp_path / "assets", tmp_path / "out", LORA, tied=True, loss=OUR_LOSS).checkpointer
+    checkpointer = LoadOnly(OmegaConf.to_container(section), model_type="LLAMA3_2", should_load_recipe_state=False)
+    loaded = checkpointer.load_checkpoint()["model"]
+    assert loaded.keys() == torch.load(tmp_path / "assets" / "tied.pt").keys()
+    checkpointer.save_checkpoint({}, epoch=0, intermediate_checkpoint=False)
+    assert not Path(section.output_dir, "epoch_0").exists()

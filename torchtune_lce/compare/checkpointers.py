@@ -1,0 +1,37 @@
+"""Checkpointers for runs whose weights nobody wants afterwards: nothing is saved, nothing need be downloaded."""
+
+import torch
+from omegaconf import OmegaConf
+from torchtune import config, training
+from torchtune.utils import get_logger
+
+from torchtune_lce.random_weights import random_state_dict
+
+
+class _SavesNothing:
+    def save_checkpoint(self, state_dict: dict, *args, **kwargs) -> None:
+        get_logger("INFO").info("No checkpoint is saved: the run is a comparison.")
+
+
+class RandomWeights(_SavesNothing):
+    """Weights of the shapes of ``model``, a config's section, in bfloat16; see :mod:`torchtune_lce.random_weights`."""
+
+    def __init__(self, model: dict, **settings):
+        self._model = OmegaConf.create(model)
+
+    def load_checkpoint(self) -> dict:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        weights = random_state_dict(self._model, torch.bfloat16, device)
+        return {training.MODEL_KEY: weights}
+
+
+class LoadOnly(_SavesNothing):
+    """What the section ``checkpointer`` of a config loads."""
+
+    def __init__(self, checkpointer: dict, should_load_recipe_state: bool = False, **settings):
+        self._checkpointer = config.instantiate(
+            OmegaConf.create(checkpointer), should_load_recipe_state=should_load_recipe_state
+        )
+
+    def load_checkpoint(self) -> dict:
+        return self._checkpointer.load_checkpoint()

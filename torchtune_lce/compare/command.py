@@ -1,0 +1,105 @@
+"""The subcommand ``compare`` of ``tune-lce``."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+DESCRIPTION = """\
+Runs the same fine-tune once for each loss, through torchtune's recipes, and compares speed, memory and losses step by
+step. Writes a table, a JSON file and a picture. Given again with the same arguments it repeats nothing that is done.
+
+losses, with commas between them; the first is what the others are compared with:
+  stock        torchtune's own loss in torchtune's own recipe
+  main         the way of torchtune's main branch, chunks of projected tokens
+  auto, cce, cce_exact, torch_compile, chunked, ...   this package's, as loss.impl in a config
+  <name>_compiled   any of them with compile: True, which compiles the model's layers too
+
+Settings of the config follow the options as key=value, as behind `tune run`. On a machine without any model or data:
+
+  tune-lce compare --config lce/gemma2/2B_lora_single_device --random-weights --demo-data --steps 20 \\
+      --losses stock,stock_compiled,main_compiled,cce,cce_compiled batch_size=4 gradient_accumulation_steps=1
+
+Exit status: 0 if every run came to its end or ran out of memory, 1 if one failed otherwise, 2 if it could not run.
+"""
+DEFAULT_STEPS, DEFAULT_WARMUP, DEFAULT_SEQUENCE, DEFAULT_VOCABULARY = 20, 5, 2048, 32_768
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Adds ``compare`` to the subcommands."""
+    parser = subparsers.add_parser(
+        "compare",
+        prog="tune-lce compare",
+        help="Run the same fine-tune with several losses and compare them.",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="NAME|PATH", help="of a LoRA or full fine-tune")
+    parser.add_argument("--losses", metavar="LOSS,...", help="default: stock and the usual ones that can run here")
+    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, metavar="N", help=f"default: {DEFAULT_STEPS}")
+    parser.add_argument(
+        "--warmup",
+        type=int,
+        default=DEFAULT_WARMUP,
+        metavar="N",
+        help=f"steps that do not count for the speed; default: {DEFAULT_WARMUP}",
+    )
+    parser.add_argument("--nproc_per_node", type=int, metavar="N", help="devices, for the distributed recipes")
+    parser.add_argument(
+        "--random-weights", action="store_true", help="no checkpoint: weights of the model's shapes, made on the spot"
+    )
+    parser.add_argument(
+        "--demo-data", action="store_true", help="no data set: full rows of the source of Python's library"
+    )
+    parser.add_argument(
+        "--sequence-length",
+        type=int,
+        default=DEFAULT_SEQUENCE,
+        metavar="N",
+        help=f"tokens in a row of --demo-data; default: {DEFAULT_SEQUENCE}",
+    )
+    parser.add_argument(
+        "--vocabulary",
+        type=int,
+        default=DEFAULT_VOCABULARY,
+        metavar="N",
+        help=f"of the tokenizer of --demo-data; the model's stays its own; default: {DEFAULT_VOCABULARY}",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("tune-lce-compare"), metavar="DIR", help="default: ./tune-lce-compare"
+    )
+    parser.add_argument("--fresh", action="store_true", help="repeat what is done, too")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the config")
+    parser.set_defaults(func=main)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs the comparison and ends the process with its status."""
+    # Imported here: `tune-lce` makes the parsers of all subcommands before it runs one.
+    from torchtune_lce.compare.session import Settings, compare
+    from torchtune_lce.errors import CommandError
+
+    settings = Settings(
+        config=args.config,
+        overrides=args.overrides,
+        losses=args.losses,
+        steps=args.steps,
+        warmup=args.warmup,
+        output=args.output,
+        devices=args.nproc_per_node,
+        random_weights=args.random_weights,
+        demo_data=args.demo_data,
+        sequence=args.sequence_length,
+        vocabulary=args.vocabulary,
+        fresh=args.fresh,
+        command=shlex.join(["tune-lce", *sys.argv[1:]]),
+    )
+    try:
+        finished = compare(settings)
+    except CommandError as error:
+        print(f"tune-lce compare: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:  # the running fine-tune has been ended
+        print("tune-lce compare: interrupted; what is done is kept, the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0 if finished else 1)

@@ -1,0 +1,85 @@
+"""Rows of tokens for any model, made on the spot from the source of Python's library: full rows, so nothing is padded.
+
+Not packed: torchtune's Gemma 2 refuses packed rows on a card, and full rows of one text each need no packing.
+"""
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from torchtune_lce.demo import data, tokenizer
+from torchtune_lce.errors import CommandError
+
+_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_ROWS, _TOKENIZER, _MADE = "rows.pt", "tokenizer", "made.json"
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """What to make. ``vocabulary`` counts the special tokens."""
+
+    rows: int
+    sequence: int  # tokens in a row, the label of the last one among them ignored
+    vocabulary: int
+
+    def sections(self, folder: Path) -> dict:
+        """The ``tokenizer`` and ``dataset`` of a config that reads them from ``folder``."""
+        ordinary = self.vocabulary - len(_SPECIAL)
+        return {
+            "tokenizer": {
+                "_component_": "torchtune.models.qwen2.Qwen2Tokenizer",
+                "path": str(folder / _TOKENIZER / "vocab.json"),
+                "merges_file": str(folder / _TOKENIZER / "merges.txt"),
+                "special_tokens": {name: ordinary + i for i, name in enumerate(_SPECIAL)},
+                "max_seq_len": self.sequence,
+            },
+            "dataset": {"_component_": f"{__name__}.TokenRows", "path": str(folder / _ROWS)},
+        }
+
+    def make(self, folder: Path, sources: dict[str, str] | None = None) -> bool:
+        """Writes them into ``folder``, from ``sources`` or Python's library; False if the same are there already.
+
+        Raises CommandError if there is too little text.
+        """
+        made = folder / _MADE
+        wanted = asdict(self)
+        if made.exists() and json.loads(made.read_text()) == wanted:
+            return False
+        folder.mkdir(parents=True, exist_ok=True)
+        made.unlink(missing_ok=True)
+        sources = sources or data.read_sources()
+        texts = list(sources.values())
+        random.Random(0).shuffle(texts)
+        trained = tokenizer.train(texts, self.vocabulary - len(_SPECIAL), folder / _TOKENIZER)
+        needed, ids = self.rows * self.sequence, []
+        for text in texts:
+            ids += trained.encode(text).ids
+            if len(ids) >= needed:
+                break
+        if len(ids) < needed:
+            raise CommandError(
+                f"--demo-data: the runs need {self.rows:,} rows of {self.sequence:,} tokens, the text of this Python's "
+                f"library has {len(ids):,} tokens; take fewer --steps, a smaller batch_size, or shorter rows "
+                "(--sequence-length)"
+            )
+        torch.save(torch.tensor(ids[:needed], dtype=torch.int32).view(self.rows, self.sequence), folder / _ROWS)
+        made.write_text(json.dumps(wanted))
+        return True
+
+
+class TokenRows(Dataset):
+    """Rows as torchtune's recipes take them, each token also a label; the recipes shift those."""
+
+    def __init__(self, tokenizer, path: str):
+        self._rows = torch.load(path, weights_only=True)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        row = self._rows[index].tolist()
+        return {"tokens": row, "labels": list(row)}

@@ -1,0 +1,75 @@
+"""The losses that can be compared: torchtune's own, its main branch's way, and this package's implementations."""
+
+from dataclasses import dataclass
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from torchtune_lce import implementations
+from torchtune_lce.errors import CommandError
+from torchtune_lce.recipe_runs import OUR_LOSS, STOCK_LOSS
+
+STOCK, MAIN, COMPILED = "stock", "main", "_compiled"
+KINDS = (STOCK, MAIN, *implementations.NAMES)
+# Taken when none are named, as far as they can run.
+USUAL = (STOCK, "chunked", "torch_compile", "cce", "cce_exact")
+_MAIN_LOSS = "torchtune_lce.compare.torchtune_main.ChunkedProjectionLoss"
+
+
+@dataclass(frozen=True)
+class LossChoice:
+    """``kind`` is one of :data:`KINDS`; ``compiled`` runs the recipe with ``compile: True``."""
+
+    kind: str
+    compiled: bool
+
+    @property
+    def name(self) -> str:
+        return self.kind + COMPILED * self.compiled
+
+    def section(self, configured: DictConfig) -> dict:
+        """The config's ``loss`` for this choice; this package's keeps the options that are ``configured``."""
+        if self.kind == STOCK:
+            return {"_component_": STOCK_LOSS}
+        if self.kind == MAIN:
+            return {"_component_": _MAIN_LOSS, "compile": self.compiled}
+        options = OmegaConf.to_container(configured)
+        ours = options.pop("_component_", None) == OUR_LOSS
+        return {"_component_": OUR_LOSS, **(options if ours else {}), "impl": self.kind}
+
+    def obstacle(self, device: str, dtype: torch.dtype) -> str | None:
+        """Why it cannot run there, or None."""
+        if self.kind in (STOCK, MAIN, "auto"):
+            return None
+        return implementations.obstacle(self.kind, torch.device(device), dtype)
+
+
+def parse(text: str) -> list[LossChoice]:
+    """``stock,cce,cce_compiled`` and the like; raises CommandError for an unknown name, or one that comes twice."""
+    choices = []
+    for name in text.split(","):
+        kind = name.removesuffix(COMPILED)
+        if kind not in KINDS:
+            raise CommandError(
+                f"--losses takes {', '.join(KINDS)}, each also with {COMPILED} for compile: True; got {name!r}"
+            )
+        choices.append(LossChoice(kind, kind != name))
+    if len(set(choices)) < len(choices):
+        raise CommandError(f"--losses must name each loss once, got {text}")
+    return choices
+
+
+def select(text: str | None, device: str, dtype: torch.dtype) -> list[LossChoice]:
+    """The named losses, or the usual ones that can run there.
+
+    Raises CommandError, saying what to do instead, for a named one that cannot.
+    """
+    if text is None:
+        usual = [LossChoice(kind, compiled=False) for kind in USUAL]
+        return [choice for choice in usual if choice.obstacle(device, dtype) is None]
+    choices = parse(text)
+    for choice in choices:
+        obstacle = choice.obstacle(device, dtype)
+        if obstacle:
+            raise CommandError(f"--losses: {choice.kind} {obstacle.replace('; set impl=', '; take ')}")
+    return choices

@@ -1,0 +1,157 @@
+"""What a comparison leaves behind: a table, a JSON file and a picture."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from torchtune_lce.compare.runs import OK, Outcome
+from torchtune_lce.recipe_runs import Result
+
+_COLOURS = ("#8fb4d9", "#12355b", "#b23a3a", "#3a7d44", "#c98a1b", "#6b4c9a", "#5b6770", "#c2578f")
+
+
+def largest_difference(result: Result, first: Result) -> float:
+    """Of the losses of the same steps; NaN as soon as one is."""
+    differences = [abs(a - b) for a, b in zip(result.losses, first.losses, strict=True)]
+    return math.nan if any(map(math.isnan, differences)) else max(differences)
+
+
+def _first(outcomes: dict[str, Outcome]) -> Result | None:
+    """What the others are compared with: the first loss, if it ran."""
+    return next(iter(outcomes.values())).result
+
+
+def rows(outcomes: dict[str, Outcome]) -> list[dict]:
+    """One for each loss, as they go into the table and the JSON file."""
+    first = _first(outcomes)
+    found = []
+    for name, outcome in outcomes.items():
+        result = outcome.result
+        row = {"loss": name, "status": outcome.status}
+        if result is not None:
+            row |= {
+                "tokens_per_second": result.tokens_per_second,
+                "tokens_per_second_spread": result.spread,
+                "speed_to_first": first and result.tokens_per_second / first.tokens_per_second,
+                "peak_allocated_bytes": result.peak_bytes,
+                "peak_reserved_bytes": result.reserved_bytes,
+                "memory_to_first": result.peak_bytes / first.peak_bytes if first and result.peak_bytes else None,
+                "final_loss": result.losses[-1],
+                "largest_difference": first and largest_difference(result, first),
+            }
+        found.append(row)
+    return found
+
+
+def table(outcomes: dict[str, Outcome], on_card: bool) -> Table:
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    grid.add_column("loss", no_wrap=True)
+    memory = ("peak GiB\nallocated", "peak GiB\nreserved") if on_card else ("peak GiB\nresident",)
+    for heading in (
+        "tokens/s",
+        "spread",
+        "speed\nx first",
+        *memory,
+        "memory\nx first",
+        "final\nloss",
+        "largest\ndifference",
+    ):
+        grid.add_column(heading, justify="right", no_wrap=True)
+    for row in rows(outcomes):
+        if row["status"] != OK:
+            grid.add_row(row["loss"], row["status"])
+            continue
+        reserved = (_gib(row["peak_reserved_bytes"]),) if on_card else ()
+        grid.add_row(
+            row["loss"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['tokens_per_second_spread']:,.0f}",
+            _number(row["speed_to_first"], ".2f"),
+            _gib(row["peak_allocated_bytes"]),
+            *reserved,
+            _number(row["memory_to_first"], ".2f"),
+            f"{row['final_loss']:.4f}",
+            _number(row["largest_difference"], ".1e"),
+        )
+    return grid
+
+
+def _number(value: float | None, style: str) -> str:
+    return "" if value is None else format(value, style)
+
+
+def _gib(value: int | None) -> str:
+    return _number(None if value is None else value / 2**30, ".2f")
+
+
+def write_json(outcomes: dict[str, Outcome], about: dict, path: Path) -> None:
+    """``about`` says what was compared, with what and on what."""
+    steps = {name: asdict(outcome.result)["losses"] for name, outcome in outcomes.items() if outcome.result}
+    document = {**about, "rows": rows(outcomes), "losses": steps}
+    path.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite(value):
+    """JSON has no NaN and no infinity: null in their place."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def draw(outcomes: dict[str, Outcome], title: str, on_card: bool, path: Path) -> None:
+    """Loss curves, their differences to the first, and bars of speed and memory, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    ran = {name: outcome.result for name, outcome in outcomes.items() if outcome.result}
+    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(ran)}
+    # Without pyplot: no display is touched and no global state stays behind.
+    figure = Figure(figsize=(12, 6.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=10)
+    grid = figure.add_gridspec(2, 2, width_ratios=(2, 1), height_ratios=(1.4, 1))
+    curves, differences = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[1, 0])
+    speed, memory = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
+    for index, (name, result) in enumerate(ran.items()):
+        steps = range(1, len(result.losses) + 1)
+        # The first is wide, so that curves that lie on it leave it visible.
+        width = 5 if index == 0 else 1.3
+        curves.plot(steps, result.losses, color=colours[name], linewidth=width, label=name, solid_capstyle="round")
+    first = _first(outcomes)
+    if first is not None:
+        for name, result in list(ran.items())[1:]:
+            gaps = [abs(a - b) for a, b in zip(result.losses, first.losses, strict=True)]
+            differences.plot(range(1, len(gaps) + 1), gaps, color=colours[name], linewidth=1.2, label=name)
+    curves.set_ylabel("loss")
+    if ran:
+        curves.legend(frameon=False, fontsize=8)
+    differences.set_ylabel(f"|difference to {next(iter(outcomes))}|")
+    differences.set_yscale("symlog", linthresh=1e-6)
+    differences.set_ylim(bottom=0)
+    differences.set_xlabel("step")
+    for axis in (curves, differences):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.25)
+    speeds = {name: result.tokens_per_second for name, result in ran.items()}
+    _bars(speed, speeds, colours, "{:,.0f}", "tokens/s of a device (median)")
+    peaks = {name: (result.peak_bytes or 0) / 2**30 for name, result in ran.items()}
+    _bars(memory, peaks, colours, "{:.2f}", "peak GiB " + ("allocated" if on_card else "resident"))
+    for axis in (curves, differences, speed, memory):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def _bars(axis, values: dict[str, float], colours: dict[str, str], style: str, label: str) -> None:
+    axis.barh(list(values), list(values.values()), color=[colours[name] for name in values])
+    for place, value in enumerate(values.values()):
+        axis.text(value, place, " " + style.format(value), va="center", fontsize=8)
+    axis.set_xlabel(label)
+    axis.invert_yaxis()
+    axis.margins(x=0.2)

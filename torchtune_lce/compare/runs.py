@@ -1,0 +1,169 @@
+"""One fine-tune for each loss: its config, its command, and what it left behind."""
+
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from torchtune.config._utils import _merge_yaml_and_cli_args
+
+from torchtune_lce import recipe_runs, registry
+from torchtune_lce.compare.losses import STOCK, LossChoice
+from torchtune_lce.errors import CommandError
+from torchtune_lce.recipe_runs import LOG, Result
+
+CONFIG, RESULT = "config.yaml", "result.json"
+OK, OUT_OF_MEMORY = "ok", "out of memory"
+# Set by the comparison itself.
+_RESERVED = (
+    "compile",
+    "epochs",
+    "log_every_n_steps",
+    "max_steps_per_epoch",
+    "metric_logger",
+    "output_dir",
+    "resume_from_checkpoint",
+)
+_CHECKPOINTERS = "torchtune_lce.compare.checkpointers."
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one loss: ``status`` is :data:`OK`, :data:`OUT_OF_MEMORY`, or that it failed; a result only if it is OK."""
+
+    status: str
+    result: Result | None
+    details: str = ""  # of a failure
+
+
+def read_config(name: str, overrides: list[str]) -> DictConfig:
+    """A registered config or a YAML file, with ``key=value`` on top as torchtune's own command line puts them.
+
+    Raises CommandError for a file that is not there, an override that torchtune does not take, or one of a setting
+    that the comparison makes itself.
+    """
+    path = registry.find_config(name) or Path(name)
+    if not path.is_file():
+        raise CommandError(f"--config takes a name that `tune-lce ls` lists or the path of a YAML file, got {name!r}")
+    for override in overrides:
+        key = override.lstrip("~").partition("=")[0]
+        if key.partition(".")[0] in _RESERVED or key in ("loss", "loss._component_", "loss.impl"):
+            raise CommandError(f"{key} is set by tune-lce compare: see its --losses, --steps and --output")
+    written = OmegaConf.to_container(OmegaConf.load(path))
+    try:
+        return _merge_yaml_and_cli_args(Namespace(**written), overrides)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def recipe_for(name: str, config: DictConfig, devices: int | None) -> str:
+    """The name of torchtune's recipe that the config is for; ``devices`` None means one, without torchrun.
+
+    Raises CommandError where a registered config and ``devices`` do not go together.
+    """
+    recipe = registry.find_recipe(name)
+    if recipe is not None:
+        method = recipe.name.removeprefix("lce_")
+        if method not in registry.CONFIG_SUFFIXES:
+            raise CommandError(f"--config must be one of a LoRA or full fine-tune, {name} is for {method}")
+        if recipe.supports_distributed != (devices is not None):
+            needs = "needs --nproc_per_node" if recipe.supports_distributed else "takes one device"
+            raise CommandError(f"{name} is for torchtune's {method}, which {needs}")
+        return method
+    method = "lora" if "lora_rank" in config.model else "full"
+    return f"{method}_finetune_{'single_device' if devices is None else 'distributed'}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One loss's fine-tune inside ``folder``, which is its own."""
+
+    choice: LossChoice
+    recipe: str  # as in :func:`recipe_for`
+    config: DictConfig
+    devices: int | None
+    folder: Path
+    steps: int
+    warmup: int
+    environment: dict
+
+    def command(self) -> list[str]:
+        launcher = [] if self.devices is None else ["--nproc_per_node", str(self.devices)]
+        # torchtune's own loss in torchtune's own recipe.
+        recipe = self.recipe if self.choice.kind == STOCK else f"torchtune_lce/recipes/{self.recipe}.py"
+        return ["tune", "run", *launcher, recipe, "--config", str(self.folder / CONFIG)]
+
+    def finished(self) -> Outcome | None:
+        """What an earlier call with the same settings in the same environment found, if it came to its end."""
+        path = self.folder / RESULT
+        if not path.exists():
+            return None
+        stored = json.loads(path.read_text())
+        if stored["key"] != self._key():
+            return None
+        result = None
+        if stored["status"] == OK:
+            # Read again: what is warm-up may be asked differently.
+            resident = stored["result"]["peak_bytes"]
+            result = recipe_runs.summarise(recipe_runs.read_log(self.folder / LOG), resident, self.warmup)
+        return Outcome(stored["status"], result)
+
+    def execute(self, on_step: Callable[[int], None]) -> Outcome:
+        """Runs it from the beginning, and remembers a result, out of memory among them; nothing else."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in (RESULT, LOG):
+            (self.folder / name).unlink(missing_ok=True)
+        OmegaConf.save(self.config, self.folder / CONFIG)
+        try:
+            result = recipe_runs.run(self.command(), Path.cwd(), self.steps, on_step, self.folder / LOG, self.warmup)
+            outcome = Outcome(OK, result)
+        except recipe_runs.RunFailed as error:
+            if not error.out_of_memory:
+                return Outcome("failed", None, str(error))
+            outcome = Outcome(OUT_OF_MEMORY, None)
+        stored = {"key": self._key(), "status": outcome.status, "result": outcome.result and asdict(outcome.result)}
+        (self.folder / RESULT).write_text(json.dumps(stored, indent=1) + "\n")
+        return outcome
+
+    def _key(self) -> dict:
+        """All that a result depends on, as JSON gives it back."""
+        key = {
+            "config": OmegaConf.to_container(self.config),
+            "command": self.command(),
+            "environment": self.environment,
+        }
+        return json.loads(json.dumps(key))
+
+
+def prepared(config: DictConfig, choice: LossChoice, folder: Path, steps: int, random_weights: bool) -> DictConfig:
+    """The config of one loss's run, on random weights or those of the config's checkpoint."""
+    config = config.copy()
+    config.loss = choice.section(config.loss)
+    config.compile = choice.compiled
+    config.output_dir = str(folder)
+    config.metric_logger = {
+        "_component_": "torchtune.training.metric_logging.DiskLogger",
+        "log_dir": str(folder),
+        "filename": LOG,
+    }
+    config.log_every_n_steps = 1
+    config.log_peak_memory_stats = True
+    config.epochs = 1
+    config.max_steps_per_epoch = steps
+    config.resume_from_checkpoint = False
+    if "lora_rank" in config.model:
+        config.save_adapter_weights_only = True  # nothing is saved, and merging takes time
+    if config.get("seed") is None:
+        config.seed = 0  # all losses see the same
+    # torchtune's recipes look at the model_type themselves.
+    checkpointer = {"model_type": config.checkpointer.model_type}
+    if random_weights:
+        checkpointer["_component_"] = f"{_CHECKPOINTERS}RandomWeights"
+        checkpointer["model"] = "${model}"
+    else:
+        checkpointer["_component_"] = f"{_CHECKPOINTERS}LoadOnly"
+        checkpointer["checkpointer"] = config.checkpointer
+    config.checkpointer = checkpointer
+    return config

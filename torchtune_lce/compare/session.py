@@ -1,0 +1,157 @@
+"""The comparison from beginning to end."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torchtune.training.precision import PRECISION_STR_TO_DTYPE
+
+from torchtune_lce import output_folder
+from torchtune_lce.bench import environment
+from torchtune_lce.bench.report import show
+from torchtune_lce.compare import losses, report, runs
+from torchtune_lce.compare.demo_data import DemoData
+from torchtune_lce.compare.losses import LossChoice
+from torchtune_lce.compare.runs import OK, OUT_OF_MEMORY, Outcome, Run
+from torchtune_lce.errors import CommandError
+from torchtune_lce.model_output import find_decoder
+from torchtune_lce.random_weights import meta_model
+
+MARKER, DATA, RESULTS, PICTURE = ".tune-lce-compare", "data", "compare.json", "compare.png"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line, read."""
+
+    config: str
+    overrides: list[str]
+    losses: str | None
+    steps: int
+    warmup: int
+    output: Path
+    devices: int | None
+    random_weights: bool
+    demo_data: bool
+    sequence: int
+    vocabulary: int
+    fresh: bool
+    command: str
+
+
+def compare(settings: Settings) -> bool:
+    """Runs what has not run yet, shows and writes the comparison; whether every run came to an end.
+
+    Raises CommandError if it cannot run; what the arguments alone can tell is told before anything is written.
+    """
+    if settings.steps <= settings.warmup:
+        raise CommandError(f"--steps must be more than the --warmup of {settings.warmup}, got {settings.steps}")
+    config = runs.read_config(settings.config, settings.overrides)
+    recipe = runs.recipe_for(settings.config, config, settings.devices)
+    dtype = training_dtype(config)
+    on_card = torch.device(config.device).type == "cuda"
+    if on_card and not torch.cuda.is_available():
+        raise CommandError(
+            "the config's device is cuda, and there is none; give device=cpu dtype=fp32 behind the options"
+        )
+    choices = losses.select(settings.losses, config.device, dtype)
+    if settings.demo_data:
+        check_vocabulary(config, settings.vocabulary)
+    output = output_folder.claim(settings.output, MARKER, "an earlier comparison's")
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    about = environment.describe(torch.device(config.device))
+    console.print(", ".join(f"{name} {value}" for name, value in about.items() if value))
+    console.print(f"{settings.config}, {recipe}; everything is written to {output}")
+    if settings.demo_data:
+        config = with_demo_data(console, settings, config, output)
+    outcomes = {}
+    for choice in choices:
+        folder = output / choice.name
+        ready = runs.prepared(config, choice, folder, settings.steps, settings.random_weights)
+        run = Run(choice, recipe, ready, settings.devices, folder, settings.steps, settings.warmup, about)
+        outcomes[choice.name] = run_one(console, run, choices, settings.fresh)
+        # After each run: an interrupted comparison leaves what it had.
+        write(settings, config, recipe, about, outcomes, on_card, output)
+    show(console, report.table(outcomes, on_card))
+    console.print(
+        "tokens/s: tokens with a label, of one device, median without the warm-up; spread: interquartile range."
+    )
+    console.print(f"Written: {output / RESULTS}, {output / PICTURE}")
+    return all(outcome.status in (OK, OUT_OF_MEMORY) for outcome in outcomes.values())
+
+
+def training_dtype(config: DictConfig) -> torch.dtype:
+    dtype = PRECISION_STR_TO_DTYPE.get(config.get("dtype"))
+    if dtype is None:
+        raise CommandError(f"the config's dtype must be bf16, fp16 or fp32, got {config.get('dtype')}")
+    return dtype
+
+
+def check_vocabulary(config: DictConfig, vocabulary: int) -> None:
+    rows = find_decoder(meta_model(config.model)).tok_embeddings.weight.shape[0]
+    if rows < vocabulary:
+        raise CommandError(f"--vocabulary must be at most {rows}, the entries of the model's own, got {vocabulary}")
+
+
+def with_demo_data(console: Console, settings: Settings, config: DictConfig, output: Path) -> DictConfig:
+    """The config reading rows that are made here, unless an earlier call made them."""
+    batches = settings.steps * config.get("gradient_accumulation_steps", 1) * (settings.devices or 1)
+    demo = DemoData(batches * config.batch_size, settings.sequence, settings.vocabulary)
+    with console.status("making rows from the source of Python's library"):
+        made = demo.make(output / DATA)
+    console.print(
+        f"data: {demo.rows:,} full rows of {demo.sequence:,} tokens, a tokenizer of {demo.vocabulary:,} entries, from "
+        f"the source of Python's library{'' if made else ' (made before)'}"
+    )
+    config = config.copy()
+    for section, content in demo.sections(output / DATA).items():
+        config[section] = content
+    return config
+
+
+def run_one(console: Console, run: Run, choices: list[LossChoice], fresh: bool) -> Outcome:
+    earlier = None if fresh else run.finished()
+    if earlier is not None:
+        console.print(f"{run.choice.name}: done before ({earlier.status})")
+        return earlier
+    console.print(shlex.join(run.command()))
+    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(run.choice.name.ljust(max(len(c.name) for c in choices)), total=run.steps)
+        outcome = run.execute(lambda done: progress.update(task, completed=done))
+    if outcome.status != OK:
+        console.print(f"{run.choice.name}: {outcome.status}{outcome.details and ': ' + outcome.details}")
+    return outcome
+
+
+def write(
+    settings: Settings,
+    config: DictConfig,
+    recipe: str,
+    about: dict,
+    outcomes: dict[str, Outcome],
+    on_card: bool,
+    output: Path,
+) -> None:
+    document = {
+        **about,
+        "command": settings.command,
+        "config": settings.config,
+        "overrides": settings.overrides,
+        "recipe": recipe,
+        "devices": settings.devices or 1,
+        "batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.get("gradient_accumulation_steps", 1),
+        "dtype": config.dtype,
+        "steps": settings.steps,
+        "warmup": settings.warmup,
+        "random_weights": settings.random_weights,
+        "demo_data_sequence": settings.sequence if settings.demo_data else None,
+    }
+    report.write_json(outcomes, {"about": document}, output / RESULTS)
+    title = f"{settings.config}, {recipe}, {about['device']}, batch {config.batch_size}, {config.dtype}"
+    report.draw(outcomes, title, on_card, output / PICTURE)
