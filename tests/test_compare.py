@@ -246,7 +246,7 @@ def test_a_repeated_run_leaves_nothing_of_the_old_one(run, monkeypatch):
 def test_rows_compare_with_the_first():
     outcomes = {
         "stock": Outcome("ok", result(3.0, 2.0, 1.0)),
-        "cce": Outcome("ok", result(3.0, 2.25, 1.0, speed=150.0, peak=2**29)),
+        "cce": Outcome("ok", result(3.0, 1.75, 1.0, speed=150.0, peak=2**29)),
         "chunked": Outcome("out of memory", None),
     }
     _, cce, chunked = report.rows(outcomes)

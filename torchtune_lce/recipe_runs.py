@@ -60,9 +60,11 @@ def run(
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )
     resident = None
+    alone = "--nproc_per_node" not in command  # else this process is the launcher
     try:
         while process.poll() is None:
-            resident = _peak_resident_bytes(process.pid) or resident
+            if alone:
+                resident = _peak_resident_bytes(process.pid) or resident
             on_step(len(read_log(log)))
             time.sleep(_POLL_SECONDS)
     finally:
