@@ -29,6 +29,8 @@ METHODS = {
     "gemma2/27B": ["lora", "full"],
     "mistral/7B": ["lora_single_device", "qlora_single_device", "full_low_memory", "lora", "full"],
     "phi4/14B": ["lora_single_device", "qlora_single_device", "full_low_memory"],
+    "llama3_2/8B_to_1B": ["KD_lora_single_device", "KD_lora_distributed"],
+    "qwen2/1.5_to_0.5B": ["KD_lora_single_device", "KD_lora_distributed"],
 }
 OF_A_STOCK_CONFIG = sorted(f"{model}_{method}" for model, methods in METHODS.items() for method in methods)
 ALL = sorted([*OF_A_STOCK_CONFIG, "tiny/lora_single_device", "tiny/full_single_device"])
@@ -61,7 +63,7 @@ def runs(name: str, program: str) -> list[tuple[int, list[str]]]:
 
 
 def test_exactly_the_required_configs_are_bundled():
-    assert len(ALL) == 42
+    assert len(ALL) == 46
     assert sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml")) == ALL
 
 
@@ -85,6 +87,9 @@ def test_settings_are_torchtunes_but_for_the_loss(name):
     ours, stock = load(path_of(name)), load(STOCK / f"{name}.yaml")
     assert stock.pop("loss") == {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"}
     assert ours.pop("loss") == {"_component_": "torchtune_lce.LinearCrossEntropyLoss", "impl": "auto"}
+    if "_KD_" in name:
+        assert stock.pop("kd_loss") == {"_component_": "torchtune.modules.loss.ForwardKLWithChunkedOutputLoss"}
+        assert ours.pop("kd_loss") == {"_component_": "torchtune_lce.LinearForwardKLLoss", "workspace_mib": 128}
     assert ours.pop("log_level") == "INFO"
     assert ours.pop("output_dir") == stock.pop("output_dir").replace("/torchtune/", "/torchtune_lce/")
     assert list(ours) == list(stock), "torchtune's order"
@@ -124,10 +129,12 @@ def test_header_names_stocks_config_and_what_to_install(name):
 
 @pytest.mark.parametrize("name", OF_A_STOCK_CONFIG)
 def test_downloaded_model_lands_where_the_config_reads_it(name):
-    [download] = commands(name, "tune download")
-    folder = Path(download[download.index("--output-dir") + 1])
+    downloads = commands(name, "tune download")
     config = load(path_of(name))
-    assert Path(config["checkpointer"]["checkpoint_dir"]) == folder
+    models = [config[key] for key in ("checkpointer", "teacher_checkpointer") if key in config]
+    folders = [Path(download[download.index("--output-dir") + 1]) for download in downloads]
+    assert [Path(model["checkpoint_dir"]) for model in models] == folders
+    folder = folders[0]
     tokenizer_files = [value for key, value in config["tokenizer"].items() if re.search("path|file", key)]
     assert tokenizer_files
     assert all(folder in Path(file).parents for file in tokenizer_files)

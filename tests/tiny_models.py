@@ -17,11 +17,15 @@ LORA = "lora_finetune_single_device"
 FULL = "full_finetune_single_device"
 LORA_DISTRIBUTED = "lora_finetune_distributed"
 FULL_DISTRIBUTED = "full_finetune_distributed"
+DISTILLATION = "knowledge_distillation_single_device"
+DISTILLATION_DISTRIBUTED = "knowledge_distillation_distributed"
 _CLASSES = {
     LORA: "LoRAFinetuneRecipeSingleDevice",
     FULL: "FullFinetuneRecipeSingleDevice",
     LORA_DISTRIBUTED: "LoRAFinetuneRecipeDistributed",
     FULL_DISTRIBUTED: "FullFinetuneRecipeDistributed",
+    DISTILLATION: "KDRecipeSingleDevice",
+    DISTILLATION_DISTRIBUTED: "KDRecipeDistributed",
 }
 STOCK_LOSS = "torchtune.modules.loss.CEWithChunkedOutputLoss"
 OUR_LOSS = "torchtune_lce.LinearCrossEntropyLoss"

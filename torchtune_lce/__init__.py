@@ -6,14 +6,29 @@ from typing import TYPE_CHECKING
 from torchtune_lce.functional import linear_cross_entropy, linear_token_logprobs
 
 if TYPE_CHECKING:
+    from torchtune_lce.distillation import LinearForwardKLLoss, LinearReverseKLLoss, LinearSymmetricKLLoss
     from torchtune_lce.loss import LinearCrossEntropyLoss
     from torchtune_lce.model_output import skip_output_layer
 
 __version__ = "0.1.0"
-__all__ = ["LinearCrossEntropyLoss", "linear_cross_entropy", "linear_token_logprobs", "skip_output_layer"]
+__all__ = [
+    "LinearCrossEntropyLoss",
+    "LinearForwardKLLoss",
+    "LinearReverseKLLoss",
+    "LinearSymmetricKLLoss",
+    "linear_cross_entropy",
+    "linear_token_logprobs",
+    "skip_output_layer",
+]
 
 # These need torchtune, whose import takes seconds and sets environment variables: loaded when first used.
-_LAZY = {"LinearCrossEntropyLoss": "torchtune_lce.loss", "skip_output_layer": "torchtune_lce.model_output"}
+_LAZY = {
+    "LinearCrossEntropyLoss": "torchtune_lce.loss",
+    "LinearForwardKLLoss": "torchtune_lce.distillation",
+    "LinearReverseKLLoss": "torchtune_lce.distillation",
+    "LinearSymmetricKLLoss": "torchtune_lce.distillation",
+    "skip_output_layer": "torchtune_lce.model_output",
+}
 
 
 def __getattr__(name: str):

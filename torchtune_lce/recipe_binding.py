@@ -3,6 +3,8 @@
 import os
 
 from omegaconf import DictConfig
+from torch import nn
+from torchtune import config
 
 from torchtune_lce.loss import LinearCrossEntropyLoss
 from torchtune_lce.model_output import uncompiled
@@ -19,10 +21,7 @@ class BindsLossToModel:
         loss = uncompiled(self._loss_fn)
         if not hasattr(loss, "set_model_output"):
             return
-        if loss is not self._loss_fn:
-            # torchtune 0.6.1's LoRA recipe wraps any loss that it does not know in torch.compile; such a loss says
-            # itself what to compile of it.
-            self._loss_fn = loss.apply_compile_strategy(backend=os.environ.get("TORCH_COMPILE_BACKEND", "inductor"))
+        self._loss_fn = _compiled_its_own_way(self._loss_fn)
         if isinstance(loss, LinearCrossEntropyLoss):
             if loss.reduction != "mean":
                 raise ValueError(
@@ -32,3 +31,37 @@ class BindsLossToModel:
             loss.tokenizer_size = getattr(self._tokenizer, "vocab_size", None)
         # After torchtune has sharded the model. torchtune main has done this already, and once more changes nothing.
         self._loss_fn.set_model_output(self._model)
+
+
+class BindsLossesToModels(BindsLossToModel):
+    """The same for a torchtune knowledge distillation recipe, whose second loss sees the teacher as well.
+
+    Either both losses take hidden states or neither does, and the recipe is then stock's: they share what the student
+    returns.
+    """
+
+    def setup(self, cfg: DictConfig) -> None:
+        # Before anything is loaded, and before torchtune compares settings that our losses do not have.
+        ours = {name: hasattr(config.instantiate(cfg[name]), "set_model_output") for name in ("loss", "kd_loss")}
+        if len(set(ours.values())) == 2:
+            alone, other = sorted(ours, key=ours.get, reverse=True)
+            raise ValueError(
+                f"loss and kd_loss must both take hidden states or both logits, got {cfg[alone]._component_} as "
+                f"{alone}, which takes hidden states, and {cfg[other]._component_} as {other}: set "
+                "loss=torchtune_lce.LinearCrossEntropyLoss and kd_loss=torchtune_lce.LinearForwardKLLoss "
+                "(or LinearReverseKLLoss, LinearSymmetricKLLoss)"
+            )
+        super().setup(cfg)
+        if not ours["kd_loss"]:
+            return
+        self._kd_loss_fn = _compiled_its_own_way(self._kd_loss_fn)
+        self._kd_loss_fn.set_model_output(self._model)
+        self._kd_loss_fn.set_teacher_output(self._teacher_model)
+
+
+def _compiled_its_own_way(loss: nn.Module) -> nn.Module:
+    """torchtune 0.6.1 wraps any loss that it does not know in torch.compile; ours say themselves what to compile."""
+    own = uncompiled(loss)
+    if own is loss:
+        return loss
+    return own.apply_compile_strategy(backend=os.environ.get("TORCH_COMPILE_BACKEND", "inductor"))

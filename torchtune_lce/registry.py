@@ -6,12 +6,15 @@ from torchtune import _recipe_registry
 from torchtune._recipe_registry import Config, Recipe
 
 PACKAGE = Path(__file__).parent
-# How torchtune ends the names of the configs that a recipe takes. QLoRA and DoRA configs end as LoRA's do.
+# How torchtune ends the names of the configs that a recipe takes; of several endings that fit, the longest counts.
+# QLoRA and DoRA configs end as LoRA's do.
 CONFIG_SUFFIXES = {
     "lora_finetune_single_device": ("lora_single_device", "dora_single_device"),
     "full_finetune_single_device": ("full_single_device", "full_low_memory"),
     "lora_finetune_distributed": ("lora",),
     "full_finetune_distributed": ("full",),
+    "knowledge_distillation_single_device": ("KD_lora_single_device",),
+    "knowledge_distillation_distributed": ("KD_lora_distributed",),
 }
 
 
@@ -57,5 +60,10 @@ def find_recipe(config_name: str) -> Recipe | None:
 
 def _configs(suffixes: tuple[str, ...]) -> list[Config]:
     folder = PACKAGE / "configs"
-    paths = sorted(path for path in folder.rglob("*.yaml") if path.stem.endswith(suffixes))
+    paths = sorted(path for path in folder.rglob("*.yaml") if _longest_suffix(path.stem) in suffixes)
     return [Config(f"lce/{path.relative_to(folder).with_suffix('').as_posix()}", str(path)) for path in paths]
+
+
+def _longest_suffix(stem: str) -> str | None:
+    fitting = (suffix for suffixes in CONFIG_SUFFIXES.values() for suffix in suffixes if stem.endswith(suffix))
+    return max(fitting, key=len, default=None)

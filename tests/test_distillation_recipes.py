@@ -1,0 +1,233 @@
+"""Our knowledge distillation recipes beside torchtune's own, all really run: the same losses, the same checkpoints."""
+
+import re
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+import torchtune
+from distributed_processes import spawn, train_all
+from omegaconf import OmegaConf
+from tiny_distillation import OURS, STOCK, STOCK_CHUNKED, distillation_config, write_distillation_assets
+from tiny_models import (
+    DISTILLATION,
+    DISTILLATION_DISTRIBUTED,
+    OUR_LOSS,
+    STOCK_LOSS,
+    our_recipe,
+    stock_recipe,
+    train,
+)
+from torchtune import config
+from torchtune.config._utils import _merge_yaml_and_cli_args
+
+from torchtune_lce import LinearCrossEntropyLoss, LinearForwardKLLoss
+
+# Both sum the same float32 products in another order; the largest difference seen over five steps is 4e-7.
+ROUNDING = 3e-6
+FIGURES = ("loss", "class_loss", "kd_loss")
+
+
+class Runs:
+    """Runs recipes on one set of assets; the stock run that several tests compare with runs once."""
+
+    def __init__(self, folder: Path):
+        self.assets = folder / "assets"
+        self._folder = folder
+        self._stock = {}
+        self._count = 0
+        write_distillation_assets(self.assets)
+
+    def config(self, *, method=DISTILLATION, tied=True, divergence="Forward", ours=True, overrides=()):
+        self._count += 1
+        output = self._folder / f"run{self._count}"
+        return distillation_config(
+            self.assets, output, method, tied=tied, divergence=divergence, ours=ours, overrides=overrides
+        )
+
+    def ours(self, **settings) -> Path:
+        return self._run(our_recipe, self.config(**settings))
+
+    def stock(self, **settings) -> Path:
+        key = str(sorted(settings.items()))
+        if key not in self._stock:
+            self._stock[key] = self._run(stock_recipe, self.config(ours=False, **settings))
+        return self._stock[key]
+
+    @staticmethod
+    def _run(recipe, cfg) -> Path:
+        train(recipe(DISTILLATION), cfg)
+        return Path(cfg.output_dir)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("distillation"))
+
+
+def logged(output: Path) -> dict[str, list[float]]:
+    """Each figure, one value a step."""
+    text = (output / "steps.txt").read_text()
+    return {name: [float(value) for value in re.findall(rf" {name}:(\S+)", text)] for name in FIGURES}
+
+
+def assert_equal_steps(ours: Path, stock: Path, tolerance: float = ROUNDING, steps: int = 5) -> None:
+    ours, stock = logged(ours), logged(stock)
+    for name in FIGURES:
+        assert len(stock[name]) == len(set(stock[name])) == steps, "stock's must change, or equality says nothing"
+        assert ours[name] == pytest.approx(stock[name], rel=tolerance), name
+
+
+def assert_equal_checkpoints(ours: Path, stock: Path) -> None:
+    for file in ("model-00001-of-00001.bin", "adapter_model.pt"):
+        ours_, stock_ = (torch.load(folder / "epoch_0" / file, weights_only=True) for folder in (ours, stock))
+        assert list(ours_) == list(stock_)
+        for name in stock_:
+            # A step of AdamW is as large as the learning rate, whatever the gradient: tiny ones may change sign.
+            torch.testing.assert_close(
+                ours_[name], stock_[name], rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("divergence", OURS)
+def test_five_steps_and_checkpoint_equal_stock(runs, divergence, tied):
+    ours, stock = (run(divergence=divergence, tied=tied) for run in (runs.ours, runs.stock))
+    assert_equal_steps(ours, stock)
+    assert_equal_checkpoints(ours, stock)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["dataset.packed=True", "gradient_accumulation_steps=1", "batch_size=1"],
+        ["enable_activation_checkpointing=True", "clip_grad_norm=0.1"],
+        ["kd_ratio=1.0"],
+        ["model.use_dora=True"],
+        ["compile=True"],
+    ],
+    ids=lambda value: "-".join(value),
+)
+def test_variants_equal_stock(runs, overrides, monkeypatch):
+    # For the last: what is traced is the same, and no C++ compiler is needed.
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "eager")
+    assert_equal_steps(runs.ours(overrides=overrides), runs.stock(overrides=overrides))
+
+
+@pytest.mark.parametrize("overrides", [["kd_loss.impl=reference"], ["kd_loss.workspace_mib=1", "loss.impl=reference"]])
+def test_settings_come_from_the_config(runs, overrides):
+    assert_equal_steps(runs.ours(overrides=overrides), runs.stock())
+
+
+def test_losses_of_one_run_are_its_own_after_compile(runs, monkeypatch):
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "eager")
+    recipe = train(our_recipe(DISTILLATION), runs.config(overrides=["compile=True", "max_steps_per_epoch=1"]))
+    assert type(recipe._loss_fn) is LinearCrossEntropyLoss
+    assert type(recipe._kd_loss_fn) is LinearForwardKLLoss
+
+
+def test_lora_on_the_output(runs):
+    """Its weight is trained then, adapters and all; stock's own loss beside it."""
+
+    def on_output(cfg):
+        del cfg.model["tie_word_embeddings"]
+        cfg.model._component_ = "torchtune.models.llama3._component_builders.lora_llama3"
+        cfg.model.apply_lora_to_output = True
+        cfg.checkpointer.model_type = "LLAMA3"
+        return cfg
+
+    stock, ours = (on_output(runs.config(tied=False, ours=mine)) for mine in (False, True))
+    train(stock_recipe(DISTILLATION), stock)
+    train(our_recipe(DISTILLATION), ours)
+    ours, stock = Path(ours.output_dir), Path(stock.output_dir)
+    assert_equal_steps(ours, stock)
+    assert_equal_checkpoints(ours, stock)
+
+
+def test_bfloat16_within_its_rounding(runs):
+    ours, stock = (run(overrides=["dtype=bf16"], tied=False) for run in (runs.ours, runs.stock))
+    # Logits are rounded to bfloat16 in both, their gradients in different places; a step's loss is a mean of many.
+    assert_equal_steps(ours, stock, tolerance=torch.finfo(torch.bfloat16).eps / 4)
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_stock_losses_are_left_alone(runs, chunked):
+    cfg = runs.config(ours=False)
+    if not chunked:
+        cfg.loss._component_, cfg.kd_loss._component_ = "torch.nn.CrossEntropyLoss", STOCK["Forward"]
+    train(our_recipe(DISTILLATION), cfg)
+    assert_equal_steps(Path(cfg.output_dir), runs.stock(), tolerance=0 if chunked else ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("loss", "kd_loss"),
+    [
+        (OUR_LOSS, STOCK_CHUNKED["Forward"]),
+        (STOCK_LOSS, OURS["Reverse"]),
+        ("torch.nn.CrossEntropyLoss", OURS["Forward"]),
+    ],
+)
+def test_one_loss_of_each_kind_is_refused(runs, loss, kd_loss):
+    cfg = runs.config(overrides=[f"loss._component_={loss}", f"kd_loss._component_={kd_loss}"])
+    with pytest.raises(ValueError, match="loss and kd_loss must both take hidden states or both logits") as error:
+        train(our_recipe(DISTILLATION), cfg)
+    for component in (loss, kd_loss, "loss=torchtune_lce.LinearCrossEntropyLoss"):
+        assert component in str(error.value)
+
+
+def test_stock_recipe_names_ours(runs):
+    with pytest.raises(RuntimeError, match="tune run torchtune_lce/recipes/knowledge_distillation_single_device.py"):
+        train(stock_recipe(DISTILLATION), runs.config())
+
+
+def test_stock_config_takes_the_losses(runs):
+    """Overridden as on the command line, the rest of it stock's own; without the models' data."""
+    folder = Path(torchtune.__file__).parent.parent / "recipes" / "configs"
+    files = sorted(folder.rglob("*_KD_*.yaml"))
+    assert len(files) == 4
+    for file in files:
+        written = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        cfg = _merge_yaml_and_cli_args(Namespace(**written), [f"loss={OUR_LOSS}", f"kd_loss={OURS['Forward']}"])
+        loss, kd_loss = config.instantiate(cfg.loss), config.instantiate(cfg.kd_loss)
+        with torch.device("meta"):
+            student, teacher = config.instantiate(cfg.model), config.instantiate(cfg.teacher_model)
+        loss.set_model_output(student)
+        kd_loss.set_model_output(student)
+        kd_loss.set_teacher_output(teacher)
+
+
+# ---- two processes
+
+
+DISTRIBUTED = {
+    "stock tied": (False, True, ()),
+    "tied": (True, True, ()),
+    "tied, own groups": (True, True, ("custom_sharded_layers=[tok_embeddings,output]",)),
+    "stock untied": (False, False, ()),
+    "untied": (True, False, ()),
+    "untied, own groups": (True, False, ("custom_sharded_layers=[tok_embeddings,output]",)),
+    "untied, not resharded": (True, False, ("fsdp_reshard_after_forward=False",)),
+}
+
+
+@pytest.fixture(scope="module")
+def distributed(runs, tmp_path_factory) -> dict[str, Path]:
+    """All in one spawn: starting two processes costs more than a run."""
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("this torch's FSDP2 does not run on a CPU")
+    prepared, outputs = [], {}
+    for name, (ours, tied, overrides) in DISTRIBUTED.items():
+        overrides = ["max_steps_per_epoch=3", *overrides]
+        cfg = runs.config(method=DISTILLATION_DISTRIBUTED, ours=ours, tied=tied, overrides=overrides)
+        prepared.append((ours, DISTILLATION_DISTRIBUTED, cfg))
+        outputs[name] = Path(cfg.output_dir)
+    spawn(train_all, 2, prepared)
+    return outputs
+
+
+@pytest.mark.parametrize("name", [name for name, (ours, *_) in DISTRIBUTED.items() if ours])
+def test_two_processes_equal_stock(distributed, name):
+    stock = distributed["stock tied" if DISTRIBUTED[name][1] else "stock untied"]
+    assert_equal_steps(distributed[name], stock, steps=3)
+    assert_equal_checkpoints(distributed[name], stock)

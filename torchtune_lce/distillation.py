@@ -1,0 +1,182 @@
+"""Knowledge distillation losses as torchtune's recipes use them: bound to student and teacher once, then called."""
+
+import torch
+from torch import Tensor, nn
+from torchtune.utils import get_logger, log_rank_zero
+
+from torchtune_lce import validation
+from torchtune_lce.divergence import Head, Shares, check_impl, divergence
+from torchtune_lce.model_output import skip_output_layer
+from torchtune_lce.options import Options
+from torchtune_lce.projection import Projection
+
+
+class _BoundModel:
+    """A model that returns hidden states from now on, and its output projection."""
+
+    def __init__(self, model: nn.Module, before: "_BoundModel | None"):
+        # It refuses what has no such projection, and all is then as it was.
+        self.projection = Projection(model)
+        if before is not None:
+            # Before the output layer is skipped: it may be the same model.
+            before.release()
+        self._skipped = skip_output_layer(model)
+
+    def release(self) -> None:
+        self.projection.release()
+        self._skipped.restore()
+
+
+class _LinearKLLoss(nn.Module):
+    """What the three losses share. ``shares``: of the forward and the reverse divergence in the loss."""
+
+    def __init__(self, shares: Shares, ignore_index: int, impl: str, workspace_mib: int):
+        super().__init__()
+        validation.check_options(Options(ignore_index=ignore_index, workspace_mib=workspace_mib))
+        check_impl(impl)
+        self.ignore_index = ignore_index
+        self.impl = impl
+        self.workspace_mib = workspace_mib
+        self._shares = shares
+        # Neither is a Module, so nothing of the models is registered here: the loss has no parameters and no state.
+        self._student = None
+        self._teacher = None
+        self._first_batch = True
+
+    def set_model_output(self, model: nn.Module) -> None:
+        """Make the student return hidden states and use its output projection from now on. After FSDP2, if it is used.
+
+        Raises:
+            TypeError, ValueError: a model whose output is not one matrix (and bias), with what to do instead. The model
+                is then as it was.
+        """
+        self._student = _BoundModel(model, self._student)
+        self._first_batch = True
+
+    def set_teacher_output(self, model: nn.Module) -> None:
+        """The same for the teacher, whose output projection gets no gradient, trainable or not."""
+        self._teacher = _BoundModel(model, self._teacher)
+        self._first_batch = True
+
+    def release(self) -> None:
+        """Undo both: student and teacher give logits again. Harmless when nothing is bound."""
+        for bound in (self._student, self._teacher):
+            if bound is not None:
+                bound.release()
+        self._student = self._teacher = None
+
+    def forward(
+        self,
+        student_hidden: Tensor,  # [B, S, D] or [N, D]
+        teacher_hidden: Tensor,  # [B, S, E] or [N, E]
+        labels: Tensor,  # [B, S] or [N]; only whether they are ignore_index matters
+        normalize: bool = True,
+    ) -> Tensor:
+        """The divergence of the two bound models: the mean over the tokens in use, their sum without ``normalize``.
+
+        Raises:
+            RuntimeError: student or teacher is not bound.
+            TypeError, ValueError: an argument of the wrong type, shape, dtype or device, by name.
+        """
+        if self._student is None or self._teacher is None:
+            raise RuntimeError(self._unbound_message())
+        trains = torch.is_grad_enabled()
+
+        def loss(_, labels, teacher_weight, teacher_bias):
+            teacher = Head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+
+            def of_student(hidden, labels, weight, bias):
+                return self._loss(Head("student", hidden, weight, bias), teacher, labels, normalize)
+
+            with torch.set_grad_enabled(trains):
+                return self._student.projection.call(of_student, student_hidden, labels)
+
+        # Without gradients around the teacher: FSDP2 would gather its projection once more for a backward that does not
+        # touch it.
+        with torch.no_grad():
+            return self._teacher.projection.call(loss, teacher_hidden, labels)
+
+    def _loss(self, student: Head, teacher: Head, labels: Tensor, normalize: bool) -> Tensor:
+        loss = divergence(
+            student,
+            teacher,
+            labels,
+            self._shares,
+            ignore_index=self.ignore_index,
+            workspace_mib=self.workspace_mib,
+            impl=self.impl,
+            normalize=normalize,
+        )
+        if self._first_batch and not torch.compiler.is_compiling():
+            self._say_which(student, teacher)
+            self._first_batch = False
+        return loss
+
+    def _say_which(self, student: Head, teacher: Head) -> None:
+        name = "chunked" if self.impl == "auto" else self.impl
+        log_rank_zero(
+            get_logger(),
+            f"{type(self).__name__} runs impl '{name}' (set: '{self.impl}') on {student.hidden.device.type} "
+            f"in {student.hidden.dtype}, output projections {list(student.weight.shape)} (student) and "
+            f"{list(teacher.weight.shape)} (teacher).",
+        )
+
+    def _unbound_message(self) -> str:
+        missing = "set_model_output(student)" if self._student is None else "set_teacher_output(teacher)"
+        return (
+            f"the loss was called before {missing}, so it lacks an output projection. torchtune's own recipes never "
+            "call that: use `tune run torchtune_lce/recipes/knowledge_distillation_single_device.py` or "
+            "`..._distributed.py`, or add `self._kd_loss_fn.set_model_output(self._model)` and "
+            "`self._kd_loss_fn.set_teacher_output(self._teacher_model)` at the end of setup() to your own `tune cp` "
+            "copy of a recipe"
+        )
+
+    def apply_compile_strategy(self, *args, **kwargs) -> "_LinearKLLoss":
+        """Nothing is left to compile: the implementation is one custom operator."""
+        return self
+
+
+class LinearForwardKLLoss(_LinearKLLoss):
+    """Cross-entropy of the student under the teacher's distribution, as torchtune's ``ForwardKLLoss`` defines it.
+
+    .. code-block:: yaml
+
+        kd_loss:
+          _component_: torchtune_lce.LinearForwardKLLoss
+
+    That is KL(teacher || student) plus the teacher's entropy, which has no gradient. From hidden states and the output
+    projections of both models, without either's logits; hidden sizes may differ, the vocabulary may not.
+
+    Args:
+        ignore_index: tokens with a label of this value have no loss and no gradient.
+        impl: ``auto`` and ``chunked``: plain PyTorch in bounded memory; ``reference``: both full logits.
+        workspace_mib: the most memory in MiB that ``chunked`` uses beyond gradients and O(N + V).
+
+    Raises:
+        TypeError, ValueError: a setting that is not accepted, by name.
+    """
+
+    def __init__(self, ignore_index: int = -100, impl: str = "auto", workspace_mib: int = 128):
+        super().__init__(Shares(1.0, 0.0), ignore_index, impl, workspace_mib)
+
+
+class LinearReverseKLLoss(_LinearKLLoss):
+    """KL(student || teacher), as torchtune's ``ReverseKLLoss`` defines it; else as :class:`LinearForwardKLLoss`."""
+
+    def __init__(self, ignore_index: int = -100, impl: str = "auto", workspace_mib: int = 128):
+        super().__init__(Shares(0.0, 1.0), ignore_index, impl, workspace_mib)
+
+
+class LinearSymmetricKLLoss(_LinearKLLoss):
+    """``sym_kd_ratio`` of the forward and the rest of the reverse loss, as torchtune's ``SymmetricKLLoss`` mixes them;
+    else as :class:`LinearForwardKLLoss`.
+    """
+
+    def __init__(
+        self, sym_kd_ratio: float = 0.5, ignore_index: int = -100, impl: str = "auto", workspace_mib: int = 128
+    ):
+        # Written so that a NaN fails.
+        if not (isinstance(sym_kd_ratio, (int, float)) and 0 <= sym_kd_ratio <= 1):
+            raise ValueError(f"sym_kd_ratio must be a number in [0, 1], got {sym_kd_ratio!r}")
+        super().__init__(Shares(float(sym_kd_ratio), 1.0 - sym_kd_ratio), ignore_index, impl, workspace_mib)
+        self.sym_kd_ratio = sym_kd_ratio

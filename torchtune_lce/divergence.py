@@ -1,0 +1,174 @@
+"""Divergences between the distributions of a student and a teacher, from hidden states and both output projections.
+
+The formulas are those of torchtune's ``torchtune.modules.loss.kd_losses``. For one token, with p the teacher's softmax,
+q the student's:
+
+    forward   -sum_v p_v log q_v                 (without the teacher's entropy, which has no gradient)
+    reverse    sum_v q_v (log q_v - log p_v)
+
+Where torchtune leaves out entries with infinite logits, such a logit makes the loss infinite or NaN here.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from torchtune_lce import chunked_divergence
+from torchtune_lce.reference import accumulation_dtype
+from torchtune_lce.validation import HIDDEN_DTYPES, TARGET_DTYPES
+
+NAMES = ("auto", "chunked", "reference")
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How much of the loss is the forward and how much the reverse divergence."""
+
+    forward: float
+    reverse: float
+
+
+@dataclass(frozen=True)
+class Head:
+    """One of the two models at its end: ``hidden`` [..., D], ``weight`` [V, D] and ``bias`` [V], of one dtype."""
+
+    name: str  # as in messages: student or teacher
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def flat(self) -> "Head":
+        """The hidden states as [N, D], all of it in the dtype that autocast wants, if it is on."""
+        tensors = [self.hidden.reshape(-1, self.hidden.shape[-1]), self.weight, self.bias]
+        device = self.hidden.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            tensors = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+        return Head(self.name, *tensors)
+
+    def without_gradient(self) -> "Head":
+        bias = self.bias if self.bias is None else self.bias.detach()
+        return Head(self.name, self.hidden.detach(), self.weight.detach(), bias)
+
+
+def check_impl(impl: str) -> None:
+    if impl not in NAMES:
+        raise ValueError(
+            f"impl must be one of {', '.join(NAMES)}, got {impl!r}: divergences have no kernels of their own, "
+            "'chunked' is what 'auto' takes everywhere"
+        )
+
+
+def divergence(
+    student: Head,
+    teacher: Head,
+    labels: Tensor,  # [...]
+    shares: Shares,
+    *,
+    ignore_index: int,
+    workspace_mib: int,
+    impl: str,
+    normalize: bool,
+) -> Tensor:
+    """Sum over the tokens whose label is not ``ignore_index``, divided by their number with ``normalize``.
+
+    Gradients reach the student alone. No tokens, or all of them ignored, give 0 with zero gradients. float32, float64
+    for a float64 student.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device, by name.
+    """
+    _check_head(student)
+    _check_head(teacher)
+    _check_labels(student, teacher, labels)
+    if student.weight.shape[0] != teacher.weight.shape[0]:
+        raise ValueError(
+            "student and teacher must have the same vocabulary, got output projections "
+            f"{list(student.weight.shape)} and {list(teacher.weight.shape)}"
+        )
+    student, teacher = student.flat(), teacher.without_gradient().flat()
+    compute = _reference if impl == "reference" else chunked_divergence.total
+    total, count = compute(student, teacher, labels.reshape(-1), shares, ignore_index, workspace_mib)
+    return total / count.clamp(min=1) if normalize else total
+
+
+def _reference(student: Head, teacher: Head, labels: Tensor, shares: Shares, ignore_index: int, _: int):
+    """Plain PyTorch with both full logits."""
+    log_student, log_teacher = (
+        F.linear(head.hidden, head.weight, head.bias).to(accumulation_dtype(student.hidden.dtype)).log_softmax(-1)
+        for head in (student, teacher)
+    )
+    losses = torch.zeros_like(log_student[:, 0])
+    if shares.forward:
+        losses = losses - shares.forward * (log_teacher.exp() * log_student).sum(-1)
+    if shares.reverse:
+        losses = losses + shares.reverse * (log_student.exp() * (log_student - log_teacher)).sum(-1)
+    valid = labels != ignore_index
+    return losses.where(valid, 0).sum(), valid.sum()
+
+
+def _check_head(head: Head) -> None:
+    hidden, weight, name = head.hidden, head.weight, head.name
+    for what, tensor in (("hidden", hidden), ("weight", weight), ("bias", head.bias)):
+        if tensor is None and what == "bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}_{what} must be a torch.Tensor, got a {type(tensor).__name__}{_chunks(tensor)}")
+        if is_traceable_wrapper_subclass(tensor):
+            raise TypeError(
+                f"{name}_{what} must be a plain tensor, got {type(tensor).__name__}: divergences take no output "
+                "projection that is quantised or split by tensor parallelism"
+            )
+        if tensor.device != hidden.device:
+            raise ValueError(
+                f"{name}_{what} must be on the device of {name}_hidden, {hidden.device}, got {tensor.device}"
+            )
+        if tensor.dtype != hidden.dtype:
+            raise TypeError(f"{name}_{what} must have the dtype of {name}_hidden, {hidden.dtype}, got {tensor.dtype}")
+    if hidden.dtype not in HIDDEN_DTYPES:
+        raise TypeError(f"{name}_hidden must be one of {_names(HIDDEN_DTYPES)}, got {hidden.dtype}")
+    if weight.ndim != 2 or not weight.shape[0]:
+        raise ValueError(f"{name}_weight must have shape [V, D], got {list(weight.shape)}")
+    if hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
+        hint = ": those are logits, call set_model_output and set_teacher_output again"
+        raise ValueError(
+            f"{name}_hidden must be hidden states of shape [..., {weight.shape[1]}] to match {name}_weight, "
+            f"got {list(hidden.shape)}{hint if hidden.shape[-1:] == weight.shape[:1] else ''}"
+        )
+    if head.bias is not None and head.bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{name}_bias must have shape [{weight.shape[0]}] to match {name}_weight, got {list(head.bias.shape)}"
+        )
+
+
+def _check_labels(student: Head, teacher: Head, labels: Tensor) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got a {type(labels).__name__}{_chunks(labels)}")
+    if labels.dtype not in TARGET_DTYPES:
+        raise TypeError(f"labels must be one of {_names(TARGET_DTYPES)}, got {labels.dtype}")
+    for name, tensor in (("labels", labels), ("teacher_hidden", teacher.hidden)):
+        if tensor.device != student.hidden.device:
+            raise ValueError(
+                f"{name} must be on the device of student_hidden, {student.hidden.device}, got {tensor.device}"
+            )
+    for head in (student, teacher):
+        tokens = head.hidden.shape[:-1]
+        # torchtune's distributed recipe flattens labels and student, and not the teacher.
+        flattened = labels.ndim == 1 and tokens.numel() == labels.numel()
+        if tokens != labels.shape and not flattened:
+            raise ValueError(
+                f"labels must have the shape of {head.name}_hidden without its last axis, {list(tokens)}, flattened or "
+                f"not, got {list(labels.shape)}"
+            )
+
+
+def _chunks(value) -> str:
+    """What torchtune's models return once a loss with num_output_chunks has been set."""
+    return f" of {len(value)}: pass one tensor of hidden states, not chunks" if isinstance(value, (list, tuple)) else ""
+
+
+def _names(dtypes) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
