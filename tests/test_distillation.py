@@ -1,5 +1,7 @@
 """Distillation losses against torchtune's own on full logits, and against their formulas in float64, with gradients."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -405,6 +407,14 @@ def test_release_gives_both_their_logits_back():
     assert torch.equal(student(tokens), logits[0])
     assert torch.equal(teacher(tokens), logits[1])
     assert not any("_linear_cross_entropy" in name for model in (student, teacher) for name in vars(model))
+
+
+def test_a_bound_loss_is_not_copied():
+    loss, *_ = bound()
+    with pytest.raises(TypeError, match="bound to models cannot be copied: release"):
+        copy.deepcopy(loss)
+    loss.release()
+    assert type(copy.deepcopy(loss)) is LinearForwardKLLoss
 
 
 def test_says_once_what_runs(caplog):

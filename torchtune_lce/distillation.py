@@ -65,6 +65,12 @@ class _LinearKLLoss(nn.Module):
                 bound.release()
         self._student = self._teacher = None
 
+    def __getstate__(self) -> dict:
+        """What a copy or a pickle takes; of a bound loss there is none, for it would hold two more models."""
+        if self._student is not None or self._teacher is not None:
+            raise TypeError("a loss that is bound to models cannot be copied: release() it first, or build another one")
+        return vars(self)
+
     def forward(
         self,
         student_hidden: Tensor,  # [B, S, D] or [N, D]
@@ -82,11 +88,11 @@ class _LinearKLLoss(nn.Module):
             raise RuntimeError(self._unbound_message())
         trains = torch.is_grad_enabled()
 
-        def loss(_, labels, teacher_weight, teacher_bias):
-            teacher = Head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+        def of_teacher(hidden, labels, *weight_and_bias):
+            teacher = Head("teacher", hidden, *weight_and_bias)
 
-            def of_student(hidden, labels, weight, bias):
-                return self._loss(Head("student", hidden, weight, bias), teacher, labels, normalize)
+            def of_student(hidden, labels, *weight_and_bias):
+                return self._loss(Head("student", hidden, *weight_and_bias), teacher, labels, normalize)
 
             with torch.set_grad_enabled(trains):
                 return self._student.projection.call(of_student, student_hidden, labels)
@@ -94,7 +100,7 @@ class _LinearKLLoss(nn.Module):
         # Without gradients around the teacher: FSDP2 would gather its projection once more for a backward that does not
         # touch it.
         with torch.no_grad():
-            return self._teacher.projection.call(loss, teacher_hidden, labels)
+            return self._teacher.projection.call(of_teacher, teacher_hidden, labels)
 
     def _loss(self, student: Head, teacher: Head, labels: Tensor, normalize: bool) -> Tensor:
         loss = divergence(
