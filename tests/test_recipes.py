@@ -4,18 +4,13 @@ import logging
 import os
 import shutil
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-import torchtune
-from omegaconf import OmegaConf
 from tiny_models import (
     FULL,
-    FULL_DISTRIBUTED,
     LORA,
-    LORA_DISTRIBUTED,
     OUR_LOSS,
     STOCK_LOSS,
     VOCABULARY,
@@ -28,9 +23,6 @@ from tiny_models import (
     write_assets,
     write_chats,
 )
-from torchtune import config
-from torchtune._recipe_registry import get_all_recipes
-from torchtune.config._utils import _merge_yaml_and_cli_args
 
 from torchtune_lce.loss import LinearCrossEntropyLoss
 
@@ -258,36 +250,6 @@ def test_targets_beyond_the_head_name_the_tokenizer(runs):
     hidden = torch.zeros(3, 64)
     with pytest.raises(ValueError, match=rf"{VOCABULARY} rows; .* a larger tokenizer, which has 266 entries"):
         recipe._loss_fn(hidden, torch.tensor([1, VOCABULARY, -100]))
-
-
-STOCK_CONFIGS = [
-    pytest.param(entry.file_path, id=entry.name)
-    for recipe in get_all_recipes()
-    if recipe.name in (LORA, FULL, LORA_DISTRIBUTED, FULL_DISTRIBUTED)
-    for entry in recipe.configs
-]
-
-
-def test_stock_configs_are_all_there():
-    assert len(STOCK_CONFIGS) > 90
-
-
-@pytest.mark.parametrize("file", STOCK_CONFIGS)
-def test_stock_config_takes_the_loss(file):
-    """With the loss overridden as on the command line, the loss is built and the config's own model can be bound."""
-    if "vision" in file:
-        pytest.importorskip("torchvision")
-    folder = Path(torchtune.__file__).parent.parent / "recipes" / "configs"
-    written = OmegaConf.to_container(OmegaConf.load(folder / file), resolve=False)
-    cfg = _merge_yaml_and_cli_args(Namespace(**written), [f"loss={OUR_LOSS}"])
-    loss = config.instantiate(cfg.loss)
-    if "qlora" in file or "qdora" in file:
-        # Quantising takes seconds even without data, and never touches the output.
-        cfg.model.quantize_base = False
-    with torch.device("meta"):
-        model = config.instantiate(cfg.model)
-    loss.set_model_output(model)
-    loss.release()
 
 
 @pytest.mark.gpu

@@ -1,0 +1,240 @@
+"""Every config of the installed torchtune that trains with cross-entropy, and the output projection of its model.
+
+    python tests/stock_configs.py     writes docs/models.md
+
+Models are built as torchtune's recipes build them, but on the meta device: no data, no memory.
+"""
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+from unittest import mock
+
+import torch
+import torchtune
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+from torchtune import config
+from torchtune._recipe_registry import get_all_recipes
+from torchtune.config._utils import _merge_yaml_and_cli_args
+from torchtune.modules.low_precision import _register_nf4_dispatch_ops, nf4_linear
+from torchtune.modules.peft import dora, get_adapter_params, lora, set_trainable_params
+from torchtune.modules.tied_linear import TiedLinear
+from torchtune.training import set_default_dtype
+from vision_models import import_vision_models
+
+FOLDER = Path(torchtune.__file__).parent.parent / "recipes" / "configs"
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+RECIPES = Path(__file__).parent.parent / "recipes"
+OVERRIDE = "loss=torchtune_lce.LinearCrossEntropyLoss"
+STOCK_LOSS = "torchtune.modules.loss.CEWithChunkedOutputLoss"
+# By its own header; torchtune's list of configs leaves it out.
+UNLISTED = {"dev/8B_full_experimental": "full_finetune_distributed"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model of a config: ``part`` is the config's section, ``model`` or a distillation's ``teacher_model``."""
+
+    config: str
+    recipe: str
+    part: str = "model"
+
+    @property
+    def model(self) -> str:
+        """Whose sizes it has, such as ``llama3_2/1B``."""
+        family, _, method = self.config.partition("/")
+        return f"{family}/{method.partition('_')[0]}"
+
+    @property
+    def method(self) -> str:
+        return self.config.partition("/")[2].partition("_")[2]
+
+    @property
+    def has_our_recipe(self) -> bool:
+        return (RECIPES / f"{self.recipe}.py").exists()
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the loss needs to know of a model: an output projection [rows, width], and what of it is trained."""
+
+    rows: int
+    width: int
+    tied: bool
+    trained: Literal["whole", "adapters", "nothing"]
+
+
+def subjects() -> list[Subject]:
+    """All of them, in the order of their names."""
+    recipes = {
+        entry.file_path.removesuffix(".yaml"): recipe.name
+        for recipe in get_all_recipes()
+        if not recipe.name.startswith("lce_")
+        for entry in recipe.configs
+    } | UNLISTED
+    found = []
+    for path in sorted(FOLDER.rglob("*.yaml")):
+        name = path.relative_to(FOLDER).with_suffix("").as_posix()
+        cfg = written(name)
+        loss = cfg.get("loss")
+        if not isinstance(loss, dict) or loss["_component_"] != STOCK_LOSS:
+            continue
+        found += [Subject(name, recipes[name], part) for part in ("model", "teacher_model") if part in cfg]
+    return found
+
+
+@cache
+def written(config: str) -> dict:
+    """What torchtune's file says."""
+    return OmegaConf.to_container(OmegaConf.load(FOLDER / f"{config}.yaml"), resolve=False)
+
+
+def load(subject: Subject) -> DictConfig:
+    """Its config with the loss overridden as on the command line."""
+    return _merge_yaml_and_cli_args(Namespace(**written(subject.config)), [OVERRIDE])
+
+
+def build(subject: Subject) -> nn.Module:
+    """Its model as its recipe has it when training begins: quantised where it is, and frozen where it is."""
+    cfg = load(subject)
+    if "vision" in cfg[subject.part]._component_:
+        import_vision_models()
+    with set_default_dtype(torch.bfloat16), torch.device("meta"), _without_data():
+        model = config.instantiate(cfg[subject.part])
+    if subject.part == "teacher_model":
+        return model.requires_grad_(False)
+    if "lora_rank" in cfg.model:
+        set_trainable_params(model, get_adapter_params(model))
+        # Where the recipe also trains for quantisation, it rounds what has adapters; none of these heads has.
+        assert "quantizer" not in cfg or not isinstance(decoder_of(model).output, lora.LoRALinear)
+    elif "quantizer" in cfg:
+        quantizer = config.instantiate(cfg.quantizer)
+        quantizer.precision = torch.bfloat16
+        model = quantizer.prepare(model)
+    return model
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    return getattr(model, "decoder", model)
+
+
+def described(model: nn.Module) -> Head:
+    """Read off torchtune's model, without this package."""
+    decoder = decoder_of(model)
+    tied = isinstance(decoder.output, TiedLinear)
+    weight = decoder.output.tied_module.weight if tied else decoder.output.weight
+    if weight.requires_grad:
+        trained = "whole"
+    else:
+        adapters = isinstance(decoder.output, (lora.LoRALinear, dora.DoRALinear))
+        trained = "adapters" if adapters else "nothing"
+    return Head(*weight.shape, tied=tied, trained=trained)
+
+
+def models() -> Iterator[tuple[Subject, nn.Module]]:
+    """Each subject with its model, one of which serves all configs that have the same."""
+    alike = {}
+    for subject in subjects():
+        alike.setdefault(_model_key(subject), []).append(subject)
+    for group in alike.values():
+        model = build(group[0])
+        for subject in group:
+            yield subject, model
+
+
+def _model_key(subject: Subject) -> str:
+    """Equal for subjects whose models are the same: many configs differ in nothing that a model knows."""
+    cfg = written(subject.config)
+    return json.dumps([cfg[subject.part], cfg.get("quantizer"), "lora" in subject.recipe, subject.part])
+
+
+@cache
+def _quantised(shape: torch.Size, dtype: torch.dtype, settings: tuple) -> NF4Tensor:
+    return to_nf4(torch.empty(shape, dtype=dtype, device="meta"), **dict(settings))
+
+
+@contextmanager
+def _without_data() -> Iterator[None]:
+    """On the meta device, where no numbers are, leave out the work on them: it takes minutes."""
+
+    def quantised_once(weight: torch.Tensor, **settings: int):
+        return _quantised(weight.shape, weight.dtype, tuple(settings.items()))
+
+    with ExitStack() as patches:
+        for module in (lora, dora, nf4_linear, _register_nf4_dispatch_ops):
+            patches.enter_context(mock.patch.object(module, "to_nf4", quantised_once))
+        for name in ("kaiming_uniform_", "uniform_", "normal_", "zeros_", "ones_"):
+            patches.enter_context(mock.patch.object(nn.init, name, lambda tensor, *settings, **named: tensor))
+        yield
+
+
+def page(table: dict[Subject, Head]) -> str:
+    """docs/models.md."""
+    projections, distillations = {}, []
+    for subject, head in sorted(table.items(), key=lambda item: item[0].config):
+        if "knowledge" not in subject.recipe:
+            shape = f"{head.rows} × {head.width}, {'tied' if head.tied else 'its own'}"
+            methods = projections.setdefault((subject.model, shape), {"whole": [], "adapters": [], "nothing": []})
+            methods[head.trained].append(_cell(subject))
+        elif subject.part == "model":
+            teacher = table[replace(subject, part="teacher_model")]
+            shapes = (f"{each.rows} × {each.width}" for each in (head, teacher))
+            distillations.append(_row(subject.config, *shapes))
+    return PAGE_TEXT.format(
+        count=len({subject.config for subject in table}),
+        version=version("torchtune"),
+        override=OVERRIDE,
+        models="\n".join(
+            _row(model, shape, *(", ".join(names) for names in methods.values()))
+            for (model, shape), methods in sorted(projections.items())
+        ),
+        distillations="\n".join(distillations),
+    )
+
+
+PAGE_TEXT = """\
+# Which models
+
+All {count} configs of torchtune {version} that train with cross-entropy: each one's own model was built on the meta
+device, with nothing overridden but the loss, and bound to it. `python tests/stock_configs.py` writes this page; a test
+builds and binds them all again and compares it.
+
+| Model | Output projection | Trained by | LoRA on it | Frozen in |
+|---|---|---|---|---|
+{models}
+
+A config's name is `<model>_<method>`, such as `llama3_2/1B_lora_single_device`. Each runs with the recipe of the same
+name as torchtune's, by `tune run torchtune_lce/recipes/<recipe>.py` or `tune-lce run lce_<recipe>`, and
+`{override}`. Where a star stands there is no such recipe: add
+`self._loss_fn.set_model_output(self._model)` at the end of `setup()` in your own `tune cp` copy of torchtune's.
+
+`qat_full` rounds the head as torchtune does: hidden states to 8 bits, the weight to 4. All others leave it as it is.
+
+## Distillation
+
+Both models bind; the student is trained with LoRA and its head is frozen.
+
+| Config | Student's projection | Teacher's |
+|---|---|---|
+{distillations}
+"""
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(subject: Subject) -> str:
+    return subject.method + ("" if subject.has_our_recipe else " *")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page({subject: described(model) for subject, model in models()}))

@@ -1,0 +1,141 @@
+"""Every config of torchtune that trains with cross-entropy takes the loss, and the loss sees the head that it has."""
+
+import re
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import pytest
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+from stock_configs import (
+    FOLDER,
+    PAGE,
+    STOCK_LOSS,
+    Head,
+    Subject,
+    decoder_of,
+    described,
+    load,
+    models,
+    page,
+    subjects,
+    written,
+)
+from torch import Tensor, nn
+from torchtune import config
+from torchtune._recipe_registry import get_all_recipes
+
+from torchtune_lce import LinearCrossEntropyLoss
+
+RECIPES = {
+    "lora_finetune_single_device": 41,
+    "full_finetune_single_device": 17,
+    "lora_finetune_distributed": 36,
+    "full_finetune_distributed": 27,
+    "qat_distributed": 2,
+    "qat_lora_finetune_distributed": 4,
+    "knowledge_distillation_single_device": 2,
+    "knowledge_distillation_distributed": 2,
+}
+
+
+@dataclass
+class Bound:
+    """What happened when the loss took a model."""
+
+    head: Head
+    vocabulary: int
+    logits: torch.Size
+    outputs: torch.Size
+    product: torch.Size
+    weight_is_the_embedding: bool
+    trains: bool
+    released: torch.Size
+
+
+def bind(model: nn.Module) -> Bound:
+    decoder = decoder_of(model)
+    width = next(decoder.norm.parameters()).shape[0]
+    hidden = torch.empty(1, 4, width, dtype=torch.bfloat16, device="meta")
+    embedding = decoder.tok_embeddings
+    rows = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else embedding.embedding.num_embeddings
+    logits = decoder.unembed(hidden).shape
+    loss = LinearCrossEntropyLoss()
+    loss.set_model_output(model)
+    seen = []
+
+    def product(hidden: Tensor, targets: None, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append(weight)
+        return F.linear(hidden, weight, bias)
+
+    result = loss._projection.call(product, decoder.unembed(hidden), None)
+    outputs = decoder.unembed(hidden).shape
+    loss.release()
+    [weight] = seen
+    return Bound(
+        head=described(model),
+        vocabulary=rows,
+        logits=logits,
+        outputs=outputs,
+        product=result.shape,
+        weight_is_the_embedding=isinstance(embedding, nn.Embedding) and weight is embedding.weight,
+        trains=weight.requires_grad,
+        released=decoder.unembed(hidden).shape,
+    )
+
+
+@pytest.fixture(scope="module")
+def bound() -> dict[Subject, Bound]:
+    results = {}
+    found = {}
+    for subject, model in models():
+        if id(model) not in results:
+            results = {id(model): bind(model)}
+        found[subject] = results[id(model)]
+    return found
+
+
+def test_no_config_is_missed():
+    """Counted without what the other tests are made from: by the files' text, and by torchtune's own list."""
+    found = {subject.config for subject in subjects()}
+    line = re.compile(rf"^\s*_component_: {re.escape(STOCK_LOSS)}\b", re.MULTILINE)
+    by_text = {path for path in FOLDER.rglob("*.yaml") if line.search(path.read_text())}
+    assert found == {path.relative_to(FOLDER).with_suffix("").as_posix() for path in by_text}
+    for recipe in get_all_recipes():
+        if recipe.name in RECIPES:
+            assert {entry.file_path.removesuffix(".yaml") for entry in recipe.configs} <= found
+    if version("torchtune") == "0.6.1":
+        assert len(found) == 133
+        assert {recipe.name: len(recipe.configs) for recipe in get_all_recipes() if recipe.name in RECIPES} == RECIPES
+
+
+@pytest.mark.parametrize("subject", subjects(), ids=lambda subject: f"{subject.config}-{subject.part}")
+def test_the_loss_takes_it(subject, bound):
+    cfg = load(subject)
+    assert type(config.instantiate(cfg.loss)) is LinearCrossEntropyLoss
+    stock = written(subject.config)
+    overridden = OmegaConf.to_container(cfg, resolve=False)
+    assert overridden.keys() == stock.keys()
+    assert {key for key in stock if stock[key] != overridden[key]} == {"loss"}
+
+    model = bound[subject]
+    head = model.head
+    assert model.logits == model.product == model.released == (1, 4, head.rows)
+    assert model.outputs == (1, 4, head.width)
+    assert head.rows == model.vocabulary, "special tokens of images aside, what is embedded is predicted"
+    assert model.weight_is_the_embedding == head.tied
+    assert model.trains == (head.trained != "nothing")
+    if "lora_rank" in cfg.model or subject.part == "teacher_model":
+        on_output = subject.part == "model" and cfg.model.get("apply_lora_to_output", False)
+        assert head.trained == ("adapters" if on_output else "nothing")
+    else:
+        # Llama 3.2 Vision's decoder is frozen unless asked for.
+        frozen = "vision" in subject.config and not cfg.model.get("decoder_trainable", False)
+        assert head.trained == ("nothing" if frozen else "whole")
+
+
+@pytest.mark.skipif(version("torchtune") != "0.6.1", reason="the page tells about the release")
+def test_the_page_is_up_to_date(bound):
+    expected = page({subject: model.head for subject, model in bound.items()})
+    assert PAGE.read_text() == expected, "run `python tests/stock_configs.py`"
