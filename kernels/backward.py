@@ -129,7 +129,6 @@ def _weight_gradient_tile(
     length,
     gradients,
     d_weight,
-    d_bias,
     column,
     chunk,
     first_id,
@@ -138,8 +137,6 @@ def _weight_gradient_tile(
     entries_total,
     features,
     hidden_stride,
-    NEED_WEIGHT: tl.constexpr,
-    NEED_BIAS: tl.constexpr,
     HIDDEN_TMA: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
@@ -155,7 +152,6 @@ def _weight_gradient_tile(
     others += column.to(tl.int64) * row_blocks
     slots += column.to(tl.int64) * row_blocks
     total = tl.zeros((TILE, FEATURES), tl.float32)
-    bias_total = tl.zeros((TILE,), tl.float32)
     steps = tl.load(length + column) * STEPS
     # Where a step's operands lie is read one step ahead: loads through an index of the same step cannot be pipelined.
     first_place = tl.load(others, mask=steps > 0, other=0) * ROW_BLOCK
@@ -169,35 +165,56 @@ def _weight_gradient_tile(
             + token_in_tile[:, None] * TILE
             + tl.arange(0, TILE)[None, :]
         )
-        if NEED_BIAS:
-            bias_total += tl.sum(gradient.to(tl.float32), 0)
-        if NEED_WEIGHT:
-            # Places past the end read a token in use: their gradients are zero.
-            if HIDDEN_TMA:
-                h = hidden_columns.load([first_place, chunk * FEATURES])
-            elif EVEN_D:
-                h = tl.load(hidden + token[:, None] * hidden_stride + d[None, :])
-            else:
-                h = tl.load(
-                    hidden + token[:, None] * hidden_stride + d[None, :], mask=(d < features)[None, :], other=0.0
-                )
-            total = tl.dot(tl.trans(gradient), h, total, input_precision=PRECISION)
+        # Places past the end read a token in use: their gradients are zero.
+        if HIDDEN_TMA:
+            h = hidden_columns.load([first_place, chunk * FEATURES])
+        elif EVEN_D:
+            h = tl.load(hidden + token[:, None] * hidden_stride + d[None, :])
+        else:
+            h = tl.load(hidden + token[:, None] * hidden_stride + d[None, :], mask=(d < features)[None, :], other=0.0)
+        total = tl.dot(tl.trans(gradient), h, total, input_precision=PRECISION)
         ahead = tl.minimum(step + 1, steps - 1)
         first_place = tl.load(others + ahead // STEPS) * ROW_BLOCK + ahead % STEPS * BLOCK_K
         slot = tl.load(slots + ahead // STEPS) - first_id
         if not HIDDEN_TMA:
             token = tl.load(rows + tl.minimum(first_place + within, tokens_total - 1))
     entry = tl.load(entries + column * TILE + tl.arange(0, TILE))
-    inside = entry < entries_total
-    if NEED_WEIGHT:
-        tl.store(
-            d_weight + entry.to(tl.int64)[:, None] * features + d[None, :],
-            total.to(d_weight.dtype.element_ty),
-            mask=inside[:, None] & (d < features)[None, :],
-        )
-    if NEED_BIAS:
-        if chunk == 0:
-            tl.store(d_bias + entry, bias_total.to(d_bias.dtype.element_ty), mask=inside)
+    tl.store(
+        d_weight + entry.to(tl.int64)[:, None] * features + d[None, :],
+        total.to(d_weight.dtype.element_ty),
+        mask=(entry < entries_total)[:, None] & (d < features)[None, :],
+    )
+
+
+@triton.jit
+def _bias_gradient_tile(
+    entries,
+    slots,
+    length,
+    gradients,
+    d_bias,
+    column,
+    first_id,
+    row_blocks,
+    entries_total,
+    ROW_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """d_bias[entries of the column] = sum of the column's kept tiles over their tokens.
+
+    Not in the loop of the weight's gradient: where a tile is summed and multiplied, Triton 3.6 gives its copies one
+    buffer too few for a product still in flight.
+    """
+    within = tl.arange(0, TILE)
+    slots += column.to(tl.int64) * row_blocks
+    total = tl.zeros((TILE,), tl.float32)
+    for index in range(0, tl.load(length + column)):
+        slot = tl.load(slots + index) - first_id
+        tile = gradients + slot.to(tl.int64) * (ROW_BLOCK * TILE)
+        gradient = tl.load(tile + tl.arange(0, ROW_BLOCK)[:, None] * TILE + within[None, :])
+        total += tl.sum(gradient.to(tl.float32), 0)
+    entry = tl.load(entries + column * TILE + within)
+    tl.store(d_bias + entry, total.to(d_bias.dtype.element_ty), mask=entry < entries_total)
 
 
 @triton.jit
@@ -348,11 +365,13 @@ def _backward_kernel(
     tokens_total = tl.load(count)
     row_blocks = tl.cdiv(tokens_total, ROW_BLOCK)
     chunks = tl.cdiv(features, FEATURES)
-    column_chunks = 0
-    if NEED_BIAS:
-        column_chunks = 1
+    # Work items of a column: the chunks of its weight gradient, then its bias gradient.
+    weight_chunks = 0
     if NEED_WEIGHT:
-        column_chunks = chunks
+        weight_chunks = chunks
+    column_chunks = weight_chunks
+    if NEED_BIAS:
+        column_chunks += 1
     last_strip = tl.load(strips) - 1
     arrived = 0
     for strip in range(0, last_strip + 1):
@@ -405,36 +424,51 @@ def _backward_kernel(
             items += row_blocks * chunks
         for item in range(program, items, workers):
             if item < column_items:
-                if NEED_WEIGHT or NEED_BIAS:
-                    _weight_gradient_tile(
-                        hidden,
-                        hidden_columns,
-                        rows,
-                        entries,
-                        column_others,
-                        column_slots,
-                        column_lengths,
-                        gradients,
-                        d_weight,
-                        d_bias,
-                        first_column + item // column_chunks,
-                        item % column_chunks,
-                        first_id,
-                        row_blocks_total,
-                        tokens_total,
-                        entries_total,
-                        features,
-                        hidden_stride,
-                        NEED_WEIGHT,
-                        NEED_BIAS,
-                        HIDDEN_TMA,
-                        ROW_BLOCK,
-                        TILE,
-                        FEATURES,
-                        BLOCK_K,
-                        EVEN_D,
-                        PRECISION,
-                    )
+                column = first_column + item // column_chunks
+                chunk = item % column_chunks
+                if NEED_WEIGHT:
+                    if chunk < weight_chunks:
+                        _weight_gradient_tile(
+                            hidden,
+                            hidden_columns,
+                            rows,
+                            entries,
+                            column_others,
+                            column_slots,
+                            column_lengths,
+                            gradients,
+                            d_weight,
+                            column,
+                            chunk,
+                            first_id,
+                            row_blocks_total,
+                            tokens_total,
+                            entries_total,
+                            features,
+                            hidden_stride,
+                            HIDDEN_TMA,
+                            ROW_BLOCK,
+                            TILE,
+                            FEATURES,
+                            BLOCK_K,
+                            EVEN_D,
+                            PRECISION,
+                        )
+                if NEED_BIAS:
+                    if chunk == weight_chunks:
+                        _bias_gradient_tile(
+                            entries,
+                            column_slots,
+                            column_lengths,
+                            gradients,
+                            d_bias,
+                            column,
+                            first_id,
+                            row_blocks_total,
+                            entries_total,
+                            ROW_BLOCK,
+                            TILE,
+                        )
             else:
                 if NEED_HIDDEN:
                     row_block = (item - column_items) // chunks
