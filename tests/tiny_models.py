@@ -17,6 +17,8 @@ LORA = "lora_finetune_single_device"
 FULL = "full_finetune_single_device"
 LORA_DISTRIBUTED = "lora_finetune_distributed"
 FULL_DISTRIBUTED = "full_finetune_distributed"
+QAT = "qat_distributed"
+QAT_LORA = "qat_lora_finetune_distributed"
 DISTILLATION = "knowledge_distillation_single_device"
 DISTILLATION_DISTRIBUTED = "knowledge_distillation_distributed"
 _CLASSES = {
@@ -24,6 +26,8 @@ _CLASSES = {
     FULL: "FullFinetuneRecipeSingleDevice",
     LORA_DISTRIBUTED: "LoRAFinetuneRecipeDistributed",
     FULL_DISTRIBUTED: "FullFinetuneRecipeDistributed",
+    QAT: "QATRecipeDistributed",
+    QAT_LORA: "QATLoRAFinetuneRecipeDistributed",
     DISTILLATION: "KDRecipeSingleDevice",
     DISTILLATION_DISTRIBUTED: "KDRecipeDistributed",
 }
@@ -91,7 +95,7 @@ def recipe_config(assets: Path, output: Path, method: str, *, tied: bool, loss: 
     """What a YAML file would say, five steps of two micro-batches; ``overrides`` as on torchtune's command line."""
     builder = "torchtune.models.llama3_2._component_builders."
     model = {"_component_": builder + "llama3_2", **SIZES, "tie_word_embeddings": tied}
-    if method in (LORA, LORA_DISTRIBUTED):
+    if method in (LORA, LORA_DISTRIBUTED, QAT_LORA):
         model |= {
             "_component_": builder + "lora_llama3_2",
             "lora_attn_modules": ["q_proj", "v_proj"],
@@ -154,7 +158,7 @@ def recipe_config(assets: Path, output: Path, method: str, *, tied: bool, loss: 
         "enable_activation_checkpointing": False,
         "enable_activation_offloading": False,
     }
-    if method in (FULL, FULL_DISTRIBUTED):
+    if method in (FULL, FULL_DISTRIBUTED, QAT):
         del cfg["lr_scheduler"]
     return OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(overrides)))
 
