@@ -220,7 +220,8 @@ name as torchtune's, by `tune run torchtune_lce/recipes/<recipe>.py` or `tune-lc
 
 ## Distillation
 
-Both models bind; the student is trained with LoRA and its head is frozen.
+Both models bind; the student is trained with LoRA and its head is frozen. These recipes need two overrides, the one
+above and `kd_loss=torchtune_lce.LinearForwardKLLoss`.
 
 | Config | Student's projection | Teacher's |
 |---|---|---|

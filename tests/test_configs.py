@@ -10,13 +10,14 @@ import torchtune
 from omegaconf import OmegaConf
 from torchtune._cli.tune import TuneCLIParser
 from torchtune._recipe_registry import get_all_recipes
+from vision_models import import_vision_models
 
 from torchtune_lce import implementations, registry
 
 CONFIGS = registry.PACKAGE / "configs"
 STOCK = Path(torchtune.__file__).parent.parent / "recipes" / "configs"
 METHODS = {
-    "llama3_2/1B": ["lora_single_device", "full_single_device", "qlora_single_device"],
+    "llama3_2/1B": ["lora_single_device", "full_single_device", "qlora_single_device", "qat_lora"],
     "llama3_2/3B": ["lora_single_device", "full_single_device", "qlora_single_device", "lora", "full"],
     "llama3_1/8B": ["lora_single_device", "full_single_device", "qlora_single_device", "lora", "full"],
     "llama3_1/70B": ["lora", "full"],
@@ -29,6 +30,8 @@ METHODS = {
     "gemma2/27B": ["lora", "full"],
     "mistral/7B": ["lora_single_device", "qlora_single_device", "full_low_memory", "lora", "full"],
     "phi4/14B": ["lora_single_device", "qlora_single_device", "full_low_memory"],
+    "llama3/8B": ["qat_full"],
+    "llama3_2_vision/11B": ["lora_single_device", "lora"],
     "llama3_2/8B_to_1B": ["KD_lora_single_device", "KD_lora_distributed"],
     "qwen2/1.5_to_0.5B": ["KD_lora_single_device", "KD_lora_distributed"],
 }
@@ -63,12 +66,15 @@ def runs(name: str, program: str) -> list[tuple[int, list[str]]]:
 
 
 def test_exactly_the_required_configs_are_bundled():
-    assert len(ALL) == 46
+    assert len(ALL) == 50
     assert sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml")) == ALL
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_tune_validate_passes(name, monkeypatch, capsys, tmp_path):
+    if "vision" in name:
+        # torchtune's package of them; without torchvision it cannot be imported otherwise.
+        import_vision_models()
     path = path_of(name)
     config = OmegaConf.load(path)
     if config.optimizer._component_.startswith("bitsandbytes.") and not importlib.util.find_spec("bitsandbytes"):
@@ -133,7 +139,9 @@ def test_downloaded_model_lands_where_the_config_reads_it(name):
     config = load(path_of(name))
     models = [config[key] for key in ("checkpointer", "teacher_checkpointer") if key in config]
     folders = [Path(download[download.index("--output-dir") + 1]) for download in downloads]
-    assert [Path(model["checkpoint_dir"]) for model in models] == folders
+    # Meta's own checkpoints lie a folder further down.
+    directories = [Path(model["checkpoint_dir"]) for model in models]
+    assert [path.parent if path.name == "original" else path for path in directories] == folders
     folder = folders[0]
     tokenizer_files = [value for key, value in config["tokenizer"].items() if re.search("path|file", key)]
     assert tokenizer_files

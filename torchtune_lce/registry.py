@@ -13,6 +13,8 @@ CONFIG_SUFFIXES = {
     "full_finetune_single_device": ("full_single_device", "full_low_memory"),
     "lora_finetune_distributed": ("lora",),
     "full_finetune_distributed": ("full",),
+    "qat_distributed": ("qat_full",),
+    "qat_lora_finetune_distributed": ("qat_lora",),
     "knowledge_distillation_single_device": ("KD_lora_single_device",),
     "knowledge_distillation_distributed": ("KD_lora_distributed",),
 }
