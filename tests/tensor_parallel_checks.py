@@ -32,6 +32,7 @@ def check_vocabulary_parallel(mesh: DeviceMesh, impls: tuple[str, ...]) -> None:
             _check_equals_one_process(mesh, impl, False, None, "mean")
             _check_equals_one_process(mesh, impl, True, 5.0, "none")
         _check_gradient_through_log_sum_exp(mesh)
+        _check_label_smoothing(mesh, impls)
         _check_ignore_index_that_is_a_row(mesh)
         _check_sequence_parallel_hidden(mesh)
         _check_far_apart(mesh)
@@ -145,6 +146,21 @@ def _check_gradient_through_log_sum_exp(mesh) -> None:
     _backward(loss(hidden, problem.targets), problem.upstream)
     _assert_close(hidden.grad, single["hidden"].grad, "z-loss, hidden")
     _assert_close(model.output.weight.grad, single["weight"].grad, "z-loss, weight")
+
+
+def _check_label_smoothing(mesh, impls: tuple[str, ...]) -> None:
+    """Over the whole vocabulary, whose shards are of unlike sizes."""
+    for impl in impls:
+        problem = _problem(bias=True)
+        expected, gradients = _expected(problem, label_smoothing=0.2, reduction="none")
+        loss, model = _bound(mesh, problem, impl=impl, label_smoothing=0.2, reduction="none")
+        hidden = problem.hidden.clone().requires_grad_()
+        actual = loss(hidden, problem.targets)
+        _backward(actual, problem.upstream)
+        _assert_close(actual, expected, f"{impl}, label smoothing, loss")
+        _assert_close(hidden.grad, gradients["hidden"], f"{impl}, label smoothing, hidden")
+        _assert_close(model.output.weight.grad, gradients["weight"], f"{impl}, label smoothing, weight")
+        _assert_close(model.output.bias.grad, gradients["bias"], f"{impl}, label smoothing, bias")
 
 
 def _check_ignore_index_that_is_a_row(mesh) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torchtune_lce import implementations, validation
+from torchtune_lce.label_smoothing import smoothed
 from torchtune_lce.options import Options
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     softcap: float | None = None,
+    label_smoothing: float = 0.0,
     shift: int = 0,
     impl: str = "auto",
     filter_eps: float | str | None = "auto",
@@ -32,6 +34,8 @@ def linear_cross_entropy(
         reduction: ``mean`` over the targets that are not ignored, ``sum``, or ``none``: the shape of ``targets``, 0
             where ignored. No tokens, or all of them ignored, give 0 with zero gradients.
         softcap: logits become ``softcap * tanh(logits / softcap)``.
+        label_smoothing: the share of the target's weight that is spread over the whole vocabulary, in [0, 1], as in
+            ``torch.nn.functional.cross_entropy``; not together with a softcap. Never filtered.
         shift: k >= 0: ``hidden[..., :-k, :]`` predicts ``targets[..., k:]``, without a copy of either. With ``none``
             the first k positions of the last axis are 0.
         impl: one of :data:`torchtune_lce.implementations.NAMES`.
@@ -49,7 +53,9 @@ def linear_cross_entropy(
             [0, V) raises on CPU; on a GPU, where looking would stall it, its loss and gradients become NaN.
         RuntimeError: ``impl`` cannot run on this device or dtype.
     """
-    options = Options(ignore_index=ignore_index, softcap=softcap, filter_eps=filter_eps)
+    options = Options(
+        ignore_index=ignore_index, softcap=softcap, filter_eps=filter_eps, label_smoothing=label_smoothing
+    )
     return compute(
         hidden,
         weight,
@@ -116,6 +122,8 @@ def compute(
     vocabulary = weight.shape[0]
     if shard is not None:
         token_losses, vocabulary = shard.token_losses(token_losses), shard.vocabulary
+    elif options.label_smoothing:
+        token_losses = smoothed(token_losses)
 
     if shift:
         targets = _align(targets, shift, options.ignore_index)

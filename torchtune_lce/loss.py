@@ -37,6 +37,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         reduction: ``mean`` over the targets that are not ignored, as torchtune's recipes need; ``sum``; or ``none``.
         workspace_mib: the most memory in MiB that an implementation may use beyond gradients and O(N + V).
         z_loss: this times the squared log-sum-exp is added to each token's loss, which keeps the logits from drifting.
+        label_smoothing: see :func:`torchtune_lce.linear_cross_entropy`.
         check_targets: check the range of every batch's targets on a GPU too, which stalls it, not only the first one's.
 
     Raises:
@@ -52,6 +53,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         reduction: str = "mean",
         workspace_mib: int = 128,
         z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
         check_targets: bool = False,
     ):
         super().__init__()
@@ -61,6 +63,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
             filter_eps=filter_eps,
             workspace_mib=workspace_mib,
             z_loss=z_loss,
+            label_smoothing=label_smoothing,
         )
         validation.check_options(self._options)
         validation.check_reduction(reduction)

@@ -11,7 +11,8 @@ class Options:
 
     ``filter_eps`` is ``"auto"``, ``None`` (keep everything) or a float in [0, 1): softmax entries below it may be
     dropped from the gradients by the implementations that filter. ``z_loss`` times the squared log-sum-exp is added to
-    each token's loss (PaLM, Chowdhery et al. 2022, section 5).
+    each token's loss (PaLM, Chowdhery et al. 2022, section 5). ``label_smoothing`` is that of
+    ``torch.nn.functional.cross_entropy``.
     """
 
     ignore_index: int = -100
@@ -19,6 +20,7 @@ class Options:
     filter_eps: float | str | None = "auto"
     workspace_mib: int = 128
     z_loss: float = 0.0
+    label_smoothing: float = 0.0
 
     def resolved_filter_eps(self, dtype: torch.dtype) -> float | None:
         """The threshold in force for gradients in ``dtype``.

@@ -2,7 +2,7 @@
 
 A rank runs an implementation on its own rows, as if they were a whole vocabulary. Two all-reduces over the tokens merge
 the log-sum-exps and the target logits of all ranks; the backward needs one more, which adds up the hidden states'
-gradients. Neither the weight nor logits travel.
+gradients. Neither the weight nor logits travel. Label smoothing adds an all-reduce of the logits' sums to the forward.
 """
 
 import math
@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from torchtune_lce.implementations import TokenLosses
+from torchtune_lce.label_smoothing import smooth, with_logit_sums
 from torchtune_lce.options import Options
 
 
@@ -48,8 +49,13 @@ class VocabularyShard:
             place = place.clamp(0, self.rows - 1).where(valid, -1)
             if self.sums_hidden:
                 hidden = _SumGradients.apply(hidden, group)
+            if options.label_smoothing:
+                hidden, weight, bias, sums = with_logit_sums(hidden, weight, bias, valid, options)
             nll, lse = local(hidden, weight, bias, place, replace(options, ignore_index=-1))
-            return _Merge.apply(nll, lse, valid, owned, group)
+            nll, lse = _Merge.apply(nll, lse, valid, owned, group)
+            if options.label_smoothing:
+                nll = smooth(nll, lse, _Sum.apply(sums, group) / self.vocabulary, options)
+            return nll, lse
 
         return run
 
@@ -108,6 +114,20 @@ class _SumGradients(torch.autograd.Function):
         total = d_hidden.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.group)
         return total, None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all ranks; every rank has the same gradient by it, which is that by each rank's part."""
+
+    @staticmethod
+    def forward(ctx, part: Tensor, group):
+        total = part.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, d_total: Tensor):
+        return d_total, None
 
 
 class _Merge(torch.autograd.Function):

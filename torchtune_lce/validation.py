@@ -29,6 +29,14 @@ def check_options(options: Options) -> None:
     z_loss = options.z_loss
     if not (_is_real(z_loss) and 0 <= z_loss < math.inf):
         raise ValueError(f"z_loss must be a finite number >= 0, got {z_loss!r}")
+    smoothing = options.label_smoothing
+    if not (_is_real(smoothing) and 0 <= smoothing <= 1):
+        raise ValueError(f"label_smoothing must be a number in [0, 1], got {smoothing!r}")
+    if smoothing and softcap is not None:
+        raise ValueError(
+            f"label_smoothing must be 0 with a softcap, got {smoothing!r} and softcap={softcap!r}: the mean of capped "
+            "logits would take all of them"
+        )
     eps = options.filter_eps
     if eps not in ("auto", None) and not (_is_real(eps) and 0 <= eps < 1):
         raise ValueError(f"filter_eps must be 'auto', None or a number in [0, 1), got {eps!r}")

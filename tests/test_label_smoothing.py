@@ -1,0 +1,255 @@
+"""Label smoothing in every implementation, against F.cross_entropy's in float64 on full logits, with gradients."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_memory import MIB, WIDE, WORKSPACE_MIB, Shape, gradient_bytes, make_inputs, usage
+
+from torchtune_lce import LinearCrossEntropyLoss, linear_cross_entropy
+from torchtune_lce.functional import compute
+from torchtune_lce.options import Options
+
+TOKENS, ENTRIES, WIDTH = (3, 23), 301, 40
+SMOOTHING = 0.2
+
+
+def make_tensors(device, dtype=torch.float32, frozen=()):
+    tensors = {
+        "hidden": torch.randn(*TOKENS, WIDTH, device=device),
+        "weight": torch.randn(ENTRIES, WIDTH, device=device) / 3,
+        "bias": torch.randn(ENTRIES, device=device),
+    }
+    tensors = {name: tensor.to(dtype).requires_grad_(name not in frozen) for name, tensor in tensors.items()}
+    targets = torch.randint(0, ENTRIES, TOKENS, device=device)
+    targets[:, 3:7] = -100
+    return tensors, targets
+
+
+def plain(tensors, targets, dtype, *, shift=0, reduction="mean", z_loss=0.0, smoothing=SMOOTHING):
+    """The loss in ``dtype`` on full logits, and the leaves that it was made of."""
+    leaves = {name: x.detach().to(dtype).requires_grad_(x.requires_grad) for name, x in tensors.items()}
+    labels = targets[:, shift:].flatten()
+    logits = F.linear(leaves["hidden"][:, : targets.shape[1] - shift].flatten(0, 1), leaves["weight"], leaves["bias"])
+    logits = logits.to(torch.promote_types(dtype, torch.float32))
+    losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+    losses = losses + z_loss * logits.logsumexp(-1).square().where(labels != -100, 0)
+    if reduction == "none":
+        return F.pad(losses.view(targets.shape[0], -1), (shift, 0)), leaves
+    return (losses.sum() / (labels != -100).sum() if reduction == "mean" else losses.sum()), leaves
+
+
+def pulled(loss, tensors) -> list[torch.Tensor]:
+    """The loss and all gradients, from an upstream gradient that is neither 1 nor the same for every token."""
+    upstream = torch.linspace(1, 3, loss.numel(), device=loss.device, dtype=loss.dtype).view(loss.shape)
+    trained = [x for x in tensors.values() if x.requires_grad]
+    return [loss.detach(), *torch.autograd.grad(loss, trained, upstream)]
+
+
+def assert_as_accurate_as_torch(ours, native, exact, dtype) -> None:
+    for actual, torchs, expected in zip(ours, native, exact, strict=True):
+        errors = [((result.double() - expected).norm() / expected.norm()).item() for result in (actual, torchs)]
+        # torch's own error may be small by luck: a few roundings more.
+        assert errors[0] <= 2 * errors[1] + 3 * torch.finfo(dtype).eps + 16 * torch.finfo(torch.float64).eps
+
+
+# Its weight's gradient is many times the workspace of 1 MiB.
+HEAVY = Shape(tokens=64, vocabulary=3000, width=512)
+CASES = {
+    "mean": {},
+    "sum": {"reduction": "sum"},
+    "none, shift": {"reduction": "none", "shift": 2},
+    "z-loss": {"z_loss": 0.3, "shift": 1},
+    "uniform alone": {"smoothing": 1.0},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_equals_cross_entropy(impl, case):
+    assert_equals_cross_entropy(impl, CASES[case], *make_tensors("cpu"))
+
+
+@pytest.mark.parametrize(("impl", "case"), [("cce", "none, shift"), ("cce", "z-loss"), ("cce_exact", "sum")])
+def test_kernels_equal_cross_entropy(impl, case, device):
+    """Not every case: each takes Triton's interpreter seconds, and what is on top of them is the same code."""
+    assert_equals_cross_entropy(impl, CASES[case], *make_tensors(device))
+
+
+FROZEN = [("weight", "bias"), ("hidden",), ("bias",), ("hidden", "weight")]
+
+
+@pytest.mark.parametrize(
+    ("impl", "frozen"), [*itertools.product(["chunked", "reference"], FROZEN), *itertools.product(["cce"], FROZEN[:2])]
+)
+def test_frozen_inputs(impl, frozen, device):
+    tensors, targets = make_tensors(device, frozen=frozen)
+    assert_equals_cross_entropy(impl, {}, tensors, targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_dtypes(impl, dtype):
+    assert_equals_cross_entropy(impl, {}, *make_tensors("cpu", dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["cce", "cce_exact", "chunked", "reference", "torch_compile"])
+def test_bfloat16_on_a_card(impl, device):
+    assert_equals_cross_entropy(impl, {"reduction": "sum"}, *make_tensors(device, torch.bfloat16))
+
+
+def assert_equals_cross_entropy(impl, case, tensors, targets) -> None:
+    settings = {"smoothing": SMOOTHING} | case
+    dtype = tensors["hidden"].dtype
+    loss = compute(
+        **tensors,
+        targets=targets,
+        options=Options(label_smoothing=settings["smoothing"], z_loss=settings.get("z_loss", 0.0), workspace_mib=1),
+        reduction=settings.get("reduction", "mean"),
+        shift=settings.get("shift", 0),
+        impl=impl,
+        return_lse=False,
+    )
+    native, exact = (plain(tensors, targets, wanted, **settings) for wanted in (dtype, torch.float64))
+    assert_as_accurate_as_torch(pulled(loss, tensors), pulled(*native), pulled(*exact), dtype)
+
+
+@pytest.mark.parametrize("impl", ["cce", "chunked", "reference"])
+def test_all_ignored_and_no_tokens(impl, device):
+    tensors, targets = make_tensors(device)
+    for tokens in (slice(None), slice(0)):
+        hidden = tensors["hidden"].detach()[tokens].requires_grad_()
+        ignored = torch.full_like(targets[tokens], -100)
+        loss = linear_cross_entropy(hidden, tensors["weight"], ignored, label_smoothing=SMOOTHING, impl=impl)
+        assert loss == 0
+        for gradient in torch.autograd.grad(loss, (hidden, tensors["weight"])):
+            assert not gradient.any()
+
+
+def test_ignored_tokens_may_hold_nan(device):
+    """As hidden states of padding do where attention saw nothing."""
+    tensors, targets = make_tensors(device)
+    results = []
+    for value in (0.0, torch.nan):
+        with torch.no_grad():
+            tensors["hidden"][targets == -100] = value
+        loss = linear_cross_entropy(**tensors, targets=targets, label_smoothing=SMOOTHING, impl="chunked")
+        results.append(pulled(loss, tensors))
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean, dirty)
+
+
+def test_uniform_part_is_never_filtered(device):
+    """With a threshold that leaves out whole tiles, the rows of their entries get the uniform part, and it alone."""
+    weight = torch.zeros(512, WIDTH, device=device)
+    weight[:64] = torch.randn(64, WIDTH, device=device) * 3
+    # What is not among the first 64 is never probable.
+    hidden = torch.randn(64, WIDTH, device=device)
+    hidden[:, 0] = 30.0
+    weight[:64, 0], weight[64:, 0] = 1.0, -1.0
+    weight.requires_grad_()
+    targets = torch.randint(0, 64, (64,), device=device)
+    loss = linear_cross_entropy(hidden, weight, targets, label_smoothing=SMOOTHING, impl="cce", filter_eps=0.02)
+    (gradient,) = torch.autograd.grad(loss, weight)
+    uniform = -SMOOTHING / 512 * hidden.mean(0)
+    torch.testing.assert_close(gradient[256:], uniform.expand(256, -1), rtol=1e-5, atol=1e-9)
+
+
+def test_log_sum_exp_is_not_smoothed(device):
+    tensors, targets = make_tensors(device)
+    _, lse = linear_cross_entropy(**tensors, targets=targets, label_smoothing=SMOOTHING, return_lse=True)
+    _, expected = linear_cross_entropy(**tensors, targets=targets, return_lse=True)
+    assert torch.equal(lse, expected)
+    for one, other in zip(pulled(lse, tensors), pulled(expected, tensors), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_second_derivative_of_the_reference():
+    hidden = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([1, -100, 3])
+
+    def loss(hidden, weight):
+        return linear_cross_entropy(hidden, weight, targets, label_smoothing=0.3, impl="reference")
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight))
+    assert torch.autograd.gradgradcheck(loss, (hidden, weight))
+
+
+@pytest.mark.parametrize(
+    ("impl", "frozen"),
+    [("chunked", ()), ("reference", ("weight", "bias")), pytest.param("cce", (), marks=pytest.mark.gpu)],
+)
+def test_one_graph_under_a_compiler(impl, frozen, device):
+    torch._dynamo.reset()
+    tensors, targets = make_tensors(device, frozen=frozen)
+
+    def loss(hidden, weight, bias):
+        return linear_cross_entropy(hidden, weight, targets, bias, label_smoothing=SMOOTHING, impl=impl)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    both = [pulled(function(*tensors.values()), tensors) for function in (compiled, loss)]
+    for graph, eager in zip(*both, strict=True):
+        torch.testing.assert_close(graph, eager, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("shape", [WIDE, HEAVY], ids=["wide", "heavy"])
+def test_memory(shape, trained, dtype):
+    """The bounds of test_memory.py for the implementation without it: no second [V, D], no second [N, D]."""
+    inputs = make_inputs(shape, dtype, torch.device("cpu"))
+    inputs["weight"].requires_grad_(trained)
+    options = Options(workspace_mib=WORKSPACE_MIB, label_smoothing=SMOOTHING)
+
+    def loss():
+        return compute(**inputs, options=options, reduction="mean", shift=0, impl="chunked", return_lse=False)
+
+    held = []
+    forward = usage(lambda: held.append(loss()), torch.device("cpu"), False)
+    backward = usage(lambda: held.pop().backward(), torch.device("cpu"), False)
+    states = shape.tokens * shape.width
+    vectors = shape.vectors() + 16 * shape.width
+    assert forward.kept <= vectors
+    assert forward.peak <= WORKSPACE_MIB * MIB + states * dtype.itemsize + vectors
+    copies = states * (2 * dtype.itemsize + 4)
+    assert backward.peak <= WORKSPACE_MIB * MIB + copies + gradient_bytes(inputs) + vectors
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["cce", "chunked"])
+def test_memory_on_a_card(impl, device):
+    """What smoothing adds to the peak of a backward, whose weight's gradient alone is 512 MiB."""
+    hidden = torch.randn(4096, 2048, device=device, dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(128_256, 2048, device=device) / 30).to(torch.bfloat16).requires_grad_()
+    targets = torch.randint(0, 128_256, (4096,), device=device)
+    peaks = []
+    for smoothing in (0.0, SMOOTHING):
+        for _ in range(2):
+            hidden.grad = weight.grad = None
+            loss = linear_cross_entropy(hidden, weight, targets, label_smoothing=smoothing, impl=impl)
+            used = usage(loss.backward, device, False)
+        peaks.append(used.peak)
+    assert peaks[1] <= peaks[0] + 64 * MIB
+
+
+def test_comes_from_the_component(device):
+    tensors, targets = make_tensors(device)
+    loss = LinearCrossEntropyLoss(label_smoothing=SMOOTHING)(tensors["hidden"], targets, tensors["weight"])
+    expected = linear_cross_entropy(tensors["hidden"], tensors["weight"], targets, label_smoothing=SMOOTHING)
+    assert torch.equal(loss, expected)
+    assert loss != linear_cross_entropy(tensors["hidden"], tensors["weight"], targets)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.1, float("nan"), "auto", True, None])
+def test_must_be_a_share(smoothing):
+    with pytest.raises(ValueError, match=r"^label_smoothing must be a number in \[0, 1\], got"):
+        LinearCrossEntropyLoss(label_smoothing=smoothing)
+
+
+def test_not_with_a_softcap():
+    with pytest.raises(ValueError, match=r"^label_smoothing must be 0 with a softcap, got 0.1 and softcap=30.0"):
+        LinearCrossEntropyLoss(label_smoothing=0.1, softcap=30.0)
+    LinearCrossEntropyLoss(label_smoothing=0.0, softcap=30.0)
