@@ -11,6 +11,7 @@ from torchtune_lce.bench import command as bench
 from torchtune_lce.compare import command as compare
 from torchtune_lce.demo import command as demo
 from torchtune_lce.doctor import command as doctor
+from torchtune_lce.plan import command as plan
 
 DESCRIPTION = """\
 torchtune's command line with the recipes and configs of torchtune-lce, which train without holding the logits.
@@ -25,6 +26,7 @@ examples:
     $ tune-lce demo
     $ tune-lce bench --model llama3_1_8b --data trained --data random
     $ tune-lce compare --config lce/gemma2/2B_lora_single_device --random-weights --demo-data
+    $ tune-lce plan --config lce/llama3_2/1B_lora_single_device --memory 24GiB
     $ tune-lce run lce_lora_finetune_single_device --config lce/llama3_2/1B_lora_single_device
     $ tune-lce run lce_full_finetune_single_device --config mine.yaml loss=torchtune_lce.LinearCrossEntropyLoss
     $ tune-lce cp lce/llama3_2/1B_lora_single_device mine.yaml
@@ -51,6 +53,7 @@ class TuneLCEParser(TuneCLIParser):
         demo.add_parser(subparsers)
         bench.add_parser(subparsers)
         compare.add_parser(subparsers)
+        plan.add_parser(subparsers)
         doctor.add_parser(subparsers)
 
 

@@ -1,18 +1,27 @@
 """Weights for any torchtune model without a checkpoint: its shapes, and numbers that depend on nothing else."""
 
+import inspect
+
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torchtune import config
+from torchtune.config._utils import _get_component_from_path
 from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.modules.peft import get_adapter_params
 
 
+def is_quantised(model_config: DictConfig) -> bool:
+    """Whether its base weights are, by a setting or by the name of the builder, as torchtune's qlora_* have it."""
+    builder = inspect.signature(_get_component_from_path(model_config._component_)).parameters.get("quantize_base")
+    return bool(model_config.get("quantize_base", builder is not None and builder.default))
+
+
 def meta_model(model_config: DictConfig) -> nn.Module:
     """What ``model_config`` builds, unquantised, its parameters of the right shapes and without any memory."""
-    model_config = OmegaConf.create(OmegaConf.to_container(model_config, resolve=True))
-    if "quantize_base" in model_config:
-        model_config.quantize_base = False  # takes seconds a layer; recipes quantise what they load
+    if is_quantised(model_config):
+        # Quantising takes seconds a layer, and recipes quantise what they load.
+        model_config = OmegaConf.merge(model_config, {"quantize_base": False})
     with torch.device("meta"):
         return config.instantiate(model_config)
 

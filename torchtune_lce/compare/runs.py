@@ -1,15 +1,13 @@
 """One fine-tune for each loss: its config, its command, and what it left behind."""
 
 import json
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from torchtune.config._utils import _merge_yaml_and_cli_args
 
-from torchtune_lce import recipe_runs, registry
+from torchtune_lce import config_reading, recipe_runs, registry
 from torchtune_lce.compare.losses import STOCK, LossChoice
 from torchtune_lce.errors import CommandError
 from torchtune_lce.recipe_runs import LOG, Result
@@ -39,23 +37,12 @@ class Outcome:
 
 
 def read_config(name: str, overrides: list[str]) -> DictConfig:
-    """A registered config or a YAML file, with ``key=value`` on top as torchtune's own command line puts them.
-
-    Raises CommandError for a file that is not there, an override that torchtune does not take, or one of a setting
-    that the comparison makes itself.
-    """
-    path = registry.find_config(name) or Path(name)
-    if not path.is_file():
-        raise CommandError(f"--config takes a name that `tune-lce ls` lists or the path of a YAML file, got {name!r}")
+    """See :func:`config_reading.read`; raises CommandError also for a setting that the comparison makes itself."""
     for override in overrides:
         key = override.lstrip("~").partition("=")[0]
         if key.partition(".")[0] in _RESERVED or key in ("loss", "loss._component_", "loss.impl"):
             raise CommandError(f"{key} is set by tune-lce compare: see its --losses, --steps and --output")
-    written = OmegaConf.to_container(OmegaConf.load(path))
-    try:
-        return _merge_yaml_and_cli_args(Namespace(**written), overrides)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+    return config_reading.read(name, overrides)
 
 
 def recipe_for(name: str, config: DictConfig, devices: int | None) -> str:

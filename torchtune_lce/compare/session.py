@@ -8,7 +8,6 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 
 from torchtune_lce import output_folder
 from torchtune_lce.bench import environment
@@ -17,6 +16,7 @@ from torchtune_lce.compare import losses, report, runs
 from torchtune_lce.compare.demo_data import DemoData
 from torchtune_lce.compare.losses import LossChoice
 from torchtune_lce.compare.runs import OK, OUT_OF_MEMORY, Outcome, Run
+from torchtune_lce.config_reading import training_dtype
 from torchtune_lce.errors import CommandError
 from torchtune_lce.model_output import find_decoder
 from torchtune_lce.random_weights import meta_model
@@ -82,13 +82,6 @@ def compare(settings: Settings) -> bool:
     )
     console.print(f"Written: {output / RESULTS}, {output / PICTURE}")
     return all(outcome.status in (OK, OUT_OF_MEMORY) for outcome in outcomes.values())
-
-
-def training_dtype(config: DictConfig) -> torch.dtype:
-    dtype = PRECISION_STR_TO_DTYPE.get(config.get("dtype"))
-    if dtype is None:
-        raise CommandError(f"the config's dtype must be bf16, fp16 or fp32, got {config.get('dtype')}")
-    return dtype
 
 
 def check_vocabulary(config: DictConfig, vocabulary: int) -> None:

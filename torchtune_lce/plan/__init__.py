@@ -1,0 +1,1 @@
+"""``tune-lce plan``: what a fine-tune will allocate, from its config alone."""

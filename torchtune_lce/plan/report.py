@@ -1,0 +1,142 @@
+"""What ``tune-lce plan`` prints."""
+
+import re
+
+import torch
+from omegaconf import DictConfig
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from torchtune_lce import config_reading
+from torchtune_lce.bench.report import show as print_table
+from torchtune_lce.compare import losses
+from torchtune_lce.errors import CommandError
+from torchtune_lce.plan.planning import USABLE, Planner
+
+_USUAL = "stock,stock_compiled,main_compiled,torch_compile,chunked,cce"
+_DEFAULT_SEQUENCE = 2048
+_UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
+
+
+def parse_memory(text: str) -> float:
+    """Bytes of ``80GiB`` and the like; raises CommandError for anything else."""
+    found = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})", text)
+    if not found:
+        raise CommandError(f"--memory takes a number and one of {', '.join(_UNITS)}, as 80GiB; got {text!r}")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def show(
+    name: str, overrides: list[str], named: str | None, memory: str | None, sequence: int | None, devices: int | None
+) -> None:
+    """Prints the plan; raises CommandError for a config or an argument that makes no sense."""
+    config = config_reading.read(name, overrides)
+    choices = losses.parse(named or _USUAL)
+    if any(choice.kind == "auto" for choice in choices):
+        raise CommandError("--losses: auto is not planned, name what it takes: cce on a card, chunked elsewhere")
+    kinds = [choice.name for choice in choices]
+    size = None if memory is None else parse_memory(memory)
+    if size is None and torch.cuda.is_available():
+        size = torch.cuda.get_device_properties(0).total_memory
+    dtype = config_reading.training_dtype(config)
+    sequence, why = _sequence(config, sequence)
+    rows = config.batch_size
+    planner = Planner(config, dtype, devices or 1)
+    most = planner.decoder.max_seq_len
+    if not 1 <= sequence <= most:
+        raise CommandError(f"--sequence-length must be from 1 to {most}, the model's own limit, got {sequence}")
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{name}: {rows} x {sequence} tokens{why}, {config.dtype}{_settings(config, devices)}")
+    print_table(console, _fixed_table(planner, rows, sequence))
+    limit = None if size is None else USABLE * size
+    print_table(console, _loss_table(planner, kinds, rows, sequence, limit))
+    if size is None:
+        console.print("--memory 80GiB says how much of a batch fits such a card.")
+    else:
+        console.print(
+            f"Largest: what fits {USABLE:.0%} of {size / 2**30:.1f} GiB; the rest is CUDA's and fragmentation's."
+        )
+    for caution in _cautions(config, devices):
+        console.print(caution)
+
+
+def _sequence(config: DictConfig, asked: int | None) -> tuple[int, str]:
+    configured = config.tokenizer.get("max_seq_len")
+    if asked is not None:
+        return asked, ""
+    if configured is not None:
+        return configured, " (tokenizer.max_seq_len)"
+    return _DEFAULT_SEQUENCE, f" (the config sets no length: {_DEFAULT_SEQUENCE} assumed)"
+
+
+def _settings(config: DictConfig, devices: int | None) -> str:
+    said = ["", config.optimizer._component_.rpartition(".")[2]]
+    for key, meaning in (
+        ("enable_activation_checkpointing", "activations checkpointed"),
+        ("optimizer_in_bwd", "optimizer in the backward"),
+        ("compile", "compiled"),
+    ):
+        if config.get(key):
+            said.append(meaning)
+    if config.get("gradient_accumulation_steps", 1) > 1:
+        said.append(f"{config.gradient_accumulation_steps} batches a step")
+    if devices:
+        said.append(f"on each of {devices} devices")
+    return ", ".join(said)
+
+
+def _cautions(config: DictConfig, devices: int | None) -> list[str]:
+    """What the figures leave out of this config."""
+    cautions = []
+    if config.get("compile"):
+        cautions.append("compile: True lets the layers keep less: take these figures for an upper bound.")
+    if config.get("enable_activation_offloading"):
+        cautions.append("enable_activation_offloading moves activations to the host; they are counted here.")
+    if config.optimizer._component_.startswith("bitsandbytes.optim.Paged"):
+        cautions.append("A paged optimizer's state may be moved to the host; it is counted here.")
+    if devices or config.get("fsdp_cpu_offload"):
+        cautions.append("FSDP2's figures have not been checked against a measurement; nothing is offloaded in them.")
+    return cautions
+
+
+def _fixed_table(planner: Planner, rows: int, sequence: int) -> Table:
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_header=False)
+    grid.add_column("what", no_wrap=True)
+    grid.add_column("GiB", justify="right", no_wrap=True)
+    activations = planner.activations(rows, sequence)
+    held = len(activations.layers) * activations.layer_input if planner.fixed.checkpoints else sum(activations.layers)
+    for what, value in (
+        ("parameters", planner.fixed.parameters),
+        ("gathered parameters", planner.fixed.gathered),
+        ("gradients of all that is trained", planner.fixed.trained),
+        ("optimizer state", planner.fixed.optimizer),
+        ("activations for the backward", held + activations.outside),
+        ("one layer's, while it is checkpointed", max(activations.layers) if planner.fixed.checkpoints else 0),
+    ):
+        if value:
+            grid.add_row(what, f"{_gib(value)} GiB")
+    return grid
+
+
+def _loss_table(planner: Planner, kinds: list[str], rows: int, sequence: int, limit: float | None) -> Table:
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    grid.add_column("loss", no_wrap=True)
+    headings = ["its own\nGiB", "share of\nthe peak", "peak of the\nstep, GiB"]
+    if limit is not None:
+        headings += [f"largest batch\nof {sequence}", f"longest of\n{rows} rows"]
+    for heading in headings:
+        grid.add_column(heading, justify="right", no_wrap=True)
+    for kind in kinds:
+        step = planner.step(kind, rows, sequence)
+        cells = [_gib(step.loss.peak), f"{step.share:.0%}", _gib(step.peak)]
+        if limit is not None:
+            longest = planner.longest(kind, rows, limit)
+            of_the_model = " (the model's)" if longest + 256 > planner.decoder.max_seq_len else ""
+            cells += [f"{planner.most_rows(kind, sequence, limit):,}", f"{longest:,}{of_the_model}"]
+        grid.add_row(kind, *cells)
+    return grid
+
+
+def _gib(value: float) -> str:
+    return f"{value / 2**30:.2f}"
