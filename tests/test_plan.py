@@ -230,7 +230,7 @@ def test_shards():
 @pytest.mark.parametrize("loss", ["stock", "cce"])
 def test_largest_batch_and_longest_sequence_are_those_that_fit(loss):
     plan = planner(TINY, "model.max_seq_len=16384")
-    memory = 2**30
+    memory = 2**29
     rows = plan.most_rows(loss, 1024, memory)
     assert plan.step(loss, rows, 1024).peak <= memory < plan.step(loss, rows + 1, 1024).peak
     length = plan.longest(loss, 2, memory)
