@@ -266,11 +266,11 @@ def _check_collectives(mesh) -> None:
         result = loss(hidden, problem.targets)
     with CommDebugMode() as backward:
         result.backward()
-    assert _counted(forward) == {"allreduce_": 2}
-    assert _counted(backward) == {"allreduce_": 1}
+    assert counted(forward) == {"allreduce_": 2}
+    assert counted(backward) == {"allreduce_": 1}
 
 
-def _counted(mode: CommDebugMode) -> dict[str, int]:
+def counted(mode: CommDebugMode) -> dict[str, int]:
     return {str(operator).split(".")[-1]: count for operator, count in mode.get_comm_counts().items() if count}
 
 

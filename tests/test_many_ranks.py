@@ -8,6 +8,7 @@ from distributed_processes import spawn
 from sharding_checks import check_sharded
 from tensor_parallel_checks import check_vocabulary_parallel, check_with_fsdp
 from torch.distributed.device_mesh import init_device_mesh
+from torchtune_main_checks import check_context_parallel, check_sequence_parallel, check_sequence_parallel_with_fsdp
 
 FSDP2_RUNS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 
@@ -22,6 +23,9 @@ def check_four_processes(rank: int) -> None:
     if FSDP2_RUNS_ON_CPU:
         check_with_fsdp(square)
         check_sharded(flat, square)
+        check_sequence_parallel_with_fsdp(square)
+        check_context_parallel(flat)
+    check_sequence_parallel(square["tp"])
 
 
 def check_two_cards(rank: int) -> None:
@@ -29,6 +33,8 @@ def check_two_cards(rank: int) -> None:
     mesh = init_device_mesh("cuda", (2,))
     check_vocabulary_parallel(mesh, ("reference", "chunked", "torch_compile", "cce", "cce_exact"))
     check_sharded(mesh, init_device_mesh("cuda", (1, 2), mesh_dim_names=("dp", "shard")))
+    check_sequence_parallel(mesh)
+    check_context_parallel(mesh)
 
 
 def test_four_processes():

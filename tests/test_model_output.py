@@ -14,6 +14,7 @@ from torchtune.models.llama2._component_builders import llama2_classifier
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.model_fusion import DeepFusionModel, EarlyFusionModel, FusionEmbedding
 from torchtune.modules.peft import DoRALinear, LoRALinear, QATLoRALinear
+from torchtune_main import as_on_main
 
 from torchtune_lce import LinearCrossEntropyLoss, skip_output_layer
 
@@ -122,19 +123,8 @@ def test_fusion_models(tokens, targets):
         assert torch.equal(model(tokens), logits)
 
 
-class MainDecoder(TransformerDecoder):
-    """torchtune's decoder with the switch that its main branch has, and the release has not."""
-
-    skip_output_layer = False
-
-    def unembed(self, h):
-        h = self.norm(h)
-        return h if self.skip_output_layer else self.output(h).float()
-
-
 def test_a_decoder_with_its_own_switch(tokens):
-    model = build_model()
-    model.__class__ = MainDecoder
+    model = as_on_main(build_model())
     logits = model(tokens)
     handle = skip_output_layer(model)
     assert model.skip_output_layer is True

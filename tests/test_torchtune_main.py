@@ -1,0 +1,128 @@
+"""torchtune's main branch, where the loss works in stock recipes by its name alone; what needs processes is checked in
+test_many_ranks.py."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+import torchtune.modules.loss
+from omegaconf import OmegaConf
+from tiny_models import VOCABULARY, build_model
+from torch import Tensor, nn
+from torchtune.modules.model_fusion import DeepFusionModel
+from torchtune_main import MainRecipe, SFTLoss, as_on_main
+
+import torchtune_lce
+
+OURS = "torchtune_lce.LinearCrossEntropyLoss"
+
+
+class ModuleInterface(SFTLoss, nn.Module):
+    """As an earlier commit of main had it: a Module itself."""
+
+
+@pytest.fixture
+def with_interface(monkeypatch):
+    """Imports this package's component anew, where torchtune has an interface of main's."""
+
+    def imported(interface: type) -> type:
+        monkeypatch.setattr(torchtune.modules.loss, "SFTLoss", interface, raising=False)
+        for name in ("sft_loss", "loss"):
+            # Put back afterwards, both as a module and as an attribute of the package.
+            monkeypatch.setattr(torchtune_lce, name, getattr(torchtune_lce, name))
+            monkeypatch.delitem(sys.modules, f"torchtune_lce.{name}")
+        return importlib.import_module("torchtune_lce.loss").LinearCrossEntropyLoss
+
+    importlib.import_module("torchtune_lce.loss")
+    return imported
+
+
+def batches(count: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    found = []
+    for _ in range(count):
+        tokens, labels = torch.randint(VOCABULARY, (2, 2, 9), generator=generator)
+        labels[0, :4] = -100
+        found.append((tokens, labels))
+    return found
+
+
+def settings(loss: str, compiled: bool = False):
+    return OmegaConf.create({"loss": {"_component_": loss}, "compile": compiled})
+
+
+@pytest.mark.parametrize("interface", [SFTLoss, ModuleInterface], ids=["interface", "module"])
+def test_mains_interface_is_inherited(with_interface, interface):
+    component = with_interface(interface)
+    loss = component(ignore_index=-7)
+    assert isinstance(loss, interface)
+    assert isinstance(loss, nn.Module)
+    assert loss.ignore_index == -7
+    # Not main's, which compiles all of forward.
+    assert loss.apply_compile_strategy(backend="inductor") is loss
+    assert "forward" not in vars(loss)
+    assert not loss.tp_requires_loss_parallel_ctx_manager
+    plan = {"output": object()}
+    assert loss.patch_tp_plan(plan) is plan
+    loss.tp_enabled = True
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_stock_recipe_by_the_component_alone(with_interface, tied, compiled):
+    """Steps and validation equal those of a loss that takes logits; the checkpoint has the same names."""
+    with_interface(SFTLoss)
+    ours = MainRecipe(SFTLoss, as_on_main(build_model(tied)), settings(OURS, compiled))
+    stock = MainRecipe(SFTLoss, as_on_main(build_model(tied)), settings("torch.nn.CrossEntropyLoss"))
+    assert isinstance(ours.loss, SFTLoss)
+    assert ours.model.skip_output_layer
+    assert not stock.model.skip_output_layer
+    expected = stock.train(batches(2))
+    assert len(set(expected)) == 2
+    assert ours.train(batches(2)) == pytest.approx(expected, rel=1.5e-6)
+    assert ours.validate(batches(3)) == pytest.approx(stock.validate(batches(3)), rel=1.5e-6)
+    assert ours.train(batches(4)) == pytest.approx(stock.train(batches(4)), rel=1.5e-6)
+    assert list(ours.model.state_dict()) == list(stock.model.state_dict())
+    assert not ours.loss.state_dict()
+
+
+class MainFusionModel(DeepFusionModel):
+    """Main gives it the decoder's output, and its switch."""
+
+    @property
+    def output(self):
+        return self.decoder.output
+
+    @property
+    def skip_output_layer(self) -> bool:
+        return self.decoder.skip_output_layer
+
+    @skip_output_layer.setter
+    def skip_output_layer(self, skip: bool) -> None:
+        self.decoder.skip_output_layer = skip
+
+
+def test_fusion_models_of_main(with_interface):
+    [(tokens, labels)] = batches(1)
+    model = MainFusionModel(as_on_main(build_model(tied=False)), nn.Identity(), decoder_trainable=True)
+    logits = model(tokens)
+    loss = with_interface(SFTLoss)()
+    loss.set_model_output(model)
+    assert model.skip_output_layer
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(loss(model(tokens), labels), expected)
+    loss.release()
+    assert torch.equal(model(tokens), logits)
+
+
+def test_a_batch_without_labels_trains_on(with_interface):
+    """Main's own loss returns a constant there, whose backward raises."""
+    [(tokens, labels)] = batches(1)
+    model = as_on_main(build_model())
+    loss = with_interface(SFTLoss)()
+    loss.set_model_output(model)
+    value = loss(model(tokens), torch.full_like(labels, -100))
+    value.backward()
+    assert value == 0
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
