@@ -1,4 +1,4 @@
-"""Log-sum-exp and target logit of every token from one accumulator, and which softmax entries matter to the gradients.
+"""Log-sum-exp and target logit of every token from the same products, and which softmax entries the gradients need.
 
 The vocabulary is walked in phases of growing width. A phase's kernel leaves one log-sum-exp a token and vocabulary
 tile; :func:`_merge_kernel` folds them, in order, into the running one. What matters is decided against the running
@@ -55,10 +55,8 @@ def _tile_statistics(
     token_mask,
     entry_tile,
     bias,
-    labels,
     running,
     statistics,
-    target_logit,
     words,
     words_stride,
     tokens_stride,
@@ -73,7 +71,7 @@ def _tile_statistics(
     ROW_BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """Stores one tile's log-sum-exp, its target logits and, with RECORD, its activity bits and what they leave out."""
+    """Stores one tile's log-sum-exp and, with RECORD, its activity bits and the log-sum-exp of what they leave out."""
     entries = entry_tile * ENTRIES + tl.arange(0, ENTRIES)
     if HAS_BIAS:
         logits += tl.load(bias + entries, mask=entries < entries_total, other=0.0).to(tl.float32)[None, :]
@@ -81,12 +79,6 @@ def _tile_statistics(
         logits = softcapped(logits, softcap)
     if RAGGED:
         logits = tl.where((entries < entries_total)[None, :], logits, float("-inf"))
-
-    label = tl.load(labels + tokens, mask=token_mask, other=-1).to(tl.int32)
-    own = (label >= entry_tile * ENTRIES) & (label < (entry_tile + 1) * ENTRIES)
-    if tl.max(own.to(tl.int32), 0) > 0:
-        target = tl.sum(tl.where(label[:, None] == entries[None, :], logits, 0.0), 1)
-        tl.store(target_logit + tokens, target, mask=own)
 
     peak = tl.max(logits, 1)
     # A row of -inf alone must not become -inf - -inf.
@@ -106,21 +98,61 @@ def _tile_statistics(
         tl.store(words + tl.arange(0, WORDS), tl.reduce(tl.sum(bits, 1), 0, bitwise_or))
         dropped = tl.sum(tl.where(below, powers, 0.0), 1)
         tl.store(statistics + tokens_stride + tokens, peak + tl.log(dropped), mask=token_mask)
-    # Last, because Triton 3.6 cannot flatten a loop whose body ends in a branch.
     tl.store(statistics + tokens, peak + tl.log(total), mask=token_mask)
 
 
 @triton.jit
-def _target_kernel(words, labels, count, words_stride, ROW_BLOCK: tl.constexpr, ENTRIES: tl.constexpr):
-    """Marks each target active in its row block, whatever its softmax: its gradient has the - 1 of the one-hot."""
-    row_block = tl.program_id(0)
-    tokens = row_block * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+def _target_kernel(
+    hidden,
+    weight,
+    bias,
+    labels,
+    count,
+    target_logit,
+    words,
+    features,
+    hidden_stride,
+    weight_stride,
+    words_stride,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    RECORD: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Target logits: the diagonal of hidden times the targets' weight rows, in the steps over D of the other kernels.
+
+    So it is the logit that went into the log-sum-exp. Looking for it in every tile there cost a quarter of the forward.
+    With RECORD marks each target active in its row block whatever its softmax: its gradient has the - 1 of the one-hot.
+    """
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     mask = tokens < tl.load(count)
     label = tl.load(labels + tokens, mask=mask, other=0)
-    WORDS: tl.constexpr = ENTRIES // WORD_BITS
-    word = label // ENTRIES * WORDS + label % WORDS
-    bit = (label % ENTRIES // WORDS).to(tl.int32)
-    tl.atomic_or(words + row_block.to(tl.int64) * words_stride + word, 1 << bit, mask=mask)
+    depth = tl.arange(0, BLOCK_D)
+    hidden_rows = hidden + tokens.to(tl.int64)[:, None] * hidden_stride
+    weight_rows = weight + label.to(tl.int64)[None, :] * weight_stride
+    logits = tl.zeros((TOKENS, TOKENS), tl.float32)
+    for start in range(0, features, BLOCK_D):
+        d = start + depth
+        a = tl.load(hidden_rows + d[None, :], mask=mask[:, None] & (d < features)[None, :], other=0.0)
+        b = tl.load(weight_rows + d[:, None], mask=mask[None, :] & (d < features)[:, None], other=0.0)
+        logits = tl.dot(a, b, logits, input_precision=PRECISION)
+    own = tl.arange(0, TOKENS)[:, None] == tl.arange(0, TOKENS)[None, :]
+    target = tl.sum(tl.where(own, logits, 0.0), 1)
+    if HAS_BIAS:
+        target += tl.load(bias + label, mask=mask, other=0.0).to(tl.float32)
+    if HAS_SOFTCAP:
+        target = softcapped(target, softcap)
+    tl.store(target_logit + tokens, target, mask=mask)
+    if RECORD:
+        WORDS: tl.constexpr = ENTRIES // WORD_BITS
+        word = label // ENTRIES * WORDS + label % WORDS
+        bit = (label % ENTRIES // WORDS).to(tl.int32)
+        tl.atomic_or(words + (tokens // ROW_BLOCK).to(tl.int64) * words_stride + word, 1 << bit, mask=mask)
 
 
 @triton.jit
@@ -128,11 +160,9 @@ def _pointer_kernel(
     hidden,
     weight,
     bias,
-    labels,
     count,
     running,
     statistics,
-    target_logit,
     words,
     entries_total,
     features,
@@ -179,10 +209,8 @@ def _pointer_kernel(
             token_mask,
             entry_tile,
             bias,
-            labels,
             running,
             statistics + column.to(tl.int64) * tokens_stride * (2 if RECORD else 1),
-            target_logit,
             words,
             words_stride,
             tokens_stride,
@@ -204,11 +232,9 @@ def _descriptor_kernel(
     hidden,
     weight,
     bias,
-    labels,
     count,
     running,
     statistics,
-    target_logit,
     words,
     entries_total,
     features,
@@ -251,10 +277,8 @@ def _descriptor_kernel(
             tokens < tokens_total,
             entry_tile,
             bias,
-            labels,
             running,
             statistics + column.to(tl.int64) * tokens_stride * (2 if RECORD else 1),
-            target_logit,
             words,
             words_stride,
             tokens_stride,
@@ -333,11 +357,9 @@ def lse_and_target_logit(
             hidden_operand,
             weight_operand,
             bias,
-            labels,
             count,
             running,
             statistics,
-            target_logit,
             activity.words if activity else None,
             vocabulary,
             features,
@@ -364,15 +386,32 @@ def lse_and_target_logit(
         _merge_kernel[(triton.cdiv(running.numel(), 64),)](
             statistics, running, count, tokens, running.numel(), width, TILES=16, BLOCK=64
         )
+    # After the phases, which write whole words.
+    _target_kernel[(triton.cdiv(tokens, config.target_tokens),)](
+        hidden,
+        weight,
+        bias,
+        labels,
+        count,
+        target_logit,
+        activity.words if activity else None,
+        features,
+        hidden.stride(0),
+        weight.stride(0),
+        activity.words.stride(0) if activity else 0,
+        softcap or 1.0,
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=softcap is not None,
+        RECORD=activity is not None,
+        ROW_BLOCK=config.row_block,
+        ENTRIES=config.forward_entries,
+        TOKENS=config.target_tokens,
+        BLOCK_D=config.block_d,
+        PRECISION=config.precision,
+        num_warps=4,
+        num_stages=config.forward_stages,
+    )
     if activity:
-        _target_kernel[(triton.cdiv(tokens, config.row_block),)](
-            activity.words,
-            labels,
-            count,
-            activity.words.stride(0),
-            ROW_BLOCK=config.row_block,
-            ENTRIES=config.forward_entries,
-        )
         _mark_flat_row_blocks(activity, running, count, config.row_block)
     # A sum that the target is nearly alone in may round to just below it, and a loss is never negative.
     return torch.maximum(running[0], target_logit), target_logit

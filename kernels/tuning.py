@@ -13,13 +13,15 @@ class Config:
 
     ``row_block`` tokens by ``entry_tile`` entries is the unit that the backward keeps or drops. The forward computes
     ``row_block`` x ``forward_entries`` logits a step, the backward's gradients ``features`` columns of D a step.
-    ``block_d`` and ``block_k`` are depths of the products over D and over tokens or entries.
+    ``target_tokens`` target logits are computed at once. ``block_d`` and ``block_k`` are depths of the products over D
+    and over tokens or entries.
     """
 
     row_block: int
     entry_tile: int
     forward_entries: int
     features: int
+    target_tokens: int
     block_d: int
     block_k: int
     group: int
@@ -47,7 +49,7 @@ def has_tma(capability: tuple[int, int]) -> bool:
 
 def config_for(device: torch.device, dtype: torch.dtype) -> Config:
     if device.type == "cpu":
-        return Config(32, 32, 64, 32, 32, 32, 2, 4, 1, 1, tma=False, precision="ieee")
+        return Config(32, 32, 64, 32, 32, 32, 32, 2, 4, 1, 1, tma=False, precision="ieee")
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
     return _cuda_config(torch.cuda.get_device_capability(device), dtype, precision)
 
@@ -56,13 +58,13 @@ def config_for(device: torch.device, dtype: torch.dtype) -> Config:
 def _cuda_config(capability: tuple[int, int], dtype: torch.dtype, precision: str) -> Config:
     tma = has_tma(capability)
     if dtype == torch.float32:
-        return Config(128, 128, 128, 128, 32, 32, 8, 8, 2, 2, tma=tma, precision=precision)
+        return Config(128, 128, 128, 128, 64, 32, 32, 8, 8, 2, 2, tma=tma, precision=precision)
     if capability == (8, 9) or capability >= (12, 0):
         # 100 KiB of shared memory a program.
-        return Config(128, 128, 128, 128, 32, 32, 8, 8, 3, 3, tma=False, precision="ieee")
+        return Config(128, 128, 128, 128, 64, 32, 32, 8, 8, 3, 3, tma=False, precision="ieee")
     if capability < (9, 0):
-        return Config(128, 128, 256, 256, 32, 32, 8, 8, 3, 3, tma=False, precision="ieee")
-    return Config(128, 128, 256, 256, 64, 64, 8, 8, 3, 3, tma=tma, precision="ieee")
+        return Config(128, 128, 256, 256, 64, 32, 32, 8, 8, 3, 3, tma=False, precision="ieee")
+    return Config(128, 128, 256, 256, 64, 64, 64, 8, 8, 3, 3, tma=tma, precision="ieee")
 
 
 def programs(device: torch.device) -> int:
