@@ -166,16 +166,19 @@ def test_log_sum_exp_is_not_smoothed(device):
         assert torch.equal(one, other)
 
 
-def test_second_derivative_of_the_reference():
+def test_second_derivatives():
     hidden = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([1, -100, 3])
 
-    def loss(hidden, weight):
-        return linear_cross_entropy(hidden, weight, targets, label_smoothing=0.3, impl="reference")
+    def loss(hidden, weight, impl="reference"):
+        return linear_cross_entropy(hidden, weight, targets, label_smoothing=0.3, impl=impl)
 
     assert torch.autograd.gradcheck(loss, (hidden, weight))
     assert torch.autograd.gradgradcheck(loss, (hidden, weight))
+    (gradient,) = torch.autograd.grad(loss(hidden, weight, "chunked"), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.square().sum().backward()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from torchtune_lce.functional import linear_cross_entropy, linear_token_logprobs
+from torchtune_lce.functional import linear_cross_entropy, linear_token_logprobs, linear_token_statistics
 
 if TYPE_CHECKING:
     from torchtune_lce.distillation import LinearForwardKLLoss, LinearReverseKLLoss, LinearSymmetricKLLoss
@@ -18,6 +18,7 @@ __all__ = [
     "LinearSymmetricKLLoss",
     "linear_cross_entropy",
     "linear_token_logprobs",
+    "linear_token_statistics",
     "skip_output_layer",
 ]
 

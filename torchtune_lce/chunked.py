@@ -47,7 +47,7 @@ def _in_its_own_dtypes(kernel):
 @torch.library.impl("torchtune_lce::chunked", "default")
 @_in_its_own_dtypes
 def _forward(hidden, weight, bias, targets, ignore_index, softcap, workspace_mib):
-    rows, kept, labels, chunk = _in_use(hidden, weight, targets, ignore_index, workspace_mib)
+    rows, kept, labels, chunk = in_use(hidden, weight, targets, ignore_index, workspace_mib)
     row_lse = hidden.new_full(rows.shape, -torch.inf, dtype=accumulation_dtype(hidden.dtype))
     target_logit = torch.zeros_like(row_lse)
     for start in range(0, weight.shape[0], chunk):
@@ -92,7 +92,7 @@ def _backward(
     need_bias,
 ):
     """Gradients, empty where not needed."""
-    rows, kept, labels, chunk = _in_use(hidden, weight, targets, ignore_index, workspace_mib)
+    rows, kept, labels, chunk = in_use(hidden, weight, targets, ignore_index, workspace_mib)
     row_lse = lse[rows]
     d_nll = torch.zeros_like(row_lse) if d_nll is None else d_nll[rows]
     d_softmax = d_nll if d_lse is None else d_nll + d_lse[rows]
@@ -156,7 +156,7 @@ torch.library.register_autograd("torchtune_lce::chunked", _differentiate, setup_
 torch.library.register_autograd("torchtune_lce::chunked_backward", _refuse_second_derivative)
 
 
-def _in_use(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, workspace_mib: int):
+def in_use(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, workspace_mib: int):
     """Tokens that are not ignored, their hidden states and labels, and the entries of a chunk for so many."""
     rows = (targets != ignore_index).nonzero().squeeze(-1)
     kept = hidden if rows.numel() == targets.numel() else hidden[rows]
@@ -164,7 +164,7 @@ def _in_use(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, 
     return rows, kept, targets[rows].long(), chunk
 
 
-def _chunk_logits(hidden, weight, bias, start, chunk, softcap):
+def chunk_logits(hidden, weight, bias, start, chunk, softcap):
     """Logits of entries [start, start + chunk) and, with a softcap, the tanh that they are made of."""
     part = slice(start, start + chunk)
     logits = torch.mm(hidden, weight[part].T).to(accumulation_dtype(hidden.dtype))
@@ -178,7 +178,7 @@ def _chunk_logits(hidden, weight, bias, start, chunk, softcap):
 
 def _chunk_statistics(hidden, weight, bias, labels, start, chunk, softcap):
     """Log-sum-exp over the chunk, and the target's logit where the target lies in it, 0 elsewhere."""
-    logits = _chunk_logits(hidden, weight, bias, start, chunk, softcap)[0]
+    logits = chunk_logits(hidden, weight, bias, start, chunk, softcap)[0]
     inside = (labels >= start) & (labels < start + chunk)
     column = (labels - start).clamp(0, logits.shape[1] - 1)
     return logits.logsumexp(-1), logits.gather(-1, column[:, None]).squeeze(-1).where(inside, 0)
@@ -186,7 +186,7 @@ def _chunk_statistics(hidden, weight, bias, labels, start, chunk, softcap):
 
 def _chunk_gradient(hidden, weight, bias, labels, lse, d_nll, d_softmax, start, chunk, softcap):
     """Gradient by the chunk's logits, before the softcap, in the accumulation dtype."""
-    logits, tanh = _chunk_logits(hidden, weight, bias, start, chunk, softcap)
+    logits, tanh = chunk_logits(hidden, weight, bias, start, chunk, softcap)
     d_logits = logits.sub_(lse[:, None]).exp_().mul_(d_softmax[:, None])
     inside = ((labels >= start) & (labels < start + chunk)).nonzero().squeeze(-1)
     # Subtracted before rounding to the input dtype: p - 1 is small where the model is confident.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from torchtune_lce import chunked_divergence
+from torchtune_lce import chunked_divergence, validation
 from torchtune_lce.reference import accumulation_dtype
 from torchtune_lce.validation import HIDDEN_DTYPES, TARGET_DTYPES
 
@@ -84,13 +84,18 @@ def divergence(
     _check_head(student)
     _check_head(teacher)
     _check_labels(student, teacher, labels)
+    validation.check_ignore_index(ignore_index, labels)
     if student.weight.shape[0] != teacher.weight.shape[0]:
         raise ValueError(
             "student and teacher must have the same vocabulary, got output projections "
             f"{list(student.weight.shape)} and {list(teacher.weight.shape)}"
         )
     student, teacher = student.flat(), teacher.without_gradient().flat()
-    compute = _reference if impl == "reference" else chunked_divergence.total
+    if impl == "reference":
+        compute = _reference
+    else:
+        compute = chunked_divergence.total
+        validation.check_no_tangents("chunked", student.hidden, student.weight, student.bias)
     total, count = compute(student, teacher, labels.reshape(-1), shares, ignore_index, workspace_mib)
     return total / count.clamp(min=1) if normalize else total
 

@@ -1,6 +1,6 @@
 """The public function: validate, pick the implementation, shift and reduce."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from torchtune_lce import implementations, validation
 from torchtune_lce.label_smoothing import smoothed
 from torchtune_lce.options import Options
+from torchtune_lce.token_statistics import token_statistics
 
 if TYPE_CHECKING:
     from torchtune_lce.tensor_parallel import VocabularyShard
@@ -92,6 +93,48 @@ def linear_token_logprobs(
     )
 
 
+class TokenStatistics(NamedTuple):
+    """What :func:`linear_token_statistics` returns, each in the shape of ``targets``."""
+
+    entropy: Tensor  # float32 (float64 for float64 inputs), nats, 0 where ignored or shifted off
+    correct: Tensor  # bool: the target is the most likely entry; False where ignored or shifted off
+
+
+@torch.no_grad()
+def linear_token_statistics(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [...]
+    bias: Tensor | None = None,  # [V]
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    shift: int = 0,
+    workspace_mib: int = 128,
+) -> TokenStatistics:
+    """Entropy of each token's prediction, and whether its target is the most likely entry: figures, without gradient.
+
+    The accuracy is ``correct.sum() / (targets != ignore_index).sum()``. Of several equally likely entries the first
+    counts. Computes the logits once more, chunk by chunk in at most ``workspace_mib``, whatever the loss computed: as
+    many operations as a plain forward, so ask for it every so many steps. Arguments and errors as in
+    :func:`linear_cross_entropy`; a target out of range on a GPU is not correct.
+    """
+    options = Options(ignore_index=ignore_index, softcap=softcap, workspace_mib=workspace_mib)
+    validation.check_options(options)
+    validation.check_shift(shift)
+    validation.check_plain(hidden, weight, targets, bias)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    validation.check_tensors(hidden, weight, targets, bias)
+    validation.check_ignore_index(ignore_index, targets)
+    if shift:
+        targets = _align(targets, shift, ignore_index)
+    labels = targets.reshape(-1)
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        validation.check_range(labels, weight.shape[0], ignore_index)
+    statistics = token_statistics(hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels, options)
+    return TokenStatistics(*(_restore(values, targets.shape, shift) for values in statistics))
+
+
 def compute(
     hidden: Tensor,
     weight: Tensor,
@@ -122,7 +165,8 @@ def compute(
     vocabulary = weight.shape[0]
     if shard is not None:
         token_losses, vocabulary = shard.token_losses(token_losses), shard.vocabulary
-    elif options.label_smoothing:
+    elif options.label_smoothing and name not in implementations.MADE_OF_TORCH:
+        # Those have the logits, and smooth with them.
         token_losses = smoothed(token_losses)
 
     if shift:

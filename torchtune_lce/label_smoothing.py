@@ -1,4 +1,4 @@
-"""Label smoothing on top of any implementation, from a number more for each token: the mean of its logits.
+"""Label smoothing on top of an implementation that holds no logits, from their mean for each token.
 
 With smoothing e the target's one-hot becomes (1 - e) one-hot + e / V (Szegedy et al. 2016, arXiv 1512.00567, section 7;
 ``label_smoothing`` of ``torch.nn.functional.cross_entropy``), and the loss of a token
@@ -7,13 +7,14 @@ With smoothing e the target's one-hot becomes (1 - e) one-hot + e / V (Szegedy e
 
 So the uniform part is exact, whatever an implementation leaves out of its gradients, and costs O(N D + V D). Its
 gradient adds one and the same row to every row of the weight's gradient: in place, to the gradient that the
-implementation has just made, as autograd itself does not promise to.
+implementation has just made, which autograd itself does not promise.
 """
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from torchtune_lce.implementations import TokenLosses
 from torchtune_lce.options import Options
@@ -48,11 +49,11 @@ class _WithLogitSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor, workspace: int):
         wide = accumulation_dtype(hidden.dtype)
-        row = _sum_of_rows(weight, workspace)
+        row = sum(part.sum(0, dtype=wide) for (part,) in _pieces(workspace, weight))
         sums = torch.cat([_used(*piece).to(wide) @ row for piece in _pieces(workspace, hidden, valid)])
         if bias is not None:
             sums = sums + bias.sum(dtype=wide)
-        ctx.save_for_backward(hidden, weight, valid, row)
+        ctx.save_for_backward(hidden, valid, row)
         ctx.workspace = workspace
         # A gradient for what is frozen would be computed for nothing, and be as large as a trained one's.
         ctx.set_materialize_grads(False)
@@ -62,13 +63,11 @@ class _WithLogitSums(torch.autograd.Function):
         return *outputs, sums.where(valid, 0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_hidden: Tensor | None, d_weight: Tensor | None, d_bias: Tensor | None, d_sums: Tensor | None):
         """The implementation's gradients, those of the sums added in place."""
         if d_sums is not None:
-            hidden, weight, valid, row = ctx.saved_tensors
-            if torch.is_grad_enabled():
-                # For a second derivative, which the reference has: this one's graph must know where the row came from.
-                row = _sum_of_rows(weight, ctx.workspace)
+            hidden, valid, row = ctx.saved_tensors
             d_sums = d_sums.where(valid, 0)
             need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
             if need_hidden:
@@ -84,17 +83,10 @@ class _WithLogitSums(torch.autograd.Function):
         return d_hidden, d_weight, d_bias, None, None
 
 
-def _sum_of_rows(weight: Tensor, workspace: int) -> Tensor:
-    """[D], in the accumulation dtype."""
-    wide = accumulation_dtype(weight.dtype)
-    return sum(part.sum(0, dtype=wide) for (part,) in _pieces(workspace, weight))
-
-
 def _pieces(workspace: int, matrix: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Rows of all of them at a time: CPUs widen copies of what they add, here three at most, within the workspace."""
     rows = max(workspace // (3 * 4 * matrix.shape[1]), 1)
-    # One without rows is a piece too. Not torch.split, whose parts may not be changed in place where a second
-    # derivative is asked for.
+    # One without rows is a piece too.
     for start in range(0, max(matrix.shape[0], 1), rows):
         yield tuple(tensor[start : start + rows] for tensor in (matrix, *others))
 

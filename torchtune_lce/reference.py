@@ -26,4 +26,7 @@ def token_losses(
     valid = targets != options.ignore_index
     lse = logits.logsumexp(-1)
     target_logit = logits.gather(-1, targets.where(valid, 0).long().unsqueeze(-1)).squeeze(-1)
-    return (lse - target_logit).where(valid, 0), lse.where(valid, 0)
+    nll = lse - target_logit
+    if options.label_smoothing:
+        nll = (1 - options.label_smoothing) * nll + options.label_smoothing * (lse - logits.mean(-1))
+    return nll.where(valid, 0), lse.where(valid, 0)

@@ -51,7 +51,7 @@ class VocabularyShard:
                 hidden = _SumGradients.apply(hidden, group)
             if options.label_smoothing:
                 hidden, weight, bias, sums = with_logit_sums(hidden, weight, bias, valid, options)
-            nll, lse = local(hidden, weight, bias, place, replace(options, ignore_index=-1))
+            nll, lse = local(hidden, weight, bias, place, replace(options, ignore_index=-1, label_smoothing=0.0))
             nll, lse = _Merge.apply(nll, lse, valid, owned, group)
             if options.label_smoothing:
                 nll = smooth(nll, lse, _Sum.apply(sums, group) / self.vocabulary, options)
