@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torchtune.training import get_shard_conditions, scale_grads, shard_model
+from vision_models import TOKENS_PER_TILE, build_deep_fusion, images
 
 from torchtune_lce import LinearCrossEntropyLoss
 
@@ -34,6 +35,8 @@ def check_sharded(flat: DeviceMesh, hybrid: DeviceMesh) -> None:
             _check_recipe_scaling(f"hybrid, tied {tied}, own group {own_group}", tied, hybrid, own_group)
         _check_recipe_scaling(f"flat, tied {tied}", tied, flat, [])
         _check_recipe_scaling(f"offloaded, tied {tied}", tied, flat, [], cpu_offload=True)
+    for own_group in ([], ["decoder.tok_embeddings"]):
+        _check_fusion(flat, own_group)
     _check_collectives(flat)
     _check_evaluation_leaves_parameters_sharded(flat)
 
@@ -84,6 +87,31 @@ def _check_recipe_scaling(
     for (name, parameter), expected in zip(model.named_parameters(), single.parameters(), strict=True):
         assert isinstance(parameter, DTensor), f"{case}: {name} was left unsharded"
         error = relative_error(parameter.grad.full_tensor().to(device), expected.grad)
+        assert error < 1e-6, f"{case}, {name}: relative error {error}"
+
+
+def _check_fusion(mesh: DeviceMesh, own_group: list[str]) -> None:
+    """Llama 3.2 Vision, whose head lies in a decoder that is no shard group; every rank has the same batch."""
+    case, device = f"fusion, own group {own_group}", mesh.device_type
+    tokens, targets = _batch(0, 0, device)
+    # Special tokens of images, which embed and are never predicted.
+    tokens[0, :8] = VOCABULARY + torch.arange(8)
+    inputs = {
+        "encoder_input": {name: value.to(device) for name, value in images(len(tokens)).items()},
+        "encoder_mask": torch.ones(*tokens.shape, TOKENS_PER_TILE, dtype=torch.bool, device=device),
+    }
+    loss = LinearCrossEntropyLoss(impl="chunked")
+    single = build_deep_fusion(decoder_trainable=True).to(device)
+    loss.set_model_output(single)
+    loss(single(tokens, **inputs), targets).backward()
+    model = build_deep_fusion(decoder_trainable=True).to(device)
+    conditions = [partial(get_shard_conditions, names_to_match=own_group)]
+    shard_model(model, conditions, cpu_offload=False, reshard_after_forward=True, dp_mesh=mesh)
+    loss.set_model_output(model)
+    loss(model(tokens, **inputs), targets).backward()
+    for (name, parameter), expected in zip(model.named_parameters(), single.parameters(), strict=True):
+        assert expected.grad.any(), f"{case}: {name} has no gradient"
+        error = relative_error(parameter.grad.full_tensor(), expected.grad)
         assert error < 1e-6, f"{case}, {name}: relative error {error}"
 
 
