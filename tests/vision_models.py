@@ -1,5 +1,6 @@
 """Llama 3.2 Vision's builders at a size that trains in milliseconds, on machines without torchvision too."""
 
+import copy
 import importlib.util
 import sys
 from types import ModuleType
@@ -8,6 +9,7 @@ from unittest import mock
 import torch
 from tiny_models import VOCABULARY
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from torchtune.modules.model_fusion import DeepFusionModel, EarlyFusionModel
 
 EMBED_DIM = 32
@@ -66,8 +68,12 @@ def import_vision_models() -> ModuleType:
     return models
 
 
-def build_deep_fusion(lora: bool = False, decoder_trainable: bool = False) -> DeepFusionModel:
-    """Encoder, cross-attention and decoder as torchtune's 11B has them; its gates are opened, or images say nothing."""
+def build_deep_fusion(lora: bool = False, decoder_trainable: bool = False, **adapters) -> DeepFusionModel:
+    """Encoder, cross-attention and decoder as torchtune's 11B has them; its gates are opened, or images say nothing.
+
+    ``adapters``: what a recipe wants to read of them in its config; they are as in ADAPTERS.
+    """
+    assert adapters.keys() <= {*ADAPTERS, "apply_lora_to_mlp"}
     torch.manual_seed(0)
     models = import_vision_models()
     if lora:
@@ -99,6 +105,35 @@ def images(count: int) -> dict[str, Tensor]:
         "images": torch.randn(count, 1, 1, 3, TILE, TILE, generator=generator),
         "aspect_ratio": torch.ones(count, 1, 2, dtype=torch.int64),
     }
+
+
+class CaptionedImages(Dataset):
+    """What a recipe's data set gives after its transform: tokens, labels, and an image of one tile with its mask."""
+
+    def __init__(self, tokenizer, packed: bool = False):
+        generator = torch.Generator().manual_seed(2)
+        self._samples = []
+        for index in range(12):
+            tokens, labels = torch.randint(VOCABULARY, (2, 8 + index % 3), generator=generator)
+            tokens[0] = VOCABULARY  # the image's
+            labels[:3] = -100
+            sample = {
+                "tokens": tokens.tolist(),
+                "labels": labels.tolist(),
+                "encoder_input": {
+                    "images": [torch.randn(1, 3, TILE, TILE, generator=generator)],
+                    "aspect_ratio": [torch.tensor([1, 1])],
+                },
+                "encoder_mask": [torch.ones(len(tokens), TOKENS_PER_TILE, dtype=torch.bool)],
+            }
+            self._samples.append(sample)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> dict:
+        # The recipe takes its samples apart.
+        return copy.deepcopy(self._samples[index])
 
 
 def _open(model: nn.Module) -> None:
