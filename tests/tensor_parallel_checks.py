@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torchao.quantization.qat.linear import Int8DynActInt4WeightQATLinear
 from torchtune.models.llama3 import base_llama_tp_plan
 from torchtune.training import get_shard_conditions, prepare_mha_for_tp, shard_model
 
@@ -290,6 +291,12 @@ def _check_refusals(mesh) -> None:
     loss = LinearCrossEntropyLoss()
     loss.set_model_output(model)
     with pytest.raises(ValueError, match=f"rows for each of {ranks} tensor parallel ranks, got {ranks - 1}"):
+        loss(problem.hidden, torch.zeros_like(problem.targets))
+    model = build_model(tied=False)
+    model.output = Int8DynActInt4WeightQATLinear(EMBED_DIM, VOCABULARY, groupsize=32)
+    parallelize_module(model, mesh, OUTPUT_PLAN)
+    loss.set_model_output(model)
+    with pytest.raises(TypeError, match="a .*QATLinear under tensor parallelism, .* set tensor_parallel_dim: 1"):
         loss(problem.hidden, torch.zeros_like(problem.targets))
     loss, _ = _bound(mesh, problem)
     with pytest.raises(TypeError, match="outputs must be sharded or replicated, got a DTensor of unsummed parts"):
