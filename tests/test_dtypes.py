@@ -12,7 +12,7 @@ from torchtune_lce import linear_cross_entropy
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 EACH = ["reference", "chunked", pytest.param("cce", marks=needs_triton)]
-TOKENS, VOCABULARY, WIDTH = 33, 90, 16
+TOKENS, VOCABULARY, WIDTH = 20, 40, 16
 
 
 def make_inputs(device, dtype=torch.float32):
@@ -82,7 +82,7 @@ class Trained(nn.Module):
         self.output = nn.Linear(WIDTH, VOCABULARY)
         self.to(device)
 
-    def steps(self, impl, device, scale, count=6) -> tuple[list[float], list[float]]:
+    def steps(self, impl, device, scale, count=4) -> tuple[list[float], list[float]]:
         """Losses, and the scaler's scale after each step."""
         states, _, targets = (x.detach() for x in make_inputs(device))
         optimizer = torch.optim.SGD(self.parameters(), lr=0.5)

@@ -1,0 +1,150 @@
+"""Whatever a call is made of, its numbers are right or there is a sign: cases drawn by Hypothesis, bounded for CI."""
+
+import importlib.util
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from property_cases import INPUTS, Call, bounded, calls, tried
+from tolerance import allowances, assert_as_accurate_as_torch, plain_torch
+
+from torchtune_lce import chunked, linear_cross_entropy
+from torchtune_lce.implementations import CCE_PRESETS
+
+# cce alone for its presets, which share its code; in the interpreter a case takes longer than a hundred others.
+KERNELS = pytest.param(
+    "cce",
+    marks=pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+)
+IN_TORCH = pytest.mark.parametrize("impl", ["chunked", "reference"])
+IN_TRITON = pytest.mark.parametrize("impl", [KERNELS])
+
+
+def results(call: Call, **changed) -> dict[str, torch.Tensor]:
+    """Loss, log-sum-exp and every gradient, in pieces of ``call.chunk`` entries where `chunked` runs."""
+    tensors = {name: x if x is None else x.detach().requires_grad_(x.requires_grad) for name, x in call.tensors.items()}
+    tensors |= changed
+    with mock.patch.object(chunked, "entries_per_chunk", lambda tokens, vocabulary, *_: min(vocabulary, call.chunk)):
+        loss, lse = linear_cross_entropy(
+            **tensors, **vars(call.settings), impl=call.impl, filter_eps=call.filter_eps, return_lse=True
+        )
+        made = {"loss": loss, "lse": lse}
+        pulled = [(made[name], x.to(made[name].dtype)) for name, x in vars(call.upstream).items() if x is not None]
+        pulled = [(result, upstream) for result, upstream in pulled if result.requires_grad]
+        if pulled:
+            torch.autograd.backward(*map(list, zip(*pulled, strict=True)))
+    for name in INPUTS:
+        if tensors[name] is not None and tensors[name].requires_grad:
+            made[name] = tensors[name].grad
+    return {name: result.detach() for name, result in made.items()}
+
+
+def bounds(call: Call, exact) -> dict[str, torch.Tensor]:
+    preset = CCE_PRESETS.get(call.impl)
+    eps = torch.finfo(call.dtype).eps / 32 if call.filter_eps == "auto" else call.filter_eps
+    filtered = tuple(name for name in ("hidden", "weight") if preset and getattr(preset, name))
+    # The kernels keep their logits in float32; F.linear and torch.mm round them.
+    logits_dtype = torch.promote_types(call.dtype, torch.float32) if preset else call.dtype
+    return allowances(
+        exact,
+        call.tensors["weight"],
+        call.tensors["bias"],
+        call.settings,
+        call.dtype,
+        logits_dtype,
+        eps if preset else None,
+        filtered,
+    )
+
+
+def check_numbers(data, impl, device):
+    """Loss, log-sum-exp and gradients, against plain PyTorch in float64; and no argument is written to."""
+    call = data.draw(calls(impl, device))
+    tried[f"{impl}: loss, log-sum-exp and gradients against float64"] += 1
+    before = {name: x.detach().clone() for name, x in call.tensors.items() if x is not None}
+    actual = results(call)
+    reference = {"settings": call.settings, "upstream": call.upstream}
+    exact, native = (plain_torch(**call.tensors, **reference, dtype=dtype) for dtype in (torch.float64, call.dtype))
+    allowed = bounds(call, exact)
+    for name, result in actual.items():
+        assert_as_accurate_as_torch(name, result, native.results[name], exact.results[name], allowed[name])
+    for name, value in before.items():
+        assert torch.equal(value, call.tensors[name]), f"{name} was written to"
+
+
+@IN_TORCH
+@given(data=st.data())
+@bounded(120)
+def test_numbers(data, impl, device):
+    check_numbers(data, impl, device)
+
+
+@IN_TRITON
+@given(data=st.data())
+@bounded(25)
+def test_numbers_of_kernels(data, impl, device):
+    check_numbers(data, impl, device)
+
+
+@IN_TORCH
+@given(data=st.data())
+@bounded(30)
+def test_targets_outside(data, impl, device):
+    """One or more anywhere that a hidden state predicts: an error that says so, and nothing computed."""
+    call = data.draw(calls(impl, device))
+    vocabulary, shift = call.tensors["weight"].shape[0], call.settings.shift
+    near = st.integers(vocabulary, vocabulary + 1) | st.integers(-2, -1)
+    outside = data.draw(near | st.integers(-(2**31), 2**31 - 1))
+    targets = call.tensors["targets"].clone()
+    predicted = targets[..., shift:] if shift else targets
+    if not predicted.numel() or 0 <= outside < vocabulary or outside == call.settings.ignore_index:
+        return
+    tried[f"{impl}: targets outside the vocabulary"] += 1
+    places = torch.randperm(predicted.numel(), device=device)[: data.draw(st.integers(1, 3))]
+    predicted.copy_(predicted.flatten().index_fill(0, places, outside).view(predicted.shape))
+    if targets.device.type == "cpu":
+        with pytest.raises(ValueError, match=rf"^targets must be .* got {len(places)} outside, the first {outside}"):
+            results(call, targets=targets)
+    else:
+        assert results(call, targets=targets)["loss"].isnan().any()
+
+
+def check_not_finite(data, impl, device):
+    """A loss is finite where float64 says so and only there; a token that is not spoils no other's, not by a bit."""
+    call = data.draw(calls(impl, device))
+    name = data.draw(st.sampled_from([name for name in INPUTS if call.tensors[name] is not None]))
+    value = data.draw(st.sampled_from((torch.nan, torch.inf, -torch.inf)))
+    clean = call.tensors[name].detach().contiguous()
+    if not clean.numel():
+        return
+    tried[f"{impl}: NaN and infinities in the inputs"] += 1
+    spoilt = clean.clone()
+    spoilt.view(-1)[data.draw(st.integers(0, clean.numel() - 1))] = value
+    actual = results(call, **{name: spoilt.requires_grad_(call.tensors[name].requires_grad)})
+    exact, exact_clean = (
+        plain_torch(
+            **(call.tensors | {name: x}), settings=call.settings, upstream=call.upstream, dtype=torch.float64
+        ).results
+        for x in (spoilt, clean)
+    )
+    for result in ("loss", "lse"):
+        assert torch.equal(actual[result].isfinite(), exact[result].isfinite()), result
+    if name == "hidden":
+        others = exact["lse"] == exact_clean["lse"]
+        assert torch.equal(actual["lse"][others], results(call, **{name: clean})["lse"][others])
+
+
+@IN_TORCH
+@given(data=st.data())
+@bounded(60)
+def test_not_finite(data, impl, device):
+    check_not_finite(data, impl, device)
+
+
+@IN_TRITON
+@given(data=st.data())
+@bounded(15)
+def test_not_finite_in_kernels(data, impl, device):
+    check_not_finite(data, impl, device)
