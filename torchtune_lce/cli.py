@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torchtune._cli.tune import TuneCLIParser
 
 from torchtune_lce import registry
+from torchtune_lce.accuracy import command as accuracy
 from torchtune_lce.bench import command as bench
 from torchtune_lce.compare import command as compare
 from torchtune_lce.demo import command as demo
@@ -54,6 +55,7 @@ class TuneLCEParser(TuneCLIParser):
         bench.add_parser(subparsers)
         compare.add_parser(subparsers)
         plan.add_parser(subparsers)
+        accuracy.add_parser(subparsers)
         doctor.add_parser(subparsers)
 
 

@@ -94,12 +94,12 @@ def gradients(loss: Loss, batch: Batch, frozen_weight: bool) -> tuple[Tensor, tu
 
 
 def errors(value: Tensor, grads: tuple[Tensor, ...], right: Exact) -> Errors:
-    d_weight = _relative(grads[1], right.d_weight) if len(grads) > 1 else None
+    d_weight = relative_error(grads[1], right.d_weight) if len(grads) > 1 else None
     loss = abs(value.item() - right.loss) / max(abs(right.loss), 1e-6)
-    return Errors(loss, _relative(grads[0], right.d_hidden), d_weight)
+    return Errors(loss, relative_error(grads[0], right.d_hidden), d_weight)
 
 
-def _relative(actual: Tensor, right: Tensor) -> float:
+def relative_error(actual: Tensor, right: Tensor) -> float:
     """||actual - right|| / ||right||, by slices, since a weight's gradient in float64 is large."""
     squares = torch.zeros(2, dtype=torch.float64, device=right.device)
     for a, r in zip(actual.split(8192), right.split(8192), strict=True):

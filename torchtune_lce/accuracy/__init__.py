@@ -1,0 +1,1 @@
+"""``tune-lce accuracy``: how far every implementation is from float64, beside PyTorch's own distance."""

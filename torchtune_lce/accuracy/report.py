@@ -1,0 +1,83 @@
+"""What ``tune-lce accuracy`` prints and leaves behind: a Markdown table and a picture."""
+
+import math
+from pathlib import Path
+
+from torchtune_lce.accuracy.measure import QUANTITIES, Row
+
+_HEADINGS = {"loss": "losses", "hidden": "gradient of hidden", "weight": "gradient of weight"}
+_LEAST = 1e-17  # has a place on a logarithmic axis
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Markdown: a cell that is larger than allowed says so."""
+    lines = [f"| data | dtype | implementation | {' | '.join(_HEADINGS.values())} |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = [_cell(row, quantity) for quantity in QUANTITIES]
+        lines.append(f"| {row.data} | {row.dtype} | {row.name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(row: Row, quantity: str) -> str:
+    error = row.errors[quantity]
+    if row.allowed is None or error <= row.allowed[quantity]:
+        return f"{error:.1e}"
+    return f"**{error:.1e}**, allowed {row.allowed[quantity]:.1e}"
+
+
+def document(rows: list[Row], about: list[str], left_out: dict[str, str], verdict: str) -> str:
+    lines = ["# Accuracy", "", *about, ""]
+    lines += [
+        "Relative errors against float64, ||actual - exact|| / ||exact||, over all tokens. PyTorch: F.linear and "
+        "F.cross_entropy in that dtype, logits rounded to it. Allowed is twice PyTorch's error and four roundings; "
+        "where gradients are filtered, also twice what leaving out every entry below the threshold costs.",
+        "",
+        *table(rows),
+        "",
+    ]
+    lines += [f"Not run: {name}, which {why}" for name, why in left_out.items()]
+    return "\n".join([*lines, "", verdict, ""])
+
+
+def draw(rows: list[Row], title: str, path: Path) -> None:
+    """Errors by kind of rows, a panel for each quantity and dtype, PyTorch's own as a line, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+    kinds = list(dict.fromkeys(row.data for row in rows))
+    names = list(dict.fromkeys(row.name for row in rows))
+    # Without pyplot: no display is touched and no global state stays behind.
+    figure = Figure(figsize=(13, 1 + 3 * len(dtypes)), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=8, x=0.01, ha="left")
+    grid = figure.subplots(len(dtypes), len(QUANTITIES), squeeze=False)
+    for dtype, axes in zip(dtypes, grid, strict=True):
+        for quantity, axis in zip(QUANTITIES, axes, strict=True):
+            for index, name in enumerate(names):
+                _draw_one(axis, [row for row in rows if (row.dtype, row.name) == (dtype, name)], kinds, quantity, index)
+            axis.set_yscale("log")
+            axis.set_xticks(range(len(kinds)), kinds)
+            axis.set_xlim(-0.5, len(kinds) - 0.5)
+            axis.set_title(f"{_HEADINGS[quantity]}, {dtype}", fontsize=9, loc="left")
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+    grid[0, 0].set_ylabel("relative error")
+    handles, labels = grid[-1, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right center")
+    figure.savefig(path)
+
+
+def _draw_one(axis, rows: list[Row], kinds: list[str], quantity: str, index: int) -> None:
+    """One implementation: a dash for PyTorch, else a dot beside those of the others."""
+    values = {row.data: row.errors[quantity] for row in rows}
+    if not values:
+        return
+    name = rows[0].name
+    places = [kinds.index(kind) for kind in values]
+    heights = [max(value, _LEAST) if math.isfinite(value) else math.nan for value in values.values()]
+    if rows[0].allowed is None:
+        axis.scatter(places, heights, marker="_", s=2500, linewidth=2, color=f"C{index}", label=name, zorder=1)
+    else:
+        shifted = [place - 0.2 + 0.05 * index for place in places]
+        axis.scatter(shifted, heights, s=22, color=f"C{index}", label=name, zorder=2)
