@@ -48,8 +48,8 @@ def test_the_kernels_tell_what_they_kept(assets, tmp_path, device):
     torch.manual_seed(0)
     weight = (torch.randn(300, 32) * 2).requires_grad_()
     expected = []
-    for _ in range(2):  # two batches of one step
-        hidden = torch.randn(40, 32, requires_grad=True)
+    for scale in (0.1, 3.0):  # two batches of one step, one of them sure of itself
+        hidden = (scale * torch.randn(40, 32)).requires_grad_()
         targets = torch.randint(300, (40,))
         with filtering.recording() as records:
             LinearCrossEntropyLoss(impl="cce", filter_eps=0.02)(hidden, targets, weight).backward()
@@ -60,6 +60,7 @@ def test_the_kernels_tell_what_they_kept(assets, tmp_path, device):
     assert step == 7
     assert logged.keys() == {"loss", "impl_is_cce"} | KEYS
     kept, tiles = sum(record.tiles for record in expected).tolist()
+    assert expected[0].kept_fraction != expected[1].kept_fraction
     assert logged["kept_fraction"] == kept / tiles
     assert logged["largest_dropped_mass"] == max(record.largest_dropped_mass for record in expected)
     assert logged["largest_dropped_mass"] > 0
