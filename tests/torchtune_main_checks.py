@@ -23,8 +23,8 @@ from torchtune_lce import LinearCrossEntropyLoss
 
 IGNORED = -100
 LENGTH = 16
-# A few roundings of float32, through two layers.
-ROUNDING = 4e-6
+# A few roundings of float32, through two layers. On cards attention sums in blocks.
+ROUNDING = 2e-5 if torch.cuda.is_available() else 4e-6
 
 
 def check_sequence_parallel(mesh: DeviceMesh) -> None:

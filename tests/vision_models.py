@@ -62,7 +62,7 @@ def import_vision_models() -> ModuleType:
     absent[transforms].InterpolationMode = None
     with mock.patch.dict(sys.modules, absent):
         models = importlib.import_module("torchtune.models.llama3_2_vision")
-        imported = {name: module for name, module in sys.modules.items() if name.startswith("torchtune.")}
+        imported = {name: module for name, module in sys.modules.items() if name not in absent}
     # patch.dict forgets what was imported meanwhile.
     sys.modules.update(imported)
     return models
