@@ -1,0 +1,185 @@
+"""The kernels under NVIDIA's compute-sanitizer: `python tests/sanitizer.py` on a machine with a card.
+
+memcheck looks for reads and writes out of bounds, initcheck for reads of memory that nothing wrote, racecheck for
+hazards in shared memory. Each runs the same small calls twice, with descriptor and with pointer loads in the forward.
+Before, a kernel with a fault of each of the first two kinds must be found out, or the verdict would mean nothing.
+The last line is the verdict, and the exit status is 0 only for `clean`.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+TOOLS = ("memcheck", "initcheck", "racecheck")
+PATHS = ("descriptor", "pointer")
+# Faults made on purpose, by the tool that must see them.
+CONTROLS = {"memcheck": "past the end", "initcheck": "never written"}
+LOGS = Path(tempfile.gettempdir()) / "torchtune-lce-sanitizer"
+ROOT = Path(__file__).parent.parent
+SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a tool said of a process."""
+
+    errors: int | None  # None where it never came to a summary
+    returncode: int
+    log: Path
+
+    @property
+    def clean(self) -> bool:
+        return self.errors == 0 and self.returncode == 0
+
+    def __str__(self) -> str:
+        if self.errors is None or (self.returncode and not self.errors):
+            return f"did not run to its end (status {self.returncode}), see {self.log}"
+        return "clean" if self.clean else f"{self.errors} errors, see {self.log}"
+
+
+def errors_in(output: str) -> int | None:
+    """The number in compute-sanitizer's summary; the largest, since it counts again what it did not print."""
+    found = SUMMARY.findall(output)
+    return max(map(int, found)) if found else None
+
+
+def run_calls(path: str) -> None:
+    """Small calls that meet every flag of the kernels, each checked against plain PyTorch."""
+    import torch
+    import torch.nn.functional as F
+
+    from torchtune_lce.functional import compute
+    from torchtune_lce.kernels import tuning
+    from torchtune_lce.options import Options
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if path == "pointer":
+        tuning.has_tma = lambda capability: False
+        tuning._cuda_config.cache_clear()
+    dtypes = (torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float16,)
+    # Ragged in all three, several row blocks and strips; and one of everything.
+    for tokens, vocabulary, width in ((300, 1500, 136), (1, 1, 16)):
+        for dtype in dtypes:
+            for options in (
+                {"bias": False, "softcap": None, "impl": "cce", "lse": False, "workspace_mib": 128},
+                {"bias": True, "softcap": 10.0, "impl": "cce", "lse": True, "workspace_mib": 1},
+                {"bias": True, "softcap": None, "impl": "cce_exact", "lse": True, "workspace_mib": 1},
+            ):
+                torch.manual_seed(0)
+                hidden = torch.randn(tokens, width, dtype=dtype, device=device)
+                weight = torch.randn(vocabulary, width, dtype=dtype, device=device) / 2
+                bias = torch.randn(vocabulary, dtype=dtype, device=device) if options["bias"] else None
+                targets = torch.randint(0, vocabulary, (tokens,), device=device)
+                # A block of confident tokens, so that tiles are dropped; some tokens ignored.
+                hidden[: tokens // 2] = weight[targets[: tokens // 2]] * 3
+                targets[1::4] = -100
+                leaves = [x.requires_grad_() for x in (hidden, weight, bias) if x is not None]
+                loss, lse = compute(
+                    hidden,
+                    weight,
+                    targets,
+                    bias,
+                    options=Options(softcap=options["softcap"], workspace_mib=options["workspace_mib"]),
+                    reduction="sum",
+                    shift=0,
+                    impl=options["impl"],
+                    return_lse=True,
+                )
+                gradients = torch.autograd.grad(loss + lse.sum() if options["lse"] else loss, leaves)
+                logits = F.linear(hidden.double(), weight.double(), None if bias is None else bias.double())
+                if options["softcap"]:
+                    logits = options["softcap"] * torch.tanh(logits / options["softcap"])
+                exact = F.cross_entropy(logits, targets, reduction="sum")
+                if not torch.allclose(loss.double(), exact, rtol=1e-3, atol=1e-3):
+                    raise AssertionError(f"the loss is {loss.item()}, not {exact.item()}: {options}, {dtype}")
+                if not all(gradient.isfinite().all() for gradient in gradients):
+                    raise AssertionError(f"a gradient is not finite: {options}, {dtype}")
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def run_control(fault: str) -> None:
+    """A kernel with a fault."""
+    import torch
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def add_one(source, target, offset, BLOCK: tl.constexpr):
+        place = tl.arange(0, BLOCK)
+        tl.store(target + offset + place, tl.load(source + place) + 1)
+
+    source = torch.empty(1024, device="cuda")
+    if fault == "past the end":
+        source.zero_()
+    target = torch.zeros(1024, device="cuda")
+    add_one[(1,)](source, target, 1024 * 1024 if fault == "past the end" else 0, BLOCK=1024)
+    torch.cuda.synchronize()
+
+
+def find_sanitizer() -> str:
+    homes = [os.environ.get("CUDA_HOME", "/usr/local/cuda")]
+    folders = [os.environ.get("PATH", ""), *(f"{home}/{sub}" for home in homes for sub in ("bin", "compute-sanitizer"))]
+    found = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
+    if found is None:
+        raise SystemExit("compute-sanitizer was not found: install the CUDA toolkit, or set CUDA_HOME to where it is")
+    return found
+
+
+def examine(tool: str, arguments: list[str], log: Path, timeout: int) -> Finding:
+    """One process under one tool. Every allocation of its own, or torch's cache would hide where they end."""
+    command = [find_sanitizer(), "--tool", tool, "--target-processes", "application-only", "--error-exitcode", "99"]
+    command += ["--print-limit", "20", sys.executable, __file__, *arguments]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
+    with log.open("w") as output:
+        try:
+            status = subprocess.run(
+                command, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=timeout
+            ).returncode
+        except subprocess.TimeoutExpired:
+            status = 124
+    return Finding(errors_in(log.read_text(errors="replace")), status, log)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
+    parser.add_argument("--logs", type=Path, default=LOGS, help="folder for what the tools print")
+    parser.add_argument("--timeout", type=int, default=500, help="seconds for each process")
+    parser.add_argument("--calls", choices=PATHS, help="only make the calls, without a tool")
+    parser.add_argument("--control", choices=list(CONTROLS.values()), help="only make this fault, without a tool")
+    arguments = parser.parse_args()
+    if arguments.calls:
+        run_calls(arguments.calls)
+        return 0
+    if arguments.control:
+        run_control(arguments.control)
+        return 0
+    arguments.logs.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for path in PATHS:
+        # Compiled here, so that the tools watch the kernels alone; and the calls must be right without them.
+        subprocess.run([sys.executable, __file__, "--calls", path], check=True, env=environment)
+    well = True
+    for tool in arguments.tools:
+        if tool in CONTROLS:
+            log = arguments.logs / f"{tool}-control.log"
+            found = examine(tool, ["--control", CONTROLS[tool]], log, arguments.timeout)
+            print(f"{tool}, a fault on purpose: {'found' if found.errors else f'NOT FOUND, see {log}'}", flush=True)
+            well &= bool(found.errors)
+        for path in PATHS:
+            found = examine(tool, ["--calls", path], arguments.logs / f"{tool}-{path}.log", arguments.timeout)
+            print(f"{tool}, {path} loads: {found}", flush=True)
+            well &= found.clean
+    print("clean" if well else "NOT clean")
+    return 0 if well else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
