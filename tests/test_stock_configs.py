@@ -1,6 +1,7 @@
 """Every config of torchtune that trains with cross-entropy takes the loss, and the loss sees the head that it has."""
 
 import re
+from argparse import Namespace
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from stock_configs import (
     FOLDER,
+    OVERRIDE,
     PAGE,
     STOCK_LOSS,
     Head,
@@ -25,6 +27,7 @@ from stock_configs import (
 from torch import Tensor, nn
 from torchtune import config
 from torchtune._recipe_registry import get_all_recipes
+from torchtune.config._utils import _merge_yaml_and_cli_args
 
 from torchtune_lce import LinearCrossEntropyLoss
 
@@ -133,6 +136,14 @@ def test_the_loss_takes_it(subject, bound):
         # Llama 3.2 Vision's decoder is frozen unless asked for.
         frozen = "vision" in subject.config and not cfg.model.get("decoder_trainable", False)
         assert head.trained == ("nothing" if frozen else "whole")
+
+
+def test_a_setting_of_the_loss_before_is_left_out_with_a_tilde():
+    had = Namespace(loss={"_component_": STOCK_LOSS, "num_output_chunks": 16})
+    with pytest.raises(TypeError, match="num_output_chunks"):
+        config.instantiate(_merge_yaml_and_cli_args(had, [OVERRIDE]).loss)
+    cfg = _merge_yaml_and_cli_args(had, [OVERRIDE, "~loss.num_output_chunks"])
+    assert type(config.instantiate(cfg.loss)) is LinearCrossEntropyLoss
 
 
 @pytest.mark.skipif(version("torchtune") != "0.6.1", reason="the page tells about the release")
