@@ -17,6 +17,7 @@ from torchtune_lce.kernels.backward import run_backward
 from torchtune_lce.kernels.descriptors import has_blocks
 from torchtune_lce.kernels.forward import Activity, lse_and_target_logit
 from torchtune_lce.kernels.plan import make_plan
+from torchtune_lce.kernels.tail import tail_direction
 from torchtune_lce.kernels.tuning import Config, config_for
 from torchtune_lce.options import Options
 
@@ -177,6 +178,9 @@ def _backward(
             config,
         )
         tiles[0], tiles[1] = plan.first_id[-1], plan.ids.numel()
+        tail = None
+        if d_hidden is not None and not plan.is_dense and filter_hidden:
+            tail = tail_direction(plan, hidden, weight, bias, rows[piece], used, row_lse[piece], softcap, config)
         in_order = None
         if copies:
             # Past the end a token in use: whatever stands in ignored ones is not to be multiplied.
@@ -193,6 +197,7 @@ def _backward(
             row_lse[piece],
             d_nll[piece],
             d_lse if d_lse is None else d_lse[piece],
+            tail,
             softcap,
             strip_tiles,
             d_hidden,
@@ -330,7 +335,8 @@ def _division(
     copies = has_blocks(config, hidden, weight) and left - copy >= workspace // 4
     if copies:
         left -= copy
-    tile_bytes = config.row_block * config.entry_tile * hidden.element_size()
+    # A tile's logit gradients, and the softmax mass of its tokens.
+    tile_bytes = config.row_block * (config.entry_tile * hidden.element_size() + 4)
     return min(max(left // tile_bytes, 2 * row_blocks), (columns + 1) * row_blocks), copies
 
 
