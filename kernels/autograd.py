@@ -17,7 +17,7 @@ from torchtune_lce.kernels.backward import run_backward
 from torchtune_lce.kernels.descriptors import has_blocks
 from torchtune_lce.kernels.forward import Activity, lse_and_target_logit
 from torchtune_lce.kernels.plan import make_plan
-from torchtune_lce.kernels.tail import tail_direction
+from torchtune_lce.kernels.tail import tail_bytes, tail_direction
 from torchtune_lce.kernels.tuning import Config, config_for
 from torchtune_lce.options import Options
 
@@ -322,7 +322,8 @@ def _division(
 ) -> tuple[int, bool]:
     """Tiles of a strip, and whether hidden states are copied in the order of their places, within the workspace.
 
-    Beside these the workspace holds the plan's lists and the sums of the gradient of hidden over strips.
+    Beside these the workspace holds the plan's lists, the sums of the gradient of hidden over strips, and those that the
+    tail's mean is made of.
     """
     vocabulary, features = weight.shape
     row_blocks = triton.cdiv(tokens, config.row_block)
@@ -330,7 +331,7 @@ def _division(
     workspace = workspace_mib * 2**20
     left = workspace - 24 * vocabulary - 48 * columns * row_blocks
     if need_hidden:
-        left -= tokens * _sum_bytes(hidden)
+        left -= tokens * _sum_bytes(hidden) + tail_bytes(hidden)
     copy = tokens * features * hidden.element_size()
     copies = has_blocks(config, hidden, weight) and left - copy >= workspace // 4
     if copies:

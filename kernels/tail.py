@@ -88,6 +88,15 @@ def _tail_kernel(
     tl.store(masses + program, mass)
 
 
+def tail_bytes(hidden: Tensor) -> int:
+    """What :func:`tail_direction` allocates, at most."""
+    return 4 * _programs(hidden) * (hidden.shape[1] + 1)
+
+
+def _programs(hidden: Tensor) -> int:
+    return 2 * programs(hidden.device)
+
+
 def tail_direction(
     plan: Plan,
     hidden: Tensor,  # [N, D]
@@ -104,7 +113,7 @@ def tail_direction(
     With a softcap each row is weighted by the cap's derivative too.
     """
     columns, row_blocks = plan.kept.shape
-    grid = min(programs(hidden.device) * 2, columns)
+    grid = min(_programs(hidden), columns)
     sums = hidden.new_zeros((grid, hidden.shape[1]), dtype=torch.float32)
     masses = hidden.new_empty(grid, dtype=torch.float32)
     _tail_kernel[(grid,)](
