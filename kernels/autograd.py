@@ -322,8 +322,8 @@ def _division(
 ) -> tuple[int, bool]:
     """Tiles of a strip, and whether hidden states are copied in the order of their places, within the workspace.
 
-    Beside these the workspace holds the plan's lists, the sums of the gradient of hidden over strips, and those that the
-    tail's mean is made of.
+    Beside these the workspace holds the plan's lists, the sums of the gradient of hidden over strips, and those of the
+    tail's mean.
     """
     vocabulary, features = weight.shape
     row_blocks = triton.cdiv(tokens, config.row_block)
