@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tiny_distillation import build_teacher
+from tiny_models import VOCABULARY, build_model
 from torchtune._cli.tune import TuneCLIParser
 from torchtune.config._utils import _get_component_from_path
 
@@ -129,6 +131,10 @@ def test_python_runs(snippet, device):
         "hidden": torch.randn(6, 16, device=device, requires_grad=True),
         "weight": torch.randn(40, 16, device=device, requires_grad=True),
         "targets": torch.randint(40, (6,), device=device),
+        "student": build_model(),
+        "teacher": build_teacher(),
+        "tokens": torch.randint(VOCABULARY, (2, 9)),
+        "labels": torch.randint(VOCABULARY, (2, 9)),
     }
     exec(compile(snippet.text, snippet.page, "exec"), names)
 
