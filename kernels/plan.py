@@ -32,7 +32,6 @@ class Plan:
     """Ids of kept tiles run down one column of row blocks after the other, so a strip of columns is a range of ids."""
 
     entries: Tensor  # int32 [columns * entry_tile]: the vocabulary in order, V where past its end
-    kept: Tensor  # int32 [columns, row blocks]: 1 where a tile counts in the gradient of hidden
     ids: Tensor  # int32 [columns * row blocks]: id of each kept tile, at column * row blocks + row block
     first_id: Tensor  # int32 [columns + 1]: id of each column's first kept tile
     pairs: Tensor  # int32 [2, columns * row blocks]: places of two tiles of a row block and strip, -1 for no second
@@ -190,7 +189,6 @@ def make_plan(
     within = for_weight.cumsum(1, dtype=torch.int32)
     return Plan(
         entries=entries,
-        kept=for_hidden,
         ids=ids,
         first_id=first_id,
         pairs=pairs,

@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from torchtune_lce import linear_cross_entropy
+from torchtune_lce.divergence import Head, Shares, divergence
+from torchtune_lce.options import Options
+from torchtune_lce.token_statistics import token_statistics
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 EACH = ["reference", "chunked", pytest.param("cce", marks=needs_triton)]
@@ -70,6 +73,33 @@ def test_autocast_switched_off_inside(impl, device):
     expected = linear_cross_entropy(hidden, weight, targets, impl=impl)
     with torch.autocast(device.type, torch.bfloat16), torch.autocast(device.type, enabled=False):
         assert torch.equal(linear_cross_entropy(hidden, weight, targets, impl=impl), expected)
+
+
+@pytest.mark.parametrize("what", ["smoothed", "divergence", "entropy"])
+def test_autocast_leaves_sums_alone(what):
+    """What is made of inputs that have the autocast dtype already is the same inside, sums in float32 and all."""
+    hidden, weight, targets = make_inputs(torch.device("cpu"), torch.bfloat16)
+    # A mean logit far from 0, which a sum in bfloat16 would round to a few values.
+    hidden, weight = (x.detach().add(1).requires_grad_() for x in (hidden, weight))
+
+    def compute() -> torch.Tensor:
+        if what == "smoothed":
+            return linear_cross_entropy(hidden, weight, targets, label_smoothing=0.2, impl="chunked")
+        if what == "entropy":
+            return token_statistics(hidden, weight, None, targets, Options())[0].sum()
+        student, teacher = Head("student", hidden, weight), Head("teacher", hidden.flip(0), weight.flip(1))
+        settings = {"ignore_index": -100, "workspace_mib": 8, "impl": "chunked", "normalize": True}
+        return divergence(student, teacher, targets, Shares(0.5, 0.5), **settings)
+
+    def results() -> list[torch.Tensor]:
+        result = compute()
+        return [result, *(torch.autograd.grad(result, (hidden, weight)) if result.requires_grad else ())]
+
+    outside = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = results()
+    for actual, wanted in zip(inside, outside, strict=True):
+        assert torch.equal(actual, wanted)
 
 
 class Trained(nn.Module):

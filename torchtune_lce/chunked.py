@@ -5,11 +5,10 @@ again, so neither direction ever holds more than one [N, chunk] block of them. B
 tokens are in use decides their shapes, which a compiler cannot know.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
+from torchtune_lce.autocast import without_autocast
 from torchtune_lce.options import Options
 from torchtune_lce.reference import accumulation_dtype
 
@@ -29,23 +28,8 @@ torch.library.define(
 )
 
 
-def _in_its_own_dtypes(kernel):
-    """The kernel without autocast, which would round products of float32 inputs: the backward may be called inside it
-    where the forward was not, and its logits must be the forward's."""
-
-    @functools.wraps(kernel)
-    def run(*arguments):
-        device = next(x for x in arguments if isinstance(x, Tensor)).device.type
-        if not torch.amp.is_autocast_available(device):
-            return kernel(*arguments)
-        with torch.autocast(device, enabled=False):
-            return kernel(*arguments)
-
-    return run
-
-
 @torch.library.impl("torchtune_lce::chunked", "default")
-@_in_its_own_dtypes
+@without_autocast
 def _forward(hidden, weight, bias, targets, ignore_index, softcap, workspace_mib):
     rows, kept, labels, chunk = in_use(hidden, weight, targets, ignore_index, workspace_mib)
     row_lse = hidden.new_full(rows.shape, -torch.inf, dtype=accumulation_dtype(hidden.dtype))
@@ -75,7 +59,7 @@ torch.library.define(
 
 
 @torch.library.impl("torchtune_lce::chunked_backward", "default")
-@_in_its_own_dtypes
+@without_autocast
 def _backward(
     d_nll,
     d_lse,

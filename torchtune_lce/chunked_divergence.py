@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchtune_lce.autocast import without_autocast
 from torchtune_lce.reference import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def total(student: "Head", teacher: "Head", labels: Tensor, shares: "Shares", ig
 
 
 @torch.library.impl("torchtune_lce::chunked_divergence", "default")
+@without_autocast
 def _forward(
     student_hidden,  # [N, D]
     student_weight,  # [V, D]
@@ -255,6 +257,7 @@ torch.library.define(
 
 
 @torch.library.impl("torchtune_lce::chunked_divergence_backward", "default")
+@without_autocast
 def _backward(d_total, count, d_hidden, d_weight, d_bias, workspace_mib):
     """What the forward found times the upstream gradient; new tensors, since a graph may be kept and run again."""
     by_token, by_mean = d_total.reshape(1), (d_total * count).reshape(1)

@@ -193,7 +193,8 @@ def compute(
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast, what F.linear would do to its inputs."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # Autocast knows no meta device; asked which ones it knows, older compilers break their graph.
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     # float64 stays as it is, in F.linear too.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from torchtune_lce.autocast import without_autocast
 from torchtune_lce.implementations import TokenLosses
 from torchtune_lce.options import Options
 from torchtune_lce.reference import accumulation_dtype
@@ -47,6 +48,7 @@ def with_logit_sums(hidden: Tensor, weight: Tensor, bias: Tensor | None, valid: 
 
 class _WithLogitSums(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor, workspace: int):
         wide = accumulation_dtype(hidden.dtype)
         row = sum(part.sum(0, dtype=wide) for (part,) in _pieces(workspace, weight))
@@ -64,6 +66,7 @@ class _WithLogitSums(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, d_hidden: Tensor | None, d_weight: Tensor | None, d_bias: Tensor | None, d_sums: Tensor | None):
         """The implementation's gradients, those of the sums added in place."""
         if d_sums is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchtune_lce import chunked
+from torchtune_lce.autocast import without_autocast
 from torchtune_lce.options import Options
 from torchtune_lce.reference import accumulation_dtype
 
@@ -20,6 +21,7 @@ torch.library.define(
 
 
 @torch.library.impl("torchtune_lce::token_statistics", "default")
+@without_autocast
 def _forward(hidden, weight, bias, targets, ignore_index, softcap, workspace_mib):
     rows, kept, labels, chunk = chunked.in_use(hidden, weight, targets, ignore_index, workspace_mib)
     largest = hidden.new_full(rows.shape, -torch.inf, dtype=accumulation_dtype(hidden.dtype))

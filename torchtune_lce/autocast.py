@@ -1,0 +1,25 @@
+"""Autocast is for the caller's own products: code that has chosen its dtypes runs without it."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def without_autocast(function: Callable) -> Callable:
+    """The function with autocast off for the device of its first tensor.
+
+    Autocast would round float32 sums to its own dtype, or one of two that belong together; and where a backward is
+    called inside it and the forward was not, the logits that it computes again would not be the forward's.
+    """
+
+    @functools.wraps(function)
+    def run(*arguments):
+        device = next(x for x in arguments if isinstance(x, Tensor)).device.type
+        if not torch.amp.is_autocast_available(device):
+            return function(*arguments)
+        with torch.autocast(device, enabled=False):
+            return function(*arguments)
+
+    return run
