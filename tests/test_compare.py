@@ -157,6 +157,8 @@ def test_random_weights_fit_the_recipes_model():
     assert not unexpected
     assert missing
     assert all("lora" in name for name in missing)
+    other = RandomWeights(model, seed=1).load_checkpoint()["model"]
+    assert not torch.equal(other["tok_embeddings.weight"], state["tok_embeddings.weight"])
     again = random_state_dict(OmegaConf.create(model), torch.bfloat16)
     assert all(torch.equal(again[name], state[name]) for name in state)
     # Gemma's scales are offsets from 1: an untrained one does nothing.
@@ -201,6 +203,7 @@ def test_command_and_config_of_a_run(run):
     assert config.save_adapter_weights_only is True
     assert config.checkpointer.model_type == "LLAMA3_2"
     assert config.checkpointer.model == config.model, "whatever the overrides make of it"
+    assert config.checkpointer.seed == config.seed
     stock = Run(LossChoice("stock", False), LORA_DISTRIBUTED, config, 2, run.folder, 3, 1, {})
     assert stock.command()[:5] == ["tune", "run", "--nproc_per_node", "2", LORA_DISTRIBUTED]
 

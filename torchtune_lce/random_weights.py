@@ -30,6 +30,7 @@ def random_state_dict(
     model_config: DictConfig,
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """A state dict, on the CPU, of the model that ``model_config`` builds; without adapters.
 
@@ -42,7 +43,7 @@ def random_state_dict(
     adapters = get_adapter_params(model)
     zeros = {f"{name}.scale" for name, module in model.named_modules() if isinstance(module, GemmaRMSNorm)}
     device = device or torch.device("cpu")
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
     state = {}
     for name, meta in shapes.items():
         if name in adapters:

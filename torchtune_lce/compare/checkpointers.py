@@ -16,12 +16,13 @@ class _SavesNothing:
 class RandomWeights(_SavesNothing):
     """Weights of the shapes of ``model``, a config's section, in bfloat16; see :mod:`torchtune_lce.random_weights`."""
 
-    def __init__(self, model: dict, **settings):
+    def __init__(self, model: dict, seed: int = 0, **settings):
         self._model = OmegaConf.create(model)
+        self._seed = seed
 
     def load_checkpoint(self) -> dict:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        weights = random_state_dict(self._model, torch.bfloat16, device)
+        weights = random_state_dict(self._model, torch.bfloat16, device, self._seed)
         return {training.MODEL_KEY: weights}
 
 

@@ -148,7 +148,7 @@ def prepared(config: DictConfig, choice: LossChoice, folder: Path, steps: int, r
     checkpointer = {"model_type": config.checkpointer.model_type}
     if random_weights:
         checkpointer["_component_"] = f"{_CHECKPOINTERS}RandomWeights"
-        checkpointer["model"] = "${model}"
+        checkpointer |= {"model": "${model}", "seed": "${seed}"}
     else:
         checkpointer["_component_"] = f"{_CHECKPOINTERS}LoadOnly"
         checkpointer["checkpointer"] = config.checkpointer

@@ -1,0 +1,164 @@
+"""README and docs: the real command lines take every command, every snippet runs, every link leads somewhere."""
+
+import importlib.util
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torchtune._cli.tune import TuneCLIParser
+from torchtune.config._utils import _get_component_from_path
+
+import torchtune_lce
+from torchtune_lce import config_reading, registry
+from torchtune_lce.bench import command as bench
+from torchtune_lce.cli import TuneLCEParser
+from torchtune_lce.compare import losses
+from torchtune_lce.compare import runs as compare_runs
+from torchtune_lce.plan import report as plan_report
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = ("tune", "tune-lce", "pip", "python", "pytest")
+
+
+@dataclass(frozen=True)
+class Snippet:
+    page: str
+    language: str
+    text: str
+
+
+def snippets(language: str) -> list[Snippet]:
+    fence = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return [
+        Snippet(page.name, found[1], found[2])
+        for page in PAGES
+        for found in fence.finditer(page.read_text(encoding="utf-8"))
+        if found[1] == language
+    ]
+
+
+def commands() -> list[tuple[str, str]]:
+    """Each command of a block, and each in a line of text that names no placeholder, with its page."""
+    found = []
+    for snippet in [*snippets("bash"), *snippets("")]:
+        for line in snippet.text.replace("\\\n", " ").splitlines():
+            found += [(snippet.page, part.strip()) for part in line.split("&&") if part.split()[:1]]
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        inline = (re.sub(r"\s+", " ", code) for code in re.findall(r"`([^`]+)`", text))
+        found += [(page.name, code) for code in inline if code.split()[0] in PROGRAMS and not re.search("[<…]", code)]
+    return [(page, line) for page, line in dict.fromkeys(found) if line.split()[0] in PROGRAMS]
+
+
+COMMANDS = commands()
+
+
+def test_commands_are_found():
+    assert len(COMMANDS) > 40
+    assert {line.split()[0] for _, line in COMMANDS} >= {"tune", "tune-lce", "pip", "python"}
+    assert {"README.md", "benchmarks.md", "choosing-an-impl.md", "distributed.md"} <= {page for page, _ in COMMANDS}
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[f"{page}: {line[:60]}" for page, line in COMMANDS])
+def test_command(page, line, capsys):
+    program, *words = shlex.split(line, comments=True)
+    if program == "pip":
+        assert words[:1] in ([], ["install"])
+        return
+    if program in ("python", "pytest"):
+        check_python(program, words)
+        return
+    parser = (TuneLCEParser if program == "tune-lce" else TuneCLIParser)()._parser
+    if not words:
+        return
+    if words[0] == "run":
+        words = [word.replace("<HOST>", "localhost") for word in words]
+    subcommands = next(action.choices for action in parser._actions if hasattr(action, "choices") and action.choices)
+    assert words[0] in subcommands, f"{program} has {', '.join(subcommands)}"
+    if len(words) == 1 and words[0] != "ls":
+        return  # named in a sentence; or complete, as `tune-lce doctor` is
+    args = parser.parse_args(words)
+    check = {"run": check_run, "compare": check_compare, "plan": check_plan, "bench": bench.read_sources}
+    check.get(words[0], lambda args: None)(args)
+
+
+def check_python(program: str, words: list[str]) -> None:
+    if program == "pytest" or words[:2] == ["-m", "pytest"]:
+        return
+    assert words[0] != "-m" or importlib.util.find_spec(words[1])
+    assert words[0] == "-m" or (ROOT / words[0]).is_file()
+
+
+def check_run(args) -> None:
+    """Recipe and config exist, and torchtune can merge what follows them."""
+    recipes = {recipe.name for recipe in registry._recipe_registry.get_all_recipes()}
+    assert args.recipe in recipes or (ROOT / args.recipe).is_file()
+    if "--config" in args.recipe_args:
+        place = args.recipe_args.index("--config")
+        name, overrides = args.recipe_args[place + 1], args.recipe_args[place + 2 :]
+        known = registry.find_config(name) or ROOT / name
+        config = config_reading.read(str(known), overrides)
+        for override in overrides:
+            if override.startswith("loss="):
+                assert callable(_get_component_from_path(config.loss._component_))
+
+
+def check_compare(args) -> None:
+    config = compare_runs.read_config(args.config, args.overrides)
+    assert compare_runs.recipe_for(args.config, config, args.nproc_per_node)
+    assert args.losses is None or losses.parse(args.losses)
+    assert args.steps > args.warmup
+
+
+def check_plan(args) -> None:
+    assert config_reading.read(args.config, args.overrides)
+    assert args.memory is None or plan_report.parse_memory(args.memory)
+    assert args.losses is None or losses.parse(args.losses)
+
+
+@pytest.mark.parametrize("snippet", snippets("python"), ids=lambda snippet: snippet.page)
+def test_python_runs(snippet, device):
+    if 'impl="cce"' in snippet.text:
+        pytest.importorskip("triton")
+    names = {
+        "hidden": torch.randn(6, 16, device=device, requires_grad=True),
+        "weight": torch.randn(40, 16, device=device, requires_grad=True),
+        "targets": torch.randint(40, (6,), device=device),
+    }
+    exec(compile(snippet.text, snippet.page, "exec"), names)
+
+
+@pytest.mark.parametrize("snippet", snippets("yaml"), ids=lambda snippet: snippet.page)
+def test_yaml_builds(snippet):
+    section = yaml.safe_load(snippet.text)["loss"]
+    component = _get_component_from_path(section.pop("_component_"))
+    assert component is torchtune_lce.LinearCrossEntropyLoss
+    component(**section)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if not link.startswith("https://"):
+            assert (page.parent / link).exists(), link
+
+
+def test_figure_shows_what_its_page_says(tmp_path):
+    spec = importlib.util.spec_from_file_location("how_it_works_figure", ROOT / "docs" / "how_it_works_figure.py")
+    figure = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figure)
+    natural, sorted_by_use = figure.draw(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert figure.PICTURE.exists()
+    said = re.sub(r"\s+", " ", (ROOT / "docs" / "how-it-works.md").read_text())
+    assert f"spread over {natural:.0%} of the tiles; in the order of use they fill {sorted_by_use:.0%}" in said
+
+
+def test_faq_has_every_complaint():
+    text = (ROOT / "docs" / "faq.md").read_text()
+    assert [int(number) for number in re.findall(r"^\*\*(\d+)\. ", text, re.MULTILINE)] == list(range(1, 26))
