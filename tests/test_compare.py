@@ -257,7 +257,23 @@ def test_rows_compare_with_the_first():
     assert cce["speed_to_first"] == 1.5
     assert cce["memory_to_first"] == 0.5
     assert cce["final_loss"] == 1.0
+    assert cce["mean_loss_of_last_tenth"] == 1.0
+    twenty = report.rows({"stock": Outcome("ok", result(*range(20)))})
+    assert twenty[0]["mean_loss_of_last_tenth"] == 18.5
     assert chunked == {"loss": "chunked", "status": "out of memory"}
+
+
+def test_tiles_kept_are_shown_where_the_log_tells():
+    records = [
+        {"loss": 1.0, "tokens_per_second_per_gpu": 1.0, "kept_fraction": kept} for kept in (1.0, 0.5, 0.25, 0.125)
+    ]
+    told = recipe_runs.summarise(records, None)
+    assert told.kept_fraction == 0.25
+    outcomes = {"cce": Outcome("ok", told), "stock": Outcome("ok", result(1.0, 1.0, 1.0, 1.0))}
+    assert [row["kept_fraction"] for row in report.rows(outcomes)] == [0.25, None]
+    headings = [column.header for column in report.table(outcomes, on_card=True).columns]
+    assert headings[-1] == "tiles\nkept"
+    assert "tiles\nkept" not in [column.header for column in report.table({"a": outcomes["stock"]}, True).columns]
 
 
 def test_results_are_written_where_the_first_failed_and_where_a_loss_is_nan(tmp_path):
@@ -292,6 +308,7 @@ def compare(*arguments) -> int:
         (["--steps", "5"], "--steps must be more than the --warmup of 5, got 5"),
         (["--losses", "ccee", "device=cpu"], "--losses takes stock"),
         (["--demo-data", "device=cpu", "--vocabulary", "128257"], "--vocabulary must be at most 128256"),
+        (["--demo-data", "device=cpu", "--sequence-length", "131073"], "--sequence-length must be from 2 to 131072"),
         (["device=cpu", "dtype=null"], "the config's dtype must be bf16, fp16 or fp32, got None"),
     ],
 )

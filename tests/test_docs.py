@@ -18,6 +18,7 @@ from torchtune_lce.bench import command as bench
 from torchtune_lce.cli import TuneLCEParser
 from torchtune_lce.compare import losses
 from torchtune_lce.compare import runs as compare_runs
+from torchtune_lce.compare.session import check_demo_data
 from torchtune_lce.plan import report as plan_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,6 +114,8 @@ def check_compare(args) -> None:
     assert compare_runs.recipe_for(args.config, config, args.nproc_per_node)
     assert args.losses is None or losses.parse(args.losses)
     assert args.steps > args.warmup
+    if args.demo_data:
+        check_demo_data(config, args.vocabulary, args.sequence_length)
 
 
 def check_plan(args) -> None:

@@ -37,6 +37,7 @@ class Result:
     spread: float  # interquartile range of tokens_per_second
     peak_bytes: int | None  # allocated on the GPU; on a CPU the process's resident set; None where nobody counts it
     reserved_bytes: int | None  # by PyTorch on the GPU; None on a CPU
+    kept_fraction: float | None = None  # median; None unless the config sets log_loss_stats and the loss filters
 
 
 def run(
@@ -108,12 +109,14 @@ def summarise(records: list[dict[str, float]], resident: int | None, warmup: int
         lower, middle, upper = statistics.quantiles(speeds, n=4, method="inclusive")
     elif speeds:
         lower = middle = upper = speeds[0]
+    kept = [record["kept_fraction"] for record in records[warmup:] if "kept_fraction" in record]
     return Result(
         losses=[record["loss"] for record in records],
         tokens_per_second=middle,
         spread=upper - lower,
         peak_bytes=_largest(records, "peak_memory_alloc") or resident,
         reserved_bytes=_largest(records, "peak_memory_reserved"),
+        kept_fraction=statistics.median(kept) if kept else None,
     )
 
 

@@ -23,6 +23,8 @@ class RandomWeights(_SavesNothing):
     def load_checkpoint(self) -> dict:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         weights = random_state_dict(self._model, torch.bfloat16, device, self._seed)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # or what drew the numbers would count as reserved by the training
         return {training.MODEL_KEY: weights}
 
 

@@ -20,6 +20,12 @@ def largest_difference(result: Result, first: Result) -> float:
     return math.nan if any(map(math.isnan, differences)) else max(differences)
 
 
+def mean_of_last_tenth(result: Result) -> float:
+    """Loss of the last tenth of the steps. Where no row comes twice, as in --demo-data, those rows are held out."""
+    last = result.losses[-max(len(result.losses) // 10, 1) :]
+    return sum(last) / len(last)
+
+
 def _first(outcomes: dict[str, Outcome]) -> Result | None:
     """What the others are compared with: the first loss, if it ran."""
     return next(iter(outcomes.values())).result
@@ -39,9 +45,11 @@ def rows(outcomes: dict[str, Outcome]) -> list[dict]:
                 "speed_to_first": first and result.tokens_per_second / first.tokens_per_second,
                 "peak_allocated_bytes": result.peak_bytes,
                 "peak_reserved_bytes": result.reserved_bytes,
-                "memory_to_first": result.peak_bytes / first.peak_bytes if first and result.peak_bytes else None,
+                "memory_to_first": _ratio(result.peak_bytes, first and first.peak_bytes),
                 "final_loss": result.losses[-1],
+                "mean_loss_of_last_tenth": mean_of_last_tenth(result),
                 "largest_difference": first and largest_difference(result, first),
+                "kept_fraction": result.kept_fraction,
             }
         found.append(row)
     return found
@@ -50,6 +58,7 @@ def rows(outcomes: dict[str, Outcome]) -> list[dict]:
 def table(outcomes: dict[str, Outcome], on_card: bool) -> Table:
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     grid.add_column("loss", no_wrap=True)
+    told = any(outcome.result and outcome.result.kept_fraction is not None for outcome in outcomes.values())
     memory = ("peak GiB\nallocated", "peak GiB\nreserved") if on_card else ("peak GiB\nresident",)
     for heading in (
         "tokens/s",
@@ -58,7 +67,9 @@ def table(outcomes: dict[str, Outcome], on_card: bool) -> Table:
         *memory,
         "memory\nx first",
         "final\nloss",
+        "mean of\nlast tenth",
         "largest\ndifference",
+        *(("tiles\nkept",) if told else ()),
     ):
         grid.add_column(heading, justify="right", no_wrap=True)
     for row in rows(outcomes):
@@ -75,9 +86,16 @@ def table(outcomes: dict[str, Outcome], on_card: bool) -> Table:
             *reserved,
             _number(row["memory_to_first"], ".2f"),
             f"{row['final_loss']:.4f}",
+            f"{row['mean_loss_of_last_tenth']:.4f}",
             _number(row["largest_difference"], ".1e"),
+            *((_number(row["kept_fraction"], ".3f"),) if told else ()),
         )
     return grid
+
+
+def _ratio(value: int | None, other: int | None) -> float | None:
+    """None where either was not counted."""
+    return value / other if value and other else None
 
 
 def _number(value: float | None, style: str) -> str:

@@ -60,7 +60,7 @@ def compare(settings: Settings) -> bool:
         )
     choices = losses.select(settings.losses, config.device, dtype)
     if settings.demo_data:
-        check_vocabulary(config, settings.vocabulary)
+        check_demo_data(config, settings.vocabulary, settings.sequence)
     output = output_folder.claim(settings.output, MARKER, "an earlier comparison's")
     console = Console(highlight=False, markup=False, soft_wrap=True)
     about = environment.describe(torch.device(config.device))
@@ -84,10 +84,14 @@ def compare(settings: Settings) -> bool:
     return all(outcome.status in (OK, OUT_OF_MEMORY) for outcome in outcomes.values())
 
 
-def check_vocabulary(config: DictConfig, vocabulary: int) -> None:
-    rows = find_decoder(meta_model(config.model)).tok_embeddings.weight.shape[0]
-    if rows < vocabulary:
-        raise CommandError(f"--vocabulary must be at most {rows}, the entries of the model's own, got {vocabulary}")
+def check_demo_data(config: DictConfig, vocabulary: int, sequence: int) -> None:
+    """Raises CommandError for rows that the config's model cannot take."""
+    decoder = find_decoder(meta_model(config.model))
+    entries, longest = decoder.tok_embeddings.weight.shape[0], decoder.max_seq_len
+    if vocabulary > entries:
+        raise CommandError(f"--vocabulary must be at most {entries}, the entries of the model's own, got {vocabulary}")
+    if not 1 < sequence <= longest:
+        raise CommandError(f"--sequence-length must be from 2 to {longest}, the model's own limit, got {sequence}")
 
 
 def with_demo_data(console: Console, settings: Settings, config: DictConfig, output: Path) -> DictConfig:
