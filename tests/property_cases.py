@@ -4,7 +4,6 @@
 """
 
 import os
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +12,6 @@ from hypothesis import strategies as st
 from tolerance import Settings, Upstream
 
 ASKED = os.environ.get("TORCHTUNE_LCE_EXAMPLES")
-# Cases run by the name of their property, for tests/robustness.py.
-tried = Counter()
 
 
 def bounded(few: int) -> settings:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from tally import tried
 from tiny_models import (
     FULL,
     LORA,
@@ -156,6 +157,7 @@ def survives(step: Callable[[], list[torch.Tensor]], failing: type[AbstractConte
     assert counted.count > 3
     stride = max(1, -(-counted.count // most))
     for number in range(0, counted.count, stride):
+        tried[f"one failure: {failing.__name__}"] += 1
         with failing(number), pytest.raises(torch.OutOfMemoryError, match="for the test's sake"):
             step()
         for actual, wanted in zip(step(), expected, strict=True):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from property_cases import INPUTS, Call, bounded, calls, tried
+from property_cases import INPUTS, Call, bounded, calls
+from tally import tried
 from tolerance import allowances, assert_as_accurate_as_torch, plain_torch
 
 from torchtune_lce import chunked, linear_cross_entropy
