@@ -176,7 +176,9 @@ def _backward(
             strip_tiles,
             config,
         )
-        tiles[0], tiles[1] = plan.first_id[-1], plan.ids.numel()
+        # Setting an element to a number of the host would wait for the card.
+        tiles[0].copy_(plan.first_id[-1])
+        tiles[1].fill_(plan.ids.numel())
         in_order = None
         if copies:
             # Past the end a token in use: whatever stands in ignored ones is not to be multiplied.

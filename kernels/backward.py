@@ -301,7 +301,7 @@ def _hidden_gradient_tile(
             tl.store(d_hidden + out, total.to(d_hidden.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_blocks_total"])
 def _backward_kernel(
     hidden,
     hidden_rows,

@@ -155,7 +155,8 @@ def _target_kernel(
         tl.atomic_or(words + (tokens // ROW_BLOCK).to(tl.int64) * words_stride + word, 1 << bit, mask=mask)
 
 
-@triton.jit
+# What differs from phase to phase and from batch to batch is no reason to compile anew.
+@triton.jit(do_not_specialize=["tokens_stride", "first_tile", "tiles"])
 def _pointer_kernel(
     hidden,
     weight,
@@ -227,7 +228,7 @@ def _pointer_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens_stride", "first_tile", "tiles"])
 def _descriptor_kernel(
     hidden,
     weight,
@@ -295,7 +296,9 @@ def _descriptor_kernel(
         )
 
 
-@triton.jit
+# Whether the counts are multiples of 16 must not change how threads share the sums: a token's bits would depend on the
+# number of tokens.
+@triton.jit(do_not_specialize=["tokens_stride", "total_stride", "tiles"])
 def _merge_kernel(
     statistics, running, count, tokens_stride, total_stride, tiles, TILES: tl.constexpr, BLOCK: tl.constexpr
 ):

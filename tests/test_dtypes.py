@@ -179,6 +179,8 @@ def test_float32_on_a_card_follows_torch(impl, device):
     float32 = torch.finfo(torch.float32).eps
     for ours, plain in zip(exactly, torch_exactly, strict=True):
         assert ours <= 2 * plain + 8 * float32
+    # Triton cuts operands to tf32 where cuBLAS rounds them: up to 2^-10 each, and all the same way.
+    cut = 2**-10 if impl == "cce" else 0
     for ours, plain, before in zip(coarsely, torch_coarsely, exactly, strict=True):
-        assert ours <= 2 * plain
+        assert ours <= 2 * plain + cut
         assert ours > 10 * before, "tf32 was allowed and not used"

@@ -104,7 +104,7 @@ def allowances(
     """Bounds on the error of each result, in its shape, to first order in the rounding unit.
 
     Logits are rounded to ``logits_dtype``; softmax entries below ``filter_eps`` may be missing from the gradients named
-    in ``filtered``.
+    in ``filtered``, or in that of hidden be replaced by their mean.
     """
     wide = torch.promote_types(dtype, torch.float32)
     eps = torch.finfo(wide).eps
@@ -146,8 +146,10 @@ def allowances(
     by_weight = error + sum_error(tokens, wide) * exact.d_logits.abs() + (dropped if "weight" in filtered else 0)
     # Rounded to the inputs' dtype for the product, and a piece of the sum rounded to it once more.
     twice = 2**0.5 * rounding(exact.d_logits, dtype)
+    # In place of what is dropped comes as much of the dropped rows' mean, which may point elsewhere.
+    instead = dropped.sum(-1, keepdim=True) * weight.max(0).values if "hidden" in filtered else 0
     bounds = {
-        "hidden": by_hidden @ weight + independent_errors(twice, weight),
+        "hidden": by_hidden @ weight + instead + independent_errors(twice, weight),
         "weight": by_weight.T @ hidden + independent_errors(twice.T, hidden),
         "bias": by_weight.sum(0) + independent_errors(twice.T, torch.ones_like(hidden[:, :1]))[:, 0],
     }

@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 
 
+def is_available(device_type: str) -> bool:
+    """Whether the device has an autocast. A compiler, which cannot trace torch's own answer in 2.11, has one."""
+    return torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+
+
 def without_autocast(function: Callable) -> Callable:
     """The function with autocast off for the device of its first tensor.
 
@@ -17,7 +22,7 @@ def without_autocast(function: Callable) -> Callable:
     @functools.wraps(function)
     def run(*arguments):
         device = next(x for x in arguments if isinstance(x, Tensor)).device.type
-        if not torch.amp.is_autocast_available(device):
+        if not is_available(device):
             return function(*arguments)
         with torch.autocast(device, enabled=False):
             return function(*arguments)
