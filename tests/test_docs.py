@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tiny_models import build_model
 from torchtune._cli.tune import TuneCLIParser
 from torchtune.config._utils import _get_component_from_path
 
@@ -128,7 +129,12 @@ def check_plan(args) -> None:
 def test_python_runs(snippet, device):
     if 'impl="cce"' in snippet.text:
         pytest.importorskip("triton")
+    tokens = torch.randint(40, (2, 8), device=device)
     names = {
+        "student": build_model(seed=0).to(device),
+        "teacher": build_model(seed=1).to(device),
+        "tokens": tokens,
+        "labels": tokens,
         "hidden": torch.randn(6, 16, device=device, requires_grad=True),
         "weight": torch.randn(40, 16, device=device, requires_grad=True),
         "targets": torch.randint(40, (6,), device=device),
