@@ -17,6 +17,7 @@ from torchtune_lce.kernels.backward import run_backward
 from torchtune_lce.kernels.descriptors import has_blocks
 from torchtune_lce.kernels.forward import Activity, lse_and_target_logit
 from torchtune_lce.kernels.plan import make_plan
+from torchtune_lce.kernels.tail import tail_bytes, tail_direction
 from torchtune_lce.kernels.tuning import Config, config_for
 from torchtune_lce.options import Options
 
@@ -179,6 +180,9 @@ def _backward(
         # Setting an element to a number of the host would wait for the card.
         tiles[0].copy_(plan.first_id[-1])
         tiles[1].fill_(plan.ids.numel())
+        tail = None
+        if d_hidden is not None and not plan.is_dense and filter_hidden:
+            tail = tail_direction(plan, hidden, weight, bias, rows[piece], used, row_lse[piece], softcap, config)
         in_order = None
         if copies:
             # Past the end a token in use: whatever stands in ignored ones is not to be multiplied.
@@ -195,6 +199,7 @@ def _backward(
             row_lse[piece],
             d_nll[piece],
             d_lse if d_lse is None else d_lse[piece],
+            tail,
             softcap,
             strip_tiles,
             d_hidden,
@@ -319,7 +324,8 @@ def _division(
 ) -> tuple[int, bool]:
     """Tiles of a strip, and whether hidden states are copied in the order of their places, within the workspace.
 
-    Beside these the workspace holds the plan's lists and the sums of the gradient of hidden over strips.
+    Beside these the workspace holds the plan's lists, the sums of the gradient of hidden over strips, and those of the
+    tail's mean.
     """
     vocabulary, features = weight.shape
     row_blocks = triton.cdiv(tokens, config.row_block)
@@ -327,12 +333,13 @@ def _division(
     workspace = workspace_mib * 2**20
     left = workspace - 24 * vocabulary - 48 * columns * row_blocks
     if need_hidden:
-        left -= tokens * _sum_bytes(hidden)
+        left -= tokens * _sum_bytes(hidden) + tail_bytes(hidden)
     copy = tokens * features * hidden.element_size()
     copies = has_blocks(config, hidden, weight) and left - copy >= workspace // 4
     if copies:
         left -= copy
-    tile_bytes = config.row_block * config.entry_tile * hidden.element_size()
+    # A tile's logit gradients, and the softmax mass of its tokens.
+    tile_bytes = config.row_block * (config.entry_tile * hidden.element_size() + 4)
     return min(max(left // tile_bytes, 2 * row_blocks), (columns + 1) * row_blocks), copies
 
 

@@ -32,6 +32,7 @@ def _logit_gradient_pair(
     ids,
     pairs,
     gradients,
+    masses,
     pair,
     first_id,
     places_total,
@@ -45,6 +46,7 @@ def _logit_gradient_pair(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_D_LSE: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
     HIDDEN_TMA: tl.constexpr,
     WEIGHT_TMA: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
@@ -62,23 +64,25 @@ def _logit_gradient_pair(
     row_block = left % row_blocks_total
     place = row_block * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     used = place < tokens_total
-    # Places past the end read a token in use; their gradients are set to zero below.
+    # Places past the end read a token in use; their softmax is zero below.
     token = tl.load(rows + tl.minimum(place, tokens_total - 1))
     in_pair = tl.arange(0, WIDTH)
     in_tile = in_pair % TILE
     column = left // row_blocks_total
-    slot = tl.load(ids + left) - first_id
-    present = in_pair < TILE
+    left_slot = tl.load(ids + left) - first_id
+    slot = left_slot
+    right_slot = left_slot
+    width = TILE
     if WIDTH > TILE:
         right = tl.load(pairs + places_total + pair)
-        present = in_pair < tl.where(right >= 0, WIDTH, TILE)
+        width = tl.where(right >= 0, WIDTH, TILE)
         right = tl.maximum(right, 0)
+        right_slot = tl.load(ids + right) - first_id
         column = tl.where(in_pair < TILE, column, right // row_blocks_total)
-        slot = tl.where(in_pair < TILE, slot, tl.load(ids + right) - first_id)
-    # Entries past the vocabulary read its last one; their gradients are set to zero too.
-    entry = tl.load(entries + column * TILE + in_tile)
-    inside = entry < entries_total
-    entry = tl.minimum(entry, entries_total - 1)
+        slot = tl.where(in_pair < TILE, left_slot, right_slot)
+    # Entries past the vocabulary read its last one; their softmax is zero too.
+    any_entry = tl.load(entries + column * TILE + in_tile)
+    entry = tl.minimum(any_entry, entries_total - 1)
     depth = tl.arange(0, BLOCK_D)
     hidden_at = hidden + token[:, None] * hidden_stride + depth[None, :]
     weight_at = weight + entry.to(tl.int64)[None, :] * weight_stride + depth[:, None]
@@ -106,16 +110,22 @@ def _logit_gradient_pair(
     upstream_softmax = upstream
     if HAS_D_LSE:
         upstream_softmax += tl.load(d_lse + place, mask=used, other=0.0)
-    base = tl.load(lse + place, mask=used, other=0.0) * LOG2_E
+    base = tl.load(lse + place, mask=used, other=float("inf")) * LOG2_E
     softmax = tl.exp2(logits * LOG2_E - base[:, None])
-    is_target = tl.load(labels + place, mask=used, other=-1).to(tl.int32)[:, None] == entry[None, :]
+    softmax = tl.where((any_entry < entries_total)[None, :], softmax, 0.0)
+    if HAS_TAIL:
+        tile = tl.arange(0, WIDTH // TILE)
+        tile_slot = tl.where(tile == 0, left_slot, right_slot)
+        mass = tl.sum(tl.reshape(softmax, (ROW_BLOCK, WIDTH // TILE, TILE)), 2)
+        at = masses + tile_slot.to(tl.int64)[None, :] * ROW_BLOCK + tl.arange(0, ROW_BLOCK)[:, None]
+        tl.store(at, mass, mask=(tile * TILE < width)[None, :])
+    is_target = tl.load(labels + place, mask=used, other=-1).to(tl.int32)[:, None] == any_entry[None, :]
     gradient = softmax * upstream_softmax[:, None] - tl.where(is_target, upstream[:, None], 0.0)
     if HAS_SOFTCAP:
         gradient *= 1 - (logits / softcap) * (logits / softcap)
-    gradient = tl.where(used[:, None] & inside[None, :], gradient, 0.0)
     out = gradients + slot.to(tl.int64) * (ROW_BLOCK * TILE) + in_tile
     out = out[None, :] + tl.arange(0, ROW_BLOCK)[:, None] * TILE
-    tl.store(out, gradient.to(gradients.dtype.element_ty), mask=present[None, :])
+    tl.store(out, gradient.to(gradients.dtype.element_ty), mask=(in_pair < width)[None, :])
 
 
 @triton.jit
@@ -228,6 +238,11 @@ def _hidden_gradient_tile(
     begin,
     end,
     gradients,
+    masses,
+    mass_before,
+    tail,
+    d_nll,
+    d_lse,
     d_hidden,
     sums_high,
     sums_low,
@@ -241,6 +256,8 @@ def _hidden_gradient_tile(
     entries_total,
     features,
     weight_stride,
+    HAS_D_LSE: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
     WEIGHT_TMA: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
@@ -251,14 +268,45 @@ def _hidden_gradient_tile(
 ):
     """Adds gradient @ weight over this strip's tiles of a row block to the running sum, which the last strip rounds.
 
-    An output of 16 bits holds the upper halves of its float32 sums until then; their lower halves are a workspace.
+    An output of 16 bits holds the upper halves of its float32 sums until then; their lower halves are a workspace. With
+    HAS_TAIL the last strip adds the mean of what was dropped: `tail` times the softmax mass that no kept tile holds.
     """
     STEPS: tl.constexpr = TILE // BLOCK_K
     d = chunk * FEATURES + tl.arange(0, FEATURES)
     in_tile = tl.arange(0, ROW_BLOCK)
+    place = row_block * ROW_BLOCK + in_tile
+    used = place < tokens_total
     others += row_block.to(tl.int64) * columns + begin
     slots += row_block.to(tl.int64) * columns + begin
     total = tl.zeros((ROW_BLOCK, FEATURES), tl.float32)
+    if HAS_TAIL:
+        missing = tl.zeros((ROW_BLOCK,), tl.float32)
+        mass = tl.zeros((ROW_BLOCK,), tl.float32)
+        for first in range(0, end - begin, 16):
+            index = first + tl.arange(0, 16)
+            present = index < end - begin
+            slots_here = tl.load(slots + index, mask=present, other=first_id) - first_id
+            at = masses + slots_here[:, None].to(tl.int64) * ROW_BLOCK + in_tile[None, :]
+            mass += tl.sum(tl.load(at, mask=present[:, None], other=0.0), 0)
+        # One chunk keeps the sum between strips; in the last strip all need it, and nothing writes to it.
+        if is_last:
+            if is_first == 0:
+                mass += tl.load(mass_before + place, mask=used, other=0.0)
+            upstream = tl.load(d_nll + place, mask=used, other=0.0)
+            if HAS_D_LSE:
+                upstream += tl.load(d_lse + place, mask=used, other=0.0)
+            missing = upstream * (1 - mass)
+        else:
+            if chunk == 0:
+                if is_first == 0:
+                    mass += tl.load(mass_before + place, mask=used, other=0.0)
+                tl.store(mass_before + place, mass, mask=used)
+        # An outer product by the tensor cores: by hand it would take a register a column.
+        dtype: tl.constexpr = gradients.dtype.element_ty
+        alone = tl.arange(0, 16) == 0
+        left = tl.where(alone[None, :], missing[:, None], 0.0).to(dtype)
+        right = tl.where(alone[:, None], tl.load(tail + d, mask=d < features, other=0.0)[None, :], 0.0).to(dtype)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
     steps = (end - begin) * STEPS
     # One step ahead, as in the weight's gradient.
     column = tl.load(others, mask=steps > 0, other=0)
@@ -283,9 +331,8 @@ def _hidden_gradient_tile(
         slot = tl.load(slots + ahead // STEPS) - first_id
         if not WEIGHT_TMA:
             entry = tl.load(entries + first_entry + tl.arange(0, BLOCK_K))
-    place = row_block * ROW_BLOCK + in_tile
-    mask = (place < tokens_total)[:, None] & (d < features)[None, :]
-    token = tl.load(rows + place, mask=place < tokens_total, other=0)
+    mask = used[:, None] & (d < features)[None, :]
+    token = tl.load(rows + place, mask=used, other=0)
     out = token[:, None] * features + d[None, :]
     if d_hidden.dtype.element_ty == tl.float32:
         if is_first == 0:
@@ -317,6 +364,9 @@ def _backward_kernel(
     d_nll,
     d_lse,
     gradients,
+    masses,
+    mass_before,
+    tail,
     d_hidden,
     sums_high,
     sums_low,
@@ -346,6 +396,7 @@ def _backward_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_D_LSE: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
     NEED_HIDDEN: tl.constexpr,
     NEED_WEIGHT: tl.constexpr,
     NEED_BIAS: tl.constexpr,
@@ -394,6 +445,7 @@ def _backward_kernel(
                 ids,
                 pairs,
                 gradients,
+                masses,
                 pair,
                 first_id,
                 columns * row_blocks_total,
@@ -407,6 +459,7 @@ def _backward_kernel(
                 HAS_BIAS,
                 HAS_SOFTCAP,
                 HAS_D_LSE,
+                HAS_TAIL,
                 HIDDEN_TMA,
                 WEIGHT_TMA,
                 ROW_BLOCK,
@@ -482,6 +535,11 @@ def _backward_kernel(
                         tl.load(rows_before + row_block.to(tl.int64) * (columns + 1) + first_column),
                         tl.load(rows_before + row_block.to(tl.int64) * (columns + 1) + end_column),
                         gradients,
+                        masses,
+                        mass_before,
+                        tail,
+                        d_nll,
+                        d_lse,
                         d_hidden,
                         sums_high,
                         sums_low,
@@ -495,6 +553,8 @@ def _backward_kernel(
                         entries_total,
                         features,
                         weight_stride,
+                        HAS_D_LSE,
+                        HAS_TAIL,
                         WEIGHT_TMA,
                         ROW_BLOCK,
                         TILE,
@@ -519,6 +579,7 @@ def run_backward(
     lse: Tensor,  # [M] float32
     d_nll: Tensor,  # [M] float32
     d_lse: Tensor | None,  # [M] float32
+    tail: Tensor | None,  # [D] float32: tail_direction, added to the gradient of hidden
     softcap: float | None,
     strip_tiles: int,
     d_hidden: Tensor | None,  # [N, D], zero; filled at `rows`
@@ -533,6 +594,10 @@ def run_backward(
     if d_hidden is not None and d_hidden.element_size() == 2:
         sums_high = d_hidden.view(torch.int16)
         sums_low = sums_high.new_empty((rows.numel(), features))
+    masses = mass_before = None
+    if tail is not None:
+        masses = tail.new_empty((strip_tiles, config.row_block))
+        mass_before = tail.new_empty(rows.numel())
     hidden_blocks = None, None
     if in_order is not None:
         hidden_blocks = (
@@ -540,7 +605,7 @@ def run_backward(
             in_blocks(in_order, config.block_k, config.features),
         )
 
-    def launch(strips: Tensor, weight_blocks: tuple) -> None:
+    def launch(strips: Tensor, weight_blocks: tuple, dense: bool) -> None:
         arrivals = torch.zeros(1, dtype=torch.int32, device=device)
         _backward_kernel[(programs(device),)](
             hidden,
@@ -555,6 +620,9 @@ def run_backward(
             d_nll,
             d_lse,
             gradients,
+            masses,
+            mass_before,
+            tail,
             d_hidden,
             sums_high,
             sums_low,
@@ -584,6 +652,7 @@ def run_backward(
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=softcap is not None,
             HAS_D_LSE=d_lse is not None,
+            HAS_TAIL=tail is not None and not dense,
             NEED_HIDDEN=d_hidden is not None,
             NEED_WEIGHT=d_weight is not None,
             NEED_BIAS=d_bias is not None,
@@ -604,11 +673,12 @@ def run_backward(
 
     # Of the two launches the plan leaves one without strips, unless it was known beforehand that nothing is dropped.
     if not has_blocks(config, weight):
-        launch(plan.sparse_strips + plan.dense_strips, (None, None))
+        launch(plan.sparse_strips + plan.dense_strips, (None, None), plan.is_dense)
         return
     if not plan.is_dense:
-        launch(plan.sparse_strips, (None, None))
+        launch(plan.sparse_strips, (None, None), dense=False)
     launch(
         plan.dense_strips,
         (in_blocks(weight, config.forward_entries, config.block_d), in_blocks(weight, config.block_k, config.features)),
+        dense=True,
     )

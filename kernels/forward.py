@@ -390,7 +390,7 @@ def lse_and_target_logit(
             statistics, running, count, tokens, running.numel(), width, TILES=16, BLOCK=64
         )
     # After the phases, which write whole words.
-    _target_kernel[(triton.cdiv(tokens, config.target_tokens),)](
+    _target_kernel[(triton.cdiv(tokens, config.sample),)](
         hidden,
         weight,
         bias,
@@ -408,7 +408,7 @@ def lse_and_target_logit(
         RECORD=activity is not None,
         ROW_BLOCK=config.row_block,
         ENTRIES=config.forward_entries,
-        TOKENS=config.target_tokens,
+        TOKENS=config.sample,
         BLOCK_D=config.block_d,
         PRECISION=config.precision,
         num_warps=4,

@@ -32,6 +32,7 @@ class Plan:
     """Ids of kept tiles run down one column of row blocks after the other, so a strip of columns is a range of ids."""
 
     entries: Tensor  # int32 [columns * entry_tile]: the vocabulary in order, V where past its end
+    kept: Tensor  # int32 [columns, row blocks]: 1 where a tile counts in the gradient of hidden
     ids: Tensor  # int32 [columns * row blocks]: id of each kept tile, at column * row blocks + row block
     first_id: Tensor  # int32 [columns + 1]: id of each column's first kept tile
     pairs: Tensor  # int32 [2, columns * row blocks]: places of two tiles of a row block and strip, -1 for no second
@@ -62,7 +63,7 @@ def _count_kernel(words, counts, count, words_stride, entries_total, ROW_BLOCK: 
     tl.store(counts + entries, total, mask=entries < entries_total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_blocks_total"])
 def _tile_kernel(
     words,
     entries,
@@ -90,7 +91,7 @@ def _tile_kernel(
         kept += 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_blocks", "total"])
 def _list_kernel(kept, ids, rank, other, slot, row_blocks, columns, total, BY_ROW: tl.constexpr, BLOCK: tl.constexpr):
     """Writes each kept tile at its rank within its line."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -107,7 +108,7 @@ def _list_kernel(kept, ids, rank, other, slot, row_blocks, columns, total, BY_RO
     tl.store(slot + place, tl.load(ids + index, mask=keep, other=0), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_blocks", "total"])
 def _pair_kernel(
     leads,
     index_of,
@@ -189,6 +190,7 @@ def make_plan(
     within = for_weight.cumsum(1, dtype=torch.int32)
     return Plan(
         entries=entries,
+        kept=for_hidden,
         ids=ids,
         first_id=first_id,
         pairs=pairs,

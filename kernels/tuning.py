@@ -12,16 +12,16 @@ class Config:
     """Block sizes of every kernel, in elements.
 
     ``row_block`` tokens by ``entry_tile`` entries is the unit that the backward keeps or drops. The forward computes
-    ``row_block`` x ``forward_entries`` logits a step, the backward's gradients ``features`` columns of D a step.
-    ``target_tokens`` target logits are computed at once. ``block_d`` and ``block_k`` are depths of the products over D
-    and over tokens or entries.
+    ``row_block`` x ``forward_entries`` logits a step, the backward's gradients ``features`` columns of D a step. Logits
+    of ``sample`` tokens are computed at once for their targets, and for the mean of what is dropped. ``block_d`` and
+    ``block_k`` are depths of the products over D and over tokens or entries.
     """
 
     row_block: int
     entry_tile: int
     forward_entries: int
     features: int
-    target_tokens: int
+    sample: int
     block_d: int
     block_k: int
     group: int

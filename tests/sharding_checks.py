@@ -137,13 +137,13 @@ def _check_collectives(mesh: DeviceMesh) -> None:
 def _collectives(model: nn.Module, forward) -> dict[str, int]:
     """Of the second of two micro-batches: the first one also sets FSDP2 up."""
     for _ in range(2):
-        with _counting() as count:
+        with counting() as count:
             forward(model).backward()
     return dict(count)
 
 
 @contextmanager
-def _counting():
+def counting():
     """Counts what FSDP2 calls, from whatever thread the backward runs in."""
     count = Counter()
     functions = {name: getattr(dist, name) for name in COLLECTIVES if hasattr(dist, name)}

@@ -47,17 +47,17 @@ def test_dynamic_shapes_compile_once(impl, device):
     compiled = torch.compile(
         lambda *inputs: linear_cross_entropy(*inputs, impl=impl), fullgraph=True, dynamic=True, backend=counter
     )
-    counts = []
-    # Two row blocks of any configuration, and more: torch takes an axis of length 1 for a constant.
+    compilations = []
+    # Three row blocks of any configuration, and more: torch takes an axis of length 1 for a constant.
     for tokens, ignored in ((270, 9), (281, 0), (430, 60)):
         inputs = make_inputs(device, tokens, ignored)
         loss = compiled(*inputs)
         assert torch.equal(loss, linear_cross_entropy(*inputs, impl=impl))
         loss.backward()
-        counts.append(counter.frame_count)
-    # The first call may take two: torch starts again when it finds that a float (label_smoothing) is only compared.
-    assert counts[0] <= 2
-    assert counts == counts[:1] * 3
+        compilations.append(counter.frame_count)
+    # The first may take two: torch begins anew where it finds that a number among the settings is a constant.
+    assert compilations[0] in (1, 2)
+    assert len(set(compilations)) == 1
 
 
 def test_an_impl_that_cannot_run_says_so_when_compiled_too(device):

@@ -1,15 +1,20 @@
 """Distillation losses against torchtune's own on full logits, and against their formulas in float64, with gradients."""
 
 import copy
+import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchtune.modules.loss
+from omegaconf import OmegaConf
 from test_memory import MIB, usage
 from tiny_distillation import OURS, STOCK, build_teacher
 from tiny_models import VOCABULARY, build_model
 from torchao.dtypes.nf4tensor import to_nf4
+from torchtune import config
 
 import torchtune_lce
 from torchtune_lce import LinearCrossEntropyLoss, LinearForwardKLLoss, LinearSymmetricKLLoss, chunked_divergence
@@ -122,9 +127,10 @@ def test_float64(impl, name, trained):
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", OURS)
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("impl", "name", "dtype"),
+    [*itertools.product(IMPLS, OURS, [torch.float32, torch.bfloat16]), ("chunked", "Symmetric", torch.float16)],
+)
 def test_as_accurate_as_torchtune(impl, name, dtype, frozen):
     """On the same quantised inputs: its error twice, and a few roundings."""
     assert_as_accurate_as_torchtune(impl, name, dtype, frozen, "cpu")
@@ -317,6 +323,27 @@ def test_memory(name, trained, dtype):
     assert backward.peak <= results + min(widened, MIB) + vectors
 
 
+@pytest.mark.parametrize(("name", "bytes_per_logit"), [("Forward", 17.5), ("Reverse", 21.5)])
+def test_what_torchtunes_own_losses_take(name, bytes_per_logit):
+    """The figures of docs/losses.md: bfloat16, frozen head, in chunks, with the cross-entropy that goes with it."""
+    tokens, entries = 64, 4096
+    hidden, teacher_hidden = (torch.randn(1, tokens, WIDTH, dtype=torch.bfloat16) for _ in range(2))
+    weight, teacher_weight = (torch.randn(entries, WIDTH, dtype=torch.bfloat16) for _ in range(2))
+    hidden.requires_grad_()
+    labels = torch.randint(0, entries, (1, tokens))
+    loss = torchtune.modules.loss.CEWithChunkedOutputLoss(8)
+    kd_loss = getattr(torchtune.modules.loss, f"{name}KLWithChunkedOutputLoss")(8)
+    held = []
+
+    def both():
+        logits = [F.linear(chunk, weight) for chunk in hidden.chunk(8, 1)]
+        teacher_logits = [F.linear(chunk, teacher_weight) for chunk in teacher_hidden.chunk(8, 1)]
+        held.append(kd_loss(logits, teacher_logits, labels) + loss(logits, labels))
+
+    used = usage(both, torch.device("cpu"), False)
+    assert used.peak / (tokens * entries) == pytest.approx(bytes_per_logit, abs=0.1)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("workspace_mib", [128, 512])
 @pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight")], ids=["frozen", "trained"])
@@ -351,6 +378,18 @@ def test_memory_on_a_card(trained, workspace_mib):
     assert forward.peak <= workspace_mib * MIB + results + states + 64 * tokens + 8 * entries
     assert forward.kept <= results + 64 * tokens
     assert backward.peak <= results + 64 * tokens + 8 * entries
+
+
+def test_losses_of_the_docs_are_built():
+    """Each YAML block of docs/losses.md, by torchtune."""
+    page = (Path(__file__).parent.parent / "docs" / "losses.md").read_text(encoding="utf-8")
+    sections = [OmegaConf.create(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+    built = [config.instantiate(section[key]) for section in sections for key in ("loss", "kd_loss") if key in section]
+    assert [type(loss).__name__ for loss in built] == [
+        "LinearCrossEntropyLoss",
+        "LinearCrossEntropyLoss",
+        "LinearForwardKLLoss",
+    ]
 
 
 # ---- bound to models

@@ -1,26 +1,19 @@
 """Our knowledge distillation recipes beside torchtune's own, all really run: the same losses, the same checkpoints."""
 
 import re
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-import torchtune
-from distributed_processes import spawn, train_all
-from omegaconf import OmegaConf
 from tiny_distillation import OURS, STOCK, STOCK_CHUNKED, distillation_config, write_distillation_assets
 from tiny_models import (
     DISTILLATION,
-    DISTILLATION_DISTRIBUTED,
     OUR_LOSS,
     STOCK_LOSS,
     our_recipe,
     stock_recipe,
     train,
 )
-from torchtune import config
-from torchtune.config._utils import _merge_yaml_and_cli_args
 
 from torchtune_lce import LinearCrossEntropyLoss, LinearForwardKLLoss
 
@@ -39,11 +32,11 @@ class Runs:
         self._count = 0
         write_distillation_assets(self.assets)
 
-    def config(self, *, method=DISTILLATION, tied=True, divergence="Forward", ours=True, overrides=()):
+    def config(self, *, tied=True, divergence="Forward", ours=True, overrides=()):
         self._count += 1
         output = self._folder / f"run{self._count}"
         return distillation_config(
-            self.assets, output, method, tied=tied, divergence=divergence, ours=ours, overrides=overrides
+            self.assets, output, DISTILLATION, tied=tied, divergence=divergence, ours=ours, overrides=overrides
         )
 
     def ours(self, **settings) -> Path:
@@ -105,13 +98,10 @@ def test_five_steps_and_checkpoint_equal_stock(runs, divergence, tied):
         ["enable_activation_checkpointing=True", "clip_grad_norm=0.1"],
         ["kd_ratio=1.0"],
         ["model.use_dora=True"],
-        ["compile=True"],
     ],
     ids=lambda value: "-".join(value),
 )
-def test_variants_equal_stock(runs, overrides, monkeypatch):
-    # For the last: what is traced is the same, and no C++ compiler is needed.
-    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "eager")
+def test_variants_equal_stock(runs, overrides):
     assert_equal_steps(runs.ours(overrides=overrides), runs.stock(overrides=overrides))
 
 
@@ -120,11 +110,14 @@ def test_settings_come_from_the_config(runs, overrides):
     assert_equal_steps(runs.ours(overrides=overrides), runs.stock())
 
 
-def test_losses_of_one_run_are_its_own_after_compile(runs, monkeypatch):
+def test_compile_equals_stock(runs, monkeypatch):
+    """The backend that torchtune reads from here: what is traced is the same, and no C++ compiler is needed."""
     monkeypatch.setenv("TORCH_COMPILE_BACKEND", "eager")
-    recipe = train(our_recipe(DISTILLATION), runs.config(overrides=["compile=True", "max_steps_per_epoch=1"]))
+    cfg = runs.config(overrides=["compile=True"])
+    recipe = train(our_recipe(DISTILLATION), cfg)
     assert type(recipe._loss_fn) is LinearCrossEntropyLoss
     assert type(recipe._kd_loss_fn) is LinearForwardKLLoss
+    assert_equal_steps(Path(cfg.output_dir), runs.stock())
 
 
 def test_lora_on_the_output(runs):
@@ -179,55 +172,3 @@ def test_one_loss_of_each_kind_is_refused(runs, loss, kd_loss):
 def test_stock_recipe_names_ours(runs):
     with pytest.raises(RuntimeError, match="tune run torchtune_lce/recipes/knowledge_distillation_single_device.py"):
         train(stock_recipe(DISTILLATION), runs.config())
-
-
-def test_stock_config_takes_the_losses(runs):
-    """Overridden as on the command line, the rest of it stock's own; without the models' data."""
-    folder = Path(torchtune.__file__).parent.parent / "recipes" / "configs"
-    files = sorted(folder.rglob("*_KD_*.yaml"))
-    assert len(files) == 4
-    for file in files:
-        written = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-        cfg = _merge_yaml_and_cli_args(Namespace(**written), [f"loss={OUR_LOSS}", f"kd_loss={OURS['Forward']}"])
-        loss, kd_loss = config.instantiate(cfg.loss), config.instantiate(cfg.kd_loss)
-        with torch.device("meta"):
-            student, teacher = config.instantiate(cfg.model), config.instantiate(cfg.teacher_model)
-        loss.set_model_output(student)
-        kd_loss.set_model_output(student)
-        kd_loss.set_teacher_output(teacher)
-
-
-# ---- two processes
-
-
-DISTRIBUTED = {
-    "stock tied": (False, True, ()),
-    "tied": (True, True, ()),
-    "tied, own groups": (True, True, ("custom_sharded_layers=[tok_embeddings,output]",)),
-    "stock untied": (False, False, ()),
-    "untied": (True, False, ()),
-    "untied, own groups": (True, False, ("custom_sharded_layers=[tok_embeddings,output]",)),
-    "untied, not resharded": (True, False, ("fsdp_reshard_after_forward=False",)),
-}
-
-
-@pytest.fixture(scope="module")
-def distributed(runs, tmp_path_factory) -> dict[str, Path]:
-    """All in one spawn: starting two processes costs more than a run."""
-    if not hasattr(torch.cpu.Stream, "record_event"):
-        pytest.skip("this torch's FSDP2 does not run on a CPU")
-    prepared, outputs = [], {}
-    for name, (ours, tied, overrides) in DISTRIBUTED.items():
-        overrides = ["max_steps_per_epoch=3", *overrides]
-        cfg = runs.config(method=DISTILLATION_DISTRIBUTED, ours=ours, tied=tied, overrides=overrides)
-        prepared.append((ours, DISTILLATION_DISTRIBUTED, cfg))
-        outputs[name] = Path(cfg.output_dir)
-    spawn(train_all, 2, prepared)
-    return outputs
-
-
-@pytest.mark.parametrize("name", [name for name, (ours, *_) in DISTRIBUTED.items() if ours])
-def test_two_processes_equal_stock(distributed, name):
-    stock = distributed["stock tied" if DISTRIBUTED[name][1] else "stock untied"]
-    assert_equal_steps(distributed[name], stock, steps=3)
-    assert_equal_checkpoints(distributed[name], stock)

@@ -10,7 +10,9 @@ import pytest
 import torch
 from distributed_processes import spawn, train_all
 from omegaconf import OmegaConf
+from tiny_distillation import distillation_config, write_distillation_assets
 from tiny_models import (
+    DISTILLATION_DISTRIBUTED,
     FULL,
     FULL_DISTRIBUTED,
     LORA_DISTRIBUTED,
@@ -22,7 +24,6 @@ from tiny_models import (
     recipe_config,
     stock_recipe,
     train,
-    write_assets,
     write_chats,
 )
 
@@ -81,6 +82,13 @@ def _cases() -> dict[str, Case]:
     cases["tensor parallel"] = Case(FULL_DISTRIBUTED, False, split, equals="stock tensor parallel")
     # torchtune's own recipe crashes here.
     cases["tensor parallel, tied"] = Case(FULL_DISTRIBUTED, True, split)
+    for tied in (True, False):
+        head = f"distillation {'tied' if tied else 'untied'}"
+        cases[f"stock {head}"] = Case(DISTILLATION_DISTRIBUTED, tied, loss=STOCK_LOSS)
+        for overrides in ((), (OWN_GROUPS,)):
+            cases[" ".join([head, *overrides])] = Case(
+                DISTILLATION_DISTRIBUTED, tied, overrides, equals=f"stock {head}"
+            )
     cases["a rank without labels"] = Case(FULL_DISTRIBUTED, True, ("batch_size=1", "shuffle=False"))
     return cases
 
@@ -96,7 +104,7 @@ class Runs:
         self._device = device
         self.assets = folder / "assets"
         self._folder = folder
-        write_assets(self.assets)
+        write_distillation_assets(self.assets)
         # Truncated questions, whose answers are lost: with shuffle off, rank 0's rows.
         question = "Say nothing at all. " * 20
         chats = [(question, "nothing"), ("Say one", "one, of course")] * 6
@@ -114,7 +122,11 @@ class Runs:
 
     def config(self, name: str, method: str, *, tied: bool, overrides=(), loss=OUR_LOSS):
         overrides = [f"max_steps_per_epoch={STEPS}", f"device={self._device}", *overrides]
-        return recipe_config(self.assets, self.output(name), method, tied=tied, loss=loss, overrides=overrides)
+        where = self.assets, self.output(name), method
+        if method == DISTILLATION_DISTRIBUTED:
+            ours = loss == OUR_LOSS
+            return distillation_config(*where, tied=tied, divergence="Forward", ours=ours, overrides=overrides)
+        return recipe_config(*where, tied=tied, loss=loss, overrides=overrides)
 
     def _prepared(self, name: str, case: Case) -> tuple:
         cfg = self.config(name, case.method, tied=case.tied, overrides=case.overrides, loss=case.loss)
@@ -151,7 +163,7 @@ def test_steps_equal_stock(runs, name):
 @pytest.mark.parametrize("name", COMPARED)
 def test_checkpoint_equals_stock(runs, name):
     files = ["model-00001-of-00001.bin"]
-    if CASES[name].method == LORA_DISTRIBUTED:
+    if CASES[name].method in (LORA_DISTRIBUTED, DISTILLATION_DISTRIBUTED):
         files.append("adapter_model.pt")
     for file in files:
         ours, stock = runs.saved(name, file), runs.saved(CASES[name].equals, file)

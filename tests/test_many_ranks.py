@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from distillation_checks import check_distillation
 from distributed_processes import spawn
 from sharding_checks import check_sharded
 from tensor_parallel_checks import check_vocabulary_parallel, check_with_fsdp
@@ -23,6 +24,7 @@ def check_four_processes(rank: int) -> None:
     if FSDP2_RUNS_ON_CPU:
         check_with_fsdp(square)
         check_sharded(flat, square)
+        check_distillation(flat)
         check_sequence_parallel_with_fsdp(square)
         check_context_parallel(flat)
     check_sequence_parallel(square["tp"])
@@ -33,6 +35,7 @@ def check_two_cards(rank: int) -> None:
     mesh = init_device_mesh("cuda", (2,))
     check_vocabulary_parallel(mesh, ("reference", "chunked", "torch_compile", "cce", "cce_exact"))
     check_sharded(mesh, init_device_mesh("cuda", (1, 2), mesh_dim_names=("dp", "shard")))
+    check_distillation(mesh)
     check_sequence_parallel(mesh)
     check_context_parallel(mesh)
 

@@ -94,11 +94,13 @@ class _LinearKLLoss(nn.Module):
             def of_student(hidden, labels, *weight_and_bias):
                 return self._loss(Head("student", hidden, *weight_and_bias), teacher, labels, normalize)
 
+            student = self._student.projection
+            # The backward only scales what the forward found.
+            read_in_backward = self.impl == "reference" or student.trained
             with torch.set_grad_enabled(trains):
-                return self._student.projection.call(of_student, student_hidden, labels)
+                return student.call(of_student, student_hidden, labels, read_in_backward)
 
-        # Without gradients around the teacher: FSDP2 would gather its projection once more for a backward that does not
-        # touch it.
+        # Without gradients around the teacher: no backward touches its projection.
         with torch.no_grad():
             return self._teacher.projection.call(of_teacher, teacher_hidden, labels)
 

@@ -49,16 +49,23 @@ class Projection:
         # just as it does for forward(). It does nothing to a model that is not sharded.
         register_fsdp_forward_method(self._holder, self._method)
 
-    def call(self, function: Callable, hidden: Tensor, targets: Tensor):
+    def call(self, function: Callable, hidden: Tensor, targets: Tensor, read_in_backward: bool = True):
         """``function(hidden, targets, weight, bias)``, within what FSDP2 takes for a forward of the weight's holder.
 
-        Both are DTensors where tensor parallelism splits them, on its mesh alone.
+        Both are DTensors where tensor parallelism splits them, on its mesh alone. FSDP2 gathers them once more for the
+        backward, unless that will not read them: then ``read_in_backward`` spares it.
         """
-        result = getattr(self._holder, self._method)(self, function, hidden, targets)
-        if self._keeps_gathered and not torch.is_grad_enabled():
+        trains = torch.is_grad_enabled()
+        with torch.set_grad_enabled(trains and read_in_backward):
+            result = getattr(self._holder, self._method)(self, function, hidden, targets, trains)
+        if self._keeps_gathered and not trains:
             # No backward will do it.
             self._holder.reshard()
         return result
+
+    @property
+    def trained(self) -> bool:
+        return any(tensor.requires_grad for tensor in self._tensors())
 
     def release(self) -> None:
         vars(self._holder).pop(self._method, None)
@@ -108,10 +115,11 @@ class Projection:
 
 
 def _call_with_projection(
-    holder: nn.Module, projection: Projection, function: Callable, hidden: Tensor, targets: Tensor
+    holder: nn.Module, projection: Projection, function: Callable, hidden: Tensor, targets: Tensor, trains: bool
 ):
-    weight, bias = projection.read()
-    return function(projection.input(hidden), targets, weight, bias)
+    with torch.set_grad_enabled(trains):
+        weight, bias = projection.read()
+        return function(projection.input(hidden), targets, weight, bias)
 
 
 def _owner(output) -> nn.Module:

@@ -1,0 +1,148 @@
+"""The mean of what filtering drops: a token's dropped entries point, to first order, all the same way.
+
+A dropped tail adds sum_v p_v w_v to the gradient of a hidden state. Its entries are many and small, so the sum is close
+to their whole mass times one direction, which the tokens share: the mean weight row of the dropped entries, weighted by
+their probability. On real hidden states that direction holds 0.96 to 0.99 of the squared error that dropping leaves
+(docs/kernel-notes.md). It is estimated from a few tokens; each token's dropped mass is exact, one less the sum of its
+kept softmax, so that its logit gradients sum to what they would unfiltered.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchtune_lce.kernels.plan import Plan
+from torchtune_lce.kernels.primitives import LOG2_E, softcapped
+from torchtune_lce.kernels.tuning import Config, programs
+
+
+@triton.jit(do_not_specialize=["row_blocks_total"])
+def _tail_kernel(
+    hidden,
+    weight,
+    bias,
+    rows,
+    lse,
+    count,
+    entries,
+    kept,
+    sparse_strips,
+    sums,
+    masses,
+    columns,
+    row_blocks_total,
+    entries_total,
+    features,
+    hidden_stride,
+    weight_stride,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Of SAMPLE tokens spread over those in use: dropped mass in this program's columns, and their weight rows' sum."""
+    program = tl.program_id(0)
+    tokens_total = tl.load(count)
+    place = (tl.arange(0, SAMPLE).to(tl.int64) * tokens_total // SAMPLE).to(tl.int32)
+    used = place < tokens_total
+    token = tl.load(rows + place, mask=used, other=0)
+    base = tl.load(lse + place, mask=used, other=float("inf")) * LOG2_E
+    depth = tl.arange(0, BLOCK_D)
+    hidden_rows = hidden + token[:, None] * hidden_stride
+    sums += program.to(tl.int64) * features
+    mass = 0.0
+    # Without sparse strips nothing is dropped.
+    for column in range(program, tl.where(tl.load(sparse_strips) > 0, columns, 0), tl.num_programs(0)):
+        entry = tl.load(entries + column * TILE + tl.arange(0, TILE))
+        inside = entry < entries_total
+        weight_rows = weight + entry.to(tl.int64) * weight_stride
+        logits = tl.zeros((SAMPLE, TILE), tl.float32)
+        for start in range(0, features, BLOCK_D):
+            d = start + depth
+            a = tl.load(hidden_rows + d[None, :], mask=used[:, None] & (d < features)[None, :], other=0.0)
+            b = tl.load(weight_rows[None, :] + d[:, None], mask=inside[None, :] & (d < features)[:, None], other=0.0)
+            logits = tl.dot(a, b, logits, input_precision=PRECISION)
+        if HAS_BIAS:
+            logits += tl.load(bias + entry, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if HAS_SOFTCAP:
+            logits = softcapped(logits, softcap)
+        softmax = tl.exp2(logits * LOG2_E - base[:, None])
+        kept_here = tl.load(kept + column * row_blocks_total + place // ROW_BLOCK, mask=used, other=1)
+        # The last comparison is false for a NaN: one token's must not reach the others.
+        tail = tl.where((kept_here == 0)[:, None] & inside[None, :] & (softmax <= 1), softmax, 0.0)
+        mass += tl.sum(tl.sum(tail, 1), 0)
+        if HAS_SOFTCAP:
+            tail *= 1 - (logits / softcap) * (logits / softcap)
+        weights = tl.sum(tail, 0)
+        for start in range(0, features, BLOCK_D):
+            d = start + depth
+            w = tl.load(weight_rows[:, None] + d[None, :], mask=inside[:, None] & (d < features)[None, :], other=0.0)
+            total = tl.sum(w.to(tl.float32) * weights[:, None], 0)
+            total += tl.load(sums + d, mask=d < features, other=0.0)
+            tl.store(sums + d, total, mask=d < features)
+    tl.store(masses + program, mass)
+
+
+def tail_bytes(hidden: Tensor) -> int:
+    """What :func:`tail_direction` allocates, at most."""
+    return 4 * _programs(hidden) * (hidden.shape[1] + 1)
+
+
+def _programs(hidden: Tensor) -> int:
+    return 2 * programs(hidden.device)
+
+
+def tail_direction(
+    plan: Plan,
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    rows: Tensor,  # [M] int64: row of hidden at each place
+    count: Tensor,  # [1] int32: places in use
+    lse: Tensor,  # [M] float32
+    softcap: float | None,
+    config: Config,
+) -> Tensor:  # [D] float32
+    """What a unit of dropped mass adds to the gradient of a hidden state; zero where nothing is dropped.
+
+    With a softcap each row is weighted by the cap's derivative too.
+    """
+    columns, row_blocks = plan.kept.shape
+    grid = min(_programs(hidden), columns)
+    sums = hidden.new_zeros((grid, hidden.shape[1]), dtype=torch.float32)
+    masses = hidden.new_empty(grid, dtype=torch.float32)
+    _tail_kernel[(grid,)](
+        hidden,
+        weight,
+        bias,
+        rows,
+        lse,
+        count,
+        plan.entries,
+        plan.kept,
+        plan.sparse_strips,
+        sums,
+        masses,
+        columns,
+        row_blocks,
+        weight.shape[0],
+        hidden.shape[1],
+        hidden.stride(0),
+        weight.stride(0),
+        softcap or 1.0,
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=softcap is not None,
+        SAMPLE=config.sample,
+        ROW_BLOCK=config.row_block,
+        TILE=config.entry_tile,
+        BLOCK_D=config.block_d,
+        PRECISION=config.precision,
+        num_warps=4,
+        num_stages=config.forward_stages,
+    )
+    return sums.sum(0) / masses.sum().clamp(min=torch.finfo(torch.float32).tiny)

@@ -1,0 +1,117 @@
+"""What several processes check of distillation when FSDP2 shards student and teacher; each of them imports this."""
+
+import itertools
+from functools import partial
+
+import torch
+from fsdp_checks import relative_error
+from sharding_checks import counting
+from tiny_distillation import build_teacher
+from tiny_models import SIZES, VOCABULARY, build_model
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torchtune.models.llama3_2._component_builders import lora_llama3_2
+from torchtune.modules.loss import CEWithChunkedOutputLoss, ForwardKLWithChunkedOutputLoss
+from torchtune.modules.peft import get_adapter_params, set_trainable_params
+from torchtune.training import get_shard_conditions, shard_model
+
+from torchtune_lce import LinearCrossEntropyLoss, LinearForwardKLLoss, LinearSymmetricKLLoss
+
+
+def check_distillation(mesh: DeviceMesh) -> None:
+    """On a mesh of one axis."""
+    for tied in (True, False):
+        for own_group, impl in itertools.product(([], ["tok_embeddings", "output"]), ("chunked", "reference")):
+            _check_gradients(mesh, tied, own_group, impl, adapters=False)
+            _check_gradients(mesh, tied, own_group, impl, adapters=True)
+        _check_collectives(mesh, tied)
+
+
+def _student(tied: bool, adapters: bool, device: str) -> nn.Module:
+    """All of it trained, or adapters alone and the head frozen."""
+    if not adapters:
+        return build_model(tied).to(device)
+    torch.manual_seed(0)
+    lora = {"lora_attn_modules": ["q_proj", "v_proj"], "lora_rank": 4, "lora_alpha": 8}
+    model = lora_llama3_2(**SIZES, **lora, tie_word_embeddings=tied).to(device)
+    set_trainable_params(model, get_adapter_params(model))
+    for parameter in get_adapter_params(model).values():
+        # Half of them start as zeros, which leaves the other half without a gradient.
+        nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def _sharded(model: nn.Module, mesh: DeviceMesh, own_group: list[str]) -> nn.Module:
+    conditions = [partial(get_shard_conditions, names_to_match=own_group)]
+    shard_model(model, conditions, cpu_offload=False, reshard_after_forward=True, dp_mesh=mesh)
+    return model
+
+
+def _check_gradients(mesh: DeviceMesh, tied: bool, own_group: list[str], impl: str, adapters: bool) -> None:
+    """Both losses of the recipe, each rank with its own tokens; FSDP2 averages over the ranks."""
+    case = f"tied {tied}, own group {own_group}, {impl}, adapters alone {adapters}"
+    device, ranks = mesh.device_type, mesh.size()
+    loss, kd_loss = LinearCrossEntropyLoss(impl="chunked"), LinearSymmetricKLLoss(impl=impl)
+
+    def mixed(student: nn.Module, teacher: nn.Module, tokens: Tensor) -> Tensor:
+        hidden = student(tokens)
+        with torch.no_grad():
+            teacher_hidden = teacher(tokens)
+        labels = tokens.roll(-1, 1)
+        return 0.3 * kd_loss(hidden, teacher_hidden, labels) + 0.7 * loss(hidden, labels)
+
+    def bind(student: nn.Module, teacher: nn.Module) -> None:
+        loss.set_model_output(student)
+        kd_loss.set_model_output(student)
+        kd_loss.set_teacher_output(teacher)
+
+    batches = torch.randint(VOCABULARY, (ranks, 2, 9), generator=torch.Generator().manual_seed(3)).to(device)
+    single, teacher = _student(tied, adapters, device), build_teacher().to(device)
+    bind(single, teacher)
+    for tokens in batches:
+        (mixed(single, teacher, tokens) / ranks).backward()
+
+    model = _sharded(_student(tied, adapters, device), mesh, own_group)
+    teacher = _sharded(teacher.requires_grad_(False), mesh, own_group)
+    bind(model, teacher)
+    mixed(model, teacher, batches[mesh.get_local_rank()]).backward()
+    for (name, parameter), reference in zip(model.named_parameters(), single.parameters(), strict=True):
+        if parameter.requires_grad:
+            error = relative_error(parameter.grad.full_tensor(), reference.grad)
+            assert error < 2e-6, f"{case}, {name}: relative error {error}"
+    kd_loss.release()
+
+
+def _check_collectives(mesh: DeviceMesh, tied: bool) -> None:
+    """As many as torchtune's own losses need, which see the logits of a forward that is over."""
+
+    def both() -> tuple[nn.Module, nn.Module]:
+        device = mesh.device_type
+        teacher = build_teacher().to(device).requires_grad_(False)
+        return _sharded(_student(tied, True, device), mesh, []), _sharded(teacher, mesh, [])
+
+    chunks = 8
+    student, teacher = both()
+    student.set_num_output_chunks(chunks)
+    teacher.set_num_output_chunks(chunks)
+    stock = _collectives(student, teacher, CEWithChunkedOutputLoss(chunks), ForwardKLWithChunkedOutputLoss(chunks))
+    student, teacher = both()
+    loss, kd_loss = LinearCrossEntropyLoss(impl="chunked"), LinearForwardKLLoss()
+    loss.set_model_output(student)
+    kd_loss.set_model_output(student)
+    kd_loss.set_teacher_output(teacher)
+    ours = _collectives(student, teacher, loss, kd_loss)
+    assert ours == stock, f"tied {tied}: {ours}, torchtune's {stock}"
+    assert stock["gathers"] == 8
+
+
+def _collectives(student: nn.Module, teacher: nn.Module, loss: nn.Module, kd_loss: nn.Module) -> dict[str, int]:
+    """Of the second of two micro-batches, in the recipe's order: the first one also sets FSDP2 up."""
+    tokens = torch.randint(VOCABULARY, (2, 16)).to(next(student.parameters()).device)
+    for _ in range(2):
+        with counting() as count:
+            outputs = student(tokens)
+            with torch.no_grad():
+                teacher_outputs = teacher(tokens)
+            (kd_loss(outputs, teacher_outputs, tokens) + loss(outputs, tokens)).backward()
+    return dict(count)
