@@ -84,7 +84,7 @@ def test_numbers(data, impl, device):
 
 @IN_TRITON
 @given(data=st.data())
-@bounded(25)
+@bounded(18)
 def test_numbers_of_kernels(data, impl, device):
     check_numbers(data, impl, device)
 
@@ -146,6 +146,6 @@ def test_not_finite(data, impl, device):
 
 @IN_TRITON
 @given(data=st.data())
-@bounded(15)
+@bounded(10)
 def test_not_finite_in_kernels(data, impl, device):
     check_not_finite(data, impl, device)
