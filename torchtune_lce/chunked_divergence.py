@@ -1,4 +1,4 @@
-"""The divergences of :mod:`torchtune_lce.divergence` in bounded memory, in plain eager PyTorch.
+"""The divergences of :mod:`torchtune_lce.divergence` in bounded memory, in plain PyTorch.
 
 The student's gradients are computed in the forward, which has all that they need at hand; the backward only scales
 them. So no projection is read twice, or in the backward, where FSDP2 has let go of the teacher's. What that costs is
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchtune_lce.autocast import without_autocast
+from torchtune_lce.divergence_steps import steps
 from torchtune_lce.reference import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -27,13 +28,24 @@ torch.library.define(
     "torchtune_lce::chunked_divergence",
     "(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor teacher_hidden, "
     "Tensor teacher_weight, Tensor? teacher_bias, Tensor labels, int ignore_index, float forward_share, "
-    "float reverse_share, int workspace_mib, bool need_hidden, bool need_weight, bool need_bias) "
+    "float reverse_share, int workspace_mib, bool fused, bool need_hidden, bool need_weight, bool need_bias) "
     "-> (Tensor total, Tensor count, Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
 )
 
 
-def total(student: "Head", teacher: "Head", labels: Tensor, shares: "Shares", ignore_index: int, workspace_mib: int):
-    """Sum over the tokens in use [], and how many those are []. Heads and labels are flat, [N, D] and [N]."""
+def total(
+    student: "Head",
+    teacher: "Head",
+    labels: Tensor,
+    shares: "Shares",
+    ignore_index: int,
+    workspace_mib: int,
+    fused: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Sum over the tokens in use [], and how many those are []. Heads and labels are flat, [N, D] and [N].
+
+    ``fused``: torch.compile fuses what stands between the products.
+    """
     trained = [
         x is not None and x.requires_grad and torch.is_grad_enabled()
         for x in (student.hidden, student.weight, student.bias)
@@ -50,6 +62,7 @@ def total(student: "Head", teacher: "Head", labels: Tensor, shares: "Shares", ig
         shares.forward,
         shares.reverse,
         workspace_mib,
+        fused,
         *trained,
     )
     return loss, count
@@ -69,6 +82,7 @@ def _forward(
     forward_share,
     reverse_share,
     workspace_mib,
+    fused,
     need_hidden,
     need_weight,
     need_bias,
@@ -82,8 +96,9 @@ def _forward(
     shares, workspace = (forward_share, reverse_share), workspace_mib * 2**20
     states = student_hidden, teacher_hidden
     if need_weight or need_bias:
-        return _by_vocabulary(states, projections, rows, count, shares, workspace, need_hidden, need_weight, need_bias)
-    loss, d_hidden = _by_tokens(states, projections, rows, shares, workspace, need_hidden)
+        needs = need_hidden, need_weight, need_bias
+        return _by_vocabulary(states, projections, rows, count, shares, workspace, fused, *needs)
+    loss, d_hidden = _by_tokens(states, projections, rows, shares, workspace, fused, need_hidden)
     return loss, count, d_hidden, student_hidden.new_empty(0), student_hidden.new_empty(0)
 
 
@@ -100,6 +115,7 @@ def _(
     forward_share,
     reverse_share,
     workspace_mib,
+    fused,
     need_hidden,
     need_weight,
     need_bias,
@@ -112,19 +128,21 @@ def _(
     )
 
 
-def _by_tokens(states, projections, rows, shares, workspace, need_hidden):
+def _by_tokens(states, projections, rows, shares, workspace, fused, need_hidden):
     """The sum, and its gradient by the student's hidden states."""
     student, teacher = states
     wide = accumulation_dtype(student.dtype)
     vocabulary = projections[0][0].shape[0]
     # Three quarters hold both logits of a piece, the rest what some of its tokens need in the accumulation dtype, which
     # is up to four blocks at once.
-    piece = max(workspace * 3 // 4 // (vocabulary * (student.itemsize + teacher.itemsize)), 1)
+    piece = workspace * 3 // 4 // (vocabulary * (student.itemsize + teacher.itemsize))
+    # A product takes as long for some tokens more: whole tiles.
+    piece = piece // 64 * 64 or max(piece, 1)
     block = max(workspace // 4 // (vocabulary * wide.itemsize * 4), 1)
     loss = student.new_zeros((), dtype=wide)
     d_hidden = student.new_zeros(student.shape if need_hidden else 0)
     for used in rows.split(piece):
-        piece_loss, d_logits = _piece(states, projections, used, block, shares, need_hidden)
+        piece_loss, d_logits = _piece(states, projections, used, block, shares, fused, need_hidden)
         loss += piece_loss
         if need_hidden:
             d_hidden[used] = d_logits @ projections[0][0]
@@ -133,88 +151,55 @@ def _by_tokens(states, projections, rows, shares, workspace, need_hidden):
     return loss, d_hidden
 
 
-def _piece(states, projections, used, block, shares, need_gradient):
+def _piece(states, projections, used, block, shares, fused, need_gradient):
     """The sum over the tokens ``used`` and, in place of the student's logits, its gradient by them."""
     logits, teacher_logits = (
         F.linear(hidden[used], *projection) for hidden, projection in zip(states, projections, strict=True)
     )
-    wide = accumulation_dtype(logits.dtype)
-    loss = logits.new_zeros((), dtype=wide)
-    for part, teacher_part in zip(logits.split(block), teacher_logits.split(block), strict=True):
-        log_student = part.log_softmax(-1, dtype=wide)
-        log_teacher = teacher_part.log_softmax(-1, dtype=wide)
-        forward, reverse = _divergences(log_student, log_teacher, shares)
-        loss += (shares[0] * forward + shares[1] * reverse).sum()
-        if need_gradient:
-            part.copy_(_gradient(log_student, log_teacher, reverse, shares))
+    loss = logits.new_zeros((), dtype=accumulation_dtype(logits.dtype))
+    for parts in zip(logits.split(block), teacher_logits.split(block), strict=True):
+        loss += steps(fused).of_rows(*parts, *shares, need_gradient)
     return loss, logits
 
 
-def _by_vocabulary(states, projections, rows, count, shares, workspace, need_hidden, need_weight, need_bias):
+def _by_vocabulary(states, projections, rows, count, shares, workspace, fused, need_hidden, need_weight, need_bias):
     """What the operator returns."""
     student, teacher = states
     weight, bias = projections[0]
     wide = accumulation_dtype(student.dtype)
-    # Both logits and two blocks made of them; the last chunk's gradient, or a product before it is widened.
-    bytes_per_entry = rows.numel() * (4 * wide.itemsize + max(student.itemsize, teacher.itemsize))
+    # Both logits and three blocks made of them; the last chunk's gradient, or a product before it is widened.
+    bytes_per_entry = rows.numel() * (5 * wide.itemsize + max(student.itemsize, teacher.itemsize))
     chunk = min(weight.shape[0], max(workspace // max(bytes_per_entry, 1), 64))
     parts = [slice(start, start + chunk) for start in range(0, weight.shape[0], chunk)]
     kept = [hidden if rows.numel() == hidden.shape[0] else hidden[rows] for hidden in states]
-    whole = _Statistics(rows.numel(), wide, student.device)
+    numbers = [
+        torch.full(rows.shape, start, dtype=wide, device=rows.device) for start in (-torch.inf, -torch.inf, 0, 0)
+    ]
     for part in parts:
-        whole.add(*_logits(kept, projections, part, wide), shares)
-    reverse = whole.reverse()
-    loss = (shares[0] * whole.forward() + shares[1] * reverse).sum()
+        numbers = steps(fused).statistics(*_logits(kept, projections, part, wide), *shares, numbers)
+    lse, teacher_lse, mean_logit, mean_gap = numbers
+    reverse = mean_gap - lse + teacher_lse
+    loss = (shares[0] * (lse - mean_logit) + shares[1] * reverse).sum()
 
     d_kept = torch.zeros_like(kept[0], dtype=wide) if need_hidden else None
     d_weight = weight.new_empty(weight.shape if need_weight else 0)
     d_bias = student.new_empty(bias.shape if need_bias else 0)
     mean = 1 / max(rows.numel(), 1)
     for part in parts:
-        log_softmaxes = whole.normalized(*_logits(kept, projections, part, wide))
-        d_logits = _gradient(*log_softmaxes, reverse, shares)
-        del log_softmaxes
+        both = _logits(kept, projections, part, wide)
+        d_logits, by_entry = steps(fused).gradient(*both, lse, teacher_lse, reverse, *shares, student.dtype)
         if need_bias:
-            d_bias[part] = d_logits.sum(0) * mean
-        d_logits = d_logits.to(student.dtype)
+            d_bias[part] = by_entry * mean
         if need_hidden:
             d_kept += d_logits @ weight[part]
         if need_weight:
             torch.addmm(d_weight[part], d_logits.T, kept[0], beta=0, alpha=mean, out=d_weight[part])
+        # Before the next chunk is made.
+        del d_logits
     d_hidden = student.new_zeros(student.shape if need_hidden else 0)
     if need_hidden:
         d_hidden[rows] = d_kept.to(student.dtype)
     return loss, count, d_hidden, d_weight, d_bias
-
-
-class _Statistics:
-    """Of each token over the vocabulary seen so far: both log-sum-exps and the means that the divergences need."""
-
-    def __init__(self, tokens: int, dtype: torch.dtype, device: torch.device):
-        self._lse, self._teacher_lse = (torch.full((tokens,), -torch.inf, dtype=dtype, device=device) for _ in range(2))
-        # Under the teacher, of the student's logits; under the student, of its logits less the teacher's.
-        self._logits, self._gap = (torch.zeros(tokens, dtype=dtype, device=device) for _ in range(2))
-
-    def add(self, logits: Tensor, teacher_logits: Tensor, shares: tuple[float, float]) -> None:
-        lse = torch.logaddexp(self._lse, logits.logsumexp(-1))
-        teacher_lse = torch.logaddexp(self._teacher_lse, teacher_logits.logsumexp(-1))
-        if shares[0]:
-            here = (teacher_logits - teacher_lse[:, None]).exp_().mul_(logits).sum(-1)
-            self._logits = self._logits * (self._teacher_lse - teacher_lse).exp() + here
-        if shares[1]:
-            here = (logits - lse[:, None]).exp_().mul_(logits - teacher_logits).sum(-1)
-            self._gap = self._gap * (self._lse - lse).exp() + here
-        self._lse, self._teacher_lse = lse, teacher_lse
-
-    def normalized(self, logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Both logarithms of softmax, in place of the logits."""
-        return logits.sub_(self._lse[:, None]), teacher_logits.sub_(self._teacher_lse[:, None])
-
-    def forward(self) -> Tensor:
-        return self._lse - self._logits
-
-    def reverse(self) -> Tensor:
-        return self._gap - self._lse + self._teacher_lse
 
 
 def _logits(kept, projections, part, dtype):
@@ -224,29 +209,6 @@ def _logits(kept, projections, part, dtype):
         logits = torch.mm(hidden, weight[part].T).to(dtype)
         both.append(logits if bias is None else logits.add_(bias[part]))
     return both
-
-
-def _divergences(log_student: Tensor, log_teacher: Tensor, shares: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """Forward and reverse divergence of each token, [N]; 0 where it has no share."""
-    forward, reverse = (torch.zeros_like(log_student[:, 0]) for _ in range(2))
-    if shares[0]:
-        forward = log_teacher.exp().mul_(log_student).sum(-1).neg_()
-    if shares[1]:
-        reverse = log_student.exp().mul_(log_student - log_teacher).sum(-1)
-    return forward, reverse
-
-
-def _gradient(log_student: Tensor, log_teacher: Tensor, reverse: Tensor, shares: tuple[float, float]) -> Tensor:
-    """Gradient by the student's logits, in the memory of the arguments. With softmaxes p of the teacher and q of the
-    student it is q - p of the forward divergence and q (log q - log p - reverse) of the reverse one.
-    """
-    gap = log_student - log_teacher if shares[1] else None
-    student, teacher = log_student.exp_(), log_teacher.exp_()
-    if gap is None:
-        # Subtracted before rounding to the input dtype: the difference is small where both agree.
-        return student.sub_(teacher).mul_(shares[0])
-    d_logits = gap.sub_(reverse[:, None]).mul_(shares[1]).add_(shares[0]).mul_(student)
-    return d_logits.sub_(teacher.mul_(shares[0])) if shares[0] else d_logits
 
 
 torch.library.define(
@@ -286,18 +248,18 @@ def _setup_context(ctx, inputs, output) -> None:
     # The gradients are outputs too, for which zeros would be made.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
-    ctx.workspace_mib = inputs[-4]
+    ctx.workspace_mib = inputs[-5]
     ctx.needs = inputs[-3:]
 
 
 def _differentiate(ctx, d_total, *_):
     gradients = torch.ops.torchtune_lce.chunked_divergence_backward(d_total, *ctx.saved_tensors, ctx.workspace_mib)
     needed = (gradient if need else None for gradient, need in zip(gradients, ctx.needs, strict=True))
-    return *needed, *[None] * 11
+    return *needed, *[None] * 12
 
 
 def _refuse_second_derivative(ctx, *_):
-    raise RuntimeError("impl='chunked' has no second derivative (create_graph=True); set impl='reference'")
+    raise RuntimeError("this impl has no second derivative (create_graph=True); set impl='reference'")
 
 
 torch.library.register_autograd("torchtune_lce::chunked_divergence", _differentiate, setup_context=_setup_context)

@@ -157,7 +157,8 @@ class LinearForwardKLLoss(_LinearKLLoss):
 
     Args:
         ignore_index: tokens with a label of this value have no loss and no gradient.
-        impl: ``auto`` and ``chunked``: plain PyTorch in bounded memory; ``reference``: both full logits.
+        impl: ``auto`` and ``chunked``: plain PyTorch in bounded memory; ``torch_compile``: the same, with what stands
+            between the products fused by torch.compile; ``reference``: both full logits.
         workspace_mib: the most memory in MiB that ``chunked`` uses beyond gradients and O(N + V).
 
     Raises:

@@ -10,6 +10,7 @@ Where torchtune leaves out entries with infinite logits, such a logit makes the 
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +21,12 @@ from torchtune_lce import chunked_divergence, validation
 from torchtune_lce.reference import accumulation_dtype
 from torchtune_lce.validation import HIDDEN_DTYPES, TARGET_DTYPES
 
-NAMES = ("auto", "chunked", "reference")
+NAMES = ("auto", "chunked", "torch_compile", "reference")
 
 
 @dataclass(frozen=True)
 class Shares:
-    """How much of the loss is the forward and how much the reverse divergence."""
+    """How much of the loss is the forward and how much the reverse divergence; together 1."""
 
     forward: float
     reverse: float
@@ -94,8 +95,8 @@ def divergence(
     if impl == "reference":
         compute = _reference
     else:
-        compute = chunked_divergence.total
-        validation.check_no_tangents("chunked", student.hidden, student.weight, student.bias)
+        compute = partial(chunked_divergence.total, fused=impl == "torch_compile")
+        validation.check_no_tangents(impl, student.hidden, student.weight, student.bias)
     total, count = compute(student, teacher, labels.reshape(-1), shares, ignore_index, workspace_mib)
     return total / count.clamp(min=1) if normalize else total
 
