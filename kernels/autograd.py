@@ -4,6 +4,7 @@ Operators, so that torch.compile sees one opaque node each way and CUDA graphs c
 tensor's values on the host.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -57,7 +58,19 @@ torch.library.define(
 )
 
 
+def _on_its_device(function: Callable) -> Callable:
+    """Runs an operator on the card of its first tensor: Triton launches on the current one."""
+
+    @functools.wraps(function)
+    def run(*arguments):
+        with torch.cuda.device_of(next(x for x in arguments if isinstance(x, Tensor))):
+            return function(*arguments)
+
+    return run
+
+
 @torch.library.impl("torchtune_lce::cut_cross_entropy", "default")
+@_on_its_device
 def _forward(hidden, weight, bias, targets, ignore_index, softcap, eps, filter_hidden, filter_weight, workspace_mib):
     """nll and lse [N] float32, 0 where ignored; then what the backward needs.
 
@@ -125,6 +138,7 @@ torch.library.define(
 
 
 @torch.library.impl("torchtune_lce::cut_cross_entropy_backward", "default")
+@_on_its_device
 def _backward(
     d_nll,
     d_lse,

@@ -8,7 +8,10 @@ from torchtune_lce.kernels.tuning import Config
 def has_blocks(config: Config, *matrices: Tensor) -> bool:
     """Whether the copy engine can read all of them: it wants rows of whole 16 bytes, and at least one."""
     return config.tma and all(
-        matrix.stride(0) * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0 and matrix.shape[0]
+        matrix.stride(0) * matrix.element_size() % 16 == 0
+        and matrix.stride(1) == 1
+        and matrix.data_ptr() % 16 == 0
+        and matrix.shape[0]
         for matrix in matrices
     )
 

@@ -50,8 +50,17 @@ def has_tma(capability: tuple[int, int]) -> bool:
 def config_for(device: torch.device, dtype: torch.dtype) -> Config:
     if device.type == "cpu":
         return Config(32, 32, 64, 32, 32, 32, 32, 2, 4, 1, 1, tma=False, precision="ieee")
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    precision = "tf32" if dtype == torch.float32 and _allows_tf32() else "tf32x3"
     return _cuda_config(torch.cuda.get_device_capability(device), dtype, precision)
+
+
+def _allows_tf32() -> bool:
+    """torch's setting for products of float32, by its newer name where there is one: the older one then raises."""
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        return matmul.allow_tf32
+    inherits = matmul.fp32_precision == "none"
+    return (torch.backends.fp32_precision if inherits else matmul.fp32_precision) == "tf32"
 
 
 @cache

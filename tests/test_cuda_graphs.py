@@ -165,5 +165,6 @@ def test_compiled_into_graphs(impl):
         gradients = [x.clone() for x in torch.autograd.grad(loss, (inputs.hidden, inputs.weight))]
         expected = linear_cross_entropy(inputs.hidden, inputs.weight, inputs.targets, impl=impl) * 2
         wanted = torch.autograd.grad(expected, (inputs.hidden, inputs.weight))
+        # The compiler divides by the number of labels in its own order: a rounding of the upstream gradient.
         for actual, exact in zip(gradients, wanted, strict=True):
-            assert torch.equal(actual, exact), f"{ignored} ignored"
+            torch.testing.assert_close(actual, exact, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-9)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -336,6 +337,31 @@ def test_descriptor_path_equals_pointer_path(device, dtype, monkeypatch):
         results[tma] = (lse, target_logit)
     for pointer, descriptor in zip(results[False], results[True], strict=True):
         torch.testing.assert_close(pointer, descriptor, rtol=1e-6, atol=1e-5)
+
+
+def test_a_single_feature_with_a_stride_goes_by_pointers(device, monkeypatch):
+    """The copy engine wants features next to each other, which torch does not say of a strided column."""
+    hidden, weight, targets = peaked(device, tokens=8, vocabulary=40, width=64)
+    config = dataclasses.replace(tuning.config_for(device, torch.float32), tma=True)
+    for module in (autograd, forward):
+        monkeypatch.setattr(module, "config_for", lambda *_: config)
+    column = weight[:, ::64]
+    ours, plain = (
+        functional.linear_cross_entropy(hidden[:, :1], column, targets, impl=impl) for impl in ("cce", "reference")
+    )
+    torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize(
+    ("matmul", "everything", "allowed"),
+    [("ieee", "tf32", False), ("tf32", "ieee", True), ("none", "tf32", True), ("none", "ieee", False)],
+)
+def test_tf32_by_torchs_newer_setting(matmul, everything, allowed, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=matmul))
+    monkeypatch.setattr(torch.backends, "fp32_precision", everything, raising=False)
+    assert tuning._allows_tf32() is allowed
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=allowed))
+    assert tuning._allows_tf32() is allowed
 
 
 def test_phases_cover_the_vocabulary_once():

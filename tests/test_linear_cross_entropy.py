@@ -244,6 +244,19 @@ def test_preset_filters_the_gradients_that_it_names(impl, device):
         compare(run(impl, replace(case, filter_eps=None), tensors, upstream), native, exact, rounding_alone)
 
 
+@needs_triton
+@pytest.mark.parametrize("softcap", [1e5, 1e10])
+def test_a_softcap_far_above_the_logits_changes_nothing(softcap, device):
+    """tanh of a small number must not come from the difference of two near 1."""
+    hidden, weight = torch.randn(5, 64, device=device, requires_grad=True), torch.randn(11, 64, device=device) / 4
+    targets = torch.arange(5, device=device)
+    capped, plain = (linear_cross_entropy(hidden, weight, targets, softcap=cap, impl="cce") for cap in (softcap, None))
+    torch.testing.assert_close(capped, plain, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(loss, hidden)[0] for loss in (capped, plain)), rtol=1e-5, atol=1e-7
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("impl", EACH)
 def test_second_backward_gives_the_same(impl, dtype, device):

@@ -33,7 +33,8 @@ def check_four_processes(rank: int) -> None:
 def check_two_cards(rank: int) -> None:
     torch.cuda.set_device(rank)
     mesh = init_device_mesh("cuda", (2,))
-    check_vocabulary_parallel(mesh, ("reference", "chunked", "torch_compile", "cce", "cce_exact"))
+    # Not torch_compile: it would compile each case, on both ranks, for minutes.
+    check_vocabulary_parallel(mesh, ("reference", "chunked", "cce", "cce_exact"))
     check_sharded(mesh, init_device_mesh("cuda", (1, 2), mesh_dim_names=("dp", "shard")))
     check_distillation(mesh)
     check_sequence_parallel(mesh)

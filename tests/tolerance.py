@@ -146,8 +146,10 @@ def allowances(
     by_weight = error + sum_error(tokens, wide) * exact.d_logits.abs() + (dropped if "weight" in filtered else 0)
     # Rounded to the inputs' dtype for the product, and a piece of the sum rounded to it once more.
     twice = 2**0.5 * rounding(exact.d_logits, dtype)
-    # In place of what is dropped comes as much of the dropped rows' mean, which may point elsewhere.
-    instead = dropped.sum(-1, keepdim=True) * weight.max(0).values if "hidden" in filtered else 0
+    # In place of what is dropped comes as much of the dropped rows' mean, which may point elsewhere, and which is told
+    # by the difference between 1 and a sum.
+    rounded_sum = 4 * eps * d_softmax
+    instead = (dropped.sum(-1, keepdim=True) + rounded_sum) * weight.max(0).values if "hidden" in filtered else 0
     bounds = {
         "hidden": by_hidden @ weight + instead + independent_errors(twice, weight),
         "weight": by_weight.T @ hidden + independent_errors(twice.T, hidden),

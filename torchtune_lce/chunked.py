@@ -32,12 +32,13 @@ torch.library.define(
 @without_autocast
 def _forward(hidden, weight, bias, targets, ignore_index, softcap, workspace_mib):
     rows, kept, labels, chunk = in_use(hidden, weight, targets, ignore_index, workspace_mib)
-    row_lse = hidden.new_full(rows.shape, -torch.inf, dtype=accumulation_dtype(hidden.dtype))
-    target_logit = torch.zeros_like(row_lse)
+    peak = hidden.new_full(rows.shape, -torch.inf, dtype=accumulation_dtype(hidden.dtype))
+    total, target_logit = torch.zeros_like(peak), torch.zeros_like(peak)
     for start in range(0, weight.shape[0], chunk):
         chunk_lse, chunk_target = _chunk_statistics(kept, weight, bias, labels, start, chunk, softcap)
-        row_lse = torch.logaddexp(row_lse, chunk_lse)
+        peak, total = _add_exponential(peak, total, chunk_lse)
         target_logit += chunk_target
+    row_lse = peak + total.log()
     nll, lse = (row_lse.new_zeros(targets.shape) for _ in range(2))
     nll[rows] = row_lse - target_logit
     lse[rows] = row_lse
@@ -166,6 +167,14 @@ def _chunk_statistics(hidden, weight, bias, labels, start, chunk, softcap):
     inside = (labels >= start) & (labels < start + chunk)
     column = (labels - start).clamp(0, logits.shape[1] - 1)
     return logits.logsumexp(-1), logits.gather(-1, column[:, None]).squeeze(-1).where(inside, 0)
+
+
+def _add_exponential(peak: Tensor, total: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(peak) * total, grown by exp(lse): a running log-sum-exp would be rounded at its own size with every chunk."""
+    higher = torch.maximum(peak, lse)
+    # Where an infinity is the largest, it comes back out of exp.
+    base = higher.where(higher.isfinite(), 0)
+    return higher, total * (peak - base).exp() + (lse - base).exp()
 
 
 def _chunk_gradient(hidden, weight, bias, labels, lse, d_nll, d_softmax, start, chunk, softcap):
