@@ -1,6 +1,6 @@
 """The numerics of the suite under pairs of torch and Triton: `python tests/matrix.py` makes an environment for each.
 
-    python tests/matrix.py --index-url https://download.pytorch.org/whl/cpu --write
+    python tests/matrix.py --index-url URL --write
 
 Torch is taken as a CPU build (`torch==2.6.0+cpu`), so that no pair pulls gigabytes of CUDA libraries: give
 ``--index-url`` where pip's own index has none, or ``--allow-cuda`` to take what there is. A pair that cannot be
