@@ -11,7 +11,7 @@ from tiny_models import VOCABULARY, build_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torchtune.modules.peft import LoRALinear
+from torchtune.modules.peft import DoRALinear, LoRALinear
 from torchtune.training import get_shard_conditions, shard_model
 
 from torchtune_lce import LinearCrossEntropyLoss
@@ -32,7 +32,7 @@ def _check_all(rank: int, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=RANKS)
     for head, own_group, reshard in itertools.product(
-        ("tied", "untied", "lora"), ([], ["tok_embeddings", "output"]), (True, False)
+        ("tied", "untied", "lora", "dora"), ([], ["tok_embeddings", "output"]), (True, False)
     ):
         _check_gradients(rank, head, own_group, reshard)
     _check_bound_before_sharding()
@@ -41,9 +41,11 @@ def _check_all(rank: int, port: int) -> None:
 
 def _build(head: str) -> nn.Module:
     model = build_model(tied=head == "tied")
-    if head == "lora":
-        model.output = LoRALinear(64, VOCABULARY, rank=4, alpha=8)
+    if head in ("lora", "dora"):
+        model.output = (LoRALinear if head == "lora" else DoRALinear)(64, VOCABULARY, rank=4, alpha=8)
         nn.init.normal_(model.output.lora_b.weight, std=0.1)
+    if head == "dora":
+        model.output.initialize_dora_magnitude()
     return model
 
 

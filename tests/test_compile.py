@@ -78,6 +78,13 @@ def test_operators_of_cce_keep_the_rules(eps, frozen, device):
     torch.library.opcheck(torch.ops.torchtune_lce.cut_cross_entropy.default, arguments)
 
 
-def test_operators_of_chunked_keep_the_rules(device):
+@pytest.mark.parametrize("adapter", ["none", "LoRA", "DoRA"])
+def test_operators_of_chunked_keep_the_rules(adapter, device):
     hidden, weight, targets = make_inputs(device)
-    torch.library.opcheck(torch.ops.torchtune_lce.chunked.default, (hidden, weight, None, targets, -100, 30.0, 64))
+    low, up, scale = (
+        torch.randn(shape, device=device, requires_grad=True)
+        for shape in ((len(targets), 3), (VOCABULARY, 3), VOCABULARY)
+    )
+    low_rank = {"none": (None, None, None), "LoRA": (low, up, None), "DoRA": (low, up, scale)}[adapter]
+    arguments = (hidden, weight, None, *low_rank, targets, -100, 30.0, 64)
+    torch.library.opcheck(torch.ops.torchtune_lce.chunked.default, arguments)

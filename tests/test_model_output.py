@@ -13,7 +13,7 @@ from torchtune.generation import generate
 from torchtune.models.llama2._component_builders import llama2_classifier
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.model_fusion import DeepFusionModel, EarlyFusionModel, FusionEmbedding
-from torchtune.modules.peft import DoRALinear, LoRALinear, QATLoRALinear
+from torchtune.modules.peft import LoRALinear, QATLoRALinear
 from torchtune_main import as_on_main
 
 from torchtune_lce import LinearCrossEntropyLoss, skip_output_layer
@@ -217,21 +217,6 @@ def test_weight_is_read_at_every_call(tied, targets):
     torch.testing.assert_close(loss(hidden, targets), torch.tensor(float(VOCABULARY)).log())
 
 
-def test_lora_dropout_is_refused(targets):
-    loss = LinearCrossEntropyLoss()
-    message = r"lora_dropout 0\.25, .* set lora_dropout: 0\.0 or apply_lora_to_output: False"
-    with pytest.raises(ValueError, match=message):
-        loss.set_model_output(with_output(lora_output(dropout=0.25)))
-    model = with_output(lora_output(dropout=0.25))
-    model.output.disabled = True
-    loss.set_model_output(model)
-    hidden = torch.randn(2, 7, EMBED_DIM)
-    loss(hidden, targets)
-    model.output.disabled = False
-    with pytest.raises(ValueError, match=message):
-        loss(hidden, targets)
-
-
 def quantised_linear():
     linear = nn.Linear(EMBED_DIM, VOCABULARY, bias=False)
     linear.weight = nn.Parameter(to_nf4(linear.weight.detach(), 64, 256), requires_grad=False)
@@ -239,11 +224,6 @@ def quantised_linear():
 
 
 REFUSED_OUTPUTS = {
-    "dora": (
-        lambda: DoRALinear(EMBED_DIM, VOCABULARY, rank=4, alpha=8),
-        TypeError,
-        "DoRALinear, .* set apply_lora_to_output: False, or use_dora: False",
-    ),
     "nf4": (quantised_linear, TypeError, "must be a plain tensor, got NF4Tensor: leave the output projection unquant"),
     "qat": (
         lambda: QATLoRALinear(EMBED_DIM, VOCABULARY, 4, 8),

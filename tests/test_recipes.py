@@ -163,15 +163,22 @@ def test_impl_comes_from_the_config(runs, impl, caplog):
     assert said[0].levelno == logging.INFO
 
 
-def test_lora_on_the_output(runs):
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_adapter_on_the_output(runs, use_dora, dropout):
     def lora_on_output(cfg):
+        cfg.model.use_dora = use_dora
+        cfg.model.lora_dropout = dropout
+        cfg.enable_activation_checkpointing = bool(dropout)
         del cfg.model["tie_word_embeddings"]
         cfg.model._component_ = "torchtune.models.llama3._component_builders.lora_llama3"
         cfg.model.apply_lora_to_output = True
         cfg.checkpointer.model_type = "LLAMA3"
         return cfg
 
-    stock = lora_on_output(runs.config(LORA, tied=False, loss=STOCK_LOSS))
+    # torchtune's chunked loss runs the output layer on pieces of the hidden states, and draws dropout for each.
+    whole = "torch.nn.CrossEntropyLoss" if dropout else STOCK_LOSS
+    stock = lora_on_output(runs.config(LORA, tied=False, loss=whole))
     ours = lora_on_output(runs.config(LORA, tied=False))
     train(stock_recipe(LORA), stock)
     train(our_recipe(LORA), ours)
@@ -179,9 +186,10 @@ def test_lora_on_the_output(runs):
     assert_equal_steps(logged_losses(ours), logged_losses(stock))
     adapters, stock_adapters = (saved(folder, name="adapter_model.pt") for folder in (ours, stock))
     assert adapters.keys() == stock_adapters.keys()
-    trained = adapters["output.lora_b.weight"]
-    assert trained.abs().max() > 1e-3
-    torch.testing.assert_close(trained, stock_adapters["output.lora_b.weight"], rtol=1e-3, atol=1e-5)
+    assert ("output.magnitude" in adapters) == use_dora
+    assert adapters["output.lora_b.weight"].abs().max() > 1e-3
+    for name in filter(lambda name: name.startswith("output."), adapters):
+        torch.testing.assert_close(adapters[name], stock_adapters[name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", [LORA, FULL])

@@ -3,39 +3,46 @@
 The vocabulary is walked in chunks. The forward keeps a running log-sum-exp; the backward computes each chunk's logits
 again, so neither direction ever holds more than one [N, chunk] block of them. Both are custom operators: how many
 tokens are in use decides their shapes, which a compiler cannot know.
+
+An adapter (:class:`torchtune_lce.low_rank.LowRank`) joins chunk by chunk, in the accumulation dtype: its rank is small.
 """
 
 import torch
 from torch import Tensor
 
 from torchtune_lce.autocast import without_autocast
+from torchtune_lce.low_rank import LowRank
 from torchtune_lce.options import Options
 from torchtune_lce.reference import accumulation_dtype
 
 
-def entries_per_chunk(tokens: int, vocabulary: int, workspace_mib: int, dtype: torch.dtype) -> int:
-    """Vocabulary entries whose blocks fit the workspace: two of logits (a softcap or a log-sum-exp takes the second)
-    beside the last chunk's gradient in the inputs' dtype. At least 64, or the products would be slow.
+def entries_per_chunk(
+    tokens: int, vocabulary: int, workspace_mib: int, dtype: torch.dtype, scaled: bool = False
+) -> int:
+    """Vocabulary entries whose blocks fit the workspace: two of logits (a softcap or a log-sum-exp takes the second),
+    three where they are ``scaled`` (the gradient of the scale needs them unscaled), beside the last chunk's gradient in
+    the inputs' dtype. At least 64, or the products would be slow.
     """
-    bytes_per_entry = tokens * (2 * accumulation_dtype(dtype).itemsize + dtype.itemsize)
+    bytes_per_entry = tokens * ((2 + scaled) * accumulation_dtype(dtype).itemsize + dtype.itemsize)
     return min(vocabulary, max(workspace_mib * 2**20 // max(bytes_per_entry, 1), 64))
 
 
 torch.library.define(
     "torchtune_lce::chunked",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float? softcap, "
-    "int workspace_mib) -> (Tensor nll, Tensor lse)",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor? scale, Tensor targets, "
+    "int ignore_index, float? softcap, int workspace_mib) -> (Tensor nll, Tensor lse)",
 )
 
 
 @torch.library.impl("torchtune_lce::chunked", "default")
 @without_autocast
-def _forward(hidden, weight, bias, targets, ignore_index, softcap, workspace_mib):
-    rows, kept, labels, chunk = in_use(hidden, weight, targets, ignore_index, workspace_mib)
+def _forward(hidden, weight, bias, low, up, scale, targets, ignore_index, softcap, workspace_mib):
+    rows, kept, labels, chunk = in_use(hidden, weight, targets, ignore_index, workspace_mib, scale is not None)
+    low_rank = _low_rank_in_use(low, up, scale, rows, kept)
     peak = hidden.new_full(rows.shape, -torch.inf, dtype=accumulation_dtype(hidden.dtype))
     total, target_logit = torch.zeros_like(peak), torch.zeros_like(peak)
     for start in range(0, weight.shape[0], chunk):
-        chunk_lse, chunk_target = _chunk_statistics(kept, weight, bias, labels, start, chunk, softcap)
+        chunk_lse, chunk_target = _chunk_statistics(kept, weight, bias, low_rank, labels, start, chunk, softcap)
         peak, total = _add_exponential(peak, total, chunk_lse)
         target_logit += chunk_target
     row_lse = peak + total.log()
@@ -46,16 +53,16 @@ def _forward(hidden, weight, bias, targets, ignore_index, softcap, workspace_mib
 
 
 @torch.library.register_fake("torchtune_lce::chunked")
-def _(hidden, weight, bias, targets, ignore_index, softcap, workspace_mib):
+def _(hidden, weight, bias, low, up, scale, targets, ignore_index, softcap, workspace_mib):
     dtype = accumulation_dtype(hidden.dtype)
     return hidden.new_empty(targets.shape, dtype=dtype), hidden.new_empty(targets.shape, dtype=dtype)
 
 
 torch.library.define(
     "torchtune_lce::chunked_backward",
-    "(Tensor? d_nll, Tensor? d_lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor lse, "
-    "int ignore_index, float? softcap, int workspace_mib, bool need_hidden, bool need_weight, bool need_bias) "
-    "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
+    "(Tensor? d_nll, Tensor? d_lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, "
+    "Tensor? scale, Tensor targets, Tensor lse, int ignore_index, float? softcap, int workspace_mib, bool[] needs) "
+    "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_low, Tensor d_up, Tensor d_scale)",
 )
 
 
@@ -67,26 +74,41 @@ def _backward(
     hidden,
     weight,
     bias,
+    low,
+    up,
+    scale,
     targets,
     lse,
     ignore_index,
     softcap,
     workspace_mib,
-    need_hidden,
-    need_weight,
-    need_bias,
+    needs,
 ):
-    """Gradients, empty where not needed."""
-    rows, kept, labels, chunk = in_use(hidden, weight, targets, ignore_index, workspace_mib)
+    """Gradients by hidden, weight, bias, low, up and scale, empty where ``needs`` has no True."""
+    need_hidden, need_weight, need_bias, need_low, need_up, need_scale = needs
+    rows, kept, labels, chunk = in_use(hidden, weight, targets, ignore_index, workspace_mib, scale is not None)
+    low_rank = _low_rank_in_use(low, up, scale, rows, kept)
     row_lse = lse[rows]
     d_nll = torch.zeros_like(row_lse) if d_nll is None else d_nll[rows]
     d_softmax = d_nll if d_lse is None else d_nll + d_lse[rows]
     d_kept = torch.zeros_like(kept, dtype=lse.dtype) if need_hidden else None
     d_weight = weight.new_empty(weight.shape if need_weight else 0)
     d_bias = hidden.new_empty(bias.shape if need_bias else 0)
+    d_low = hidden.new_zeros(low.shape if need_low else 0)
+    d_kept_low = torch.zeros_like(low_rank.low) if need_low else None
+    d_up = hidden.new_empty(0) if not need_up else torch.empty_like(up)
+    d_scale = hidden.new_empty(0) if not need_scale else torch.empty_like(scale)
     for start in range(0, weight.shape[0], chunk):
-        d_logits = _chunk_gradient(kept, weight, bias, labels, row_lse, d_nll, d_softmax, start, chunk, softcap)
+        d_logits, d_scale_part = _chunk_gradient(
+            kept, weight, bias, low_rank, labels, row_lse, d_nll, d_softmax, start, chunk, softcap
+        )
         part = slice(start, start + chunk)
+        if need_scale:
+            d_scale[part] = d_scale_part
+        if need_low:
+            d_kept_low += d_logits @ up[part].to(lse.dtype)
+        if need_up:
+            d_up[part] = d_logits.T @ low_rank.low
         if need_bias:
             d_bias[part] = d_logits.sum(0)
         d_logits = d_logits.to(hidden.dtype)
@@ -97,7 +119,9 @@ def _backward(
     d_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0)
     if need_hidden:
         d_hidden[rows] = d_kept.to(hidden.dtype)
-    return d_hidden, d_weight, d_bias
+    if need_low:
+        d_low[rows] = d_kept_low.to(d_low.dtype)
+    return d_hidden, d_weight, d_bias, d_low, d_up, d_scale
 
 
 @torch.library.register_fake("torchtune_lce::chunked_backward")
@@ -107,17 +131,18 @@ def _(
     hidden,
     weight,
     bias,
+    low,
+    up,
+    scale,
     targets,
     lse,
     ignore_index,
     softcap,
     workspace_mib,
-    need_hidden,
-    need_weight,
-    need_bias,
+    needs,
 ):
-    needed = ((need_hidden, hidden), (need_weight, weight), (need_bias, bias))
-    return tuple(x.new_empty(x.shape) if need else hidden.new_empty(0) for need, x in needed)
+    tensors = (hidden, weight, bias, low, up, scale)
+    return tuple(x.new_empty(x.shape) if need else hidden.new_empty(0) for need, x in zip(needs, tensors, strict=True))
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -128,8 +153,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, d_nll, d_lse):
-    needs = ctx.needs_input_grad[:3]
-    gradients = torch.ops.torchtune_lce.chunked_backward(d_nll, d_lse, *ctx.saved_tensors, *ctx.settings, *needs)
+    needs = ctx.needs_input_grad[:6]
+    gradients = torch.ops.torchtune_lce.chunked_backward(d_nll, d_lse, *ctx.saved_tensors, *ctx.settings, needs)
     return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 4
 
 
@@ -141,29 +166,53 @@ torch.library.register_autograd("torchtune_lce::chunked", _differentiate, setup_
 torch.library.register_autograd("torchtune_lce::chunked_backward", _refuse_second_derivative)
 
 
-def in_use(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, workspace_mib: int):
+def in_use(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, workspace_mib: int, scaled: bool = False
+):
     """Tokens that are not ignored, their hidden states and labels, and the entries of a chunk for so many."""
     rows = (targets != ignore_index).nonzero().squeeze(-1)
     kept = hidden if rows.numel() == targets.numel() else hidden[rows]
-    chunk = entries_per_chunk(rows.numel(), weight.shape[0], workspace_mib, hidden.dtype)
+    chunk = entries_per_chunk(rows.numel(), weight.shape[0], workspace_mib, hidden.dtype, scaled)
     return rows, kept, targets[rows].long(), chunk
+
+
+def _low_rank_in_use(low, up, scale, rows: Tensor, kept: Tensor) -> LowRank | None:
+    """``low`` of the tokens in use alone, in the accumulation dtype."""
+    if low is None:
+        return None
+    return LowRank(low[rows].to(accumulation_dtype(kept.dtype)), up, scale)
 
 
 def chunk_logits(hidden, weight, bias, start, chunk, softcap):
     """Logits of entries [start, start + chunk) and, with a softcap, the tanh that they are made of."""
+    return _capped(_unscaled_logits(hidden, weight, bias, None, start, chunk), softcap)
+
+
+def _unscaled_logits(hidden, weight, bias, low_rank, start, chunk):
+    """Before the scale and the softcap, in the accumulation dtype."""
     part = slice(start, start + chunk)
     logits = torch.mm(hidden, weight[part].T).to(accumulation_dtype(hidden.dtype))
     if bias is not None:
         logits += bias[part]
+    if low_rank is not None:
+        logits.addmm_(low_rank.low, low_rank.up[part].T.to(logits.dtype))
+    return logits
+
+
+def _capped(logits, softcap):
+    """In place, as far as it goes; the tanh is None without a softcap."""
     if softcap is None:
         return logits, None
     tanh = torch.tanh_(logits.div_(softcap))
     return tanh * softcap, tanh
 
 
-def _chunk_statistics(hidden, weight, bias, labels, start, chunk, softcap):
+def _chunk_statistics(hidden, weight, bias, low_rank, labels, start, chunk, softcap):
     """Log-sum-exp over the chunk, and the target's logit where the target lies in it, 0 elsewhere."""
-    logits = chunk_logits(hidden, weight, bias, start, chunk, softcap)[0]
+    logits = _unscaled_logits(hidden, weight, bias, low_rank, start, chunk)
+    if low_rank is not None and low_rank.scale is not None:
+        logits *= low_rank.scale[start : start + chunk]
+    logits = _capped(logits, softcap)[0]
     inside = (labels >= start) & (labels < start + chunk)
     column = (labels - start).clamp(0, logits.shape[1] - 1)
     return logits.logsumexp(-1), logits.gather(-1, column[:, None]).squeeze(-1).where(inside, 0)
@@ -177,18 +226,39 @@ def _add_exponential(peak: Tensor, total: Tensor, lse: Tensor) -> tuple[Tensor, 
     return higher, total * (peak - base).exp() + (lse - base).exp()
 
 
-def _chunk_gradient(hidden, weight, bias, labels, lse, d_nll, d_softmax, start, chunk, softcap):
-    """Gradient by the chunk's logits, before the softcap, in the accumulation dtype."""
-    logits, tanh = chunk_logits(hidden, weight, bias, start, chunk, softcap)
+def _chunk_gradient(hidden, weight, bias, low_rank, labels, lse, d_nll, d_softmax, start, chunk, softcap):
+    """Gradient by the chunk's logits, before scale and softcap, and by the scale, or None; both accumulated wide."""
+    unscaled = _unscaled_logits(hidden, weight, bias, low_rank, start, chunk)
+    scale = None if low_rank is None or low_rank.scale is None else low_rank.scale[start : start + chunk]
+    logits, tanh = _capped(unscaled if scale is None else unscaled * scale, softcap)
     d_logits = logits.sub_(lse[:, None]).exp_().mul_(d_softmax[:, None])
     inside = ((labels >= start) & (labels < start + chunk)).nonzero().squeeze(-1)
     # Subtracted before rounding to the input dtype: p - 1 is small where the model is confident.
     d_logits[inside, labels[inside] - start] -= d_nll[inside]
-    return d_logits if tanh is None else d_logits.mul_(tanh.square_().neg_().add_(1))
+    if tanh is not None:
+        d_logits.mul_(tanh.square_().neg_().add_(1))
+    if scale is None:
+        return d_logits, None
+    d_scale = unscaled.mul_(d_logits).sum(0)
+    return d_logits.mul_(scale), d_scale
 
 
-def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options):
+def token_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    options: Options,
+    low_rank: LowRank | None = None,
+):
     """Same contract as :func:`torchtune_lce.reference.token_losses`."""
     return torch.ops.torchtune_lce.chunked(
-        hidden, weight, bias, targets, options.ignore_index, options.softcap, options.workspace_mib
+        hidden,
+        weight,
+        bias,
+        *(low_rank or (None, None, None)),
+        targets,
+        options.ignore_index,
+        options.softcap,
+        options.workspace_mib,
     )

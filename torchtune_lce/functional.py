@@ -1,5 +1,6 @@
 """The public function: validate, pick the implementation, shift and reduce."""
 
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from torchtune_lce import implementations, validation
 from torchtune_lce.label_smoothing import smoothed
+from torchtune_lce.low_rank import LowRank
 from torchtune_lce.options import Options
 from torchtune_lce.token_statistics import token_statistics
 
@@ -147,10 +149,12 @@ def compute(
     impl: str,
     return_lse: bool,
     shard: "VocabularyShard | None" = None,
+    low_rank: LowRank | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`linear_cross_entropy` with its settings in one object.
 
-    With ``shard``, weight and bias are this rank's rows of a larger vocabulary, which ``targets`` are in.
+    With ``shard``, weight and bias are this rank's rows of a larger vocabulary, which ``targets`` are in. ``low_rank``,
+    of as many tokens as ``hidden`` and not with ``shard``, is a part of the projection beside ``weight``.
     """
     validation.check_options(options)
     validation.check_reduction(reduction)
@@ -159,15 +163,18 @@ def compute(
     hidden, weight, bias = _autocast(hidden, weight, bias)
     validation.check_tensors(hidden, weight, targets, bias)
     validation.check_ignore_index(options.ignore_index, targets)
-    name, token_losses = implementations.choose(impl, hidden)
+    name, token_losses = implementations.choose(impl, hidden, low_rank is not None)
+    if low_rank is not None:
+        validation.check_low_rank(name, options, low_rank)
+        token_losses = partial(token_losses, low_rank=low_rank)
     if name not in implementations.MADE_OF_TORCH:
-        validation.check_no_tangents(name, hidden, weight, bias)
+        validation.check_no_tangents(name, hidden, weight, bias, *(low_rank or ()))
     vocabulary = weight.shape[0]
     if shard is not None:
         token_losses, vocabulary = shard.token_losses(token_losses), shard.vocabulary
     elif options.label_smoothing and name not in implementations.MADE_OF_TORCH:
         # Those have the logits, and smooth with them.
-        token_losses = smoothed(token_losses)
+        token_losses = smoothed(token_losses, low_rank)
 
     if shift:
         targets = _align(targets, shift, options.ignore_index)

@@ -18,15 +18,24 @@ from torch.autograd.function import once_differentiable
 
 from torchtune_lce.autocast import without_autocast
 from torchtune_lce.implementations import TokenLosses
+from torchtune_lce.low_rank import LowRank
 from torchtune_lce.options import Options
 from torchtune_lce.reference import accumulation_dtype
 
 
-def smoothed(token_losses: TokenLosses) -> TokenLosses:
-    """The same, with its loss smoothed by ``options.label_smoothing``; weight and bias are the whole vocabulary's."""
+def smoothed(token_losses: TokenLosses, low_rank: LowRank | None = None) -> TokenLosses:
+    """The same, with its loss smoothed by ``options.label_smoothing``; weight and bias are the whole vocabulary's.
+
+    ``low_rank``, without a scale, is what ``token_losses`` itself adds to their product.
+    """
 
     def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options):
-        hidden, weight, bias, sums = with_logit_sums(hidden, weight, bias, targets != options.ignore_index, options)
+        valid = targets != options.ignore_index
+        hidden, weight, bias, sums = with_logit_sums(hidden, weight, bias, valid, options)
+        if low_rank is not None:
+            # No product, which autocast would round.
+            added = _used(low_rank.low, valid).to(sums.dtype) * low_rank.up.sum(0, dtype=sums.dtype)
+            sums = sums + added.sum(-1)
         nll, lse = token_losses(hidden, weight, bias, targets, options)
         return smooth(nll, lse, sums / weight.shape[0], options), lse
 

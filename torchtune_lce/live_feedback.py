@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from torchtune_lce import filtering, implementations
+from torchtune_lce import filtering
 from torchtune_lce.loss import LinearCrossEntropyLoss
 
 SETTING = "log_loss_stats"
@@ -43,7 +43,7 @@ class LossStatistics:
 
     def _begin(self, loss: LinearCrossEntropyLoss, inputs: tuple) -> None:
         self._collect()
-        self._impl, _ = implementations.choose(loss.impl, inputs[0])
+        self._impl = loss.implementation(inputs[0])
         self._recording = filtering.recording()
         self._records = self._recording.__enter__()
 

@@ -1,6 +1,7 @@
 """The loss as torchtune's recipes use it: bound to a model once, then called with hidden states and targets."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchtune.utils import get_logger, log_rank_zero
 
-from torchtune_lce import implementations, validation
+from torchtune_lce import implementations, output_adapter, validation
 from torchtune_lce.functional import compute
 from torchtune_lce.model_output import skip_output_layer
 from torchtune_lce.options import Options
@@ -90,7 +91,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
             TypeError, ValueError: a model whose output is not one matrix (and bias), with what to do instead. The model
                 is then as it was.
         """
-        projection = Projection(model)
+        projection = Projection(model, takes_adapter=True)
         self.release()
         self._projection = projection
         self._skipped = skip_output_layer(model)
@@ -137,9 +138,30 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
             raise ValueError("bias must come with weight: the bound projection brings its own")
         if self._projection is None:
             raise RuntimeError(_unbound_message())
-        return self._projection.call(self._bound_loss, outputs, targets)
+        adapter = self._projection.adapter
+        if adapter is None or self.implementation(outputs) not in implementations.TAKE_LOW_RANK:
+            return self._projection.call(self._bound_loss, outputs, targets)
+        loss = partial(self._bound_loss, adapter=adapter)
+        return self._projection.call(loss, outputs, targets, adapter_apart=True)
 
-    def _loss(self, outputs: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, shard=None) -> Tensor:
+    def implementation(self, outputs: Tensor) -> str:
+        """What ``impl`` stands for with hidden states ``outputs`` and the bound model as it is: dropout counts only in
+        training.
+
+        Raises RuntimeError, saying what to set instead, for one that cannot run.
+        """
+        apart = self._projection is not None and self._projection.needs_adapter_apart
+        return implementations.choose(self.impl, outputs, apart)[0]
+
+    def _loss(
+        self,
+        outputs: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        shard=None,
+        adapter: output_adapter.Adapter | None = None,
+    ) -> Tensor:
         if isinstance(outputs, DTensor):
             raise TypeError(
                 f"outputs must be a plain tensor, got a DTensor ({', '.join(map(str, outputs.placements))}), though "
@@ -147,11 +169,13 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
             )
         validation.check_plain(outputs, weight, targets, bias)
         self._check_width(outputs, weight)
+        # Asked here, with an adapter: what is handed on below no longer tells LoRA without dropout from the rest.
+        impl = self.impl if adapter is None else self.implementation(outputs)
         if not torch.compiler.is_compiling():
             if self._first_batch or self.check_targets:
                 self._check_range(targets, weight.shape[0] if shard is None else shard.vocabulary)
             if self._first_batch:
-                self._say_which(outputs, weight)
+                self._say_which(impl, outputs, weight, adapter)
                 self._first_batch = False
         return compute(
             outputs,
@@ -161,15 +185,23 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
             options=self._options,
             reduction=self.reduction,
             shift=0,
-            impl=self.impl,
+            impl=impl,
             return_lse=False,
             shard=shard,
+            low_rank=None if adapter is None else output_adapter.low_rank(adapter, outputs),
         )
 
-    def _bound_loss(self, outputs: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _bound_loss(
+        self,
+        outputs: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        adapter: output_adapter.Adapter | None = None,
+    ) -> Tensor:
         """The loss under the bound projection, whose rows tensor parallelism may have split over ranks."""
         if not isinstance(weight, DTensor):
-            return self._loss(outputs, targets, weight, bias)
+            return self._loss(outputs, targets, weight, bias, adapter=adapter)
         weight, shard = local_rows("weight", weight)
         if bias is not None:
             bias, _ = local_rows("bias", bias)
@@ -194,12 +226,14 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
                 f"{error}. The model's output has {rows} rows; the usual cause is a larger tokenizer{tokenizer}"
             ) from None
 
-    def _say_which(self, outputs: Tensor, weight: Tensor) -> None:
-        name, _ = implementations.choose(self.impl, outputs)
+    def _say_which(self, impl: str, outputs: Tensor, weight: Tensor, adapter: output_adapter.Adapter | None) -> None:
+        name, _ = implementations.choose(impl, outputs)
+        kind = "DoRA" if output_adapter.is_dora(adapter) else "LoRA"
+        beside = "" if adapter is None else f" and the {kind} on it, of rank {adapter.lora_a.out_features}"
         log_rank_zero(
             get_logger(),
             f"Linear cross-entropy runs impl '{name}' (set: '{self.impl}') on {outputs.device.type} "
-            f"in {outputs.dtype}, output projection {list(weight.shape)}.",
+            f"in {outputs.dtype}, output projection {list(weight.shape)}{beside}.",
         )
 
     def apply_compile_strategy(self, *args, **kwargs) -> "LinearCrossEntropyLoss":

@@ -14,6 +14,7 @@ from torchtune.modules.peft import DoRALinear, LoRALinear, QATLoRALinear
 from torchtune.modules.tied_linear import TiedLinear
 
 from torchtune_lce.model_output import find_decoder, uncompiled
+from torchtune_lce.output_adapter import Adapter, active_dropout, is_dora
 
 _counter = itertools.count()
 
@@ -21,10 +22,12 @@ _counter = itertools.count()
 class Projection:
     """The weight [V, D] and bias [V] of a model's output, read anew at every call: FSDP2 and optimizers swap them.
 
+    With ``takes_adapter`` the caller can use :attr:`adapter` apart from the weight, which DoRA and dropout need.
+
     Raises TypeError or ValueError, saying what to do instead, for an output that is no product with one matrix.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, takes_adapter: bool = False):
         model, decoder = uncompiled(model), find_decoder(model)
         self._output = decoder.output
         self._owner = _owner(self._output)
@@ -33,7 +36,8 @@ class Projection:
             # Sharded is what FSDP2 parameters are between two forwards; inside one they are checked again.
             if not isinstance(tensor, DTensor):
                 _check_plain(tensor)
-        _check_dropout(self._output)
+        if not takes_adapter:
+            self._check_one_matrix()
         self._holder = _deepest_fsdp_module(model, self._owner)
         self._fsdp = isinstance(self._holder, FSDPModule)
         # Without FSDP2 only tensor parallelism splits a weight. With it, what is split still while its holder runs is.
@@ -49,15 +53,24 @@ class Projection:
         # just as it does for forward(). It does nothing to a model that is not sharded.
         register_fsdp_forward_method(self._holder, self._method)
 
-    def call(self, function: Callable, hidden: Tensor, targets: Tensor, read_in_backward: bool = True):
+    def call(
+        self,
+        function: Callable,
+        hidden: Tensor,
+        targets: Tensor,
+        read_in_backward: bool = True,
+        adapter_apart: bool = False,
+    ):
         """``function(hidden, targets, weight, bias)``, within what FSDP2 takes for a forward of the weight's holder.
+
+        The weight has the adapter added to it, as a copy, if there is one and it is not ``adapter_apart``.
 
         Both are DTensors where tensor parallelism splits them, on its mesh alone. FSDP2 gathers them once more for the
         backward, unless that will not read them: then ``read_in_backward`` spares it.
         """
         trains = torch.is_grad_enabled()
         with torch.set_grad_enabled(trains and read_in_backward):
-            result = getattr(self._holder, self._method)(self, function, hidden, targets, trains)
+            result = getattr(self._holder, self._method)(self, function, hidden, targets, trains, adapter_apart)
         if self._keeps_gathered and not trains:
             # No backward will do it.
             self._holder.reshard()
@@ -67,10 +80,22 @@ class Projection:
     def trained(self) -> bool:
         return any(tensor.requires_grad for tensor in self._tensors())
 
+    @property
+    def adapter(self) -> Adapter | None:
+        """The output layer itself, if it has an adapter in use."""
+        output = self._output
+        return output if isinstance(output, Adapter) and not output.disabled else None
+
+    @property
+    def needs_adapter_apart(self) -> bool:
+        """Whether no single matrix does what the adapter does."""
+        adapter = self.adapter
+        return adapter is not None and (is_dora(adapter) or active_dropout(adapter) > 0)
+
     def release(self) -> None:
         vars(self._holder).pop(self._method, None)
 
-    def read(self) -> tuple[Tensor, Tensor | None]:
+    def read(self, adapter_apart: bool = False) -> tuple[Tensor, Tensor | None]:
         for tensor in self._tensors():
             if not isinstance(tensor, DTensor):
                 _check_plain(tensor)
@@ -79,20 +104,21 @@ class Projection:
                     f"weight of the model's output is a DTensor ({', '.join(map(str, tensor.placements))}) on a mesh "
                     "that it was not on before: apply FSDP2 before set_model_output, and tensor parallelism too"
                 )
-            elif isinstance(self._output, LoRALinear):
+            elif isinstance(self._output, Adapter):
                 raise TypeError(
-                    "model.output is a LoRALinear under tensor parallelism, whose adapters are not split as its weight "
-                    "is: set apply_lora_to_output: False"
+                    f"model.output is a {'DoRALinear' if is_dora(self._output) else 'LoRALinear'} under tensor "
+                    "parallelism, whose adapters are not split as its weight is: set apply_lora_to_output: False"
                 )
             elif _is_fake_quantised(self._output):
                 raise TypeError(
                     f"model.output is a {type(self._output).__name__} under tensor parallelism, and its fake "
                     "quantizers take whole tensors: set tensor_parallel_dim: 1"
                 )
-        _check_dropout(self._output)
+        if not adapter_apart:
+            self._check_one_matrix()
         if isinstance(self._output, TiedLinear):
             return self._owner.weight, None
-        if isinstance(self._output, LoRALinear) and not self._output.disabled:
+        if self.adapter is not None and not adapter_apart:
             return _effective_weight(self._output), self._output.bias
         if _is_fake_quantised(self._output):
             return _applied(self._output.weight_fake_quantizer, self._output.weight), self._output.bias
@@ -103,6 +129,20 @@ class Projection:
         if _is_fake_quantised(self._output):
             return _applied(self._output.activation_fake_quantizer, hidden)
         return hidden
+
+    def _check_one_matrix(self) -> None:
+        if not self.needs_adapter_apart:
+            return
+        if is_dora(self.adapter):
+            raise TypeError(
+                "model.output is a DoRALinear, whose magnitude rescales every row, which LinearCrossEntropyLoss alone "
+                "takes: set apply_lora_to_output: False, or use_dora: False"
+            )
+        raise ValueError(
+            f"model.output is a LoRALinear with lora_dropout {active_dropout(self.adapter)}, which acts on the hidden "
+            "states of its adapter alone, and LinearCrossEntropyLoss alone takes it: set lora_dropout: 0.0 or "
+            "apply_lora_to_output: False"
+        )
 
     def _output_rows(self) -> int:
         return self._owner.weight.shape[0]
@@ -115,10 +155,16 @@ class Projection:
 
 
 def _call_with_projection(
-    holder: nn.Module, projection: Projection, function: Callable, hidden: Tensor, targets: Tensor, trains: bool
+    holder: nn.Module,
+    projection: Projection,
+    function: Callable,
+    hidden: Tensor,
+    targets: Tensor,
+    trains: bool,
+    adapter_apart: bool,
 ):
     with torch.set_grad_enabled(trains):
-        weight, bias = projection.read()
+        weight, bias = projection.read(adapter_apart)
         return function(projection.input(hidden), targets, weight, bias)
 
 
@@ -126,14 +172,10 @@ def _owner(output) -> nn.Module:
     """The module whose parameters the projection uses."""
     if isinstance(output, TiedLinear):
         return output.tied_module
-    if isinstance(output, DoRALinear):
-        raise TypeError(
-            "model.output is a DoRALinear, whose magnitude rescales every row: set apply_lora_to_output: False, or "
-            "use_dora: False"
-        )
     # By the function that runs, not by the class: FSDP2 subclasses what it wraps, and other subclasses compute
     # something else from the same weight.
-    if isinstance(output, nn.Module) and type(output).forward in (nn.Linear.forward, LoRALinear.forward):
+    known = (nn.Linear.forward, LoRALinear.forward, DoRALinear.forward)
+    if isinstance(output, nn.Module) and type(output).forward in known:
         return output
     if _is_fake_quantised(output):
         return output
@@ -143,7 +185,7 @@ def _owner(output) -> nn.Module:
             "apply_lora_to_output: False"
         )
     raise TypeError(
-        "model.output must be a torch.nn.Linear, or torchtune's TiedLinear or LoRALinear, "
+        "model.output must be a torch.nn.Linear, or torchtune's TiedLinear, LoRALinear or DoRALinear, "
         f"got {type(output).__name__}; for another kind of output call the loss as loss(hidden, targets, weight=...)"
     )
 
@@ -164,16 +206,6 @@ def _applied(fake_quantizer: nn.Module | None, tensor: Tensor) -> Tensor:
 def _effective_weight(output: LoRALinear) -> Tensor:
     """W + (alpha / rank) B A, [V, D]: gradients reach both adapters, and W where it is trained."""
     return output.weight.addmm(output.lora_b.weight, output.lora_a.weight, alpha=output.alpha / output.rank)
-
-
-def _check_dropout(output) -> None:
-    if not isinstance(output, LoRALinear) or output.disabled or not isinstance(output.dropout, nn.Dropout):
-        return
-    if output.dropout.p > 0 and output.dropout.training:
-        raise ValueError(
-            f"model.output is a LoRALinear with lora_dropout {output.dropout.p}, which acts on the hidden states of "
-            "its adapter alone: set lora_dropout: 0.0 or apply_lora_to_output: False"
-        )
 
 
 def _check_plain(tensor: Tensor) -> None:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchtune_lce.low_rank import LowRank
 from torchtune_lce.options import Options
 
 
@@ -18,9 +19,14 @@ def token_losses(
     bias: Tensor | None,  # [V]
     targets: Tensor,  # [N], ignore_index or 0 <= t < V
     options: Options,
+    low_rank: LowRank | None = None,
 ) -> tuple[Tensor, Tensor]:  # negative log-likelihood [N], log-sum-exp [N], both 0 where ignored
     """Holds [N, V] logits, as ``F.linear`` followed by ``F.cross_entropy`` does."""
     logits = F.linear(hidden, weight, bias).to(accumulation_dtype(hidden.dtype))
+    if low_rank is not None:
+        logits = logits + F.linear(low_rank.low, low_rank.up)
+        if low_rank.scale is not None:
+            logits = logits * low_rank.scale
     if options.softcap is not None:
         logits = options.softcap * torch.tanh(logits / options.softcap)
     valid = targets != options.ignore_index
