@@ -15,6 +15,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torchao.quantization.qat.linear import Int8DynActInt4WeightQATLinear
 from torchtune.models.llama3 import base_llama_tp_plan
+from torchtune.modules.peft import DoRALinear, LoRALinear
 from torchtune.training import get_shard_conditions, prepare_mha_for_tp, shard_model
 
 from torchtune_lce import LinearCrossEntropyLoss, linear_cross_entropy
@@ -298,6 +299,13 @@ def _check_refusals(mesh) -> None:
     loss.set_model_output(model)
     with pytest.raises(TypeError, match="a .*QATLinear under tensor parallelism, .* set tensor_parallel_dim: 1"):
         loss(problem.hidden, torch.zeros_like(problem.targets))
+    for kind in (LoRALinear, DoRALinear):
+        model = build_model(tied=False)
+        model.output = kind(EMBED_DIM, VOCABULARY, rank=4, alpha=8)
+        model.output.weight = nn.Parameter(distribute_tensor(model.output.weight.detach(), mesh, [Shard(0)]))
+        loss.set_model_output(model)
+        with pytest.raises(TypeError, match=f"a {kind.__name__} under tensor parallelism, .* apply_lora_to_output"):
+            loss(problem.hidden, torch.zeros_like(problem.targets))
     loss, _ = _bound(mesh, problem)
     with pytest.raises(TypeError, match="outputs must be sharded or replicated, got a DTensor of unsummed parts"):
         loss(DTensor.from_local(problem.hidden, mesh, [Partial()]), problem.targets)
