@@ -28,10 +28,12 @@ def token_losses(filtering: Filtering) -> Callable:
 
     def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options):
         eps = options.resolved_filter_eps(hidden.dtype)
-        needed = (hidden.requires_grad, weight.requires_grad or (bias is not None and bias.requires_grad))
+        needs_hidden = hidden.requires_grad
+        needs_weight = weight.requires_grad or (bias is not None and bias.requires_grad)
+        filters = filtering.hidden and needs_hidden or filtering.weight and needs_weight
+        records = bool(eps) and filters and torch.is_grad_enabled()
         # A gradient that nobody wants must not make the others keep more.
-        filter_hidden, filter_weight = filtering.hidden or not needed[0], filtering.weight or not needed[1]
-        records = bool(eps) and any(needed) and torch.is_grad_enabled() and (filter_hidden or filter_weight)
+        filter_hidden, filter_weight = filtering.hidden or not needs_hidden, filtering.weight or not needs_weight
         nll, lse, *_ = torch.ops.torchtune_lce.cut_cross_entropy(
             hidden,
             weight,
@@ -85,14 +87,16 @@ def _forward(hidden, weight, bias, targets, ignore_index, softcap, eps, filter_h
     activity = None if eps is None else _empty_activity(tokens, weight.shape[0], config, hidden.device)
     row_lse = torch.zeros_like(rows, dtype=torch.float32)
     target_logit = torch.zeros_like(row_lse)
-    for piece in _pieces(tokens, hidden.shape[1] * hidden.element_size() * 4, workspace_mib, config):
+    # Four copies' room for the one of hidden, and the statistics of a phase.
+    for piece in _pieces(tokens, hidden.shape[1] * hidden.element_size() * 4 + 1024, workspace_mib, config):
         blocks = slice(piece.start // config.row_block, triton.cdiv(piece.stop, config.row_block))
+        used = (count - piece.start).clamp(0, piece.stop - piece.start)
         row_lse[piece], target_logit[piece] = lse_and_target_logit(
-            hidden[rows[piece]],
+            _in_order(hidden, rows[piece], used),
             weight,
             bias,
             labels[piece],
-            (count - piece.start).clamp(0, piece.stop - piece.start),
+            used,
             softcap,
             activity and activity.of(blocks, piece),
             math.log(eps) if activity else 0.0,
@@ -197,10 +201,7 @@ def _backward(
         tail = None
         if d_hidden is not None and not plan.is_dense and filter_hidden:
             tail = tail_direction(plan, hidden, weight, bias, rows[piece], used, row_lse[piece], softcap, config)
-        in_order = None
-        if copies:
-            # Past the end a token in use: whatever stands in ignored ones is not to be multiplied.
-            in_order = hidden[rows[piece].where(torch.arange(tokens, device=rows.device) < used, rows[piece.start])]
+        in_order = _in_order(hidden, rows[piece], used) if copies else None
         run_backward(
             plan,
             hidden,
@@ -225,7 +226,8 @@ def _backward(
     everything = slice(0, rows.numel())
     # The sums of d_hidden over strips may take half of the workspace; past that the two gradients take a pass each, and
     # that of hidden goes by pieces of tokens.
-    pieces = list(_pieces(rows.numel(), max(2 * _sum_bytes(hidden), 1), workspace_mib, config))
+    strip_bytes = 4 * _tile_bytes(hidden, config) // config.row_block
+    pieces = list(_pieces(rows.numel(), max(2 * _sum_bytes(hidden), strip_bytes), workspace_mib, config))
     if len(pieces) == 1 or not need_hidden and pieces:
         run(everything, d_hidden, d_weight, d_bias)
     elif pieces:
@@ -304,6 +306,11 @@ def _rows_contiguous(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 1 else matrix.contiguous()
 
 
+def _in_order(hidden: Tensor, rows: Tensor, used: Tensor) -> Tensor:
+    """Hidden states of ``rows``; past those ``used`` the first again, since what stands in ignored ones may be NaN."""
+    return hidden[rows.where(torch.arange(rows.numel(), device=rows.device) < used, rows[0])]
+
+
 def _compact(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens in use first, in their order, and how many: on the device, so that nothing waits for the count."""
     ignored = targets == ignore_index
@@ -333,6 +340,11 @@ def _sum_bytes(hidden: Tensor) -> int:
     return 2 * hidden.shape[1] if hidden.element_size() == 2 else 0
 
 
+def _tile_bytes(hidden: Tensor, config: Config) -> int:
+    """A tile's logit gradients, and the softmax mass of its tokens."""
+    return config.row_block * (config.entry_tile * hidden.element_size() + 4)
+
+
 def _division(
     hidden: Tensor, weight: Tensor, need_hidden: bool, tokens: int, workspace_mib: int, config: Config
 ) -> tuple[int, bool]:
@@ -345,16 +357,15 @@ def _division(
     row_blocks = triton.cdiv(tokens, config.row_block)
     columns = triton.cdiv(vocabulary, config.entry_tile)
     workspace = workspace_mib * 2**20
-    left = workspace - 24 * vocabulary - 48 * columns * row_blocks
+    # The last is the plan's, and the forward's bits.
+    left = workspace - 24 * vocabulary - 64 * columns * row_blocks
     if need_hidden:
         left -= tokens * _sum_bytes(hidden) + tail_bytes(hidden)
     copy = tokens * features * hidden.element_size()
     copies = has_blocks(config, hidden, weight) and left - copy >= workspace // 4
     if copies:
         left -= copy
-    # A tile's logit gradients, and the softmax mass of its tokens.
-    tile_bytes = config.row_block * (config.entry_tile * hidden.element_size() + 4)
-    return min(max(left // tile_bytes, 2 * row_blocks), (columns + 1) * row_blocks), copies
+    return min(max(left // _tile_bytes(hidden, config), 2 * row_blocks), (columns + 1) * row_blocks), copies
 
 
 def _pieces(tokens: int, bytes_a_token: int, workspace_mib: int, config: Config) -> Iterator[slice]:

@@ -426,7 +426,8 @@ def _mark_flat_row_blocks(activity: Activity, running: Tensor, count: Tensor, ro
     used = torch.arange(tokens, device=running.device) < count
     mass = (running[1] - running[0]).exp()
     excess = torch.nn.functional.pad((mass - DROPPED_MASS_LIMIT).where(used, 0), (0, -tokens % row_block))
-    activity.whole.copy_(excess.view(-1, row_block).sum(1) > 0)
+    # Written so that a NaN keeps everything.
+    activity.whole.copy_(~(excess.view(-1, row_block).sum(1) <= 0))
     dropped = used & ~activity.whole.repeat_interleave(row_block)[:tokens]
     activity.dropped_mass.copy_(mass.where(dropped, 0))
 

@@ -74,11 +74,11 @@ def _tail_kernel(
         softmax = tl.exp2(logits * LOG2_E - base[:, None])
         kept_here = tl.load(kept + column * row_blocks_total + place // ROW_BLOCK, mask=used, other=1)
         # The last comparison is false for a NaN: one token's must not reach the others.
-        tail = tl.where((kept_here == 0)[:, None] & inside[None, :] & (softmax <= 1), softmax, 0.0)
-        mass += tl.sum(tl.sum(tail, 1), 0)
+        dropped = (kept_here == 0)[:, None] & inside[None, :] & (softmax <= 1)
+        mass += tl.sum(tl.sum(tl.where(dropped, softmax, 0.0), 1), 0)
         if HAS_SOFTCAP:
-            tail *= 1 - (logits / softcap) * (logits / softcap)
-        weights = tl.sum(tail, 0)
+            softmax *= 1 - (logits / softcap) * (logits / softcap)
+        weights = tl.sum(tl.where(dropped, softmax, 0.0), 0)
         for start in range(0, features, BLOCK_D):
             d = start + depth
             w = tl.load(weight_rows[:, None] + d[None, :], mask=inside[:, None] & (d < features)[None, :], other=0.0)

@@ -68,12 +68,14 @@ def _cuda_config(capability: tuple[int, int], dtype: torch.dtype, precision: str
     tma = has_tma(capability)
     if dtype == torch.float32:
         return Config(128, 128, 128, 128, 64, 32, 32, 8, 8, 2, 2, tma=tma, precision=precision)
-    if capability == (8, 9) or capability >= (12, 0):
+    if capability in ((8, 6), (8, 9)) or capability >= (12, 0):
         # 100 KiB of shared memory a program.
         return Config(128, 128, 128, 128, 64, 32, 32, 8, 8, 3, 3, tma=False, precision="ieee")
     if capability < (9, 0):
         return Config(128, 128, 256, 256, 64, 32, 32, 8, 8, 3, 3, tma=False, precision="ieee")
-    return Config(128, 128, 256, 256, 64, 64, 64, 8, 8, 3, 3, tma=tma, precision="ieee")
+    # Without descriptors, Triton 3.2 has no room for deeper steps: its loops' buffers do not share memory.
+    depth = 64 if tma else 32
+    return Config(128, 128, 256, 256, 64, depth, depth, 8, 8, 3, 3, tma=tma, precision="ieee")
 
 
 def programs(device: torch.device) -> int:

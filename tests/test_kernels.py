@@ -257,6 +257,36 @@ def test_a_flat_softmax_is_not_filtered_away(device):
     assert not activity.whole.any()
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_one_bad_token_stays_alone(device, softcap):
+    """Also where it is among those that the tail's mean is made of, whichever these are."""
+    hidden, weight, targets = peaked(device, tokens=64, vocabulary=1500)
+    hidden[::7] = torch.nan
+    hidden.requires_grad_()
+    loss = functional.compute(
+        hidden,
+        weight,
+        targets,
+        None,
+        options=Options(filter_eps=EPS, softcap=softcap),
+        reduction="none",
+        shift=0,
+        impl="cce",
+        return_lse=False,
+    )
+    (gradient,) = torch.autograd.grad(loss.sum(), hidden)
+    assert gradient.isfinite().all(1).equal(hidden.isfinite().all(1))
+
+
+@pytest.mark.parametrize("preset", ["cce_exact", "cce_kahan_full_e", "cce_kahan_full_c"])
+def test_nothing_is_recorded_for_a_gradient_that_nobody_wants(device, preset, monkeypatch):
+    plans = []
+    monkeypatch.setattr(autograd, "make_plan", lambda *args: plans.append(plan.make_plan(*args)) or plans[-1])
+    hidden, weight, targets = peaked(device, tokens=40, vocabulary=90)
+    gradients(hidden, weight, targets, impl=preset, frozen=("hidden",) if preset.endswith("_c") else ("weight",))
+    assert plans[0].is_dense
+
+
 @pytest.mark.parametrize("strips", ["one", "many"])
 def test_the_mean_of_what_is_dropped_is_added_back(device, strips, monkeypatch):
     """Where all weight rows agree in a feature, the whole tail is its mean: the gradient there is exact."""
