@@ -8,11 +8,10 @@ Takes every config of torchtune's recipe; its loss becomes this one by ``loss=to
 
 import sys
 
-import torch
 from omegaconf import DictConfig
-from torch.distributed import init_process_group
-from torchtune import config, training
+from torchtune import config
 
+from torchtune_lce.process_group import join_processes
 from torchtune_lce.recipe_binding import BindsLossToModel
 from torchtune_lce.stock_recipes import load_stock_recipe
 
@@ -26,14 +25,7 @@ class LoRAFinetuneRecipeDistributed(BindsLossToModel, stock.LoRAFinetuneRecipeDi
 @config.parse
 def recipe_main(cfg: DictConfig) -> None:
     """Entry point; reads the config and then the command line, as torchtune's does."""
-    if not training.is_distributed():
-        raise RuntimeError("several devices need torchtune's launcher: give `tune run` --nproc_per_node <devices>")
-    # torchtune's full fine-tuning recipe does this itself; its LoRA recipe leaves it to this function.
-    device = torch.device(cfg.device).type
-    init_process_group(training.get_distributed_backend(device, offload_ops_to_cpu=device != "cpu"))
-    if cfg.get("fsdp_cpu_offload", False):
-        # The optimizer then steps on the CPU, with all of its cores.
-        training.set_torch_num_threads()
+    join_processes(cfg)
     config.log_config(recipe_name="LoRAFinetuneRecipeDistributed", cfg=cfg)
     recipe = LoRAFinetuneRecipeDistributed(cfg=cfg)
     recipe.setup(cfg=cfg)

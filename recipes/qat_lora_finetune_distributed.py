@@ -10,12 +10,11 @@ torchtune 0.6.1's needs torchao 0.11 or older.
 import importlib.metadata
 import sys
 
-import torch
 from omegaconf import DictConfig
 from packaging.version import Version
-from torch.distributed import init_process_group
-from torchtune import config, training
+from torchtune import config
 
+from torchtune_lce.process_group import join_processes
 from torchtune_lce.recipe_binding import BindsLossToModel
 from torchtune_lce.stock_recipes import load_stock_recipe
 
@@ -42,14 +41,7 @@ class QATLoRAFinetuneRecipeDistributed(BindsLossToModel, stock.QATLoRAFinetuneRe
 @config.parse
 def recipe_main(cfg: DictConfig) -> None:
     """Entry point; reads the config and then the command line, as torchtune's does."""
-    if not training.is_distributed():
-        raise RuntimeError("several devices need torchtune's launcher: give `tune run` --nproc_per_node <devices>")
-    # torchtune's full fine-tuning recipe does this itself; this one leaves it to this function.
-    device = torch.device(cfg.device).type
-    init_process_group(training.get_distributed_backend(device, offload_ops_to_cpu=device != "cpu"))
-    if cfg.get("fsdp_cpu_offload", False):
-        # The optimizer then steps on the CPU, with all of its cores.
-        training.set_torch_num_threads()
+    join_processes(cfg)
     config.log_config(recipe_name="QATLoRAFinetuneRecipeDistributed", cfg=cfg)
     recipe = QATLoRAFinetuneRecipeDistributed(cfg=cfg)
     recipe.setup(cfg=cfg)

@@ -27,6 +27,8 @@ from tiny_models import (
     write_chats,
 )
 
+from torchtune_lce.process_group import join_processes
+
 # Both losses sum the same float32 products in another order; over three steps up to 4e-7 was seen.
 ROUNDING = 1.5e-6
 STEPS = 3
@@ -219,6 +221,13 @@ def test_launched_as_a_user_does(runs, command, recipe, method, name):
         cwd=runs.assets,
     )
     assert runs.losses(f"launched {name}") == pytest.approx(runs.losses(name)[:1], rel=ROUNDING)
+
+
+def test_without_a_launcher_says_so(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(RuntimeError, match="give `tune run` --nproc_per_node"):
+        join_processes(OmegaConf.create({"device": "cpu"}))
 
 
 def test_a_tied_head_under_tensor_parallelism_equals_one_device(runs):

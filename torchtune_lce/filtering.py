@@ -13,9 +13,9 @@ from torch import Tensor
 class FilterRecord:
     """Of one call of a ``cce`` implementation, on the device of its inputs; reading a property waits for it.
 
-    ``dropped_mass`` [N] float32 bounds, for each token, the softmax mass of the entries that the gradients may leave
-    out (the kept tiles hold some of it after all); 0 where ignored, and where the token's row block is kept whole. The
-    tile counts are there after the backward.
+    ``dropped_mass`` [N], float32 in [0, 1], bounds, for each token, the softmax mass of the entries that the gradients
+    may leave out (the kept tiles hold some of it after all, and its mean goes back into the gradient of hidden); 0
+    where ignored, and where the token's row block is kept whole. The tile counts are there after the backward.
     """
 
     dropped_mass: Tensor

@@ -110,7 +110,7 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        raise NotImplementedError("a plan needs no backward")
+        raise RuntimeError("tune-lce plan counts what a forward saves and has no backward, but one was called")
 
 
 class _AttentionAsOnACard(TorchFunctionMode):
