@@ -201,11 +201,17 @@ def _backward(
         tail = None
         if d_hidden is not None and not plan.is_dense and filter_hidden:
             tail = tail_direction(plan, hidden, weight, bias, rows[piece], used, row_lse[piece], softcap, config)
-        in_order = _in_order(hidden, rows[piece], used) if copies else None
+        in_order, is_in_order = None, None
+        if copies:
+            in_order = _in_order(hidden, rows[piece], used)
+        elif has_blocks(config, hidden, weight):
+            # They are in order as they are if every token is in use.
+            in_order, is_in_order = hidden[piece], count == rows.numel()
         run_backward(
             plan,
             hidden,
             in_order,
+            is_in_order,
             weight,
             bias,
             rows[piece],

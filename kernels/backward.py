@@ -138,6 +138,7 @@ def _weight_gradient_tile(
     slots,
     length,
     gradients,
+    gradient_rows,
     d_weight,
     column,
     chunk,
@@ -148,6 +149,7 @@ def _weight_gradient_tile(
     features,
     hidden_stride,
     HIDDEN_TMA: tl.constexpr,
+    GRADIENT_TMA: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -169,12 +171,11 @@ def _weight_gradient_tile(
     token = tl.load(rows + tl.minimum(first_place + within, tokens_total - 1), mask=within < steps * BLOCK_K, other=0)
     for step in range(0, steps):
         token_in_tile = step % STEPS * BLOCK_K + within
-        gradient = tl.load(
-            gradients
-            + slot.to(tl.int64) * (ROW_BLOCK * TILE)
-            + token_in_tile[:, None] * TILE
-            + tl.arange(0, TILE)[None, :]
-        )
+        if GRADIENT_TMA:
+            gradient = gradient_rows.load([slot * ROW_BLOCK + step % STEPS * BLOCK_K, 0])
+        else:
+            at = slot.to(tl.int64) * (ROW_BLOCK * TILE) + token_in_tile[:, None] * TILE
+            gradient = tl.load(gradients + at + tl.arange(0, TILE)[None, :])
         # Places past the end read a token in use: their gradients are zero.
         if HIDDEN_TMA:
             h = hidden_columns.load([first_place, chunk * FEATURES])
@@ -238,6 +239,7 @@ def _hidden_gradient_tile(
     begin,
     end,
     gradients,
+    gradient_columns,
     masses,
     mass_before,
     tail,
@@ -259,6 +261,7 @@ def _hidden_gradient_tile(
     HAS_D_LSE: tl.constexpr,
     HAS_TAIL: tl.constexpr,
     WEIGHT_TMA: tl.constexpr,
+    GRADIENT_TMA: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -315,9 +318,11 @@ def _hidden_gradient_tile(
     slot = tl.load(slots, mask=steps > 0, other=first_id) - first_id
     for step in range(0, steps):
         entry_in_tile = step % STEPS * BLOCK_K + tl.arange(0, BLOCK_K)
-        gradient = tl.load(
-            gradients + slot.to(tl.int64) * (ROW_BLOCK * TILE) + in_tile[:, None] * TILE + entry_in_tile[None, :]
-        )
+        if GRADIENT_TMA:
+            gradient = gradient_columns.load([slot * ROW_BLOCK, step % STEPS * BLOCK_K])
+        else:
+            at = slot.to(tl.int64) * (ROW_BLOCK * TILE) + in_tile[:, None] * TILE
+            gradient = tl.load(gradients + at + entry_in_tile[None, :])
         if WEIGHT_TMA:
             w = weight_columns.load([first_entry, chunk * FEATURES])
         else:
@@ -364,6 +369,8 @@ def _backward_kernel(
     d_nll,
     d_lse,
     gradients,
+    gradient_rows,
+    gradient_columns,
     masses,
     mass_before,
     tail,
@@ -373,6 +380,7 @@ def _backward_kernel(
     d_weight,
     d_bias,
     arrivals,
+    taken,
     entries,
     ids,
     first_ids,
@@ -402,6 +410,7 @@ def _backward_kernel(
     NEED_BIAS: tl.constexpr,
     HIDDEN_TMA: tl.constexpr,
     WEIGHT_TMA: tl.constexpr,
+    GRADIENT_TMA: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -470,12 +479,13 @@ def _backward_kernel(
                 PRECISION,
             )
         arrived += workers
-        grid_barrier(arrivals, arrived)
+        grid_barrier(arrivals, arrived, GRADIENT_TMA)
         column_items = (end_column - first_column) * column_chunks
         items = column_items
         if NEED_HIDDEN:
             items += row_blocks * chunks
-        for item in range(program, items, workers):
+        item = program
+        while item < items:
             if item < column_items:
                 column = first_column + item // column_chunks
                 chunk = item % column_chunks
@@ -490,6 +500,7 @@ def _backward_kernel(
                             column_slots,
                             column_lengths,
                             gradients,
+                            gradient_rows,
                             d_weight,
                             column,
                             chunk,
@@ -500,6 +511,7 @@ def _backward_kernel(
                             features,
                             hidden_stride,
                             HIDDEN_TMA,
+                            GRADIENT_TMA,
                             ROW_BLOCK,
                             TILE,
                             FEATURES,
@@ -535,6 +547,7 @@ def _backward_kernel(
                         tl.load(rows_before + row_block.to(tl.int64) * (columns + 1) + first_column),
                         tl.load(rows_before + row_block.to(tl.int64) * (columns + 1) + end_column),
                         gradients,
+                        gradient_columns,
                         masses,
                         mass_before,
                         tail,
@@ -556,6 +569,7 @@ def _backward_kernel(
                         HAS_D_LSE,
                         HAS_TAIL,
                         WEIGHT_TMA,
+                        GRADIENT_TMA,
                         ROW_BLOCK,
                         TILE,
                         FEATURES,
@@ -563,14 +577,17 @@ def _backward_kernel(
                         EVEN_D,
                         PRECISION,
                     )
+            # Items differ in length, so whoever is done takes the next one: who computes it changes no bit of it.
+            item = workers + tl.atomic_add(taken + strip, 1, sem="relaxed", scope="gpu")
         arrived += workers
-        grid_barrier(arrivals, arrived)
+        grid_barrier(arrivals, arrived, GRADIENT_TMA)
 
 
 def run_backward(
     plan: Plan,
     hidden: Tensor,  # [N, D]
-    in_order: Tensor | None,  # [M, D]: hidden[rows], where memory allows a copy
+    in_order: Tensor | None,  # [M, D]: hidden[rows], for the copy engine
+    is_in_order: Tensor | None,  # [1] bool: whether it is that, where the host does not know
     weight: Tensor,  # [V, D]
     bias: Tensor | None,  # [V]
     rows: Tensor,  # [M] int64: row of hidden at each place
@@ -598,15 +615,22 @@ def run_backward(
     if tail is not None:
         masses = tail.new_empty((strip_tiles, config.row_block))
         mass_before = tail.new_empty(rows.numel())
-    hidden_blocks = None, None
+    by_row = None, None
+    gradient_blocks = hidden_blocks = by_row
+    if config.tma and gradients.element_size() == 2:
+        flat = gradients.view(-1, config.entry_tile)
+        gradient_blocks = (
+            in_blocks(flat, config.block_k, config.entry_tile),
+            in_blocks(flat, config.row_block, config.block_k),
+        )
     if in_order is not None:
         hidden_blocks = (
             in_blocks(in_order, config.row_block, config.block_d),
             in_blocks(in_order, config.block_k, config.features),
         )
 
-    def launch(strips: Tensor, weight_blocks: tuple, dense: bool) -> None:
-        arrivals = torch.zeros(1, dtype=torch.int32, device=device)
+    def launch(strips: Tensor, hidden_blocks: tuple, weight_blocks: tuple, dense: bool) -> None:
+        counters = torch.zeros(plan.strip_first.numel(), dtype=torch.int32, device=device)
         _backward_kernel[(programs(device),)](
             hidden,
             *hidden_blocks,
@@ -620,6 +644,7 @@ def run_backward(
             d_nll,
             d_lse,
             gradients,
+            *gradient_blocks,
             masses,
             mass_before,
             tail,
@@ -628,7 +653,8 @@ def run_backward(
             sums_low,
             d_weight,
             d_bias,
-            arrivals,
+            counters[:1],
+            counters[1:],
             plan.entries,
             plan.ids,
             plan.first_id,
@@ -656,8 +682,9 @@ def run_backward(
             NEED_HIDDEN=d_hidden is not None,
             NEED_WEIGHT=d_weight is not None,
             NEED_BIAS=d_bias is not None,
-            HIDDEN_TMA=in_order is not None,
+            HIDDEN_TMA=hidden_blocks[0] is not None,
             WEIGHT_TMA=weight_blocks[0] is not None,
+            GRADIENT_TMA=gradient_blocks[0] is not None,
             ROW_BLOCK=config.row_block,
             TILE=config.entry_tile,
             WIDTH=config.forward_entries,
@@ -671,14 +698,19 @@ def run_backward(
             **cooperative(device),
         )
 
-    # Of the two launches the plan leaves one without strips, unless it was known beforehand that nothing is dropped.
+    # The plan leaves all launches but one without strips.
+    known = hidden_blocks if is_in_order is None else by_row
     if not has_blocks(config, weight):
-        launch(plan.sparse_strips + plan.dense_strips, (None, None), plan.is_dense)
+        launch(plan.sparse_strips + plan.dense_strips, known, by_row, plan.is_dense)
         return
-    if not plan.is_dense:
-        launch(plan.sparse_strips, (None, None), dense=False)
-    launch(
-        plan.dense_strips,
-        (in_blocks(weight, config.forward_entries, config.block_d), in_blocks(weight, config.block_k, config.features)),
-        dense=True,
+    weight_blocks = (
+        in_blocks(weight, config.forward_entries, config.block_d),
+        in_blocks(weight, config.block_k, config.features),
     )
+    if not plan.is_dense:
+        launch(plan.sparse_strips, known, by_row, dense=False)
+    if is_in_order is None:
+        launch(plan.dense_strips, known, weight_blocks, dense=True)
+    else:
+        launch(plan.dense_strips * is_in_order, hidden_blocks, weight_blocks, dense=True)
+        launch(plan.dense_strips * ~is_in_order, by_row, weight_blocks, dense=True)

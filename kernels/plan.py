@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchtune_lce.kernels.forward import WORD_BITS, Activity
-from torchtune_lce.kernels.tuning import Config
+from torchtune_lce.kernels.tuning import Config, programs
 
 # Past this share of kept tiles the rest is computed too: blocks copied in order beat tiles gathered by row.
 DENSE_FRACTION = 0.6
@@ -139,6 +139,53 @@ def _pair_kernel(
     tl.store(pairs + total + pair, second, mask=mask)
 
 
+@triton.jit(do_not_specialize=["strip_tiles", "row_blocks_total", "most"])
+def _strip_kernel(
+    first_id,
+    dense,
+    count,
+    strip_first,
+    strips_in_use,
+    columns,
+    strip_tiles,
+    row_blocks_total,
+    most,
+    workers,
+    ROW_BLOCK: tl.constexpr,
+    SEARCH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """strip_first[s] = first column whose first id reaches s steps; a strip has at most `strip_tiles` tiles.
+
+    Columns of a dense plan are all as long as the used row blocks: there a strip is a whole number of pairs of columns,
+    and where it can be, of rounds of the persistent programs over its pairs of tiles.
+    """
+    row_blocks = tl.maximum(tl.cdiv(tl.load(count), ROW_BLOCK), 1)
+    total = tl.load(first_id + columns)
+    is_dense = tl.load(dense) != 0
+    step = strip_tiles - row_blocks_total + 1
+    if is_dense:
+        pairs = strip_tiles // (2 * row_blocks)
+        rounds = pairs * row_blocks // workers
+        if rounds > 0:
+            pairs = tl.maximum(rounds * workers // row_blocks, 1)
+        step = 2 * pairs * row_blocks
+    strips = tl.maximum(tl.cdiv(total, step), 1)
+    strip = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    least = tl.zeros((BLOCK,), tl.int32)
+    past = tl.zeros((BLOCK,), tl.int32) + columns
+    for _ in range(SEARCH):
+        middle = (least + past) // 2
+        is_below = (least < past) & (tl.load(first_id + middle) < strip * step)
+        least = tl.where(is_below, middle + 1, least)
+        past = tl.where(is_below, past, middle)
+    # The last strip takes the columns that keep nothing too: their gradient is written as zero.
+    tl.store(strip_first + strip, tl.where(strip >= strips, columns, least), mask=strip <= most)
+    if tl.program_id(0) == 0:
+        tl.store(strips_in_use, tl.where(is_dense, 0, strips))
+        tl.store(strips_in_use + 1, tl.where(is_dense, strips, 0))
+
+
 def make_plan(
     activity: Activity | None,
     filter_hidden: bool,
@@ -173,15 +220,7 @@ def make_plan(
     ids = ids - union.view(-1)
     first_id = torch.cat([ids.view(columns, row_blocks)[:, 0], total])
 
-    # A strip starts at the first column whose first id reaches a multiple of `step`: at most `strip_tiles` tiles each.
-    step = strip_tiles - row_blocks + 1
-    most = columns * row_blocks // step + 1
-    starts = torch.arange(most + 1, dtype=torch.int32, device=device) * step
-    strips = total // step + 1
-    strip_first = torch.searchsorted(first_id[:-1], starts, out_int32=True)
-    strip_first[0].zero_()
-    # The last strip takes the columns that keep nothing too: their gradient is written as zero.
-    strip_first.masked_fill_(torch.arange(most + 1, device=device) >= strips, columns)
+    strip_first, sparse_strips, dense_strips = _strips(first_id, dense, count, row_blocks, strip_tiles, config)
 
     union_before = _before(union)
     union_rows = _lines(union, ids, union_before, by_row=True)
@@ -196,14 +235,42 @@ def make_plan(
         pairs=pairs,
         first_pair=first_pair,
         strip_first=strip_first,
-        sparse_strips=strips * ~dense,
-        dense_strips=strips * dense,
+        sparse_strips=sparse_strips,
+        dense_strips=dense_strips,
         is_dense=is_dense,
         rows=union_rows if for_hidden is union else _lines(for_hidden, ids, rows_before, by_row=True),
         rows_before=rows_before,
         columns=_lines(for_weight, ids, within - for_weight, by_row=False),
         columns_length=within[:, -1].contiguous(),
     )
+
+
+def _strips(
+    first_id: Tensor, dense: Tensor, count: Tensor, row_blocks: int, strip_tiles: int, config: Config
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``strip_first``, ``sparse_strips`` and ``dense_strips`` of the plan."""
+    columns = first_id.numel() - 1
+    # A dense strip has, rounded to whole rounds of the programs, no less than half of the pairs that would fit.
+    dense_columns = 2 * max(strip_tiles // (2 * row_blocks) // 2, 1)
+    most = max(triton.cdiv(columns * row_blocks, strip_tiles - row_blocks + 1), triton.cdiv(columns, dense_columns))
+    strip_first = torch.empty(most + 1, dtype=torch.int32, device=first_id.device)
+    in_use = strip_first.new_empty(2)
+    _strip_kernel[(triton.cdiv(most + 1, 128),)](
+        first_id,
+        dense,
+        count,
+        strip_first,
+        in_use,
+        columns,
+        strip_tiles,
+        row_blocks,
+        most,
+        programs(first_id.device),
+        ROW_BLOCK=config.row_block,
+        SEARCH=columns.bit_length() + 1,
+        BLOCK=128,
+    )
+    return strip_first, in_use[:1], in_use[1:]
 
 
 def _before(kept: Tensor) -> Tensor:

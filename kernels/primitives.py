@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+from torchtune_lce.kernels.tuning import is_interpreted
+
+IS_INTERPRETED = tl.constexpr(is_interpreted())
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -49,13 +52,25 @@ def store_halves(high, low, values, mask):
 
 
 @triton.jit
-def grid_barrier(arrivals, target):
+def grid_barrier(arrivals, target, COPY_ENGINE: tl.constexpr):
     """Waits until `target` programs have arrived in all; every program of the grid must be resident.
 
-    What any program wrote before is visible to all of them after.
+    What any program wrote before is visible to all of them after; with COPY_ENGINE to loads by descriptor too, which
+    go past the order of the others (PTX: the async proxy).
     """
+    if COPY_ENGINE and not IS_INTERPRETED:
+        _fence_copy_engine()
     tl.debug_barrier()
     tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu")
     while tl.atomic_add(arrivals, 0, sem="acq_rel", scope="gpu") < target:
         pass
     tl.debug_barrier()
+    if COPY_ENGINE and not IS_INTERPRETED:
+        _fence_copy_engine()
+
+
+@triton.jit
+def _fence_copy_engine():
+    tl.inline_asm_elementwise(
+        "fence.proxy.async.global; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )

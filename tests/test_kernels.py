@@ -134,6 +134,34 @@ def test_plan_covers_what_is_kept(device, strip_tiles):
         assert made.rows.slot.cpu()[line].equal(ids[expected, row_block])
 
 
+@pytest.mark.parametrize("used", [0, 70, 150])
+@pytest.mark.parametrize("programs", [1, 3, 132])
+@pytest.mark.parametrize("fitting", [2, 3.5, 7, 1000])
+def test_dense_strips_are_whole_pairs_of_columns(device, fitting, programs, used, monkeypatch):
+    """And whole rounds of the programs over them, where a strip has room for one."""
+    monkeypatch.setattr(plan, "programs", lambda _: programs)
+    config = tuning.config_for(device, torch.float32)
+    vocabulary = 11 * config.entry_tile - 5
+    row_blocks = -(-150 // config.row_block)
+    strip_tiles = int(fitting * row_blocks)
+    count = torch.tensor([used], dtype=torch.int32, device=device)
+    made = plan.make_plan(None, True, True, count, row_blocks, vocabulary, strip_tiles, config)
+    assert made.sparse_strips == 0
+    strips = made.dense_strips.item()
+    starts = made.strip_first.cpu()
+    assert starts[0] == 0
+    assert starts[strips:].eq(11).all()
+    widths = starts[: strips + 1].diff()
+    used_blocks = -(-used // config.row_block)
+    assert (widths * used_blocks).max() <= strip_tiles
+    assert (widths[:-1] % 2 == 0).all()
+    assert widths.min() > 0
+    items = widths[:-1] // 2 * used_blocks
+    alone = widths[:-1] == 2
+    waste = -items % programs
+    assert ((waste < used_blocks) | alone | (items < programs)).all()
+
+
 def gradients(hidden, weight, targets, impl="cce", eps=EPS, workspace_mib=128, frozen=()):
     leaves = {"hidden": hidden.detach().clone(), "weight": weight.detach().clone()}
     wanted = [leaf.requires_grad_() for name, leaf in leaves.items() if name not in frozen]
@@ -176,7 +204,7 @@ def test_strips_and_pieces_change_nothing_but_the_order_of_sums(device, monkeypa
     # The smallest strips that there can be: two tiles of every row block.
     monkeypatch.setattr(autograd, "make_plan", lambda *args: spy(*args[:6], 2 * args[4], *args[7:]))
     in_strips = gradients(hidden, weight, targets, impl="cce_exact")
-    assert plans[-1].dense_strips.item() > 3
+    assert plans[-1].dense_strips.item() >= 3
     for whole, cut in zip(at_once, in_strips, strict=True):
         assert (whole - cut).norm() <= 1e-6 * whole.norm()
 
@@ -210,6 +238,26 @@ def test_blocks_by_the_copy_engine_change_nothing(device, dtype, filtered, monke
     for gathered, copied in zip(*found, strict=True):
         assert copied.isfinite().all()
         torch.testing.assert_close(gathered, copied, rtol=torch.finfo(dtype).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("all_used", [True, False])
+def test_hidden_states_without_room_for_a_copy(device, dtype, all_used, monkeypatch):
+    """They are read where they are if every token is in use, and gathered if not; the host does not know which."""
+    hidden, weight, targets = peaked(device, tokens=140, vocabulary=451, width=40, dtype=dtype)
+    if not all_used:
+        targets[5:90] = -100
+        hidden[50] = torch.nan
+    config = tuning.config_for(device, dtype)
+    if device.type == "cuda" and not config.tma:
+        pytest.skip("this card has no copy engine")
+    monkeypatch.setattr(autograd, "config_for", lambda *_: dataclasses.replace(config, tma=True))
+    copied = gradients(hidden, weight, targets, impl="cce_exact")
+    division = autograd._division
+    monkeypatch.setattr(autograd, "_division", lambda *args: (division(*args)[0], False))
+    for ours, wanted in zip(gradients(hidden, weight, targets, impl="cce_exact"), copied, strict=True):
+        assert wanted.isfinite().all()
+        torch.testing.assert_close(ours, wanted, rtol=torch.finfo(dtype).eps, atol=1e-7)
 
 
 @pytest.mark.parametrize("spread", [0.02, 1.0])
