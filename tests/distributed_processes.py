@@ -40,7 +40,7 @@ def _run(rank: int, ranks: int, port: int, backend: str, function: Callable, arg
     dist.destroy_process_group()
 
 
-def train_all(rank: int, runs: list) -> None:
+def train_all(rank: int, runs: list, stock_recipe: Callable[[str], type] = stock_recipe) -> None:
     """Every ``(ours, method, config)`` of `runs` through its real distributed recipe, one after the other."""
     if runs[0][2].device == "cpu":
         _let_recipes_run_on_a_cpu()

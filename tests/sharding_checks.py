@@ -116,7 +116,7 @@ def _check_fusion(mesh: DeviceMesh, own_group: list[str]) -> None:
 
 
 def _check_collectives(mesh: DeviceMesh) -> None:
-    """For a head in the root's group: no more gathers than torchtune's own loss needs.
+    """For a head in the root's group: no more gathers than torchtune's own loss needs, nor do statistics.
 
     One reduce-scatter more where the embedding, whose gradient comes last, is not the head itself.
     """
@@ -130,8 +130,9 @@ def _check_collectives(mesh: DeviceMesh) -> None:
         model = _sharded(tied, mesh, [])
         assert _collectives(model, stock) == {"gathers": 6, "reduce-scatters": 3}
         loss.set_model_output(model)
-        ours = _collectives(model, lambda model: loss(model(tokens), targets))
-        assert ours == {"gathers": 6, "reduce-scatters": 3 if tied else 4}
+        for loss.after_batch in (None, lambda compute, targets: compute()):
+            ours = _collectives(model, lambda model: loss(model(tokens), targets))
+            assert ours == {"gathers": 6, "reduce-scatters": 3 if tied else 4}
 
 
 def _collectives(model: nn.Module, forward) -> dict[str, int]:

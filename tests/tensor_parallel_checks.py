@@ -18,7 +18,7 @@ from torchtune.models.llama3 import base_llama_tp_plan
 from torchtune.modules.peft import DoRALinear, LoRALinear
 from torchtune.training import get_shard_conditions, prepare_mha_for_tp, shard_model
 
-from torchtune_lce import LinearCrossEntropyLoss, linear_cross_entropy
+from torchtune_lce import LinearCrossEntropyLoss, linear_cross_entropy, linear_token_statistics
 
 EMBED_DIM = SIZES["embed_dim"]
 # Divisible by neither ranks nor tiles.
@@ -39,6 +39,7 @@ def check_vocabulary_parallel(mesh: DeviceMesh, impls: tuple[str, ...]) -> None:
         _check_sequence_parallel_hidden(mesh)
         _check_far_apart(mesh)
         _check_no_labels(mesh)
+        _check_token_statistics(mesh)
         _check_autocast(mesh)
         _check_tied(mesh)
         _check_collectives(mesh)
@@ -224,6 +225,33 @@ def _check_no_labels(mesh) -> None:
     assert actual == 0
     assert not hidden.grad.any()
     assert not model.output.weight.grad.to_local().any()
+
+
+def _check_token_statistics(mesh) -> None:
+    """Right predictions at both ends of the vocabulary, equal logits on two ranks, a rank whose entries cannot be."""
+    problem = _problem(bias=True)
+    shorter = -(-RAGGED // mesh.size())
+    problem.bias[-shorter + 9 :] = -torch.inf
+    problem.weight[RAGGED // 2] = problem.weight[1] = problem.weight[0]
+    problem.bias[RAGGED // 2] = problem.bias[1] = problem.bias[0]
+    # The first of the equal ones, the second, and the one of another rank; and one of the last rank, if it has any.
+    targets = torch.tensor([0, 1, RAGGED // 2, RAGGED - shorter])
+    problem.targets[0, :4] = targets
+    problem.hidden[0, :4] = 3 * problem.weight[targets]
+    found = []
+    loss, _ = _bound(mesh, problem, impl="chunked", softcap=30.0, workspace_mib=1)
+    loss.after_batch = lambda compute, targets: found.append(compute())
+    loss(problem.hidden, problem.targets)
+    expected = linear_token_statistics(
+        *(x.double() for x in (problem.hidden, problem.weight)),
+        problem.targets,
+        problem.bias.double(),
+        softcap=30.0,
+    )
+    ((entropy, correct),) = found
+    _assert_close(entropy, expected.entropy, "entropy")
+    assert torch.equal(correct, expected.correct)
+    assert correct[0, :3].tolist() == [True, False, False]
 
 
 def _check_autocast(mesh) -> None:

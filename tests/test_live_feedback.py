@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_models import FULL, LORA, STOCK_LOSS, build_model, our_recipe, recipe_config, train, write_assets
+from torchtune.training.metric_logging import DiskLogger
 
 from torchtune_lce import filtering, recipe_runs
 from torchtune_lce.live_feedback import LossStatistics
@@ -103,10 +104,13 @@ def test_nothing_is_attached_where_nobody_asks(assets, tmp_path):
     recipe, _ = run(assets, tmp_path / "silent", FULL)
     assert not recipe._loss_fn._forward_hooks
     assert not recipe._loss_fn._forward_pre_hooks
+    assert recipe._loss_fn.after_batch is None
+    assert type(recipe._metric_logger) is DiskLogger
     # torchtune's own loss has nothing to tell, and its recipe runs on.
-    _, records = run(assets, tmp_path / "stock", FULL, "log_loss_stats=True", loss=STOCK_LOSS)
+    both = "log_loss_stats=True", "log_token_statistics=True"
+    _, records = run(assets, tmp_path / "stock", FULL, *both, loss=STOCK_LOSS)
     assert records
-    assert not [key for record in records for key in record if key.startswith("impl_is_")]
+    assert not [key for record in records for key in record if key.startswith(("impl_is_", "token_"))]
 
 
 def test_no_key_ends_in_loss():

@@ -37,7 +37,7 @@ torch.library.define(
 @torch.library.impl("torchtune_lce::chunked", "default")
 @without_autocast
 def _forward(hidden, weight, bias, low, up, scale, targets, ignore_index, softcap, workspace_mib):
-    rows, kept, labels, chunk = in_use(hidden, weight, targets, ignore_index, workspace_mib, scale is not None)
+    rows, kept, labels, chunk = _in_use(hidden, weight, targets, ignore_index, workspace_mib, scale is not None)
     low_rank = _low_rank_in_use(low, up, scale, rows, kept)
     peak = hidden.new_full(rows.shape, -torch.inf, dtype=accumulation_dtype(hidden.dtype))
     total, target_logit = torch.zeros_like(peak), torch.zeros_like(peak)
@@ -86,7 +86,7 @@ def _backward(
 ):
     """Gradients by hidden, weight, bias, low, up and scale, empty where ``needs`` has no True."""
     need_hidden, need_weight, need_bias, need_low, need_up, need_scale = needs
-    rows, kept, labels, chunk = in_use(hidden, weight, targets, ignore_index, workspace_mib, scale is not None)
+    rows, kept, labels, chunk = _in_use(hidden, weight, targets, ignore_index, workspace_mib, scale is not None)
     low_rank = _low_rank_in_use(low, up, scale, rows, kept)
     row_lse = lse[rows]
     d_nll = torch.zeros_like(row_lse) if d_nll is None else d_nll[rows]
@@ -166,9 +166,7 @@ torch.library.register_autograd("torchtune_lce::chunked", _differentiate, setup_
 torch.library.register_autograd("torchtune_lce::chunked_backward", _refuse_second_derivative)
 
 
-def in_use(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, workspace_mib: int, scaled: bool = False
-):
+def _in_use(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, workspace_mib: int, scaled: bool):
     """Tokens that are not ignored, their hidden states and labels, and the entries of a chunk for so many."""
     rows = (targets != ignore_index).nonzero().squeeze(-1)
     kept = hidden if rows.numel() == targets.numel() else hidden[rows]
@@ -183,9 +181,12 @@ def _low_rank_in_use(low, up, scale, rows: Tensor, kept: Tensor) -> LowRank | No
     return LowRank(low[rows].to(accumulation_dtype(kept.dtype)), up, scale)
 
 
-def chunk_logits(hidden, weight, bias, start, chunk, softcap):
-    """Logits of entries [start, start + chunk) and, with a softcap, the tanh that they are made of."""
-    return _capped(_unscaled_logits(hidden, weight, bias, None, start, chunk), softcap)
+def chunk_logits(hidden, weight, bias, low_rank, start, chunk, softcap):
+    """Logits of entries [start, start + chunk), in the accumulation dtype, in which ``low`` must be."""
+    logits = _unscaled_logits(hidden, weight, bias, low_rank, start, chunk)
+    if low_rank is not None and low_rank.scale is not None:
+        logits *= low_rank.scale[start : start + chunk]
+    return _capped(logits, softcap)[0]
 
 
 def _unscaled_logits(hidden, weight, bias, low_rank, start, chunk):
@@ -209,10 +210,7 @@ def _capped(logits, softcap):
 
 def _chunk_statistics(hidden, weight, bias, low_rank, labels, start, chunk, softcap):
     """Log-sum-exp over the chunk, and the target's logit where the target lies in it, 0 elsewhere."""
-    logits = _unscaled_logits(hidden, weight, bias, low_rank, start, chunk)
-    if low_rank is not None and low_rank.scale is not None:
-        logits *= low_rank.scale[start : start + chunk]
-    logits = _capped(logits, softcap)[0]
+    logits = chunk_logits(hidden, weight, bias, low_rank, start, chunk, softcap)
     inside = (labels >= start) & (labels < start + chunk)
     column = (labels - start).clamp(0, logits.shape[1] - 1)
     return logits.logsumexp(-1), logits.gather(-1, column[:, None]).squeeze(-1).where(inside, 0)

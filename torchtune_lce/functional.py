@@ -102,7 +102,6 @@ class TokenStatistics(NamedTuple):
     correct: Tensor  # bool: the target is the most likely entry; False where ignored or shifted off
 
 
-@torch.no_grad()
 def linear_token_statistics(
     hidden: Tensor,  # [..., D]
     weight: Tensor,  # [V, D]
@@ -117,23 +116,45 @@ def linear_token_statistics(
     """Entropy of each token's prediction, and whether its target is the most likely entry: figures, without gradient.
 
     The accuracy is ``correct.sum() / (targets != ignore_index).sum()``. Of several equally likely entries the first
-    counts. Computes the logits once more, chunk by chunk in at most ``workspace_mib``, whatever the loss computed: as
-    many operations as a plain forward, so ask for it every so many steps. Arguments and errors as in
-    :func:`linear_cross_entropy`; a target out of range on a GPU is not correct.
+    counts. Computes the logits once more, chunk by chunk in at most ``workspace_mib``, whatever the loss computed and
+    for ignored tokens too, so that it never waits for the device: as many operations as a plain forward, so ask for it
+    every so many steps. Arguments and errors as in :func:`linear_cross_entropy`; a target out of range on a GPU is not
+    correct.
     """
     options = Options(ignore_index=ignore_index, softcap=softcap, workspace_mib=workspace_mib)
+    return compute_token_statistics(hidden, weight, targets, bias, options=options, shift=shift)
+
+
+@torch.no_grad()
+def compute_token_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    *,
+    options: Options,
+    shift: int = 0,
+    shard: "VocabularyShard | None" = None,
+    low_rank: LowRank | None = None,
+) -> TokenStatistics:
+    """:func:`linear_token_statistics` with its settings in one object.
+
+    ``shard`` and ``low_rank`` are as in :func:`compute`; every rank of a shard's mesh must call it.
+    """
     validation.check_options(options)
     validation.check_shift(shift)
     validation.check_plain(hidden, weight, targets, bias)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     validation.check_tensors(hidden, weight, targets, bias)
-    validation.check_ignore_index(ignore_index, targets)
+    validation.check_ignore_index(options.ignore_index, targets)
     if shift:
-        targets = _align(targets, shift, ignore_index)
+        targets = _align(targets, shift, options.ignore_index)
     labels = targets.reshape(-1)
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        validation.check_range(labels, weight.shape[0], ignore_index)
-    statistics = token_statistics(hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels, options)
+        vocabulary = weight.shape[0] if shard is None else shard.vocabulary
+        validation.check_range(labels, vocabulary, options.ignore_index)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    statistics = token_statistics(hidden, weight, bias, labels, options, low_rank, shard)
     return TokenStatistics(*(_restore(values, targets.shape, shift) for values in statistics))
 
 

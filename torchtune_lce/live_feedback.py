@@ -1,21 +1,52 @@
-"""What the loss did, in torchtune's own metric logger: which implementation ran, and what filtering left out.
+"""What the loss did and what the model predicted, in torchtune's own metric logger.
 
-A config asks for it with ``log_loss_stats: True``, beside torchtune's ``log_peak_memory_stats``. Nothing is attached,
-and nothing costs anything, where none does.
+A config asks for the one with ``log_loss_stats: True`` and for the other with ``log_token_statistics: True``, beside
+torchtune's ``log_peak_memory_stats``. Nothing is attached, and nothing costs anything, where none does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+from torch import Tensor
 
 from torchtune_lce import filtering
+from torchtune_lce.functional import TokenStatistics
 from torchtune_lce.loss import LinearCrossEntropyLoss
 
-SETTING = "log_loss_stats"
+LOSS_SETTING = "log_loss_stats"
+TOKEN_SETTING = "log_token_statistics"
 
 
-class LossStatistics:
-    """Stands in for a recipe's metric logger: each record gets what the loss did since the one before.
+def attach(recipe, cfg: DictConfig, loss: LinearCrossEntropyLoss) -> None:
+    """What ``cfg`` asks for, to a torchtune recipe that has been set up with this loss."""
+    logger = getattr(recipe, "_metric_logger", None)  # one rank of several has it
+    if cfg.get(LOSS_SETTING, False) and logger is not None:
+        logger = recipe._metric_logger = LossStatistics(logger, loss)
+    if cfg.get(TOKEN_SETTING, False):
+        batches = BatchStatistics(recipe, loss)
+        if logger is not None:
+            recipe._metric_logger = AddsToRecords(logger, batches.of_step)
+
+
+class AddsToRecords:
+    """Stands in for a recipe's metric logger: each record gets what ``more`` returns for its step."""
+
+    def __init__(self, logger, more: Callable[[int], Mapping[str, float]]):
+        self._logger = logger
+        self._more = more
+
+    def log_dict(self, payload: Mapping, step: int) -> None:
+        self._logger.log_dict({**payload, **self._more(step)}, step=step)
+
+    def __getattr__(self, name: str):
+        """All else is the logger's own."""
+        return getattr(self._logger, name)
+
+
+class LossStatistics(AddsToRecords):
+    """Each record gets what the loss did since the one before.
 
     ``impl_is_<name>`` is 1 for the implementation that ran: loggers take numbers alone. Where it filters gradients,
     ``kept_fraction`` is that of the softmax's tiles that the gradients were made of, and ``largest_dropped_mass``
@@ -25,21 +56,14 @@ class LossStatistics:
     """
 
     def __init__(self, logger, loss: LinearCrossEntropyLoss):
-        self._logger = logger
+        super().__init__(logger, self._take)
         self._impl: str | None = None
         self._records: list[filtering.FilterRecord] = []
         self._recording = None
-        self._tiles: torch.Tensor | None = None  # [2] int64: kept and all
-        self._dropped: torch.Tensor | None = None  # float32
+        self._tiles: Tensor | None = None  # [2] int64: kept and all
+        self._dropped: Tensor | None = None  # float32
         loss.register_forward_pre_hook(self._begin)
         loss.register_forward_hook(self._end, always_call=True)
-
-    def log_dict(self, payload: Mapping, step: int) -> None:
-        self._logger.log_dict({**payload, **self._take()}, step=step)
-
-    def __getattr__(self, name: str):
-        """All else is the logger's own."""
-        return getattr(self._logger, name)
 
     def _begin(self, loss: LinearCrossEntropyLoss, inputs: tuple) -> None:
         self._collect()
@@ -62,7 +86,7 @@ class LossStatistics:
                 self._dropped = largest if self._dropped is None else torch.maximum(self._dropped, largest)
         self._records = []
 
-    def _take(self) -> dict[str, float]:
+    def _take(self, step: int) -> dict[str, float]:
         self._collect()
         found = {} if self._impl is None else {f"impl_is_{self._impl}": 1}
         if self._tiles is not None:
@@ -72,3 +96,38 @@ class LossStatistics:
             found["largest_dropped_mass"] = self._dropped.item()
         self._tiles = self._dropped = None
         return found
+
+
+class BatchStatistics:
+    """Token accuracy and entropy over all labels of a step: those of its micro-batches, and of all devices.
+
+    Collected only for steps that torchtune logs, on the device, and read when it does. Only one of several devices has
+    a logger, and only calls of the loss are made by all of them: so each adds an all-reduce of three numbers. Under
+    tensor parallelism the same labels count once for every rank of it, in numerator and denominator.
+    """
+
+    def __init__(self, recipe, loss: LinearCrossEntropyLoss):
+        self._recipe = recipe
+        self._ignore_index = loss.ignore_index
+        self._step: int | None = None
+        self._sums: Tensor | None = None  # [3] of that step: right predictions, entropies, labels
+        loss.after_batch = self._add
+
+    def of_step(self, step: int) -> dict[str, float]:
+        """NaN for a step without labels, as torchtune's loss is."""
+        if step != self._step:
+            return {}
+        accuracy, entropy = (self._sums[:2] / self._sums[2]).tolist()
+        return {"token_accuracy": accuracy, "token_entropy": entropy}
+
+    def _add(self, compute: Callable[[], TokenStatistics], targets: Tensor) -> None:
+        step = self._recipe.global_step + 1  # counted once it is done
+        if step % self._recipe._log_every_n_steps:
+            return
+        entropy, correct = compute()
+        labels = targets != self._ignore_index
+        sums = torch.stack([x.sum(dtype=entropy.dtype) for x in (correct, entropy, labels)])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+        self._sums = self._sums + sums if step == self._step else sums
+        self._step = step

@@ -1,6 +1,7 @@
 """The loss as torchtune's recipes use it: bound to a model once, then called with hidden states and targets."""
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torchtune.utils import get_logger, log_rank_zero
 
 from torchtune_lce import implementations, output_adapter, validation
-from torchtune_lce.functional import compute
+from torchtune_lce.functional import TokenStatistics, compute, compute_token_statistics
 from torchtune_lce.model_output import skip_output_layer
 from torchtune_lce.options import Options
 from torchtune_lce.projection import Projection
@@ -75,6 +76,9 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         self.tp_enabled = False
         # Entries of the tokenizer, where the recipe knows them: for the message about targets that name no row.
         self.tokenizer_size: int | None = None
+        # Called after each loss that has gradients, with a function that computes this batch's statistics, and with its
+        # targets: whoever listens decides whether they are worth it. See live_feedback.
+        self.after_batch: Callable[[Callable[[], TokenStatistics], Tensor], None] | None = None
         # Neither is a Module, so nothing of the model is registered here: the loss has no parameters and no state.
         self._skipped = None
         self._projection = None
@@ -177,19 +181,18 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
             if self._first_batch:
                 self._say_which(impl, outputs, weight, adapter)
                 self._first_batch = False
-        return compute(
-            outputs,
-            weight,
-            targets,
-            bias,
-            options=self._options,
-            reduction=self.reduction,
-            shift=0,
-            impl=impl,
-            return_lse=False,
-            shard=shard,
-            low_rank=None if adapter is None else output_adapter.low_rank(adapter, outputs),
+        beside = {
+            "options": self._options,
+            "shard": shard,
+            "low_rank": None if adapter is None else output_adapter.low_rank(adapter, outputs),
+        }
+        loss = compute(
+            outputs, weight, targets, bias, reduction=self.reduction, shift=0, impl=impl, return_lse=False, **beside
         )
+        if self.after_batch is not None and torch.is_grad_enabled():
+            # Here FSDP2 has the weight gathered already, and dropout on the output has been drawn.
+            self.after_batch(partial(compute_token_statistics, outputs, weight, targets, bias, **beside), targets)
+        return loss
 
     def _bound_loss(
         self,

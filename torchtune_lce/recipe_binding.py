@@ -30,8 +30,7 @@ class BindsLossToModel:
                     f"tokens, got {loss.reduction}"
                 )
             loss.tokenizer_size = getattr(self._tokenizer, "vocab_size", None)
-            if cfg.get(live_feedback.SETTING, False) and hasattr(self, "_metric_logger"):  # one rank of several has it
-                self._metric_logger = live_feedback.LossStatistics(self._metric_logger, loss)
+            live_feedback.attach(self, cfg, loss)
         # After torchtune has sharded the model. torchtune main has done this already, and once more changes nothing.
         self._loss_fn.set_model_output(self._model)
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torchtune_lce.implementations import TokenLosses
 from torchtune_lce.label_smoothing import smooth, with_logit_sums
 from torchtune_lce.options import Options
+from torchtune_lce.token_statistics import Predictions
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,21 @@ class VocabularyShard:
             return nll, lse
 
         return run
+
+    def merge_predictions(self, found: Predictions) -> Predictions:
+        """Over all ranks' rows, from those over this rank's: three all-reduces over the tokens.
+
+        Every rank must call it, with the same tokens.
+        """
+        group = self.mesh.get_group()
+        largest = found.largest.clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        # Of equally large ones the first, as within a rank.
+        place = (found.place + self.start).where(found.largest == largest, self.vocabulary)
+        dist.all_reduce(place, dist.ReduceOp.MIN, group=group)
+        sums = torch.stack(found.measured_from(largest))
+        dist.all_reduce(sums, group=group)
+        return Predictions(largest, place, *sums)
 
     def whole_hidden(self, hidden: DTensor) -> tuple[Tensor, "VocabularyShard"]:
         """All of the hidden states that sequence parallelism split, as a plain tensor, and this shard for them.
