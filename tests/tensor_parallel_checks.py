@@ -228,30 +228,29 @@ def _check_no_labels(mesh) -> None:
 
 
 def _check_token_statistics(mesh) -> None:
-    """Right predictions at both ends of the vocabulary, equal logits on two ranks, a rank whose entries cannot be."""
-    problem = _problem(bias=True)
-    shorter = -(-RAGGED // mesh.size())
-    problem.bias[-shorter + 9 :] = -torch.inf
-    problem.weight[RAGGED // 2] = problem.weight[1] = problem.weight[0]
-    problem.bias[RAGGED // 2] = problem.bias[1] = problem.bias[0]
-    # The first of the equal ones, the second, and the one of another rank; and one of the last rank, if it has any.
-    targets = torch.tensor([0, 1, RAGGED // 2, RAGGED - shorter])
-    problem.targets[0, :4] = targets
-    problem.hidden[0, :4] = 3 * problem.weight[targets]
-    found = []
-    loss, _ = _bound(mesh, problem, impl="chunked", softcap=30.0, workspace_mib=1)
-    loss.after_batch = lambda compute, targets: found.append(compute())
-    loss(problem.hidden, problem.targets)
-    expected = linear_token_statistics(
-        *(x.double() for x in (problem.hidden, problem.weight)),
-        problem.targets,
-        problem.bias.double(),
-        softcap=30.0,
-    )
-    ((entropy, correct),) = found
-    _assert_close(entropy, expected.entropy, "entropy")
-    assert torch.equal(correct, expected.correct)
-    assert correct[0, :3].tolist() == [True, False, False]
+    """Right predictions in the first and the last rank's rows, equal logits in both; then none of the last can be."""
+    last = -(-RAGGED // mesh.size()) * (mesh.size() - 1)
+    for masked in (False, True):
+        problem = _problem(bias=True)
+        for tensor in (problem.weight, problem.bias):
+            tensor[1] = tensor[last] = tensor[0]
+        targets = torch.tensor([0, 1, last, last + 3])
+        problem.targets[0, :4] = targets
+        problem.hidden[0, :4] = 3 * problem.weight[targets]
+        if masked:
+            problem.bias[last:] = -torch.inf
+        softcap = None if masked else 30.0  # a capped logit is finite
+        loss, _ = _bound(mesh, problem, impl="chunked", softcap=softcap)
+        found = []
+        loss.after_batch = lambda compute, _, found=found: found.append(compute())
+        loss(problem.hidden, problem.targets)
+        hidden, weight, bias = (x.double() for x in (problem.hidden, problem.weight, problem.bias))
+        expected = linear_token_statistics(hidden, weight, problem.targets, bias, softcap=softcap)
+        ((entropy, correct),) = found
+        _assert_close(entropy, expected.entropy, f"entropy, masked {masked}")
+        assert torch.equal(correct, expected.correct)
+        # Of equal ones the first, wherever the others are.
+        assert correct[0, :4].tolist() == [True, False, False, not masked]
 
 
 def _check_autocast(mesh) -> None:
