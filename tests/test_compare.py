@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from tiny_distillation import OURS, STOCK, STOCK_CHUNKED, distillation_config
 from tiny_models import (
+    DISTILLATION,
+    DISTILLATION_DISTRIBUTED,
     FULL,
     LORA,
     LORA_DISTRIBUTED,
     OUR_LOSS,
+    SIZES,
     STOCK_LOSS,
     our_recipe,
     recipe_config,
@@ -24,7 +28,7 @@ from torchtune import config as torchtune_config
 from torchtune.models.qwen2 import Qwen2Tokenizer
 
 from torchtune_lce import recipe_runs, registry
-from torchtune_lce.compare import command, losses, report, runs, session
+from torchtune_lce.compare import command, distillation, losses, report, runs, session
 from torchtune_lce.compare.checkpointers import LoadOnly, RandomWeights
 from torchtune_lce.compare.demo_data import DemoData, TokenRows
 from torchtune_lce.compare.losses import LossChoice
@@ -34,6 +38,8 @@ from torchtune_lce.random_weights import random_state_dict
 from torchtune_lce.recipe_runs import Result
 
 LORA_CONFIG = "lce/llama3_2/1B_lora_single_device"
+BUILDER = "torchtune.models.llama3_2._component_builders.llama3_2"
+DISTILLATION_CONFIG = "lce/qwen2/1.5_to_0.5B_KD_lora_single_device"
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +77,33 @@ def test_sections_of_the_config():
     assert LossChoice("main", True).section(ours)["compile"] is True
 
 
+@pytest.mark.parametrize("component", [OURS, STOCK, STOCK_CHUNKED], ids=["ours", "stock", "stock_chunked"])
+def test_sections_of_a_distillation(component):
+    def section(name, divergence="Forward", **options):
+        configured = OmegaConf.create({"_component_": component[divergence], **options})
+        return distillation.section(losses.parse(name)[0], configured)
+
+    assert section("stock_compiled") == {"_component_": STOCK_CHUNKED["Forward"]}
+    assert section("torch_compile", "Reverse") == {"_component_": OURS["Reverse"], "impl": "torch_compile"}
+    assert section("cce", "Reverse") == {"_component_": OURS["Reverse"], "impl": "auto"}, "it has no kernels"
+    mixed = {"sym_kd_ratio": 0.25}
+    assert section("stock", "Symmetric", **mixed) == {"_component_": STOCK_CHUNKED["Symmetric"], **mixed}
+    assert section("chunked", "Symmetric", **mixed) == {"_component_": OURS["Symmetric"], **mixed, "impl": "chunked"}
+
+
+def test_a_distillation_keeps_the_options_that_its_loss_has():
+    ours = OmegaConf.create({"_component_": OURS["Forward"], "workspace_mib": 64, "impl": "reference"})
+    stock = OmegaConf.create({"_component_": STOCK_CHUNKED["Forward"], "num_output_chunks": 4})
+    chunked = LossChoice("chunked", False)
+    assert distillation.section(chunked, ours) == {
+        "_component_": OURS["Forward"],
+        "workspace_mib": 64,
+        "impl": "chunked",
+    }
+    assert distillation.section(chunked, stock) == {"_component_": OURS["Forward"], "impl": "chunked"}
+    assert distillation.section(LossChoice("stock", False), ours) == {"_component_": STOCK_CHUNKED["Forward"]}
+
+
 def test_a_loss_that_cannot_run_is_refused_and_left_out_of_the_usual_ones(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(CommandError, match="--losses: cce needs a CUDA card, hidden is on cpu; take 'chunked'"):
@@ -89,6 +122,7 @@ def test_a_loss_that_cannot_run_is_refused_and_left_out_of_the_usual_ones(monkey
         (LORA_CONFIG, ["max_steps_per_epoch=3"], "max_steps_per_epoch is set by tune-lce compare"),
         (LORA_CONFIG, ["metric_logger.filename=a"], "metric_logger.filename is set by tune-lce compare"),
         (LORA_CONFIG, ["loss.impl=cce"], "loss.impl is set by tune-lce compare"),
+        (DISTILLATION_CONFIG, ["kd_loss.impl=chunked"], "kd_loss.impl is set by tune-lce compare"),
         (LORA_CONFIG, ["batch_size"], "must be in the form of key=value, got batch_size"),
     ],
 )
@@ -104,13 +138,17 @@ def test_recipe_goes_with_the_config_and_the_devices(tmp_path):
     assert runs.recipe_for("llama3_2/1B_full_single_device", config, None) == FULL
     assert runs.recipe_for("lce/llama3_2/3B_lora", config, 2) == LORA_DISTRIBUTED
     assert runs.recipe_for("mine.yaml", config, 2) == LORA_DISTRIBUTED
+    assert runs.recipe_for(DISTILLATION_CONFIG, config, None) == DISTILLATION
+    teaches = OmegaConf.create({"model": {"lora_rank": 2}, "teacher_model": {}})
+    assert runs.recipe_for("mine.yaml", teaches, None) == DISTILLATION
+    assert runs.recipe_for("mine.yaml", teaches, 2) == DISTILLATION_DISTRIBUTED
     full = OmegaConf.create({"model": {}})
     assert runs.recipe_for("mine.yaml", full, None) == FULL
     with pytest.raises(CommandError, match="needs --nproc_per_node"):
         runs.recipe_for("lce/llama3_2/3B_lora", config, None)
     with pytest.raises(CommandError, match="takes one device"):
         runs.recipe_for(LORA_CONFIG, config, 2)
-    with pytest.raises(CommandError, match="LoRA or full fine-tune, llama3_1/8B_lora_dpo"):
+    with pytest.raises(CommandError, match="LoRA or full fine-tune or of a distillation, llama3_1/8B_l"):
         runs.recipe_for("llama3_1/8B_lora_dpo", config, 2)
 
 
@@ -164,6 +202,22 @@ def test_random_weights_fit_the_recipes_model():
     # Gemma's scales are offsets from 1: an untrained one does nothing.
     assert torch.equal(state["norm.rms_norm.scale"], torch.zeros(32, dtype=torch.bfloat16))
     assert state["tok_embeddings.weight"].float().std().item() == pytest.approx(32**-0.5, rel=0.05)
+
+
+def test_late_layers_repeat_the_matrices_of_early_ones():
+    model = {"_component_": BUILDER, **SIZES, "num_layers": 11}
+    state = RandomWeights(model).load_checkpoint()["model"]
+    assert torchtune_config.instantiate(OmegaConf.create(model)).load_state_dict(state)
+    own = random_state_dict(OmegaConf.create(model), torch.bfloat16)
+    query, scale = "layers.{}.attn.q_proj.weight", "layers.{}.sa_norm.scale"
+    for layer in range(8):
+        assert torch.equal(state[query.format(layer)], own[query.format(layer)])
+    assert state[query.format(10)] is state[query.format(2)]
+    assert not torch.equal(own[query.format(10)], own[query.format(2)])
+    # What no matrix product reads may be trained as it was loaded.
+    assert state[scale.format(10)] is not state[scale.format(2)]
+    state = random_state_dict(OmegaConf.create(model), distinct_layers=1)
+    assert state[query.format(10)] is state[query.format(0)]
 
 
 def test_llama_scales_are_ones():
@@ -292,6 +346,8 @@ def test_results_are_written_where_the_first_failed_and_where_a_loss_is_nan(tmp_
 
 # --- command line ---
 
+TEACHER = [f"teacher_model.{name}={size}" for name, size in SIZES.items()]
+
 
 def compare(*arguments) -> int:
     parser = argparse.ArgumentParser()
@@ -314,6 +370,25 @@ def compare(*arguments) -> int:
 )
 def test_bad_arguments_are_named(tmp_path, capsys, arguments, message):
     assert compare("--config", LORA_CONFIG, "--output", tmp_path / "out", *arguments) == 2
+    assert capsys.readouterr().err.startswith(f"tune-lce compare: {message}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--losses", "stock,main", "device=cpu"], "--losses: main is a loss without a teacher"),
+        (["device=cpu", "kd_loss=torch.nn.KLDivLoss"], "kd_loss._component_ must be one of ForwardKLWithChunked"),
+        # The teacher's is one in which the student's sizes would have passed.
+        (["--demo-data", "device=cpu", f"teacher_model={BUILDER}", *TEACHER], "--vocabulary must be at most 512"),
+        (
+            ["--demo-data", "--vocabulary", "400", "device=cpu", f"teacher_model={BUILDER}", *TEACHER],
+            "--sequence-length must be from 2 to 256",
+        ),
+    ],
+)
+def test_bad_arguments_of_a_distillation_are_named(tmp_path, capsys, arguments, message):
+    assert compare("--config", DISTILLATION_CONFIG, "--output", tmp_path / "out", *arguments) == 2
     assert capsys.readouterr().err.startswith(f"tune-lce compare: {message}")
     assert not (tmp_path / "out").exists()
 
@@ -379,6 +454,43 @@ def test_full_on_random_weights_in_mains_way(tmp_path, tied):
     assert stock[0] == pytest.approx(math.log(512), abs=1), "an untrained model"
     assert len(set(stock)) == 3
     assert main == pytest.approx(stock, rel=1.5e-6)
+
+
+def test_distillation_on_random_weights_beside_stocks(tmp_path):
+    """Student, teacher and both losses, in torchtune's recipe and in ours."""
+    write_assets(assets := tmp_path / "assets")
+    curves = {}
+    for kind, recipe in (("stock", stock_recipe), ("chunked", our_recipe), ("auto", our_recipe)):
+        # Configured is the other one's pair of losses, which the comparison replaces.
+        ours = kind == "stock"
+        cfg = distillation_config(assets, tmp_path, DISTILLATION, tied=True, divergence="Reverse", ours=ours)
+        cfg.checkpointer.checkpoint_dir = cfg.teacher_checkpointer.checkpoint_dir = str(tmp_path / "nowhere")
+        folder = tmp_path / kind
+        trained = train(recipe(DISTILLATION), runs.prepared(cfg, LossChoice(kind, False), folder, 3, True))
+        curves[kind] = [(log["class_loss"], log["kd_loss"]) for log in recipe_runs.read_log(folder / recipe_runs.LOG)]
+        assert trained._kd_loss_fn.__class__.__name__.startswith("ReverseKL" if kind == "stock" else "LinearReverseKL")
+        assert not list(folder.rglob("*.bin"))
+    assert len({kd for _, kd in curves["stock"]}) == 3
+    for ours in (curves["chunked"], curves["auto"]):
+        assert ours == [pytest.approx(step, rel=3e-6) for step in curves["stock"]]
+
+
+def test_lora_on_the_output_beside_stocks(tmp_path):
+    write_assets(tmp_path / "assets")
+    curves = []
+    for kind, recipe in (("stock", stock_recipe), ("main", our_recipe), ("chunked", our_recipe)):
+        cfg = recipe_config(tmp_path / "assets", tmp_path, LORA, tied=False, loss=OUR_LOSS)
+        del cfg.model.tie_word_embeddings
+        cfg.model._component_ = "torchtune.models.llama3._component_builders.lora_llama3"
+        cfg.model.apply_lora_to_output = True
+        folder = tmp_path / kind
+        trained = train(recipe(LORA), runs.prepared(cfg, LossChoice(kind, False), folder, 3, True))
+        curves.append([record["loss"] for record in recipe_runs.read_log(folder / recipe_runs.LOG)])
+        assert trained._model.output.lora_b.weight.abs().max() > 0, "it starts at zero"
+    stock, main, chunked = curves
+    assert len(set(stock)) == 3
+    assert main == pytest.approx(stock, rel=1.5e-6)
+    assert chunked == pytest.approx(stock, rel=1.5e-6)
 
 
 def test_load_only_loads_what_the_checkpointer_loads(tmp_path):

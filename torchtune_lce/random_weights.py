@@ -1,6 +1,7 @@
 """Weights for any torchtune model without a checkpoint: its shapes, and numbers that depend on nothing else."""
 
 import inspect
+import re
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -31,12 +32,15 @@ def random_state_dict(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
     seed: int = 0,
+    distinct_layers: int | None = None,
 ) -> dict[str, Tensor]:
     """A state dict, on the CPU, of the model that ``model_config`` builds; without adapters.
 
     Matrices get a standard deviation of 1 / sqrt(columns). With the final norm, logits then have about that of 1, and
     the head can tell tokens apart even while it is frozen, as it is under LoRA. Their
     softmax is an untrained model's: flat. ``device`` draws the numbers; another one draws others.
+
+    Layers from ``distinct_layers`` on share the matrices of those before, in turn: nothing is drawn for them, nor held.
     """
     model = meta_model(model_config)
     shapes = model.state_dict()
@@ -48,10 +52,22 @@ def random_state_dict(
     for name, meta in shapes.items():
         if name in adapters:
             continue
+        earlier = state.get(_like_earlier_layer(name, distinct_layers))
         if meta.ndim < 2:
             # A norm's scale; Gemma's is an offset from 1.
             value = torch.full(meta.shape, 0.0 if name in zeros or name.endswith(".bias") else 1.0)
+        elif earlier is not None and earlier.shape == meta.shape:
+            value = earlier
         else:
             value = torch.empty(meta.shape, device=device).normal_(std=meta.shape[1] ** -0.5, generator=generator)
-        state[name] = value.to("cpu", dtype)
+        # Half the bytes then leave the device, and it is the faster one to round them.
+        state[name] = value.to(dtype).to("cpu")
     return state
+
+
+def _like_earlier_layer(name: str, distinct_layers: int | None) -> str | None:
+    """The name of the same weight in an earlier layer that has its own, if this one need not have."""
+    number = re.search(r"(?<=\blayers\.)\d+", name)
+    if distinct_layers is None or number is None or int(number[0]) < distinct_layers:
+        return None
+    return f"{name[: number.start()]}{int(number[0]) % distinct_layers}{name[number.end() :]}"

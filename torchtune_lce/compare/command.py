@@ -15,6 +15,10 @@ losses, with commas between them; the first is what the others are compared with
   auto, cce, cce_exact, torch_compile, chunked, ...   this package's, as loss.impl in a config
   <name>_compiled   any of them with compile: True, which compiles the model's layers too
 
+In a distillation config the same name sets both losses: stock is torchtune's cross-entropy and its divergence in
+chunks; this package's kd_loss has no kernels, so it takes chunked, torch_compile or reference where that is the name,
+and auto beside the others.
+
 Settings of the config follow the options as key=value, as behind `tune run`. On a machine without any model or data:
 
   tune-lce compare --config lce/gemma2/2B_lora_single_device --random-weights --demo-data --steps 20 \\
@@ -34,7 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="NAME|PATH", help="of a LoRA or full fine-tune")
+    parser.add_argument("--config", required=True, metavar="NAME|PATH", help="of a fine-tune or a distillation")
     parser.add_argument("--losses", metavar="LOSS,...", help="default: stock and the usual ones that can run here")
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, metavar="N", help=f"default: {DEFAULT_STEPS}")
     parser.add_argument(

@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from torchtune_lce import config_reading, recipe_runs, registry
+from torchtune_lce.compare import distillation
 from torchtune_lce.compare.losses import STOCK, LossChoice
 from torchtune_lce.errors import CommandError
 from torchtune_lce.recipe_runs import LOG, Result
@@ -24,6 +25,7 @@ _RESERVED = (
     "output_dir",
     "resume_from_checkpoint",
 )
+_RESERVED_OF_LOSSES = ("loss", "loss._component_", "loss.impl", "kd_loss.impl")
 _CHECKPOINTERS = "torchtune_lce.compare.checkpointers."
 
 
@@ -40,7 +42,7 @@ def read_config(name: str, overrides: list[str]) -> DictConfig:
     """See :func:`config_reading.read`; raises CommandError also for a setting that the comparison makes itself."""
     for override in overrides:
         key = override.lstrip("~").partition("=")[0]
-        if key.partition(".")[0] in _RESERVED or key in ("loss", "loss._component_", "loss.impl"):
+        if key.partition(".")[0] in _RESERVED or key in _RESERVED_OF_LOSSES:
             raise CommandError(f"{key} is set by tune-lce compare: see its --losses, --steps and --output")
     return config_reading.read(name, overrides)
 
@@ -54,13 +56,18 @@ def recipe_for(name: str, config: DictConfig, devices: int | None) -> str:
     if recipe is not None:
         method = recipe.name.removeprefix("lce_")
         if method not in registry.CONFIG_SUFFIXES:
-            raise CommandError(f"--config must be one of a LoRA or full fine-tune, {name} is for {method}")
+            raise CommandError(
+                f"--config must be one of a LoRA or full fine-tune or of a distillation, {name} is for {method}"
+            )
         if recipe.supports_distributed != (devices is not None):
             needs = "needs --nproc_per_node" if recipe.supports_distributed else "takes one device"
             raise CommandError(f"{name} is for torchtune's {method}, which {needs}")
         return method
-    method = "lora" if "lora_rank" in config.model else "full"
-    return f"{method}_finetune_{'single_device' if devices is None else 'distributed'}"
+    if distillation.distils(config):
+        method = "knowledge_distillation"
+    else:
+        method = "lora_finetune" if "lora_rank" in config.model else "full_finetune"
+    return f"{method}_{'single_device' if devices is None else 'distributed'}"
 
 
 @dataclass(frozen=True)
@@ -147,10 +154,19 @@ def prepared(config: DictConfig, choice: LossChoice, folder: Path, steps: int, r
     # torchtune's recipes look at the model_type themselves.
     checkpointer = {"model_type": config.checkpointer.model_type}
     if random_weights:
-        checkpointer["_component_"] = f"{_CHECKPOINTERS}RandomWeights"
-        checkpointer |= {"model": "${model}", "seed": "${seed}"}
+        checkpointer |= _random_weights("model", config.seed)
     else:
         checkpointer["_component_"] = f"{_CHECKPOINTERS}LoadOnly"
         checkpointer["checkpointer"] = config.checkpointer
     config.checkpointer = checkpointer
+    if distillation.distils(config):
+        config.kd_loss = distillation.section(choice, config.kd_loss)
+        if random_weights:
+            # Not the student's numbers: a teacher of the same shapes would have nothing to teach.
+            config.teacher_checkpointer = _random_weights("teacher_model", config.seed + 1)
     return config
+
+
+def _random_weights(model: str, seed: int) -> dict:
+    """The section of a checkpointer for the config's section ``model``."""
+    return {"_component_": f"{_CHECKPOINTERS}RandomWeights", "model": f"${{{model}}}", "seed": seed}

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torchtune_lce import output_folder
 from torchtune_lce.bench import environment
 from torchtune_lce.bench.report import show
-from torchtune_lce.compare import losses, report, runs
+from torchtune_lce.compare import distillation, losses, report, runs
 from torchtune_lce.compare.demo_data import DemoData
 from torchtune_lce.compare.losses import LossChoice
 from torchtune_lce.compare.runs import OK, OUT_OF_MEMORY, Outcome, Run
@@ -59,6 +59,8 @@ def compare(settings: Settings) -> bool:
             "the config's device is cuda, and there is none; give device=cpu dtype=fp32 behind the options"
         )
     choices = losses.select(settings.losses, config.device, dtype)
+    if distillation.distils(config):
+        distillation.check(config, choices)
     if settings.demo_data:
         check_demo_data(config, settings.vocabulary, settings.sequence)
     output = output_folder.claim(settings.output, MARKER, "an earlier comparison's")
@@ -86,8 +88,10 @@ def compare(settings: Settings) -> bool:
 
 def check_demo_data(config: DictConfig, vocabulary: int, sequence: int) -> None:
     """Raises CommandError for rows that the config's model cannot take."""
-    decoder = find_decoder(meta_model(config.model))
-    entries, longest = decoder.tok_embeddings.weight.shape[0], decoder.max_seq_len
+    sections = ("model", "teacher_model") if distillation.distils(config) else ("model",)
+    decoders = [find_decoder(meta_model(config[section])) for section in sections]
+    entries = min(decoder.tok_embeddings.weight.shape[0] for decoder in decoders)
+    longest = min(decoder.max_seq_len for decoder in decoders)
     if vocabulary > entries:
         raise CommandError(f"--vocabulary must be at most {entries}, the entries of the model's own, got {vocabulary}")
     if not 1 < sequence <= longest:
