@@ -287,6 +287,21 @@ def test_only_want_of_memory_is_a_result(run, monkeypatch, out_of_memory):
     assert (run.finished() is None) != out_of_memory
 
 
+@pytest.mark.parametrize(
+    ("printed", "out_of_memory"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", True),
+        ("RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("torch.AcceleratorError: CUDA error: out of memory", True),
+        ("RuntimeError: Triton Error [CUDA]: out of memory", True),
+        ("RuntimeError: Triton Error [CUDA]: an illegal memory access was encountered", False),
+        ("triton.runtime.errors.OutOfResources: out of resource: shared memory", False),
+    ],
+)
+def test_want_of_memory_is_told_from_other_failures(printed, out_of_memory):
+    assert recipe_runs.ran_out_of_memory(f"Traceback (most recent call last):\n{printed}\n") == out_of_memory
+
+
 def test_a_repeated_run_leaves_nothing_of_the_old_one(run, monkeypatch):
     monkeypatch.setattr(recipe_runs, "run", logging(3.0, 2.0, 1.0))
     run.execute(lambda done: None)

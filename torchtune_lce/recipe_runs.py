@@ -18,6 +18,13 @@ LOG, PRINTED = "log.txt", "output.txt"
 STOCK_LOSS = "torchtune.modules.loss.CEWithChunkedOutputLoss"
 OUR_LOSS = "torchtune_lce.LinearCrossEntropyLoss"
 _POLL_SECONDS = 0.1
+# What a process prints whose card is full: PyTorch's allocator, cuBLAS, the driver under PyTorch and under Triton.
+_NO_MEMORY_LEFT = (
+    "OutOfMemoryError",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+)
 
 
 class RunFailed(CommandError):
@@ -83,10 +90,15 @@ def run(
         raise RunFailed(
             f"the run ended with status {process.returncode} after {len(records)} of {steps} steps. In {folder}:\n"
             f"{shlex.join(command)}\nIt printed, in full in {printed}:\n{said[-2000:]}",
-            out_of_memory="OutOfMemoryError" in said,
+            out_of_memory=ran_out_of_memory(said),
         )
     on_step(len(records))
     return summarise(records, resident, warmup)
+
+
+def ran_out_of_memory(printed: str) -> bool:
+    """Whether that is why a process ended that ``printed`` this, a card's memory."""
+    return any(message in printed for message in _NO_MEMORY_LEFT)
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
