@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchtune_lce.filtering import open_record
 from torchtune_lce.implementations import Filtering
-from torchtune_lce.kernels.backward import run_backward
+from torchtune_lce.kernels.backward import output_tiles, run_backward
 from torchtune_lce.kernels.descriptors import has_blocks
 from torchtune_lce.kernels.forward import Activity, lse_and_target_logit
 from torchtune_lce.kernels.plan import make_plan
@@ -193,6 +193,8 @@ def _backward(
             row_blocks,
             vocabulary,
             strip_tiles,
+            output_tiles(d_weight, config),
+            features,
             config,
         )
         # Setting an element to a number of the host would wait for the card.

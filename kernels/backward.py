@@ -12,7 +12,14 @@ from torch import Tensor
 
 from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
 from torchtune_lce.kernels.plan import Plan
-from torchtune_lce.kernels.primitives import LOG2_E, grid_barrier, load_halves, softcapped, store_halves
+from torchtune_lce.kernels.primitives import (
+    LOG2_E,
+    grid_barrier,
+    load_halves,
+    softcapped,
+    store_halves,
+    tile_coordinates,
+)
 from torchtune_lce.kernels.tuning import Config, cooperative, programs
 
 
@@ -34,6 +41,10 @@ def _logit_gradient_pair(
     gradients,
     masses,
     pair,
+    first_pair,
+    first_column,
+    end_column,
+    first_slot,
     first_id,
     places_total,
     row_blocks_total,
@@ -47,11 +58,13 @@ def _logit_gradient_pair(
     HAS_SOFTCAP: tl.constexpr,
     HAS_D_LSE: tl.constexpr,
     HAS_TAIL: tl.constexpr,
+    DENSE: tl.constexpr,
     HIDDEN_TMA: tl.constexpr,
     WEIGHT_TMA: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -60,32 +73,52 @@ def _logit_gradient_pair(
 
     WIDTH entries: one tile, or two of the same row block next to each other.
     """
-    left = tl.load(pairs + pair)
-    row_block = left % row_blocks_total
-    place = row_block * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
-    used = place < tokens_total
-    # Places past the end read a token in use; their softmax is zero below.
-    token = tl.load(rows + tl.minimum(place, tokens_total - 1))
     in_pair = tl.arange(0, WIDTH)
     in_tile = in_pair % TILE
-    column = left // row_blocks_total
-    left_slot = tl.load(ids + left) - first_id
-    slot = left_slot
-    right_slot = left_slot
     width = TILE
-    if WIDTH > TILE:
-        right = tl.load(pairs + places_total + pair)
-        width = tl.where(right >= 0, WIDTH, TILE)
-        right = tl.maximum(right, 0)
-        right_slot = tl.load(ids + right) - first_id
-        column = tl.where(in_pair < TILE, column, right // row_blocks_total)
-        slot = tl.where(in_pair < TILE, left_slot, right_slot)
+    if DENSE:
+        # Every tile is kept, in the order of the vocabulary: which one this is needs no list. A few row blocks go
+        # over the strip together, so that what they read stays in the L2 cache.
+        row_blocks = tl.cdiv(tokens_total, ROW_BLOCK)
+        SIDE: tl.constexpr = WIDTH // TILE
+        row_block, pair_column = tile_coordinates(
+            pair - first_pair, row_blocks, tl.cdiv(end_column - first_column, SIDE), GROUP
+        )
+        left_column = first_column + pair_column * SIDE
+        left_slot = first_slot + pair_column * SIDE * row_blocks + row_block
+        right_slot = left_slot + row_blocks
+        column = left_column + in_pair // TILE
+        slot = left_slot + in_pair // TILE * row_blocks
+        width = tl.minimum(end_column - left_column, SIDE) * TILE
+    else:
+        left = tl.load(pairs + pair)
+        row_block = left % row_blocks_total
+        left_column = left // row_blocks_total
+        column = left_column
+        left_slot = tl.load(ids + left) - first_id
+        slot = left_slot
+        right_slot = left_slot
+        if WIDTH > TILE:
+            right = tl.load(pairs + places_total + pair)
+            width = tl.where(right >= 0, WIDTH, TILE)
+            right = tl.maximum(right, 0)
+            right_slot = tl.load(ids + right) - first_id
+            column = tl.where(in_pair < TILE, left_column, right // row_blocks_total)
+            slot = tl.where(in_pair < TILE, left_slot, right_slot)
+    place = row_block * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    used = place < tokens_total
     # Entries past the vocabulary read its last one; their softmax is zero too.
-    any_entry = tl.load(entries + column * TILE + in_tile)
+    any_entry = column * TILE + in_tile
+    if not DENSE:
+        any_entry = tl.load(entries + any_entry)
     entry = tl.minimum(any_entry, entries_total - 1)
     depth = tl.arange(0, BLOCK_D)
-    hidden_at = hidden + token[:, None] * hidden_stride + depth[None, :]
-    weight_at = weight + entry.to(tl.int64)[None, :] * weight_stride + depth[:, None]
+    if not HIDDEN_TMA:
+        # Places past the end read a token in use; their softmax is zero below.
+        token = tl.load(rows + tl.minimum(place, tokens_total - 1))
+        hidden_at = hidden + token[:, None] * hidden_stride + depth[None, :]
+    if not WEIGHT_TMA:
+        weight_at = weight + entry.to(tl.int64)[None, :] * weight_stride + depth[:, None]
     logits = tl.zeros((ROW_BLOCK, WIDTH), tl.float32)
     for start in range(0, features, BLOCK_D):
         if HIDDEN_TMA:
@@ -95,8 +128,7 @@ def _logit_gradient_pair(
         else:
             a = tl.load(hidden_at + start, mask=(start + depth < features)[None, :], other=0.0)
         if WEIGHT_TMA:
-            # Nothing is dropped: the second tile is the one after the first, and the order is that of the weight.
-            b = weight_rows.load([left // row_blocks_total * TILE, start]).T
+            b = weight_rows.load([left_column * TILE, start]).T
         elif EVEN_D:
             b = tl.load(weight_at + start)
         else:
@@ -353,7 +385,7 @@ def _hidden_gradient_tile(
             tl.store(d_hidden + out, total.to(d_hidden.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["row_blocks_total"])
+@triton.jit(do_not_specialize=["row_blocks_total", "first_slot_factor"])
 def _backward_kernel(
     hidden,
     hidden_rows,
@@ -388,6 +420,7 @@ def _backward_kernel(
     first_pairs,
     strip_first,
     strips,
+    first_slot_factor,
     row_others,
     row_slots,
     rows_before,
@@ -408,12 +441,14 @@ def _backward_kernel(
     NEED_HIDDEN: tl.constexpr,
     NEED_WEIGHT: tl.constexpr,
     NEED_BIAS: tl.constexpr,
+    DENSE: tl.constexpr,
     HIDDEN_TMA: tl.constexpr,
     WEIGHT_TMA: tl.constexpr,
     GRADIENT_TMA: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
     FEATURES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -432,13 +467,16 @@ def _backward_kernel(
     column_chunks = weight_chunks
     if NEED_BIAS:
         column_chunks += 1
-    last_strip = tl.load(strips) - 1
+    last_strip = tl.load(strips + 2) - 1
     arrived = 0
-    for strip in range(0, last_strip + 1):
+    for strip in range(tl.load(strips), tl.load(strips + 1)):
         first_column = tl.load(strip_first + strip)
         end_column = tl.load(strip_first + strip + 1)
-        first_id = tl.load(first_ids + first_column)
-        for pair in range(tl.load(first_pairs + first_column) + program, tl.load(first_pairs + end_column), workers):
+        first_slot = tl.cdiv(end_column * first_slot_factor, ROW_BLOCK)
+        # Slots of tiles are their ids less this one.
+        first_id = tl.load(first_ids + first_column) - first_slot
+        first_pair = tl.load(first_pairs + first_column)
+        for pair in range(first_pair + program, tl.load(first_pairs + end_column), workers):
             _logit_gradient_pair(
                 hidden,
                 hidden_rows,
@@ -456,6 +494,10 @@ def _backward_kernel(
                 gradients,
                 masses,
                 pair,
+                first_pair,
+                first_column,
+                end_column,
+                first_slot,
                 first_id,
                 columns * row_blocks_total,
                 row_blocks_total,
@@ -469,11 +511,13 @@ def _backward_kernel(
                 HAS_SOFTCAP,
                 HAS_D_LSE,
                 HAS_TAIL,
+                DENSE,
                 HIDDEN_TMA,
                 WEIGHT_TMA,
                 ROW_BLOCK,
                 TILE,
                 WIDTH,
+                GROUP,
                 BLOCK_D,
                 EVEN_D,
                 PRECISION,
@@ -606,7 +650,7 @@ def run_backward(
 ) -> None:
     """Launches the backward for the places of ``rows``; reads nothing back to the host."""
     device, features = hidden.device, hidden.shape[1]
-    gradients = hidden.new_empty((strip_tiles, config.row_block, config.entry_tile))
+    workspace = hidden.new_empty((strip_tiles, config.row_block, config.entry_tile))
     sums_high = sums_low = None
     if d_hidden is not None and d_hidden.element_size() == 2:
         sums_high = d_hidden.view(torch.int16)
@@ -616,20 +660,21 @@ def run_backward(
         masses = tail.new_empty((strip_tiles, config.row_block))
         mass_before = tail.new_empty(rows.numel())
     by_row = None, None
-    gradient_blocks = hidden_blocks = by_row
-    if config.tma and gradients.element_size() == 2:
-        flat = gradients.view(-1, config.entry_tile)
-        gradient_blocks = (
-            in_blocks(flat, config.block_k, config.entry_tile),
-            in_blocks(flat, config.row_block, config.block_k),
-        )
-    if in_order is not None:
-        hidden_blocks = (
-            in_blocks(in_order, config.row_block, config.block_d),
-            in_blocks(in_order, config.block_k, config.features),
-        )
 
-    def launch(strips: Tensor, hidden_blocks: tuple, weight_blocks: tuple, dense: bool) -> None:
+    def gradient_blocks(gradients: Tensor) -> tuple:
+        if not config.tma or gradients.element_size() != 2:
+            return by_row
+        flat = gradients.view(-1, config.entry_tile)
+        return in_blocks(flat, config.block_k, config.entry_tile), in_blocks(flat, config.row_block, config.block_k)
+
+    def launch(
+        strips: Tensor,
+        gradients: Tensor,
+        first_slot_factor: int,
+        hidden_blocks: tuple,
+        weight_blocks: tuple,
+        dense: bool,
+    ) -> None:
         counters = torch.zeros(plan.strip_first.numel(), dtype=torch.int32, device=device)
         _backward_kernel[(programs(device),)](
             hidden,
@@ -644,7 +689,7 @@ def run_backward(
             d_nll,
             d_lse,
             gradients,
-            *gradient_blocks,
+            *gradient_blocks(gradients),
             masses,
             mass_before,
             tail,
@@ -662,6 +707,7 @@ def run_backward(
             plan.first_pair,
             plan.strip_first,
             strips,
+            first_slot_factor,
             plan.rows.other,
             plan.rows.slot,
             plan.rows_before,
@@ -682,12 +728,14 @@ def run_backward(
             NEED_HIDDEN=d_hidden is not None,
             NEED_WEIGHT=d_weight is not None,
             NEED_BIAS=d_bias is not None,
+            DENSE=dense,
             HIDDEN_TMA=hidden_blocks[0] is not None,
             WEIGHT_TMA=weight_blocks[0] is not None,
-            GRADIENT_TMA=gradient_blocks[0] is not None,
+            GRADIENT_TMA=config.tma and gradients.element_size() == 2,
             ROW_BLOCK=config.row_block,
             TILE=config.entry_tile,
             WIDTH=config.forward_entries,
+            GROUP=config.group,
             FEATURES=config.features,
             BLOCK_D=config.block_d,
             BLOCK_K=config.block_k,
@@ -698,19 +746,37 @@ def run_backward(
             **cooperative(device),
         )
 
-    # The plan leaves all launches but one without strips.
-    known = hidden_blocks if is_in_order is None else by_row
-    if not has_blocks(config, weight):
-        launch(plan.sparse_strips + plan.dense_strips, known, by_row, plan.is_dense)
-        return
-    weight_blocks = (
-        in_blocks(weight, config.forward_entries, config.block_d),
-        in_blocks(weight, config.block_k, config.features),
-    )
+    hidden_blocks = weight_blocks = by_row
+    if in_order is not None:
+        hidden_blocks = (
+            in_blocks(in_order, config.row_block, config.block_d),
+            in_blocks(in_order, config.block_k, config.features),
+        )
+    if has_blocks(config, weight):
+        weight_blocks = (
+            in_blocks(weight, config.forward_entries, config.block_d),
+            in_blocks(weight, config.block_k, config.features),
+        )
+    # The plan leaves launches without strips where the host does not know.
     if not plan.is_dense:
-        launch(plan.sparse_strips, known, by_row, dense=False)
-    if is_in_order is None:
-        launch(plan.dense_strips, known, weight_blocks, dense=True)
-    else:
-        launch(plan.dense_strips * is_in_order, hidden_blocks, weight_blocks, dense=True)
-        launch(plan.dense_strips * ~is_in_order, by_row, weight_blocks, dense=True)
+        launch(plan.sparse_strips, workspace, 0, hidden_blocks if is_in_order is None else by_row, by_row, dense=False)
+    dense = [(plan.dense_strips, workspace, 0)]
+    if d_weight is not None:
+        # Rows of the weight's gradient that are not written yet hold the logit gradients of the strips before them.
+        output = d_weight.view(-1)[: output_tiles(d_weight, config) * _tile_numel(config)]
+        dense.insert(0, (plan.output_strips, output, features))
+    for strips, gradients, factor in dense:
+        if is_in_order is None:
+            launch(strips, gradients, factor, hidden_blocks, weight_blocks, dense=True)
+        else:
+            launch(strips * is_in_order, gradients, factor, hidden_blocks, weight_blocks, dense=True)
+            launch(strips * ~is_in_order, gradients, factor, by_row, weight_blocks, dense=True)
+
+
+def _tile_numel(config: Config) -> int:
+    return config.row_block * config.entry_tile
+
+
+def output_tiles(d_weight: Tensor | None, config: Config) -> int:
+    """How many tiles of logit gradients have room in the weight's gradient."""
+    return 0 if d_weight is None else d_weight.numel() // _tile_numel(config)

@@ -38,8 +38,11 @@ class Plan:
     pairs: Tensor  # int32 [2, columns * row blocks]: places of two tiles of a row block and strip, -1 for no second
     first_pair: Tensor  # int32 [columns + 1]: pairs whose first tile stands before each column
     strip_first: Tensor  # int32 [most strips + 1]: first column of each strip
-    sparse_strips: Tensor  # int32 [1]: strips in use, 0 if every tile is kept
-    dense_strips: Tensor  # int32 [1]: strips in use if every tile is kept, and the vocabulary in its own order; else 0
+    # Strips of a launch, int32 [3]: the first, the end, and all strips there are; 0, 0, 0 for none.
+    sparse_strips: Tensor  # where not every tile is kept
+    output_strips: Tensor  # where every tile is, in the vocabulary's own order, and the unwritten part of the weight's
+    # gradient has room for the strip's logit gradients
+    dense_strips: Tensor  # the others of those
     is_dense: bool  # whether the host knows that it is
     rows: Lines  # for the gradient of hidden: tiles of each row block
     rows_before: Tensor  # int32 [row blocks, columns + 1]: how many of them stand before each column
@@ -139,15 +142,17 @@ def _pair_kernel(
     tl.store(pairs + total + pair, second, mask=mask)
 
 
-@triton.jit(do_not_specialize=["strip_tiles", "row_blocks_total", "most"])
+@triton.jit(do_not_specialize=["strip_tiles", "output_tiles", "row_blocks_total", "most"])
 def _strip_kernel(
     first_id,
     dense,
     count,
     strip_first,
-    strips_in_use,
+    ranges,
     columns,
+    features,
     strip_tiles,
+    output_tiles,
     row_blocks_total,
     most,
     workers,
@@ -155,35 +160,57 @@ def _strip_kernel(
     SEARCH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """strip_first[s] = first column whose first id reaches s steps; a strip has at most `strip_tiles` tiles.
-
-    Columns of a dense plan are all as long as the used row blocks: there a strip is a whole number of pairs of columns,
-    and where it can be, of rounds of the persistent programs over its pairs of tiles.
-    """
+    """Cuts the columns into strips: strip_first, and the ranges of the plan's sparse, output and dense strips."""
     row_blocks = tl.maximum(tl.cdiv(tl.load(count), ROW_BLOCK), 1)
     total = tl.load(first_id + columns)
     is_dense = tl.load(dense) != 0
+    # The first column whose first id reaches s steps: then no strip has more than `strip_tiles` tiles.
     step = strip_tiles - row_blocks_total + 1
-    if is_dense:
-        pairs = strip_tiles // (2 * row_blocks)
-        rounds = pairs * row_blocks // workers
-        if rounds > 0:
-            pairs = tl.maximum(rounds * workers // row_blocks, 1)
-        step = 2 * pairs * row_blocks
     strips = tl.maximum(tl.cdiv(total, step), 1)
-    strip = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    least = tl.zeros((BLOCK,), tl.int32)
-    past = tl.zeros((BLOCK,), tl.int32) + columns
-    for _ in range(SEARCH):
-        middle = (least + past) // 2
-        is_below = (least < past) & (tl.load(first_id + middle) < strip * step)
-        least = tl.where(is_below, middle + 1, least)
-        past = tl.where(is_below, past, middle)
-    # The last strip takes the columns that keep nothing too: their gradient is written as zero.
-    tl.store(strip_first + strip, tl.where(strip >= strips, columns, least), mask=strip <= most)
-    if tl.program_id(0) == 0:
-        tl.store(strips_in_use, tl.where(is_dense, 0, strips))
-        tl.store(strips_in_use + 1, tl.where(is_dense, strips, 0))
+    if is_dense:
+        strips = 0
+    for block in range(0, most + 1, BLOCK):
+        strip = block + tl.arange(0, BLOCK)
+        least = tl.zeros((BLOCK,), tl.int32)
+        past = tl.zeros((BLOCK,), tl.int32) + columns
+        for _ in range(SEARCH):
+            middle = (least + past) // 2
+            is_below = (least < past) & (tl.load(first_id + middle) < strip * step)
+            least = tl.where(is_below, middle + 1, least)
+            past = tl.where(is_below, past, middle)
+        # The last strip takes the columns that keep nothing too: their gradient is written as zero.
+        tl.store(strip_first + strip, tl.where(strip >= strips, columns, least), mask=strip <= most)
+    tl.store(ranges, 0)
+    tl.store(ranges + 1, strips)
+    tl.store(ranges + 2, strips)
+    tl.debug_barrier()
+    first = 0
+    strips = 0
+    in_output = 0
+    if is_dense:
+        # Columns are all as long as the used row blocks: a strip is a whole number of pairs of columns, and where it
+        # can be, of rounds of the persistent programs over its pairs of tiles.
+        in_workspace = strip_tiles // (2 * row_blocks)
+        while first < columns:
+            tl.store(strip_first + strips, first)
+            # Rows of the weight's gradient from the strip's end on are still unwritten, features / ROW_BLOCK tiles each
+            # column; one tile less, since the first of them starts at a whole number of tiles.
+            unwritten = tl.maximum((output_tiles - 1) * ROW_BLOCK - first * features, 0)
+            pairs = unwritten // (2 * (row_blocks * ROW_BLOCK + features))
+            if pairs > in_workspace:
+                in_output += 1
+            pairs = tl.maximum(pairs, in_workspace)
+            rounds = pairs * row_blocks // workers
+            if rounds > 0:
+                pairs = tl.maximum(rounds * workers // row_blocks, 1)
+            first += 2 * pairs
+            strips += 1
+    tl.store(ranges + 3, 0)
+    tl.store(ranges + 4, in_output)
+    tl.store(ranges + 5, strips)
+    tl.store(ranges + 6, in_output)
+    tl.store(ranges + 7, strips)
+    tl.store(ranges + 8, strips)
 
 
 def make_plan(
@@ -194,9 +221,15 @@ def make_plan(
     row_blocks: int,
     vocabulary: int,
     strip_tiles: int,
+    output_tiles: int,
+    features: int,
     config: Config,
 ) -> Plan:
-    """``activity`` None, or a gradient that is not filtered, keeps every tile; ``strip_tiles`` >= 2 ``row_blocks``."""
+    """``activity`` None, or a gradient that is not filtered, keeps every tile.
+
+    The workspace has room for ``strip_tiles`` >= 2 ``row_blocks`` tiles, the whole gradient of the weight for
+    ``output_tiles``, 0 if it is not asked for.
+    """
     device = count.device
     columns = triton.cdiv(vocabulary, config.entry_tile)
     entries = torch.arange(columns * config.entry_tile, dtype=torch.int32, device=device).clamp_(max=vocabulary)
@@ -220,8 +253,7 @@ def make_plan(
     ids = ids - union.view(-1)
     first_id = torch.cat([ids.view(columns, row_blocks)[:, 0], total])
 
-    strip_first, sparse_strips, dense_strips = _strips(first_id, dense, count, row_blocks, strip_tiles, config)
-
+    strip_first, ranges = _strips(first_id, dense, count, row_blocks, strip_tiles, output_tiles, features, config)
     union_before = _before(union)
     union_rows = _lines(union, ids, union_before, by_row=True)
     pairs, first_pair = _pairs(union, union_before, union_rows, strip_first, config)
@@ -235,8 +267,9 @@ def make_plan(
         pairs=pairs,
         first_pair=first_pair,
         strip_first=strip_first,
-        sparse_strips=sparse_strips,
-        dense_strips=dense_strips,
+        sparse_strips=ranges[0],
+        output_strips=ranges[1],
+        dense_strips=ranges[2],
         is_dense=is_dense,
         rows=union_rows if for_hidden is union else _lines(for_hidden, ids, rows_before, by_row=True),
         rows_before=rows_before,
@@ -246,23 +279,32 @@ def make_plan(
 
 
 def _strips(
-    first_id: Tensor, dense: Tensor, count: Tensor, row_blocks: int, strip_tiles: int, config: Config
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``strip_first``, ``sparse_strips`` and ``dense_strips`` of the plan."""
+    first_id: Tensor,
+    dense: Tensor,
+    count: Tensor,
+    row_blocks: int,
+    strip_tiles: int,
+    output_tiles: int,
+    features: int,
+    config: Config,
+) -> tuple[Tensor, Tensor]:
+    """``strip_first`` and the ranges of strips of the three launches."""
     columns = first_id.numel() - 1
     # A dense strip has, rounded to whole rounds of the programs, no less than half of the pairs that would fit.
     dense_columns = 2 * max(strip_tiles // (2 * row_blocks) // 2, 1)
     most = max(triton.cdiv(columns * row_blocks, strip_tiles - row_blocks + 1), triton.cdiv(columns, dense_columns))
     strip_first = torch.empty(most + 1, dtype=torch.int32, device=first_id.device)
-    in_use = strip_first.new_empty(2)
-    _strip_kernel[(triton.cdiv(most + 1, 128),)](
+    ranges = strip_first.new_empty((3, 3))
+    _strip_kernel[(1,)](
         first_id,
         dense,
         count,
         strip_first,
-        in_use,
+        ranges,
         columns,
+        features,
         strip_tiles,
+        output_tiles,
         row_blocks,
         most,
         programs(first_id.device),
@@ -270,7 +312,7 @@ def _strips(
         SEARCH=columns.bit_length() + 1,
         BLOCK=128,
     )
-    return strip_first, in_use[:1], in_use[1:]
+    return strip_first, ranges
 
 
 def _before(kept: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def _tail_kernel(
     sums += program.to(tl.int64) * features
     mass = 0.0
     # Without sparse strips nothing is dropped.
-    for column in range(program, tl.where(tl.load(sparse_strips) > 0, columns, 0), tl.num_programs(0)):
+    for column in range(program, tl.where(tl.load(sparse_strips + 1) > 0, columns, 0), tl.num_programs(0)):
         entry = tl.load(entries + column * TILE + tl.arange(0, TILE))
         inside = entry < entries_total
         weight_rows = weight + entry.to(tl.int64) * weight_stride

@@ -96,7 +96,7 @@ def test_plan_covers_what_is_kept(device, strip_tiles):
     config, count, activity, *_ = run_forward(hidden, weight, targets)
     row_blocks = -(-len(hidden) // config.row_block)
     strip_tiles = max(strip_tiles, row_blocks)
-    made = plan.make_plan(activity, True, True, count, row_blocks, len(weight), strip_tiles, config)
+    made = plan.make_plan(activity, True, True, count, row_blocks, len(weight), strip_tiles, 0, 32, config)
     columns = made.columns_length.numel()
     entries = made.entries.cpu().long()
     assert entries[: len(weight)].sort().values.equal(torch.arange(len(weight)))
@@ -109,8 +109,11 @@ def test_plan_covers_what_is_kept(device, strip_tiles):
     assert first_id[-1] == kept.sum()
     assert ids[kept].equal(torch.arange(int(kept.sum()), dtype=torch.int32))
 
-    assert made.dense_strips == 0
-    strips = made.sparse_strips.item()
+    assert not made.dense_strips.any()
+    assert not made.output_strips.any()
+    first, strips, all_strips = made.sparse_strips.tolist()
+    assert first == 0
+    assert strips == all_strips
     starts = made.strip_first.cpu().long()[: strips + 1]
     assert starts[0] == 0
     assert starts[-1] == columns
@@ -135,31 +138,46 @@ def test_plan_covers_what_is_kept(device, strip_tiles):
 
 
 @pytest.mark.parametrize("used", [0, 70, 150])
-@pytest.mark.parametrize("programs", [1, 3, 132])
+@pytest.mark.parametrize("programs", [3, 132])
 @pytest.mark.parametrize("fitting", [2, 3.5, 7, 1000])
-def test_dense_strips_are_whole_pairs_of_columns(device, fitting, programs, used, monkeypatch):
-    """And whole rounds of the programs over them, where a strip has room for one."""
+@pytest.mark.parametrize("features", [0, 40, 3000])
+def test_dense_strips_are_whole_pairs_of_columns(device, features, fitting, programs, used, monkeypatch):
+    """And whole rounds of the programs over them, where a strip has room for one.
+
+    Where the unwritten part of the weight's gradient has more room than the workspace, they are larger.
+    """
     monkeypatch.setattr(plan, "programs", lambda _: programs)
     config = tuning.config_for(device, torch.float32)
-    vocabulary = 11 * config.entry_tile - 5
+    columns = 11
+    vocabulary = columns * config.entry_tile - 5
     row_blocks = -(-150 // config.row_block)
     strip_tiles = int(fitting * row_blocks)
+    output_tiles = vocabulary * features // (config.row_block * config.entry_tile)
     count = torch.tensor([used], dtype=torch.int32, device=device)
-    made = plan.make_plan(None, True, True, count, row_blocks, vocabulary, strip_tiles, config)
-    assert made.sparse_strips == 0
-    strips = made.dense_strips.item()
+    made = plan.make_plan(None, True, True, count, row_blocks, vocabulary, strip_tiles, output_tiles, features, config)
+    assert not made.sparse_strips.any()
+    first, in_output, strips = made.output_strips.tolist()
+    assert first == 0
+    assert made.dense_strips.tolist() == [in_output, strips, strips]
     starts = made.strip_first.cpu()
     assert starts[0] == 0
-    assert starts[strips:].eq(11).all()
-    widths = starts[: strips + 1].diff()
+    assert starts[strips:].eq(columns).all()
+    ends, widths = starts[1 : strips + 1], starts[: strips + 1].diff()
     used_blocks = -(-used // config.row_block)
-    assert (widths * used_blocks).max() <= strip_tiles
+    tiles = widths * used_blocks
+    first_slots = -(-ends * features // config.row_block)
+    # Behind the rows that the strip itself writes, and within the gradient.
+    assert (first_slots * config.row_block * config.entry_tile >= ends * config.entry_tile * features).all()
+    assert ((first_slots + tiles)[:in_output] <= output_tiles).all()
+    assert (tiles[in_output:] <= strip_tiles).all()
     assert (widths[:-1] % 2 == 0).all()
     assert widths.min() > 0
     items = widths[:-1] // 2 * used_blocks
-    alone = widths[:-1] == 2
-    waste = -items % programs
-    assert ((waste < used_blocks) | alone | (items < programs)).all()
+    assert ((-items % programs < used_blocks) | (widths[:-1] == 2) | (items < programs)).all()
+    if used and features == 3000 and fitting < 7:
+        assert in_output, "there is room"
+    if features == 0:
+        assert not in_output
 
 
 def gradients(hidden, weight, targets, impl="cce", eps=EPS, workspace_mib=128, frozen=()):
@@ -204,7 +222,7 @@ def test_strips_and_pieces_change_nothing_but_the_order_of_sums(device, monkeypa
     # The smallest strips that there can be: two tiles of every row block.
     monkeypatch.setattr(autograd, "make_plan", lambda *args: spy(*args[:6], 2 * args[4], *args[7:]))
     in_strips = gradients(hidden, weight, targets, impl="cce_exact")
-    assert plans[-1].dense_strips.item() >= 3
+    assert plans[-1].dense_strips[2] >= 3
     for whole, cut in zip(at_once, in_strips, strict=True):
         assert (whole - cut).norm() <= 1e-6 * whole.norm()
 
@@ -260,6 +278,37 @@ def test_hidden_states_without_room_for_a_copy(device, dtype, all_used, monkeypa
         torch.testing.assert_close(ours, wanted, rtol=torch.finfo(dtype).eps, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("impl", "tma", "dtype"),
+    [("cce", True, torch.float16), ("cce_exact", True, torch.float32), ("cce_exact", False, torch.float16)],
+)
+def test_logit_gradients_in_the_unwritten_weight_gradient(device, impl, tma, dtype, monkeypatch):
+    """The same gradients as with a workspace that has room for all: nothing is overwritten before it is read."""
+    monkeypatch.setattr(plan, "DENSE_FRACTION", 0.0)
+    config = tuning.config_for(device, dtype)
+    if device.type == "cuda" and tma and not config.tma:
+        pytest.skip("this card has no copy engine")
+    monkeypatch.setattr(autograd, "config_for", lambda *_: dataclasses.replace(config, tma=tma))
+    tokens, vocabulary = 2 * config.row_block + 5, 23 * config.entry_tile - 5
+    hidden, weight, targets = peaked(device, tokens, vocabulary, width=104, dtype=dtype)
+    weight *= 0.3
+    targets[5:30] = -100
+    roomy = gradients(hidden, weight, targets, impl=impl)
+    plans = []
+    made = plan.make_plan
+
+    def tight(*args):
+        plans.append(made(*args[:6], 2 * args[4], *args[7:]))
+        return plans[-1]
+
+    monkeypatch.setattr(autograd, "make_plan", tight)
+    in_output = gradients(hidden, weight, targets, impl=impl)
+    assert plans[0].output_strips[1] > 1
+    assert plans[0].dense_strips[1] > plans[0].dense_strips[0]
+    for ours, wanted in zip(in_output, roomy, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
 @pytest.mark.parametrize("spread", [0.02, 1.0])
 def test_past_a_share_of_kept_tiles_the_rest_is_computed_too(device, spread, monkeypatch):
     """The host does not know: a launch for either case is made, and one of them has nothing to do."""
@@ -271,8 +320,8 @@ def test_past_a_share_of_kept_tiles_the_rest_is_computed_too(device, spread, mon
     with filtering.recording() as records:
         found = gradients(hidden, weight, targets)
     flat = spread < 1
-    assert (plans[0].dense_strips.item() > 0) == flat
-    assert (plans[0].sparse_strips.item() > 0) != flat
+    assert (plans[0].dense_strips[2].item() > 0) == flat
+    assert (plans[0].sparse_strips[2].item() > 0) != flat
     assert (records[0].kept_fraction == 1) == flat
     exact = gradients(hidden, weight, targets, impl="cce_exact")
     assert all(torch.equal(*pair) for pair in zip(found, exact, strict=True)) == flat
