@@ -415,6 +415,13 @@ def test_check_only_runs_anywhere(tune_lce):
         assert any(line.split()[:1] == [name] and line.split()[-1] == "ok" for line in printed.splitlines()), printed
 
 
+def test_torchtunes_release_is_right(monkeypatch):
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "eager")
+    status, found = measure.check(losses.CANDIDATES["torchtune"], torch.float32, CPU)
+    assert status == measure.OK
+    assert found.hidden < 1e-6
+
+
 def test_check_only_fails_on_a_wrong_loss(tune_lce, monkeypatch):
     monkeypatch.setattr(losses, "_ALL", (_planted("eager_full", "hidden", 1.01), losses.CANDIDATES["chunked"]))
     status, printed = tune_lce("--check-only", "--dtype", "float32")
@@ -469,7 +476,8 @@ def test_data_and_shapes_of_the_command_line(monkeypatch, tmp_path):
 def test_presets_only_on_request():
     names = [candidate.name for candidate in losses.select(None)]
     assert {"cce", "cce_exact", "torch_compile", "chunked", "reference"} <= set(names)
-    assert {"eager_full", "torch_compile_full", "torchtune_main", "apple_cce", "liger", "quack"} <= set(names)
+    assert {"eager_full", "torch_compile_full", "torchtune", "torchtune_main"} <= set(names)
+    assert {"apple_cce", "liger", "quack"} <= set(names)
     assert "cce_kahan_full_c" not in names
     asked = losses.select(["quack", "cce_kahan_full_c"])
     assert [candidate.name for candidate in asked] == ["cce_kahan_full_c", "quack"]

@@ -71,6 +71,7 @@ _ALL = (
     *(_ours(name) for name in implementations.NAMES if name != "auto"),
     Candidate("eager_full", lambda: peers.full_logits, any_size=True),
     Candidate(BASELINE, peers.compiled_full_logits, any_size=True, compiles=True),
+    Candidate("torchtune", peers.torchtune_release, any_size=True, compiles=True),
     Candidate("torchtune_main", peers.compiled_chunks, any_size=True, compiles=True),
     Candidate("apple_cce", peers.apple_cce, filters=True, requires="cut_cross_entropy", cuda_only=True),
     Candidate("liger", peers.liger, requires="liger_kernel", cuda_only=True),

@@ -19,6 +19,20 @@ def compiled_full_logits():
     return torch.compile(lambda hidden, weight, targets: full_logits(hidden, weight, targets), dynamic=False)
 
 
+def torchtune_release():
+    """The loss of torchtune 0.6.1 behind the chunked output of its models, compiled as ``compile: True`` does."""
+    from torchtune.modules.loss import CEWithChunkedOutputLoss
+    from torchtune.training import compile_loss
+
+    loss = compile_loss(CEWithChunkedOutputLoss(CHUNKS, IGNORE_INDEX), verbose=False)
+
+    def call(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        logits = [F.linear(part, weight) for part in hidden[None].chunk(CHUNKS, dim=1)]
+        return loss(logits, targets[None])
+
+    return call
+
+
 def compiled_chunks(dynamic: bool | None = False):
     """The way of torchtune's main branch: eight chunks of tokens, each projected and reduced in one compiled function.
 
