@@ -3,11 +3,14 @@
 import argparse
 import json
 import math
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from rich.console import Console
 from tiny_distillation import OURS, STOCK, STOCK_CHUNKED, distillation_config
 from tiny_models import (
     DISTILLATION,
@@ -62,8 +65,11 @@ def test_names_are_read():
         LossChoice("main", False),
     ]
     assert LossChoice("cce", True).name == "cce_compiled"
-    with pytest.raises(CommandError, match="--losses takes stock, main, auto, cce, .* got 'ccee'"):
-        losses.parse("stock,ccee")
+    assert losses.parse("stock@12,cce_compiled@0") == [LossChoice("stock", False, 12), LossChoice("cce", True, 0)]
+    assert LossChoice("cce", True, 0).name == "cce_compiled@0"
+    for wrong in ("ccee", "cce@", "cce@x", "cce@1_compiled"):
+        with pytest.raises(CommandError, match=f"--losses takes stock, main, auto, cce, .* got '{wrong}'"):
+            losses.parse(f"stock,{wrong}")
     with pytest.raises(CommandError, match="each loss once"):
         losses.parse("cce,stock,cce")
 
@@ -262,13 +268,25 @@ def test_command_and_config_of_a_run(run):
     assert stock.command()[:5] == ["tune", "run", "--nproc_per_node", "2", LORA_DISTRIBUTED]
 
 
+def test_a_seed_of_its_own_stands_before_the_configs(tmp_path):
+    config = runs.read_config(LORA_CONFIG, ["seed=5"])
+    for name, seed in (("stock", 5), ("stock@7", 7), ("stock@0", 0)):
+        ready = runs.prepared(config, losses.parse(name)[0], tmp_path, 3, random_weights=True)
+        assert (ready.seed, ready.checkpointer.seed) == (seed, seed)
+
+
 def test_what_is_done_is_remembered_until_something_changes(run, monkeypatch):
     assert run.finished() is None
     monkeypatch.setattr(recipe_runs, "run", logging(3.0, 2.0, 1.0))
     outcome = run.execute(lambda done: None)
     assert outcome.status == "ok"
     assert run.finished() == outcome
-    for change in ({"environment": {"commit": "b"}}, {"devices": 2}, {"config": OmegaConf.create({"seed": 1})}):
+    for change in (
+        {"environment": {"commit": "b"}},
+        {"devices": 2},
+        {"at_once": 2},
+        {"config": OmegaConf.create({"seed": 1})},
+    ):
         assert Run(**vars(run) | change).finished() is None, change
     # Another warm-up is another way to read the same log.
     longer = Run(**vars(run) | {"warmup": 2}).finished()
@@ -332,6 +350,18 @@ def test_rows_compare_with_the_first():
     assert chunked == {"loss": "chunked", "status": "out of memory"}
 
 
+def test_spread_of_a_loss_over_its_seeds():
+    found = {
+        "stock": result(3.0, 2.0),
+        "stock@2": result(3.0, 2.5),
+        "stock@3": result(3.0, 1.5),
+        "cce": result(3.0, 2.0),
+    }
+    outcomes = {name: Outcome("ok", of_run) for name, of_run in found.items()}
+    outcomes["cce@2"] = Outcome("failed", None)
+    assert report.seed_spread(outcomes) == {"stock": (1.5, 2.5)}
+
+
 def test_tiles_kept_are_shown_where_the_log_tells():
     records = [
         {"loss": 1.0, "tokens_per_second_per_gpu": 1.0, "kept_fraction": kept} for kept in (1.0, 0.5, 0.25, 0.125)
@@ -359,6 +389,53 @@ def test_results_are_written_where_the_first_failed_and_where_a_loss_is_nan(tmp_
     assert math.isnan(report.rows(same)[1]["largest_difference"])
 
 
+# --- several at once ---
+
+
+def test_runs_at_once_are_told_in_order(run, monkeypatch):
+    """The first one ends only after the others have, which run beside it."""
+    others_done = threading.Semaphore(0)
+
+    def execute(self, on_step):
+        if self.folder.name == "first":
+            assert all(others_done.acquire(timeout=10) for _ in range(2))
+        others_done.release()
+        return Outcome("ok", None)
+
+    monkeypatch.setattr(Run, "execute", execute)
+    waiting = [Run(**vars(run) | {"folder": run.folder.parent / name}) for name in ("first", "second", "third")]
+    told = []
+    session.run_all(Console(quiet=True), waiting, 2, True, lambda run, outcome: told.append(run.folder.name))
+    assert told == ["first", "second", "third"]
+
+
+def test_an_interruption_ends_what_runs_and_starts_nothing(run, monkeypatch):
+    """Whoever is told of an outcome is interrupted, while a second run is under way and a third waits."""
+    seen, under_way = [], threading.Event()
+
+    def execute(self, on_step):
+        seen.append(self.folder.name)
+        if self.folder.name == "first":
+            assert under_way.wait(10)
+            return Outcome("ok", None)
+        under_way.set()
+        for done in range(200):
+            on_step(done)
+            time.sleep(0.01)
+        seen.append("came to its end")
+
+    def on_outcome(run, outcome):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "execute", execute)
+    names = ("first", "second", "third", "fourth")
+    waiting = [Run(**vars(run) | {"folder": run.folder.parent / name}) for name in names]
+    with pytest.raises(KeyboardInterrupt):
+        session.run_all(Console(quiet=True), waiting, 2, True, on_outcome)
+    assert {"first", "second"} <= set(seen)
+    assert not {"fourth", "came to its end"} & set(seen)
+
+
 # --- command line ---
 
 TEACHER = [f"teacher_model.{name}={size}" for name, size in SIZES.items()]
@@ -376,6 +453,7 @@ def compare(*arguments) -> int:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
         (["--steps", "5"], "--steps must be more than the --warmup of 5, got 5"),
         (["--losses", "ccee", "device=cpu"], "--losses takes stock"),
         (["--demo-data", "device=cpu", "--vocabulary", "128257"], "--vocabulary must be at most 128256"),
@@ -420,7 +498,7 @@ def test_exit_status_and_files(tmp_path, monkeypatch, capsys, status, code):
         "stock": Outcome("ok", result(3.0, 2.0)),
         "chunked": Outcome(status, None if code else result(3.0, 2.0)),
     }
-    monkeypatch.setattr(session, "run_one", lambda console, run, choices, fresh: outcomes[run.choice.name])
+    monkeypatch.setattr(session, "run_one", lambda progress, run, *_: outcomes[run.choice.name])
     common = ("--output", tmp_path / "out", "--steps", "2", "--warmup", "1", "device=cpu", "dtype=fp32")
     assert compare("--config", LORA_CONFIG, "--losses", "stock,chunked", *common) == code
     assert "chunked" in capsys.readouterr().out

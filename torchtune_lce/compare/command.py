@@ -14,6 +14,7 @@ losses, with commas between them; the first is what the others are compared with
   main         the way of torchtune's main branch, chunks of projected tokens
   auto, cce, cce_exact, torch_compile, chunked, ...   this package's, as loss.impl in a config
   <name>_compiled   any of them with compile: True, which compiles the model's layers too
+  <name>@<seed>     any of them with a seed of its own: how far apart may runs be that differ in nothing else?
 
 In a distillation config the same name sets both losses: stock is torchtune's cross-entropy and its divergence in
 chunks; this package's kd_loss has no kernels, so it takes chunked, torch_compile or reference where that is the name,
@@ -47,6 +48,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default=DEFAULT_WARMUP,
         metavar="N",
         help=f"steps that do not count for the speed; default: {DEFAULT_WARMUP}",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at once on the same device, for their losses: speeds say nothing then; default: 1",
     )
     parser.add_argument("--nproc_per_node", type=int, metavar="N", help="devices, for the distributed recipes")
     parser.add_argument(
@@ -96,6 +104,7 @@ def main(args: argparse.Namespace) -> None:
         sequence=args.sequence_length,
         vocabulary=args.vocabulary,
         fresh=args.fresh,
+        jobs=args.jobs,
         command=shlex.join(["tune-lce", *sys.argv[1:]]),
     )
     try:

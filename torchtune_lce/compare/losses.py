@@ -9,7 +9,7 @@ from torchtune_lce import implementations
 from torchtune_lce.errors import CommandError
 from torchtune_lce.recipe_runs import OUR_LOSS, STOCK_LOSS
 
-STOCK, MAIN, COMPILED = "stock", "main", "_compiled"
+STOCK, MAIN, COMPILED, SEED = "stock", "main", "_compiled", "@"
 KINDS = (STOCK, MAIN, *implementations.NAMES)
 # Taken when none are named, as far as they can run.
 USUAL = (STOCK, "chunked", "torch_compile", "cce", "cce_exact")
@@ -18,14 +18,23 @@ _MAIN_LOSS = "torchtune_lce.compare.torchtune_main.ChunkedProjectionLoss"
 
 @dataclass(frozen=True)
 class LossChoice:
-    """``kind`` is one of :data:`KINDS`; ``compiled`` runs the recipe with ``compile: True``."""
+    """``kind`` is one of :data:`KINDS`; ``compiled`` runs the recipe with ``compile: True``.
+
+    ``seed`` is the run's own, or None for the config's.
+    """
 
     kind: str
     compiled: bool
+    seed: int | None = None
+
+    @property
+    def loss(self) -> str:
+        """Its name without the seed."""
+        return self.kind + COMPILED * self.compiled
 
     @property
     def name(self) -> str:
-        return self.kind + COMPILED * self.compiled
+        return self.loss + ("" if self.seed is None else f"{SEED}{self.seed}")
 
     def section(self, configured: DictConfig) -> dict:
         """The config's ``loss`` for this choice; this package's keeps the options that are ``configured``."""
@@ -45,15 +54,17 @@ class LossChoice:
 
 
 def parse(text: str) -> list[LossChoice]:
-    """``stock,cce,cce_compiled`` and the like; raises CommandError for an unknown name, or one that comes twice."""
+    """``stock,stock@2,cce_compiled`` and the like; raises CommandError for an unknown name, or one that comes twice."""
     choices = []
     for name in text.split(","):
-        kind = name.removesuffix(COMPILED)
-        if kind not in KINDS:
+        loss, marked, seed = name.partition(SEED)
+        kind = loss.removesuffix(COMPILED)
+        if kind not in KINDS or (marked and not seed.isdecimal()):
             raise CommandError(
-                f"--losses takes {', '.join(KINDS)}, each also with {COMPILED} for compile: True; got {name!r}"
+                f"--losses takes {', '.join(KINDS)}, each also with {COMPILED} for compile: True and with {SEED} and a "
+                f"number for a seed of its own; got {name!r}"
             )
-        choices.append(LossChoice(kind, kind != name))
+        choices.append(LossChoice(kind, kind != loss, int(seed) if marked else None))
     if len(set(choices)) < len(choices):
         raise CommandError(f"--losses must name each loss once, got {text}")
     return choices

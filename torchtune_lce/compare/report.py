@@ -8,6 +8,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from torchtune_lce.compare.losses import SEED
 from torchtune_lce.compare.runs import OK, Outcome
 from torchtune_lce.recipe_runs import Result
 
@@ -24,6 +25,15 @@ def mean_of_last_tenth(result: Result) -> float:
     """Loss of the last tenth of the steps. Where no row comes twice, as in --demo-data, those rows are held out."""
     last = result.losses[-max(len(result.losses) // 10, 1) :]
     return sum(last) / len(last)
+
+
+def seed_spread(outcomes: dict[str, Outcome]) -> dict[str, tuple[float, float]]:
+    """Smallest and largest :func:`mean_of_last_tenth` of each loss that ran with several seeds, by its name."""
+    means = {}
+    for name, outcome in outcomes.items():
+        if outcome.result is not None:
+            means.setdefault(name.partition(SEED)[0], []).append(mean_of_last_tenth(outcome.result))
+    return {loss: (min(found), max(found)) for loss, found in means.items() if len(found) > 1}
 
 
 def _first(outcomes: dict[str, Outcome]) -> Result | None:
@@ -109,7 +119,7 @@ def _gib(value: int | None) -> str:
 def write_json(outcomes: dict[str, Outcome], about: dict, path: Path) -> None:
     """``about`` says what was compared, with what and on what."""
     steps = {name: asdict(outcome.result)["losses"] for name, outcome in outcomes.items() if outcome.result}
-    document = {**about, "rows": rows(outcomes), "losses": steps}
+    document = {**about, "rows": rows(outcomes), "seed_spread": seed_spread(outcomes), "losses": steps}
     path.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 

@@ -82,6 +82,7 @@ class Run:
     steps: int
     warmup: int
     environment: dict
+    at_once: int = 1  # runs that share the device
 
     def command(self) -> list[str]:
         launcher = [] if self.devices is None else ["--nproc_per_node", str(self.devices)]
@@ -127,6 +128,7 @@ class Run:
             "config": OmegaConf.to_container(self.config),
             "command": self.command(),
             "environment": self.environment,
+            "at_once": self.at_once,
         }
         return json.loads(json.dumps(key))
 
@@ -149,7 +151,9 @@ def prepared(config: DictConfig, choice: LossChoice, folder: Path, steps: int, r
     config.resume_from_checkpoint = False
     if "lora_rank" in config.model:
         config.save_adapter_weights_only = True  # nothing is saved, and merging takes time
-    if config.get("seed") is None:
+    if choice.seed is not None:
+        config.seed = choice.seed
+    elif config.get("seed") is None:
         config.seed = 0  # all losses see the same
     # torchtune's recipes look at the model_type themselves.
     checkpointer = {"model_type": config.checkpointer.model_type}

@@ -1,8 +1,11 @@
 """The comparison from beginning to end."""
 
 import shlex
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 
 import torch
 from omegaconf import DictConfig
@@ -14,7 +17,6 @@ from torchtune_lce.bench import environment
 from torchtune_lce.bench.report import show
 from torchtune_lce.compare import distillation, losses, report, runs
 from torchtune_lce.compare.demo_data import DemoData
-from torchtune_lce.compare.losses import LossChoice
 from torchtune_lce.compare.runs import OK, OUT_OF_MEMORY, Outcome, Run
 from torchtune_lce.config_reading import training_dtype
 from torchtune_lce.errors import CommandError
@@ -41,6 +43,7 @@ class Settings:
     vocabulary: int
     fresh: bool
     command: str
+    jobs: int = 1
 
 
 def compare(settings: Settings) -> bool:
@@ -50,6 +53,8 @@ def compare(settings: Settings) -> bool:
     """
     if settings.steps <= settings.warmup:
         raise CommandError(f"--steps must be more than the --warmup of {settings.warmup}, got {settings.steps}")
+    if settings.jobs < 1:
+        raise CommandError(f"--jobs must be at least 1, got {settings.jobs}")
     config = runs.read_config(settings.config, settings.overrides)
     recipe = runs.recipe_for(settings.config, config, settings.devices)
     dtype = training_dtype(config)
@@ -70,18 +75,27 @@ def compare(settings: Settings) -> bool:
     console.print(f"{settings.config}, {recipe}; everything is written to {output}")
     if settings.demo_data:
         config = with_demo_data(console, settings, config, output)
-    outcomes = {}
+    waiting = []
     for choice in choices:
         folder = output / choice.name
         ready = runs.prepared(config, choice, folder, settings.steps, settings.random_weights)
         run = Run(choice, recipe, ready, settings.devices, folder, settings.steps, settings.warmup, about)
-        outcomes[choice.name] = run_one(console, run, choices, settings.fresh)
+        waiting.append(replace(run, at_once=settings.jobs))
+    outcomes = {}
+
+    def on_outcome(run: Run, outcome: Outcome) -> None:
+        outcomes[run.choice.name] = outcome
         # After each run: an interrupted comparison leaves what it had.
         write(settings, config, recipe, about, outcomes, on_card, output)
+
+    run_all(console, waiting, settings.jobs, settings.fresh, on_outcome)
     show(console, report.table(outcomes, on_card))
     console.print(
         "tokens/s: tokens with a label, of one device, median without the warm-up; spread: interquartile range."
+        + f" {settings.jobs} runs at once: not a speed to compare." * (settings.jobs > 1)
     )
+    for loss, (lowest, highest) in report.seed_spread(outcomes).items():
+        console.print(f"{loss}, by its seeds: mean of last tenth from {lowest:.4f} to {highest:.4f}")
     console.print(f"Written: {output / RESULTS}, {output / PICTURE}")
     return all(outcome.status in (OK, OUT_OF_MEMORY) for outcome in outcomes.values())
 
@@ -114,18 +128,41 @@ def with_demo_data(console: Console, settings: Settings, config: DictConfig, out
     return config
 
 
-def run_one(console: Console, run: Run, choices: list[LossChoice], fresh: bool) -> Outcome:
+def run_all(
+    console: Console, waiting: list[Run], jobs: int, fresh: bool, on_outcome: Callable[[Run, Outcome], None]
+) -> None:
+    """Runs them, ``jobs`` at once; ``on_outcome`` gets the outcomes in the order of the runs."""
+    interrupted = Event()
+    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(jobs) as pool:
+        found = pool.map(lambda run: run_one(progress, run, fresh, interrupted), waiting)
+        try:
+            for run, outcome in zip(waiting, found, strict=True):
+                on_outcome(run, outcome)
+        except BaseException:
+            # Whatever it is, nothing more is started here, and what was started ends before the pool is left.
+            pool.shutdown(wait=False, cancel_futures=True)
+            interrupted.set()
+            raise
+
+
+def run_one(progress: Progress, run: Run, fresh: bool, interrupted: Event) -> Outcome:
+    """Runs it, unless that is done; raises KeyboardInterrupt, and ends it, once it is ``interrupted``."""
+    console, name = progress.console, run.choice.name
     earlier = None if fresh else run.finished()
     if earlier is not None:
-        console.print(f"{run.choice.name}: done before ({earlier.status})")
+        console.print(f"{name}: done before ({earlier.status})")
         return earlier
     console.print(shlex.join(run.command()))
-    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(run.choice.name.ljust(max(len(c.name) for c in choices)), total=run.steps)
-        outcome = run.execute(lambda done: progress.update(task, completed=done))
-    if outcome.status != OK:
-        console.print(f"{run.choice.name}: {outcome.status}{outcome.details and ': ' + outcome.details}")
+    task = progress.add_task(name, total=run.steps)
+
+    def on_step(done: int) -> None:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        progress.update(task, completed=done)
+
+    outcome = run.execute(on_step)
+    console.print(f"{name}: {outcome.status}{outcome.details and ': ' + outcome.details}")
     return outcome
 
 
@@ -150,6 +187,7 @@ def write(
         "dtype": config.dtype,
         "steps": settings.steps,
         "warmup": settings.warmup,
+        "runs_at_once": settings.jobs,
         "random_weights": settings.random_weights,
         "demo_data_sequence": settings.sequence if settings.demo_data else None,
     }
