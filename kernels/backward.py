@@ -761,7 +761,7 @@ def run_backward(
     if not plan.is_dense:
         launch(plan.sparse_strips, workspace, 0, hidden_blocks if is_in_order is None else by_row, by_row, dense=False)
     dense = [(plan.dense_strips, workspace, 0)]
-    if d_weight is not None:
+    if output_tiles(d_weight, config):
         # Rows of the weight's gradient that are not written yet hold the logit gradients of the strips before them.
         output = d_weight.view(-1)[: output_tiles(d_weight, config) * _tile_numel(config)]
         dense.insert(0, (plan.output_strips, output, features))

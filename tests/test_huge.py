@@ -88,9 +88,8 @@ def compute_exact(hidden: Tensor, weight: Tensor, targets: Tensor, eps: float) -
     tokens = sample(len(hidden), hidden.device)
     tokens = tokens[used[tokens]]
     entries = torch.cat([sample(len(weight), hidden.device), targets[tokens]]).unique()
-    by_hidden = gradient_rows(
-        hidden[tokens], targets[tokens], lse[tokens], weight, torch.arange(len(weight)), eps, True
-    )
+    vocabulary = torch.arange(len(weight), device=weight.device)
+    by_hidden = gradient_rows(hidden[tokens], targets[tokens], lse[tokens], weight, vocabulary, eps, True)
     by_weight = gradient_rows(hidden[used], targets[used], lse[used], weight, entries, eps, False)
     return Exact(lse.where(used, 0), nll, tokens, entries, by_hidden, by_weight)
 

@@ -309,6 +309,20 @@ def test_logit_gradients_in_the_unwritten_weight_gradient(device, impl, tma, dty
         torch.testing.assert_close(ours, wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("impl", ["cce", "cce_exact"])
+def test_a_weight_smaller_than_a_tile(device, impl, monkeypatch):
+    """Its gradient has no room for any logit gradients."""
+    config = tuning.config_for(device, torch.float16)
+    if device.type == "cpu":
+        monkeypatch.setattr(autograd, "config_for", lambda *_: dataclasses.replace(config, tma=True))
+    hidden, weight, targets = peaked(device, tokens=50, vocabulary=20, width=16, dtype=torch.float16)
+    ours, wanted = gradients(hidden, weight, targets, impl=impl), gradients(hidden, weight, targets, impl="reference")
+    for actual, expected in zip(ours, wanted, strict=True):
+        # Logit gradients and results are rounded to float16.
+        eps = torch.finfo(torch.float16).eps
+        torch.testing.assert_close(actual, expected, rtol=2 * eps, atol=eps * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("spread", [0.02, 1.0])
 def test_past_a_share_of_kept_tiles_the_rest_is_computed_too(device, spread, monkeypatch):
     """The host does not know: a launch for either case is made, and one of them has nothing to do."""

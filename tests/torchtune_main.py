@@ -64,7 +64,9 @@ def as_on_main(model: TransformerDecoder) -> TransformerDecoder:
 
 def training_tp_plan(tied: bool) -> dict[str, ParallelStyle]:
     """Main's layout for training: between the products, activations are split along the sequence."""
-    whole = PrepareModuleInput(input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None))
+    # Main names the first input of an attention alone and leaves the second, which is the same tensor, to DTensor;
+    # torch 2.11 refuses that.
+    whole = PrepareModuleInput(input_layouts=(Shard(1),) * 2, desired_input_layouts=(Replicate(),) * 2)
     plan = {
         "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
         "norm": SequenceParallel(),
