@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,20 +164,30 @@ def main() -> int:
         return 0
     arguments.logs.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    for path in PATHS:
-        # Compiled here, so that the tools watch the kernels alone; and the calls must be right without them.
+
+    def call(path: str) -> None:
         subprocess.run([sys.executable, __file__, "--calls", path], check=True, env=environment)
-    well = True
-    for tool in arguments.tools:
-        if tool in CONTROLS:
-            log = arguments.logs / f"{tool}-control.log"
-            found = examine(tool, ["--control", CONTROLS[tool]], log, arguments.timeout)
-            print(f"{tool}, a fault on purpose: {'found' if found.errors else f'NOT FOUND, see {log}'}", flush=True)
-            well &= bool(found.errors)
-        for path in PATHS:
-            found = examine(tool, ["--calls", path], arguments.logs / f"{tool}-{path}.log", arguments.timeout)
-            print(f"{tool}, {path} loads: {found}", flush=True)
-            well &= found.clean
+
+    def watch(tool: str, path: str) -> Finding:
+        return examine(tool, ["--calls", path], arguments.logs / f"{tool}-{path}.log", arguments.timeout)
+
+    def control(tool: str) -> Finding:
+        return examine(tool, ["--control", CONTROLS[tool]], arguments.logs / f"{tool}-control.log", arguments.timeout)
+
+    with ThreadPoolExecutor() as together:
+        # Compiled here, so that the tools watch the kernels alone; and the calls must be right without them.
+        list(together.map(call, PATHS))
+        controls = {tool: together.submit(control, tool) for tool in arguments.tools if tool in CONTROLS}
+        found = {(tool, path): together.submit(watch, tool, path) for tool in arguments.tools for path in PATHS}
+        well = True
+        for tool, finding in controls.items():
+            seen = bool(finding.result().errors)
+            verdict = "found" if seen else f"NOT FOUND, see {finding.result().log}"
+            print(f"{tool}, a fault on purpose: {verdict}", flush=True)
+            well &= seen
+        for (tool, path), finding in found.items():
+            print(f"{tool}, {path} loads: {finding.result()}", flush=True)
+            well &= finding.result().clean
     print("clean" if well else "NOT clean")
     return 0 if well else 1
 
