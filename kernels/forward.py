@@ -349,7 +349,7 @@ def lse_and_target_logit(
     config = config_for(hidden.device, hidden.dtype)
     tokens, features = hidden.shape
     vocabulary = weight.shape[0]
-    target_logit = hidden.new_empty(tokens, dtype=torch.float32)
+    target_logit = hidden.new_zeros(tokens, dtype=torch.float32)
     plan = phases(vocabulary, config.forward_entries)
     # Of each token: its log-sum-exp and, when recorded, that of its inactive entries.
     running = hidden.new_full((2 if activity else 1, tokens), float("-inf"), dtype=torch.float32)

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.tensor._random
 from tiny_models import our_recipe, stock_recipe, train
 from torchtune import training
 from torchtune.models.llama3_2._component_builders import llama3_2, lora_llama3_2
@@ -45,6 +46,8 @@ def train_all(rank: int, runs: list, stock_recipe: Callable[[str], type] = stock
     if runs[0][2].device == "cpu":
         _let_recipes_run_on_a_cpu()
     for ours, method, cfg in runs:
+        # On cards the first random DTensor of a process gives all ranks rank 0's generator; so in every run.
+        torch.distributed.tensor._random._rng_tracker = None
         # One process group serves all runs: gloo may hang where groups come and go in one process.
         module = load_stock_recipe(method)
         module.init_process_group = module.destroy_process_group = lambda *arguments: None

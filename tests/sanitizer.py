@@ -13,8 +13,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 TOOLS = ("memcheck", "initcheck", "racecheck")
@@ -23,6 +24,8 @@ PATHS = ("descriptor", "pointer")
 CONTROLS = {"memcheck": "past the end", "initcheck": "never written"}
 LOGS = Path(tempfile.gettempdir()) / "torchtune-lce-sanitizer"
 ROOT = Path(__file__).parent.parent
+# Where the tools print that an access happened.
+PLACE = re.compile(r"^=========\s+at (.+?)\+0x", re.MULTILINE)
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
 
 
@@ -33,6 +36,7 @@ class Finding:
     errors: int | None  # None where it never came to a summary
     returncode: int
     log: Path
+    places: Counter[str] = field(default_factory=Counter)  # kernels that it named, as far as it printed them
 
     @property
     def clean(self) -> bool:
@@ -41,7 +45,8 @@ class Finding:
     def __str__(self) -> str:
         if self.errors is None or (self.returncode and not self.errors):
             return f"did not run to its end (status {self.returncode}), see {self.log}"
-        return "clean" if self.clean else f"{self.errors} errors, see {self.log}"
+        named = "".join(f", {count} in {place}" for place, count in self.places.most_common(5))
+        return "clean" if self.clean else f"{self.errors} errors{named}, see {self.log}"
 
 
 def errors_in(output: str) -> int | None:
@@ -136,7 +141,7 @@ def find_sanitizer() -> str:
 def examine(tool: str, arguments: list[str], log: Path, timeout: int) -> Finding:
     """One process under one tool. Every allocation of its own, or torch's cache would hide where they end."""
     command = [find_sanitizer(), "--tool", tool, "--target-processes", "application-only", "--error-exitcode", "99"]
-    command += ["--print-limit", "20", sys.executable, __file__, *arguments]
+    command += ["--print-limit", "1000", sys.executable, __file__, *arguments]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
     with log.open("w") as output:
         try:
@@ -145,7 +150,8 @@ def examine(tool: str, arguments: list[str], log: Path, timeout: int) -> Finding
             ).returncode
         except subprocess.TimeoutExpired:
             status = 124
-    return Finding(errors_in(log.read_text(errors="replace")), status, log)
+    text = log.read_text(errors="replace")
+    return Finding(errors_in(text), status, log, Counter(PLACE.findall(text)))
 
 
 def main() -> int:

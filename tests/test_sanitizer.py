@@ -36,3 +36,17 @@ def test_clean_is_a_whole_run_without_errors(errors, returncode, clean, said):
     finding = sanitizer.Finding(errors, returncode, LOG)
     assert finding.clean == clean
     assert str(finding) == said
+
+
+def test_names_the_kernels(monkeypatch, tmp_path):
+    """Of what a tool printed, in its own words."""
+    said = "".join(
+        f"========= Uninitialized __global__ memory read of size 4 bytes\n=========     at {kernel}+0x90 in a.py:1\n"
+        for kernel in ("add_one", "_tail_kernel", "_tail_kernel")
+    )
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\ncat <<'EOF'\n{said}========= ERROR SUMMARY: 3 errors\nEOF\nexit 99\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    finding = sanitizer.examine("initcheck", [], tmp_path / "log", 10)
+    assert str(finding) == f"3 errors, 2 in _tail_kernel, 1 in add_one, see {tmp_path / 'log'}"
