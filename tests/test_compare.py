@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -247,7 +248,7 @@ def run(tmp_path) -> Run:
 def logging(*values):
     """What stands in for a recipe: logs these losses."""
 
-    def recipe(command, folder, steps, on_step, log, warmup):
+    def recipe(command, folder, steps, on_step, log, warmup, process):
         lines = [f"Step {i} | loss:{loss} tokens_per_second_per_gpu:{10.0 * i} \n" for i, loss in enumerate(values)]
         log.write_text("".join(lines))
         return recipe_runs.summarise(recipe_runs.read_log(log), 700, warmup)
@@ -396,16 +397,17 @@ def test_runs_at_once_are_told_in_order(run, monkeypatch):
     """The first one ends only after the others have, which run beside it."""
     others_done = threading.Semaphore(0)
 
-    def execute(self, on_step):
+    def execute(self, on_step, process):
         if self.folder.name == "first":
             assert all(others_done.acquire(timeout=10) for _ in range(2))
         others_done.release()
         return Outcome("ok", None)
 
+    monkeypatch.setattr(Run, "start", lambda self: None)
     monkeypatch.setattr(Run, "execute", execute)
     waiting = [Run(**vars(run) | {"folder": run.folder.parent / name}) for name in ("first", "second", "third")]
     told = []
-    session.run_all(Console(quiet=True), waiting, 2, True, lambda run, outcome: told.append(run.folder.name))
+    session.run_all(Console(quiet=True), waiting, 2, True, False, lambda run, outcome: told.append(run.folder.name))
     assert told == ["first", "second", "third"]
 
 
@@ -413,7 +415,7 @@ def test_an_interruption_ends_what_runs_and_starts_nothing(run, monkeypatch):
     """Whoever is told of an outcome is interrupted, while a second run is under way and a third waits."""
     seen, under_way = [], threading.Event()
 
-    def execute(self, on_step):
+    def execute(self, on_step, process):
         seen.append(self.folder.name)
         if self.folder.name == "first":
             assert under_way.wait(10)
@@ -427,13 +429,56 @@ def test_an_interruption_ends_what_runs_and_starts_nothing(run, monkeypatch):
     def on_outcome(run, outcome):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(Run, "start", lambda self: None)
     monkeypatch.setattr(Run, "execute", execute)
     names = ("first", "second", "third", "fourth")
     waiting = [Run(**vars(run) | {"folder": run.folder.parent / name}) for name in names]
     with pytest.raises(KeyboardInterrupt):
-        session.run_all(Console(quiet=True), waiting, 2, True, on_outcome)
+        session.run_all(Console(quiet=True), waiting, 2, True, False, on_outcome)
     assert {"first", "second"} <= set(seen)
     assert not {"fourth", "came to its end"} & set(seen)
+
+
+def test_the_next_process_starts_with_a_run_and_none_is_left(run, monkeypatch):
+    """Of five runs the second is done already, and the fourth is interrupted."""
+    names = ("first", "second", "third", "fourth", "fifth")
+    waiting = [Run(**vars(run) | {"folder": run.folder.parent / name}) for name in names]
+    happened, processes = [], {}
+
+    def start(self):
+        happened.append(f"start {self.folder.name}")
+        # As idle as one that waits to be let go.
+        processes[self.folder.name] = subprocess.Popen(["sleep", "60"])
+        return processes[self.folder.name]
+
+    def execute(self, on_step, process):
+        assert process is processes[self.folder.name]
+        happened.append(f"run {self.folder.name}")
+        process.kill()
+        if self.folder.name == "fourth":
+            raise KeyboardInterrupt
+        return Outcome("ok", None)
+
+    monkeypatch.setattr(Run, "start", start)
+    monkeypatch.setattr(Run, "execute", execute)
+    monkeypatch.setattr(Run, "finished", lambda self: Outcome("ok", None) if self.folder.name == "second" else None)
+    with pytest.raises(KeyboardInterrupt):
+        session.run_all(Console(quiet=True), waiting, 1, False, True, lambda run, outcome: None)
+    assert happened == [
+        *("start first", "start third", "run first"),
+        *("start fourth", "run third"),
+        *("start fifth", "run fourth"),
+    ]
+    assert all(process.wait(5) for process in processes.values()), "ended by a signal"
+
+
+@pytest.mark.slow
+def test_a_process_that_is_not_let_go_ends_without_a_run(tmp_path):
+    """Torchtune's real command line, which would list its recipes."""
+    process = recipe_runs.start(["tune", "ls"], tmp_path, tmp_path / "log.txt")
+    process.stdin.close()
+    assert process.wait(60) == 0
+    assert "lora_finetune" not in (tmp_path / recipe_runs.PRINTED).read_text()
 
 
 # --- command line ---

@@ -18,6 +18,8 @@ LOG, PRINTED = "log.txt", "output.txt"
 STOCK_LOSS = "torchtune.modules.loss.CEWithChunkedOutputLoss"
 OUR_LOSS = "torchtune_lce.LinearCrossEntropyLoss"
 _POLL_SECONDS = 0.1
+# The same entry as the console script `tune`, which may not be on the PATH. What is read is whether to go on.
+_WAITING = "import sys; from torchtune._cli.tune import main; sys.stdin.readline() and main()"
 # What a process prints whose card is full: PyTorch's allocator, cuBLAS, the driver under PyTorch and under Triton.
 _NO_MEMORY_LEFT = (
     "OutOfMemoryError",
@@ -47,43 +49,51 @@ class Result:
     kept_fraction: float | None = None  # median; None unless the config sets log_loss_stats and the loss filters
 
 
-def run(
-    command: list[str], folder: Path, steps: int, on_step: Callable[[int], None], log: Path, warmup: int = 1
-) -> Result:
-    """Runs ``tune run ...`` in a process of its own inside ``folder``; ``on_step`` gets the number of steps so far.
+def start(command: list[str], folder: Path, log: Path) -> subprocess.Popen:
+    """A process that imports what ``tune run ...`` needs, which takes seconds, and goes on once :func:`run` lets it.
 
-    The run must log every step to ``log``, beside which goes what it prints. Raises RunFailed unless it logs ``steps``.
+    It ends by itself if its standard input is closed before.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    printed = log.parent / PRINTED
-    with printed.open("wb") as file:
-        # The same entry as the console script `tune`, which may not be on the PATH.
-        process = subprocess.Popen(
-            [sys.executable, "-m", "torchtune._cli.tune", *command[1:]],
+    with (log.parent / PRINTED).open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-c", _WAITING, *command[1:]],
             cwd=folder,
             stdout=file,
             stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             # There is nothing to look up: data and models are local files.
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )
+
+
+def run(
+    command: list[str],
+    folder: Path,
+    steps: int,
+    on_step: Callable[[int], None],
+    log: Path,
+    warmup: int = 1,
+    process: subprocess.Popen | None = None,
+) -> Result:
+    """Runs ``tune run ...`` in a process of its own inside ``folder``; ``on_step`` gets the number of steps so far.
+
+    The run must log every step to ``log``, beside which goes what it prints. ``process`` is what :func:`start` gave for
+    the same command, folder and log, if that was called before. Raises RunFailed unless it logs ``steps``.
+    """
+    process = process or start(command, folder, log)
+    printed = log.parent / PRINTED
     resident = None
     alone = "--nproc_per_node" not in command  # else this process is the launcher
     try:
+        _let_go(process)
         while process.poll() is None:
             if alone:
                 resident = _peak_resident_bytes(process.pid) or resident
             on_step(len(read_log(log)))
             time.sleep(_POLL_SECONDS)
     finally:
-        if process.poll() is None:
-            # Asked first: torchrun, which several devices take, ends its processes then.
-            process.terminate()
-            try:
-                process.wait(timeout=15)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        stop(process)
     records = read_log(log)
     if process.returncode or len(records) != steps:
         said = printed.read_text(encoding="utf-8", errors="replace").strip()
@@ -94,6 +104,26 @@ def run(
         )
     on_step(len(records))
     return summarise(records, resident, warmup)
+
+
+def _let_go(process: subprocess.Popen) -> None:
+    try:
+        process.stdin.write(b"go\n")
+        process.stdin.close()
+    except BrokenPipeError:  # it has ended, and why is in what it printed
+        pass
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Ends a process, started or let go, unless it has ended."""
+    if process.poll() is None:
+        # Asked first: torchrun, which several devices take, ends its processes then.
+        process.terminate()
+        try:
+            process.wait(timeout=15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def ran_out_of_memory(printed: str) -> bool:

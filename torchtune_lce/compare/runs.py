@@ -1,6 +1,7 @@
 """One fine-tune for each loss: its config, its command, and what it left behind."""
 
 import json
+import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -105,14 +106,19 @@ class Run:
             result = recipe_runs.summarise(recipe_runs.read_log(self.folder / LOG), resident, self.warmup)
         return Outcome(stored["status"], result)
 
-    def execute(self, on_step: Callable[[int], None]) -> Outcome:
+    def start(self) -> subprocess.Popen:
+        """A process for :meth:`execute`, ahead of it; see :func:`recipe_runs.start`."""
+        return recipe_runs.start(self.command(), Path.cwd(), self.folder / LOG)
+
+    def execute(self, on_step: Callable[[int], None], process: subprocess.Popen | None = None) -> Outcome:
         """Runs it from the beginning, and remembers a result, out of memory among them; nothing else."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (RESULT, LOG):
             (self.folder / name).unlink(missing_ok=True)
         OmegaConf.save(self.config, self.folder / CONFIG)
         try:
-            result = recipe_runs.run(self.command(), Path.cwd(), self.steps, on_step, self.folder / LOG, self.warmup)
+            command, log = self.command(), self.folder / LOG
+            result = recipe_runs.run(command, Path.cwd(), self.steps, on_step, log, self.warmup, process)
             outcome = Outcome(OK, result)
         except recipe_runs.RunFailed as error:
             if not error.out_of_memory:

@@ -1,8 +1,9 @@
 """The comparison from beginning to end."""
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
@@ -17,6 +18,7 @@ from torchtune_lce.bench import environment
 from torchtune_lce.bench.report import show
 from torchtune_lce.compare import distillation, losses, report, runs
 from torchtune_lce.compare.demo_data import DemoData
+from torchtune_lce.compare.queue import Queue
 from torchtune_lce.compare.runs import OK, OUT_OF_MEMORY, Outcome, Run
 from torchtune_lce.config_reading import training_dtype
 from torchtune_lce.errors import CommandError
@@ -88,7 +90,9 @@ def compare(settings: Settings) -> bool:
         # After each run: an interrupted comparison leaves what it had.
         write(settings, config, recipe, about, outcomes, on_card, output)
 
-    run_all(console, waiting, settings.jobs, settings.fresh, on_outcome)
+    # On a card a run begins with seconds of loading. On a CPU its steps would share that with the next one's imports.
+    ahead = on_card and settings.jobs == 1
+    run_all(console, waiting, settings.jobs, settings.fresh, ahead, on_outcome)
     show(console, report.table(outcomes, on_card))
     console.print(
         "tokens/s: tokens with a label, of one device, median without the warm-up; spread: interquartile range."
@@ -129,27 +133,48 @@ def with_demo_data(console: Console, settings: Settings, config: DictConfig, out
 
 
 def run_all(
-    console: Console, waiting: list[Run], jobs: int, fresh: bool, on_outcome: Callable[[Run, Outcome], None]
+    console: Console,
+    waiting: list[Run],
+    jobs: int,
+    fresh: bool,
+    ahead: bool,
+    on_outcome: Callable[[Run, Outcome], None],
 ) -> None:
-    """Runs them, ``jobs`` at once; ``on_outcome`` gets the outcomes in the order of the runs."""
+    """Runs them, ``jobs`` at once; ``on_outcome`` gets the outcomes in the order of the runs.
+
+    With ``ahead`` each process is started along with the run before it, to import what takes seconds, and waits.
+    """
     interrupted = Event()
+    queue = Queue(waiting, fresh, ahead)
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(jobs) as pool:
-        found = pool.map(lambda run: run_one(progress, run, fresh, interrupted), waiting)
-        try:
+    with Progress(*columns, console=console) as progress, queue, ThreadPoolExecutor(jobs) as pool:
+
+        def in_turn(run: Run) -> Outcome:
+            with _sets_if_left_early(interrupted):
+                return run_one(progress, run, queue, interrupted)
+
+        found = pool.map(in_turn, waiting)
+        # Whatever it is, nothing more is started then, and what was started ends before the pool is left.
+        with _sets_if_left_early(interrupted):
             for run, outcome in zip(waiting, found, strict=True):
                 on_outcome(run, outcome)
-        except BaseException:
-            # Whatever it is, nothing more is started here, and what was started ends before the pool is left.
-            pool.shutdown(wait=False, cancel_futures=True)
-            interrupted.set()
-            raise
 
 
-def run_one(progress: Progress, run: Run, fresh: bool, interrupted: Event) -> Outcome:
+@contextmanager
+def _sets_if_left_early(event: Event) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        event.set()
+        raise
+
+
+def run_one(progress: Progress, run: Run, queue: Queue, interrupted: Event) -> Outcome:
     """Runs it, unless that is done; raises KeyboardInterrupt, and ends it, once it is ``interrupted``."""
+    if interrupted.is_set():
+        raise KeyboardInterrupt
     console, name = progress.console, run.choice.name
-    earlier = None if fresh else run.finished()
+    earlier = queue.done.get(run.folder)
     if earlier is not None:
         console.print(f"{name}: done before ({earlier.status})")
         return earlier
@@ -161,7 +186,7 @@ def run_one(progress: Progress, run: Run, fresh: bool, interrupted: Event) -> Ou
             raise KeyboardInterrupt
         progress.update(task, completed=done)
 
-    outcome = run.execute(on_step)
+    outcome = run.execute(on_step, queue.take(run))
     console.print(f"{name}: {outcome.status}{outcome.details and ': ' + outcome.details}")
     return outcome
 
