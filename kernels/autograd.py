@@ -20,16 +20,27 @@ from torchtune_lce.kernels.forward import Activity, lse_and_target_logit
 from torchtune_lce.kernels.plan import make_plan
 from torchtune_lce.kernels.tail import tail_bytes, tail_direction
 from torchtune_lce.kernels.tuning import Config, config_for
+from torchtune_lce.low_rank import LowRank
 from torchtune_lce.options import Options
 
 
 def token_losses(filtering: Filtering) -> Callable:
     """The preset's function, with the contract of :func:`torchtune_lce.reference.token_losses`."""
 
-    def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options):
+    def run(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        options: Options,
+        low_rank: LowRank | None = None,
+    ):
+        # Under autocast the adapter's second matrix comes in its own dtype.
+        low, up = (None, None) if low_rank is None else (x.to(hidden.dtype) for x in low_rank[:2])
         eps = options.resolved_filter_eps(hidden.dtype)
-        needs_hidden = hidden.requires_grad
-        needs_weight = weight.requires_grad or (bias is not None and bias.requires_grad)
+        needs_hidden, needs_weight = (
+            any(x is not None and x.requires_grad for x in operands) for operands in ((hidden, low), (weight, bias, up))
+        )
         filters = filtering.hidden and needs_hidden or filtering.weight and needs_weight
         records = bool(eps) and filters and torch.is_grad_enabled()
         # A gradient that nobody wants must not make the others keep more.
@@ -38,6 +49,8 @@ def token_losses(filtering: Filtering) -> Callable:
             hidden,
             weight,
             bias,
+            low,
+            up,
             targets,
             options.ignore_index,
             options.softcap,
@@ -53,8 +66,8 @@ def token_losses(filtering: Filtering) -> Callable:
 
 torch.library.define(
     "torchtune_lce::cut_cross_entropy",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float? softcap, float? eps, "
-    "bool filter_hidden, bool filter_weight, int workspace_mib) "
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor targets, int ignore_index, "
+    "float? softcap, float? eps, bool filter_hidden, bool filter_weight, int workspace_mib) "
     "-> (Tensor nll, Tensor lse, Tensor rows, Tensor labels, Tensor count, Tensor row_lse, "
     "Tensor words, Tensor whole, Tensor dropped_mass)",
 )
@@ -73,13 +86,15 @@ def _on_its_device(function: Callable) -> Callable:
 
 @torch.library.impl("torchtune_lce::cut_cross_entropy", "default")
 @_on_its_device
-def _forward(hidden, weight, bias, targets, ignore_index, softcap, eps, filter_hidden, filter_weight, workspace_mib):
+def _forward(
+    hidden, weight, bias, low, up, targets, ignore_index, softcap, eps, filter_hidden, filter_weight, workspace_mib
+):
     """nll and lse [N] float32, 0 where ignored; then what the backward needs.
 
     rows [N] int64 lists the tokens in use first, count [1] int32 how many those are, labels and row_lse are in that
     order. words, whole and dropped_mass are an :class:`Activity`, empty without eps.
     """
-    hidden, weight = _rows_contiguous(hidden), _rows_contiguous(weight)
+    hidden, weight, low, up = map(_rows_contiguous, (hidden, weight, low, up))
     bias = bias if bias is None else bias.contiguous()
     config = config_for(hidden.device, hidden.dtype)
     rows, labels, count = _compact(targets, ignore_index)
@@ -95,6 +110,8 @@ def _forward(hidden, weight, bias, targets, ignore_index, softcap, eps, filter_h
             _in_order(hidden, rows[piece], used),
             weight,
             bias,
+            None if low is None else _in_order(low, rows[piece], used),
+            up,
             labels[piece],
             used,
             softcap,
@@ -112,7 +129,7 @@ def _forward(hidden, weight, bias, targets, ignore_index, softcap, eps, filter_h
 
 
 @torch.library.register_fake("torchtune_lce::cut_cross_entropy")
-def _(hidden, weight, bias, targets, ignore_index, softcap, eps, filter_hidden, filter_weight, workspace_mib):
+def _(hidden, weight, bias, low, up, targets, ignore_index, softcap, eps, filter_hidden, filter_weight, workspace_mib):
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return hidden.new_empty(shape, dtype=dtype)
 
@@ -134,10 +151,10 @@ def _(hidden, weight, bias, targets, ignore_index, softcap, eps, filter_hidden, 
 
 torch.library.define(
     "torchtune_lce::cut_cross_entropy_backward",
-    "(Tensor? d_nll, Tensor? d_lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor labels, "
-    "Tensor count, Tensor row_lse, Tensor words, Tensor whole, Tensor dropped_mass, float? softcap, "
-    "bool filter_hidden, bool filter_weight, bool need_hidden, bool need_weight, bool need_bias, int workspace_mib) "
-    "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor tiles)",
+    "(Tensor? d_nll, Tensor? d_lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor rows, "
+    "Tensor labels, Tensor count, Tensor row_lse, Tensor words, Tensor whole, Tensor dropped_mass, float? softcap, "
+    "bool filter_hidden, bool filter_weight, bool[] needs, int workspace_mib) "
+    "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_low, Tensor d_up, Tensor tiles)",
 )
 
 
@@ -149,6 +166,8 @@ def _backward(
     hidden,
     weight,
     bias,
+    low,
+    up,
     rows,
     labels,
     count,
@@ -159,13 +178,15 @@ def _backward(
     softcap,
     filter_hidden,
     filter_weight,
-    need_hidden,
-    need_weight,
-    need_bias,
+    needs,
     workspace_mib,
 ):
-    """Gradients, empty where not needed; and [kept tiles, all tiles] int64 of the last launch."""
-    hidden, weight = _rows_contiguous(hidden), _rows_contiguous(weight)
+    """Gradients by hidden, weight, bias, low and up, empty where ``needs`` has no True.
+
+    And [kept tiles, all tiles] int64 of the last launch.
+    """
+    need_hidden, need_weight, need_bias, need_low, need_up = needs
+    hidden, weight, low, up = map(_rows_contiguous, (hidden, weight, low, up))
     bias = bias if bias is None else bias.contiguous()
     config = config_for(hidden.device, hidden.dtype)
     vocabulary, features = weight.shape
@@ -176,19 +197,23 @@ def _backward(
     d_hidden = hidden.new_zeros(hidden.shape) if need_hidden else None
     d_weight = weight.new_empty(weight.shape) if need_weight else None
     d_bias = bias.new_empty(bias.shape) if need_bias else None
+    d_low = low.new_zeros(low.shape, dtype=torch.float32) if need_low else None
+    d_up = up.new_empty(up.shape) if need_up else None
     tiles = torch.zeros(2, dtype=torch.int64, device=hidden.device)
 
-    def run(piece: slice, d_hidden: Tensor | None, d_weight: Tensor | None, d_bias: Tensor | None) -> None:
-        """Gradients from the places in `piece`."""
+    def run(piece: slice, d_hidden: Tensor | None, d_low: Tensor | None, *by_entry: Tensor | None) -> None:
+        """Gradients from the places in `piece`; ``by_entry`` those of weight, bias and up."""
+        d_weight, d_bias, d_up = by_entry
+        by_token = d_hidden is not None or d_low is not None
         tokens = piece.stop - piece.start
         row_blocks = triton.cdiv(tokens, config.row_block)
-        strip_tiles, copies = _division(hidden, weight, d_hidden is not None, tokens, workspace_mib, config)
+        strip_tiles, copies = _division(hidden, weight, low, d_hidden is not None, tokens, workspace_mib, config)
         first = piece.start // config.row_block
         used = (count - piece.start).clamp(0, tokens)
         plan = make_plan(
             recorded and recorded.of(slice(first, first + row_blocks), piece),
-            filter_hidden or d_hidden is None,
-            filter_weight or (d_weight is None and d_bias is None),
+            filter_hidden or not by_token,
+            filter_weight or all(gradient is None for gradient in by_entry),
             used,
             row_blocks,
             vocabulary,
@@ -201,8 +226,10 @@ def _backward(
         tiles[0].copy_(plan.first_id[-1])
         tiles[1].fill_(plan.ids.numel())
         tail = None
-        if d_hidden is not None and not plan.is_dense and filter_hidden:
-            tail = tail_direction(plan, hidden, weight, bias, rows[piece], used, row_lse[piece], softcap, config)
+        if by_token and not plan.is_dense and filter_hidden:
+            tail = tail_direction(
+                plan, hidden, weight, bias, low, up, rows[piece], used, row_lse[piece], softcap, config
+            )
         in_order, is_in_order = None, None
         if copies:
             in_order = _in_order(hidden, rows[piece], used)
@@ -216,6 +243,8 @@ def _backward(
             is_in_order,
             weight,
             bias,
+            low,
+            up,
             rows[piece],
             labels[piece],
             used,
@@ -228,6 +257,8 @@ def _backward(
             d_hidden,
             d_weight,
             d_bias,
+            d_low,
+            d_up,
             config,
         )
 
@@ -237,17 +268,20 @@ def _backward(
     strip_bytes = 4 * _tile_bytes(hidden, config) // config.row_block
     pieces = list(_pieces(rows.numel(), max(2 * _sum_bytes(hidden), strip_bytes), workspace_mib, config))
     if len(pieces) == 1 or not need_hidden and pieces:
-        run(everything, d_hidden, d_weight, d_bias)
+        run(everything, d_hidden, d_low, d_weight, d_bias, d_up)
     elif pieces:
-        if need_weight or need_bias:
-            run(everything, None, d_weight, d_bias)
+        if need_weight or need_bias or need_up or need_low:
+            run(everything, None, d_low, d_weight, d_bias, d_up)
         for piece in pieces:
-            run(piece, d_hidden, None, None)
+            run(piece, d_hidden, None, None, None, None)
     else:
-        for gradient in (d_weight, d_bias):
+        for gradient in (d_weight, d_bias, d_up):
             if gradient is not None:
                 gradient.zero_()
-    return *(nothing.clone() if gradient is None else gradient for gradient in (d_hidden, d_weight, d_bias)), tiles
+    if need_low:
+        d_low = d_low.to(low.dtype)
+    gradients = (d_hidden, d_weight, d_bias, d_low, d_up)
+    return *(nothing.clone() if gradient is None else gradient for gradient in gradients), tiles
 
 
 @torch.library.register_fake("torchtune_lce::cut_cross_entropy_backward")
@@ -257,6 +291,8 @@ def _(
     hidden,
     weight,
     bias,
+    low,
+    up,
     rows,
     labels,
     count,
@@ -267,21 +303,19 @@ def _(
     softcap,
     filter_hidden,
     filter_weight,
-    need_hidden,
-    need_weight,
-    need_bias,
+    needs,
     workspace_mib,
 ):
-    needed = ((need_hidden, hidden), (need_weight, weight), (need_bias, bias))
-    gradients = (x.new_empty(x.shape) if need else hidden.new_empty(0) for need, x in needed)
+    operands = hidden, weight, bias, low, up
+    gradients = (x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in zip(operands, needs, strict=True))
     return *gradients, hidden.new_empty(2, dtype=torch.int64)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, bias, _, _, softcap, _, *settings = inputs
+    hidden, weight, bias, low, up, _, _, softcap, _, *settings = inputs
     _, _, rows, labels, count, row_lse, words, whole, dropped_mass = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, rows, labels, count, row_lse, words, whole, dropped_mass)
+    ctx.save_for_backward(hidden, weight, bias, low, up, rows, labels, count, row_lse, words, whole, dropped_mass)
     ctx.settings = softcap, *settings
     ctx.record = None
     if not torch.compiler.is_compiling():
@@ -292,9 +326,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, d_nll, d_lse, *_):
     softcap, filter_hidden, filter_weight, workspace_mib = ctx.settings
-    needs = ctx.needs_input_grad[:3]
+    needs = list(ctx.needs_input_grad[:5])
     *gradients, tiles = torch.ops.torchtune_lce.cut_cross_entropy_backward(
-        d_nll, d_lse, *ctx.saved_tensors, softcap, filter_hidden, filter_weight, *needs, workspace_mib
+        d_nll, d_lse, *ctx.saved_tensors, softcap, filter_hidden, filter_weight, needs, workspace_mib
     )
     if ctx.record:
         ctx.record.tiles = tiles
@@ -309,9 +343,11 @@ torch.library.register_autograd("torchtune_lce::cut_cross_entropy", _differentia
 torch.library.register_autograd("torchtune_lce::cut_cross_entropy_backward", _refuse_second_derivative)
 
 
-def _rows_contiguous(matrix: Tensor) -> Tensor:
+def _rows_contiguous(matrix: Tensor | None) -> Tensor | None:
     """Kernels take any row stride; features must lie next to each other."""
-    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 1 else matrix.contiguous()
+    if matrix is None or matrix.stride(-1) == 1 or matrix.shape[-1] == 1:
+        return matrix
+    return matrix.contiguous()
 
 
 def _in_order(hidden: Tensor, rows: Tensor, used: Tensor) -> Tensor:
@@ -354,7 +390,13 @@ def _tile_bytes(hidden: Tensor, config: Config) -> int:
 
 
 def _division(
-    hidden: Tensor, weight: Tensor, need_hidden: bool, tokens: int, workspace_mib: int, config: Config
+    hidden: Tensor,
+    weight: Tensor,
+    low: Tensor | None,
+    need_hidden: bool,
+    tokens: int,
+    workspace_mib: int,
+    config: Config,
 ) -> tuple[int, bool]:
     """Tiles of a strip, and whether hidden states are copied in the order of their places, within the workspace.
 
@@ -369,6 +411,9 @@ def _division(
     left = workspace - 24 * vocabulary - 64 * columns * row_blocks
     if need_hidden:
         left -= tokens * _sum_bytes(hidden) + tail_bytes(hidden)
+    if low is not None:
+        # Its gradient in float32, and the tail's mean of it.
+        left -= 4 * low.numel() + tail_bytes(low)
     copy = tokens * features * hidden.element_size()
     copies = has_blocks(config, hidden, weight) and left - copy >= workspace // 4
     if copies:

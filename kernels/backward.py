@@ -1,4 +1,4 @@
-"""Gradients of hidden states, weight and bias from the kept tiles, in one persistent launch.
+"""Gradients of hidden states, weight, bias and adapter from the kept tiles, in one persistent launch.
 
 The kernel walks the plan's strips. For each it computes the kept tiles' logit gradients into a workspace, waits for all
 programs, and multiplies them with the weight and the hidden states: sums run over tiles in a fixed order in registers,
@@ -14,13 +14,14 @@ from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
 from torchtune_lce.kernels.plan import Plan
 from torchtune_lce.kernels.primitives import (
     LOG2_E,
+    add_low_rank,
     grid_barrier,
     load_halves,
     softcapped,
     store_halves,
     tile_coordinates,
 )
-from torchtune_lce.kernels.tuning import Config, cooperative, programs
+from torchtune_lce.kernels.tuning import Config, cooperative, programs, rank_and_strides, rank_block
 
 
 @triton.jit
@@ -30,6 +31,8 @@ def _logit_gradient_pair(
     weight,
     weight_rows,
     bias,
+    low,
+    up,
     rows,
     labels,
     lse,
@@ -51,10 +54,14 @@ def _logit_gradient_pair(
     tokens_total,
     entries_total,
     features,
+    rank,
     hidden_stride,
     weight_stride,
+    low_stride,
+    up_stride,
     softcap,
     HAS_BIAS: tl.constexpr,
+    HAS_LOW_RANK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_D_LSE: tl.constexpr,
     HAS_TAIL: tl.constexpr,
@@ -120,6 +127,21 @@ def _logit_gradient_pair(
     if not WEIGHT_TMA:
         weight_at = weight + entry.to(tl.int64)[None, :] * weight_stride + depth[:, None]
     logits = tl.zeros((ROW_BLOCK, WIDTH), tl.float32)
+    if HAS_LOW_RANK:
+        low_rows = tl.load(rows + tl.minimum(place, tokens_total - 1))
+        logits = add_low_rank(
+            logits,
+            low,
+            low_rows,
+            used,
+            up,
+            entry,
+            any_entry < entries_total,
+            rank,
+            low_stride,
+            up_stride,
+            PRECISION,
+        )
     for start in range(0, features, BLOCK_D):
         if HIDDEN_TMA:
             a = hidden_rows.load([row_block * ROW_BLOCK, start])
@@ -285,6 +307,7 @@ def _hidden_gradient_tile(
     first_id,
     is_first,
     is_last,
+    keeps_mass,
     columns,
     tokens_total,
     entries_total,
@@ -323,7 +346,7 @@ def _hidden_gradient_tile(
             slots_here = tl.load(slots + index, mask=present, other=first_id) - first_id
             at = masses + slots_here[:, None].to(tl.int64) * ROW_BLOCK + in_tile[None, :]
             mass += tl.sum(tl.load(at, mask=present[:, None], other=0.0), 0)
-        # One chunk keeps the sum between strips; in the last strip all need it, and nothing writes to it.
+        # One item keeps the sum between strips; in the last strip all need it, and nothing writes to it.
         if is_last:
             if is_first == 0:
                 mass += tl.load(mass_before + place, mask=used, other=0.0)
@@ -332,7 +355,7 @@ def _hidden_gradient_tile(
                 upstream += tl.load(d_lse + place, mask=used, other=0.0)
             missing = upstream * (1 - mass)
         else:
-            if chunk == 0:
+            if keeps_mass:
                 if is_first == 0:
                     mass += tl.load(mass_before + place, mask=used, other=0.0)
                 tl.store(mass_before + place, mass, mask=used)
@@ -394,6 +417,8 @@ def _backward_kernel(
     weight_rows,
     weight_columns,
     bias,
+    low,
+    up,
     rows,
     labels,
     count,
@@ -406,11 +431,14 @@ def _backward_kernel(
     masses,
     mass_before,
     tail,
+    low_tail,
     d_hidden,
     sums_high,
     sums_low,
     d_weight,
     d_bias,
+    d_low,
+    d_up,
     arrivals,
     taken,
     entries,
@@ -429,18 +457,24 @@ def _backward_kernel(
     column_lengths,
     entries_total,
     features,
+    rank,
     row_blocks_total,
     columns,
     hidden_stride,
     weight_stride,
+    low_stride,
+    up_stride,
     softcap,
     HAS_BIAS: tl.constexpr,
+    HAS_LOW_RANK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_D_LSE: tl.constexpr,
     HAS_TAIL: tl.constexpr,
     NEED_HIDDEN: tl.constexpr,
     NEED_WEIGHT: tl.constexpr,
     NEED_BIAS: tl.constexpr,
+    NEED_LOW: tl.constexpr,
+    NEED_UP: tl.constexpr,
     DENSE: tl.constexpr,
     HIDDEN_TMA: tl.constexpr,
     WEIGHT_TMA: tl.constexpr,
@@ -451,6 +485,7 @@ def _backward_kernel(
     GROUP: tl.constexpr,
     FEATURES: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -460,13 +495,23 @@ def _backward_kernel(
     tokens_total = tl.load(count)
     row_blocks = tl.cdiv(tokens_total, ROW_BLOCK)
     chunks = tl.cdiv(features, FEATURES)
-    # Work items of a column: the chunks of its weight gradient, then its bias gradient.
+    # Work items of a column: the chunks of its weight gradient, those of `up`, then its bias gradient.
     weight_chunks = 0
     if NEED_WEIGHT:
         weight_chunks = chunks
     column_chunks = weight_chunks
+    if NEED_UP:
+        column_chunks += tl.cdiv(rank, RANK_BLOCK)
+    bias_chunk = column_chunks
     if NEED_BIAS:
         column_chunks += 1
+    # Of a row block: the chunks of its hidden states' gradient, then those of `low`.
+    hidden_chunks = 0
+    if NEED_HIDDEN:
+        hidden_chunks = chunks
+    row_chunks = hidden_chunks
+    if NEED_LOW:
+        row_chunks += tl.cdiv(rank, RANK_BLOCK)
     last_strip = tl.load(strips + 2) - 1
     arrived = 0
     for strip in range(tl.load(strips), tl.load(strips + 1)):
@@ -483,6 +528,8 @@ def _backward_kernel(
                 weight,
                 weight_rows,
                 bias,
+                low,
+                up,
                 rows,
                 labels,
                 lse,
@@ -504,10 +551,14 @@ def _backward_kernel(
                 tokens_total,
                 entries_total,
                 features,
+                rank,
                 hidden_stride,
                 weight_stride,
+                low_stride,
+                up_stride,
                 softcap,
                 HAS_BIAS,
+                HAS_LOW_RANK,
                 HAS_SOFTCAP,
                 HAS_D_LSE,
                 HAS_TAIL,
@@ -525,9 +576,7 @@ def _backward_kernel(
         arrived += workers
         grid_barrier(arrivals, arrived, GRADIENT_TMA)
         column_items = (end_column - first_column) * column_chunks
-        items = column_items
-        if NEED_HIDDEN:
-            items += row_blocks * chunks
+        items = column_items + row_blocks * row_chunks
         item = program
         while item < items:
             if item < column_items:
@@ -563,8 +612,38 @@ def _backward_kernel(
                             EVEN_D,
                             PRECISION,
                         )
+                if NEED_UP:
+                    if (chunk >= weight_chunks) & (chunk < bias_chunk):
+                        _weight_gradient_tile(
+                            low,
+                            None,
+                            rows,
+                            entries,
+                            column_others,
+                            column_slots,
+                            column_lengths,
+                            gradients,
+                            gradient_rows,
+                            d_up,
+                            column,
+                            chunk - weight_chunks,
+                            first_id,
+                            row_blocks_total,
+                            tokens_total,
+                            entries_total,
+                            rank,
+                            low_stride,
+                            False,
+                            GRADIENT_TMA,
+                            ROW_BLOCK,
+                            TILE,
+                            RANK_BLOCK,
+                            BLOCK_K,
+                            False,
+                            PRECISION,
+                        )
                 if NEED_BIAS:
-                    if chunk == weight_chunks:
+                    if chunk == bias_chunk:
                         _bias_gradient_tile(
                             entries,
                             column_slots,
@@ -579,48 +658,97 @@ def _backward_kernel(
                             TILE,
                         )
             else:
+                row_block = (item - column_items) // row_chunks
+                chunk = (item - column_items) % row_chunks
+                begin = tl.load(rows_before + row_block.to(tl.int64) * (columns + 1) + first_column)
+                end = tl.load(rows_before + row_block.to(tl.int64) * (columns + 1) + end_column)
                 if NEED_HIDDEN:
-                    row_block = (item - column_items) // chunks
-                    _hidden_gradient_tile(
-                        weight,
-                        weight_columns,
-                        rows,
-                        entries,
-                        row_others,
-                        row_slots,
-                        tl.load(rows_before + row_block.to(tl.int64) * (columns + 1) + first_column),
-                        tl.load(rows_before + row_block.to(tl.int64) * (columns + 1) + end_column),
-                        gradients,
-                        gradient_columns,
-                        masses,
-                        mass_before,
-                        tail,
-                        d_nll,
-                        d_lse,
-                        d_hidden,
-                        sums_high,
-                        sums_low,
-                        row_block,
-                        (item - column_items) % chunks,
-                        first_id,
-                        strip == 0,
-                        strip == last_strip,
-                        columns,
-                        tokens_total,
-                        entries_total,
-                        features,
-                        weight_stride,
-                        HAS_D_LSE,
-                        HAS_TAIL,
-                        WEIGHT_TMA,
-                        GRADIENT_TMA,
-                        ROW_BLOCK,
-                        TILE,
-                        FEATURES,
-                        BLOCK_K,
-                        EVEN_D,
-                        PRECISION,
-                    )
+                    if chunk < hidden_chunks:
+                        _hidden_gradient_tile(
+                            weight,
+                            weight_columns,
+                            rows,
+                            entries,
+                            row_others,
+                            row_slots,
+                            begin,
+                            end,
+                            gradients,
+                            gradient_columns,
+                            masses,
+                            mass_before,
+                            tail,
+                            d_nll,
+                            d_lse,
+                            d_hidden,
+                            sums_high,
+                            sums_low,
+                            row_block,
+                            chunk,
+                            first_id,
+                            strip == 0,
+                            strip == last_strip,
+                            chunk == 0,
+                            columns,
+                            tokens_total,
+                            entries_total,
+                            features,
+                            weight_stride,
+                            HAS_D_LSE,
+                            HAS_TAIL,
+                            WEIGHT_TMA,
+                            GRADIENT_TMA,
+                            ROW_BLOCK,
+                            TILE,
+                            FEATURES,
+                            BLOCK_K,
+                            EVEN_D,
+                            PRECISION,
+                        )
+                if NEED_LOW:
+                    if chunk >= hidden_chunks:
+                        _hidden_gradient_tile(
+                            up,
+                            None,
+                            rows,
+                            entries,
+                            row_others,
+                            row_slots,
+                            begin,
+                            end,
+                            gradients,
+                            gradient_columns,
+                            masses,
+                            mass_before,
+                            low_tail,
+                            d_nll,
+                            d_lse,
+                            d_low,
+                            None,
+                            None,
+                            row_block,
+                            chunk - hidden_chunks,
+                            first_id,
+                            strip == 0,
+                            strip == last_strip,
+                            # Where hidden states have a gradient too, an item of theirs does.
+                            chunk + hidden_chunks == 0,
+                            columns,
+                            tokens_total,
+                            entries_total,
+                            rank,
+                            up_stride,
+                            HAS_D_LSE,
+                            HAS_TAIL,
+                            False,
+                            GRADIENT_TMA,
+                            ROW_BLOCK,
+                            TILE,
+                            RANK_BLOCK,
+                            BLOCK_K,
+                            False,
+                            PRECISION,
+                        )
             # Items differ in length, so whoever is done takes the next one: who computes it changes no bit of it.
             item = workers + tl.atomic_add(taken + strip, 1, sem="relaxed", scope="gpu")
         arrived += workers
@@ -634,18 +762,22 @@ def run_backward(
     is_in_order: Tensor | None,  # [1] bool: whether it is that, where the host does not know
     weight: Tensor,  # [V, D]
     bias: Tensor | None,  # [V]
+    low: Tensor | None,  # [N, r]
+    up: Tensor | None,  # [V, r], with low
     rows: Tensor,  # [M] int64: row of hidden at each place
     labels: Tensor,  # [M]
     count: Tensor,  # [1] int32: places in use
     lse: Tensor,  # [M] float32
     d_nll: Tensor,  # [M] float32
     d_lse: Tensor | None,  # [M] float32
-    tail: Tensor | None,  # [D] float32: tail_direction, added to the gradient of hidden
+    tail: tuple[Tensor, Tensor | None] | None,  # tail_direction, added to the gradients of hidden and low
     softcap: float | None,
     strip_tiles: int,
     d_hidden: Tensor | None,  # [N, D], zero; filled at `rows`
     d_weight: Tensor | None,  # [V, D], every row written
     d_bias: Tensor | None,  # [V], every element written
+    d_low: Tensor | None,  # [N, r] float32, zero; filled at `rows`
+    d_up: Tensor | None,  # [V, r], every row written
     config: Config,
 ) -> None:
     """Launches the backward for the places of ``rows``; reads nothing back to the host."""
@@ -657,8 +789,9 @@ def run_backward(
         sums_low = sums_high.new_empty((rows.numel(), features))
     masses = mass_before = None
     if tail is not None:
-        masses = tail.new_empty((strip_tiles, config.row_block))
-        mass_before = tail.new_empty(rows.numel())
+        masses = lse.new_empty((strip_tiles, config.row_block))
+        mass_before = lse.new_empty(rows.numel())
+    rank, *adapter_strides = rank_and_strides(low, up)
     by_row = None, None
 
     def gradient_blocks(gradients: Tensor) -> tuple:
@@ -682,6 +815,8 @@ def run_backward(
             weight,
             *weight_blocks,
             bias,
+            low,
+            up,
             rows,
             labels,
             count,
@@ -692,12 +827,14 @@ def run_backward(
             *gradient_blocks(gradients),
             masses,
             mass_before,
-            tail,
+            *(tail or (None, None)),
             d_hidden,
             sums_high,
             sums_low,
             d_weight,
             d_bias,
+            d_low,
+            d_up,
             counters[:1],
             counters[1:],
             plan.entries,
@@ -716,18 +853,23 @@ def run_backward(
             plan.columns_length,
             weight.shape[0],
             features,
+            rank,
             triton.cdiv(rows.numel(), config.row_block),
             plan.columns_length.numel(),
             hidden.stride(0),
             weight.stride(0),
+            *adapter_strides,
             softcap or 1.0,
             HAS_BIAS=bias is not None,
+            HAS_LOW_RANK=low is not None,
             HAS_SOFTCAP=softcap is not None,
             HAS_D_LSE=d_lse is not None,
             HAS_TAIL=tail is not None and not dense,
             NEED_HIDDEN=d_hidden is not None,
             NEED_WEIGHT=d_weight is not None,
             NEED_BIAS=d_bias is not None,
+            NEED_LOW=d_low is not None,
+            NEED_UP=d_up is not None,
             DENSE=dense,
             HIDDEN_TMA=hidden_blocks[0] is not None,
             WEIGHT_TMA=weight_blocks[0] is not None,
@@ -738,6 +880,7 @@ def run_backward(
             GROUP=config.group,
             FEATURES=config.features,
             BLOCK_D=config.block_d,
+            RANK_BLOCK=rank_block(rank),
             BLOCK_K=config.block_k,
             EVEN_D=features % config.block_d == 0 and features % config.features == 0,
             PRECISION=config.precision,

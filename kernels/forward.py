@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
-from torchtune_lce.kernels.primitives import LOG2_E, bitwise_or, softcapped, tile_coordinates
-from torchtune_lce.kernels.tuning import Config, config_for, programs
+from torchtune_lce.kernels.primitives import LOG2_E, add_low_rank, bitwise_or, softcapped, tile_coordinates
+from torchtune_lce.kernels.tuning import Config, config_for, programs, rank_and_strides
 
 WORD_BITS = tl.constexpr(32)
 
@@ -106,16 +106,22 @@ def _target_kernel(
     hidden,
     weight,
     bias,
+    low,
+    up,
     labels,
     count,
     target_logit,
     words,
     features,
+    rank,
     hidden_stride,
     weight_stride,
+    low_stride,
+    up_stride,
     words_stride,
     softcap,
     HAS_BIAS: tl.constexpr,
+    HAS_LOW_RANK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     RECORD: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
@@ -136,6 +142,20 @@ def _target_kernel(
     hidden_rows = hidden + tokens.to(tl.int64)[:, None] * hidden_stride
     weight_rows = weight + label.to(tl.int64)[None, :] * weight_stride
     logits = tl.zeros((TOKENS, TOKENS), tl.float32)
+    if HAS_LOW_RANK:
+        logits = add_low_rank(
+            logits,
+            low,
+            tokens,
+            mask,
+            up,
+            label,
+            mask,
+            rank,
+            low_stride,
+            up_stride,
+            PRECISION,
+        )
     for start in range(0, features, BLOCK_D):
         d = start + depth
         a = tl.load(hidden_rows + d[None, :], mask=mask[:, None] & (d < features)[None, :], other=0.0)
@@ -161,14 +181,19 @@ def _pointer_kernel(
     hidden,
     weight,
     bias,
+    low,
+    up,
     count,
     running,
     statistics,
     words,
     entries_total,
     features,
+    rank,
     hidden_stride,
     weight_stride,
+    low_stride,
+    up_stride,
     tokens_stride,
     words_stride,
     first_tile,
@@ -176,6 +201,7 @@ def _pointer_kernel(
     log_eps,
     softcap,
     HAS_BIAS: tl.constexpr,
+    HAS_LOW_RANK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     RECORD: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -197,6 +223,20 @@ def _pointer_kernel(
         hidden_rows = hidden + tokens.to(tl.int64)[:, None] * hidden_stride
         weight_rows = weight + entries.to(tl.int64)[None, :] * weight_stride
         logits = tl.zeros((ROW_BLOCK, ENTRIES), tl.float32)
+        if HAS_LOW_RANK:
+            logits = add_low_rank(
+                logits,
+                low,
+                tokens,
+                token_mask,
+                up,
+                entries,
+                entries < entries_total,
+                rank,
+                low_stride,
+                up_stride,
+                PRECISION,
+            )
         for start in range(0, features, BLOCK_D):
             d = start + depth
             a = tl.load(hidden_rows + d[None, :], mask=token_mask[:, None] & (d < features)[None, :], other=0.0)
@@ -233,14 +273,19 @@ def _descriptor_kernel(
     hidden,
     weight,
     bias,
+    low,
+    up,
     count,
     running,
     statistics,
     words,
     entries_total,
     features,
+    rank,
     hidden_stride,
     weight_stride,
+    low_stride,
+    up_stride,
     tokens_stride,
     words_stride,
     first_tile,
@@ -248,6 +293,7 @@ def _descriptor_kernel(
     log_eps,
     softcap,
     HAS_BIAS: tl.constexpr,
+    HAS_LOW_RANK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     RECORD: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -259,15 +305,31 @@ def _descriptor_kernel(
 ):
     """:func:`_pointer_kernel` with `hidden` and `weight` as tensor descriptors: the copy engine loads the tiles.
 
-    Flattening the loop over tiles lets the loads of the next tile start while this one's statistics are computed.
+    Flattening the loop over tiles lets the loads of the next tile start while this one's statistics are computed; a
+    second loop in it, over an adapter's rank, cannot be flattened.
     """
     tokens_total = tl.load(count)
     row_blocks = tl.cdiv(tokens_total, ROW_BLOCK)
-    for index in tl.range(tl.program_id(0), row_blocks * tiles, tl.num_programs(0), flatten=True):
+    for index in tl.range(tl.program_id(0), row_blocks * tiles, tl.num_programs(0), flatten=not HAS_LOW_RANK):
         row_block, column = tile_coordinates(index, row_blocks, tiles, GROUP)
         entry_tile = first_tile + column
         tokens = row_block * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
         logits = tl.zeros((ROW_BLOCK, ENTRIES), tl.float32)
+        if HAS_LOW_RANK:
+            entries = entry_tile * ENTRIES + tl.arange(0, ENTRIES)
+            logits = add_low_rank(
+                logits,
+                low,
+                tokens,
+                tokens < tokens_total,
+                up,
+                entries,
+                entries < entries_total,
+                rank,
+                low_stride,
+                up_stride,
+                PRECISION,
+            )
         for start in range(0, features, BLOCK_D):
             a = hidden.load([row_block * ROW_BLOCK, start])
             b = weight.load([entry_tile * ENTRIES, start])
@@ -339,6 +401,8 @@ def lse_and_target_logit(
     hidden: Tensor,  # [N, D], the rows in use first
     weight: Tensor,  # [V, D]
     bias: Tensor | None,  # [V]
+    low: Tensor | None,  # [N, r], in the order of hidden
+    up: Tensor | None,  # [V, r], with low
     labels: Tensor,  # [N] integer
     count: Tensor,  # [1] int32, rows in use, on the device
     softcap: float | None,
@@ -349,6 +413,7 @@ def lse_and_target_logit(
     config = config_for(hidden.device, hidden.dtype)
     tokens, features = hidden.shape
     vocabulary = weight.shape[0]
+    rank, *adapter_strides = rank_and_strides(low, up)
     target_logit = hidden.new_zeros(tokens, dtype=torch.float32)
     plan = phases(vocabulary, config.forward_entries)
     # Of each token: its log-sum-exp and, when recorded, that of its inactive entries.
@@ -360,14 +425,18 @@ def lse_and_target_logit(
             hidden_operand,
             weight_operand,
             bias,
+            low,
+            up,
             count,
             running,
             statistics,
             activity.words if activity else None,
             vocabulary,
             features,
+            rank,
             hidden.stride(0),
             weight.stride(0),
+            *adapter_strides,
             tokens,
             activity.words.stride(0) if activity else 0,
             first_tile,
@@ -375,6 +444,7 @@ def lse_and_target_logit(
             log_eps,
             softcap or 1.0,
             HAS_BIAS=bias is not None,
+            HAS_LOW_RANK=low is not None,
             HAS_SOFTCAP=softcap is not None,
             RECORD=activity is not None,
             RAGGED=(first_tile + width) * config.forward_entries > vocabulary,
@@ -394,16 +464,21 @@ def lse_and_target_logit(
         hidden,
         weight,
         bias,
+        low,
+        up,
         labels,
         count,
         target_logit,
         activity.words if activity else None,
         features,
+        rank,
         hidden.stride(0),
         weight.stride(0),
+        *adapter_strides,
         activity.words.stride(0) if activity else 0,
         softcap or 1.0,
         HAS_BIAS=bias is not None,
+        HAS_LOW_RANK=low is not None,
         HAS_SOFTCAP=softcap is not None,
         RECORD=activity is not None,
         ROW_BLOCK=config.row_block,

@@ -7,6 +7,8 @@ from torchtune_lce.kernels.tuning import is_interpreted
 
 IS_INTERPRETED = tl.constexpr(is_interpreted())
 LOG2_E = tl.constexpr(1.4426950408889634)
+# Depth of products over an adapter's rank, the least that tl.dot takes: addresses of deeper ones spill.
+RANK_DEPTH = tl.constexpr(16)
 
 
 @triton.jit
@@ -19,6 +21,31 @@ def softcapped(logits, softcap):
     y = x * x
     series = logits * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
     return tl.where(y < 1 / 16, series, softcap * (2 * tl.sigmoid(2 * x) - 1))
+
+
+@triton.jit
+def add_low_rank(
+    logits,
+    low,
+    low_rows,
+    low_mask,
+    up,
+    up_rows,
+    up_mask,
+    rank,
+    low_stride,
+    up_stride,
+    PRECISION: tl.constexpr,
+):
+    """logits + low[low_rows] @ up[up_rows]^T, an adapter's part: before the products over D, as all do."""
+    for start in tl.range(0, rank, RANK_DEPTH, num_stages=1):
+        r = start + tl.arange(0, RANK_DEPTH)
+        a_at = low + low_rows.to(tl.int64)[:, None] * low_stride + r[None, :]
+        b_at = up + up_rows.to(tl.int64)[None, :] * up_stride + r[:, None]
+        a = tl.load(a_at, mask=low_mask[:, None] & (r < rank)[None, :], other=0.0)
+        b = tl.load(b_at, mask=up_mask[None, :] & (r < rank)[:, None], other=0.0)
+        logits = tl.dot(a, b, logits, input_precision=PRECISION)
+    return logits
 
 
 @triton.jit

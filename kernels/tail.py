@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from torchtune_lce.kernels.plan import Plan
-from torchtune_lce.kernels.primitives import LOG2_E, softcapped
-from torchtune_lce.kernels.tuning import Config, programs
+from torchtune_lce.kernels.primitives import LOG2_E, RANK_DEPTH, add_low_rank, softcapped
+from torchtune_lce.kernels.tuning import Config, programs, rank_and_strides
 
 
 @triton.jit(do_not_specialize=["row_blocks_total"])
@@ -22,6 +22,8 @@ def _tail_kernel(
     hidden,
     weight,
     bias,
+    low,
+    up,
     rows,
     lse,
     count,
@@ -29,15 +31,20 @@ def _tail_kernel(
     kept,
     sparse_strips,
     sums,
+    low_sums,
     masses,
     columns,
     row_blocks_total,
     entries_total,
     features,
+    rank,
     hidden_stride,
     weight_stride,
+    low_stride,
+    up_stride,
     softcap,
     HAS_BIAS: tl.constexpr,
+    HAS_LOW_RANK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     SAMPLE: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
@@ -62,6 +69,8 @@ def _tail_kernel(
         inside = entry < entries_total
         weight_rows = weight + entry.to(tl.int64) * weight_stride
         logits = tl.zeros((SAMPLE, TILE), tl.float32)
+        if HAS_LOW_RANK:
+            logits = add_low_rank(logits, low, token, used, up, entry, inside, rank, low_stride, up_stride, PRECISION)
         for start in range(0, features, BLOCK_D):
             d = start + depth
             a = tl.load(hidden_rows + d[None, :], mask=used[:, None] & (d < features)[None, :], other=0.0)
@@ -85,6 +94,15 @@ def _tail_kernel(
             total = tl.sum(w.to(tl.float32) * weights[:, None], 0)
             total += tl.load(sums + d, mask=d < features, other=0.0)
             tl.store(sums + d, total, mask=d < features)
+        if HAS_LOW_RANK:
+            for start in range(0, rank, RANK_DEPTH):
+                r = start + tl.arange(0, RANK_DEPTH)
+                at = up + entry.to(tl.int64)[:, None] * up_stride + r[None, :]
+                b = tl.load(at, mask=inside[:, None] & (r < rank)[None, :], other=0.0)
+                total = tl.sum(b.to(tl.float32) * weights[:, None], 0)
+                own = low_sums + program * rank + r
+                total += tl.load(own, mask=r < rank, other=0.0)
+                tl.store(own, total, mask=r < rank)
     tl.store(masses + program, mass)
 
 
@@ -102,24 +120,30 @@ def tail_direction(
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
     bias: Tensor | None,  # [V]
+    low: Tensor | None,  # [N, r]
+    up: Tensor | None,  # [V, r], with low
     rows: Tensor,  # [M] int64: row of hidden at each place
     count: Tensor,  # [1] int32: places in use
     lse: Tensor,  # [M] float32
     softcap: float | None,
     config: Config,
-) -> Tensor:  # [D] float32
-    """What a unit of dropped mass adds to the gradient of a hidden state; zero where nothing is dropped.
+) -> tuple[Tensor, Tensor | None]:  # [D] and, with low, [r] float32
+    """What a unit of dropped mass adds to the gradients of a hidden state and of ``low``; zero if nothing is dropped.
 
     With a softcap each row is weighted by the cap's derivative too.
     """
     columns, row_blocks = plan.kept.shape
     grid = min(_programs(hidden), columns)
     sums = hidden.new_zeros((grid, hidden.shape[1]), dtype=torch.float32)
+    rank, *adapter_strides = rank_and_strides(low, up)
+    low_sums = None if low is None else sums.new_zeros((grid, rank))
     masses = hidden.new_empty(grid, dtype=torch.float32)
     _tail_kernel[(grid,)](
         hidden,
         weight,
         bias,
+        low,
+        up,
         rows,
         lse,
         count,
@@ -127,15 +151,19 @@ def tail_direction(
         plan.kept,
         plan.sparse_strips,
         sums,
+        low_sums,
         masses,
         columns,
         row_blocks,
         weight.shape[0],
         hidden.shape[1],
+        rank,
         hidden.stride(0),
         weight.stride(0),
+        *adapter_strides,
         softcap or 1.0,
         HAS_BIAS=bias is not None,
+        HAS_LOW_RANK=low is not None,
         HAS_SOFTCAP=softcap is not None,
         SAMPLE=config.sample,
         ROW_BLOCK=config.row_block,
@@ -145,4 +173,5 @@ def tail_direction(
         num_warps=4,
         num_stages=config.forward_stages,
     )
-    return sums.sum(0) / masses.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    mass = masses.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return sums.sum(0) / mass, None if low is None else low_sums.sum(0) / mass

@@ -70,11 +70,14 @@ def test_an_impl_that_cannot_run_says_so_when_compiled_too(device):
 
 @pytest.mark.parametrize("eps", [2.0**-6, None])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_operators_of_cce_keep_the_rules(eps, frozen, device):
+@pytest.mark.parametrize("adapter", ["none", "LoRA"])
+def test_operators_of_cce_keep_the_rules(adapter, eps, frozen, device):
     hidden, weight, targets = make_inputs(device)
     bias = torch.randn(VOCABULARY, device=device, requires_grad=not frozen)
     weight.requires_grad_(not frozen)
-    arguments = (hidden, weight, bias, targets, -100, None, eps, True, True, 64)
+    low, up = (torch.randn(rows, 3, device=device, requires_grad=True) for rows in (len(hidden), len(weight)))
+    low_rank = (None, None) if adapter == "none" else (low, up)
+    arguments = (hidden, weight, bias, *low_rank, targets, -100, None, eps, True, True, 64)
     torch.library.opcheck(torch.ops.torchtune_lce.cut_cross_entropy.default, arguments)
 
 

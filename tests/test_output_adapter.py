@@ -11,8 +11,11 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
-from torchtune_lce import LinearCrossEntropyLoss, LinearForwardKLLoss, implementations, output_adapter
+from torchtune_lce import LinearCrossEntropyLoss, LinearForwardKLLoss, filtering, implementations, output_adapter
 from torchtune_lce.chunked import entries_per_chunk
+from torchtune_lce.functional import compute
+from torchtune_lce.low_rank import LowRank
+from torchtune_lce.options import Options
 
 EMBED_DIM = SIZES["embed_dim"]
 MIB = 2**20
@@ -172,6 +175,81 @@ def test_no_label_at_all(kind):
     assert not any(value.any() for value in found.values())
 
 
+# ---- in the kernels
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("impl", "dropout"), [("cce_exact", 0.0), ("cce_exact", 0.4), ("cce", 0.4), ("cce_kahan_full_c", 0.0)]
+)
+def test_kernels_are_torchtunes(impl, dropout, case, device):
+    """As above, in float32: no softmax entry here is below what filtering leaves out there, 2^-28."""
+    pytest.importorskip("triton")
+    trained = case in ("softcap", "smoothed")
+    output = make_output("LoRA", dropout=dropout, use_bias=trained).to(device)
+    for name in ("weight", "bias") if trained else ("weight",):
+        getattr(output, name).requires_grad_(trained)
+    hidden, targets = (x.to(device) for x in batch(torch.float32))
+    hidden = hidden.detach().requires_grad_()
+    torch.manual_seed(4)
+    expected = results(expected_loss(output, hidden, targets, **CASES[case]), output, hidden)
+    _, loss = bound(output, impl=impl, **CASES[case])
+    torch.manual_seed(4)
+    found = results(loss(hidden, targets), output, hidden)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = value.abs().max().item()
+        assert scale > 0
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(("rank", "eps"), [(1, None), (140, None), (20, 2.0**-8), (140, 2.0**-8)])
+def test_kernels_with_a_large_rank_in_strips_and_with_a_dropped_tail(rank, eps, device):
+    """Against float64. Rank 140 takes two blocks of it; filtered gradients are near, and their tail's mean is there.
+
+    Where all rows of weight and adapter agree in a feature the whole tail is its mean: the gradient there is exact.
+    """
+    pytest.importorskip("triton")
+    from torchtune_lce.kernels import autograd, plan
+
+    tokens, vocabulary, width = 140, 1500, 24
+    hidden, low = torch.randn(tokens, width) / 2, torch.randn(tokens, rank) / rank**0.5
+    weight, up = torch.randn(vocabulary, width) / 3, torch.randn(vocabulary, rank) / 3
+    hidden[:, 0] = 3
+    weight[:, 0] = torch.linspace(-3, 0, vocabulary)[torch.randperm(vocabulary)]
+    weight[:, 1] = up[:, 0] = 0.5
+    targets = torch.randint(vocabulary, (tokens,))
+    targets[7:50] = -100
+
+    def gradients(dtype, impl):
+        leaves = [x.to(device, dtype).requires_grad_() for x in (hidden, weight, low, up)]
+        options = Options(filter_eps=eps, workspace_mib=1)
+        settings = {"options": options, "reduction": "mean", "shift": 0, "return_lse": False, "impl": impl}
+        low_rank = LowRank(leaves[2], leaves[3], None)
+        loss = compute(*leaves[:2], targets.to(device), None, low_rank=low_rank, **settings)
+        return loss.detach(), torch.autograd.grad(loss, leaves)
+
+    exact_loss, exact = gradients(torch.float64, "reference")
+    with pytest.MonkeyPatch.context() as patch:
+        # Filtering few tokens keeps most tiles; and the smallest strips that there can be.
+        patch.setattr(plan, "DENSE_FRACTION", 1.0)
+        patch.setattr(autograd, "make_plan", lambda *args: plan.make_plan(*args[:6], 2 * args[4], *args[7:]))
+        with filtering.recording() as records:
+            loss, found = gradients(torch.float32, "cce")
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-6, atol=0)
+    if eps is None:
+        for ours, wanted in zip(found, exact, strict=True):
+            # That of `low` is zero where its rank is 1: all of `up` is the same.
+            torch.testing.assert_close(ours.double(), wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item() + 1e-7)
+        return
+    assert records[0].kept_fraction < 0.9
+    assert records[0].dropped_mass.mean() > 1e-3
+    for name, ours, wanted in zip(("hidden", "weight", "low", "up"), found, exact, strict=True):
+        assert 0 < (ours.double() - wanted).norm() < 0.1 * wanted.norm(), name
+    for ours, wanted, feature in ((found[0], exact[0], 1), (found[2], exact[2], 0)):
+        torch.testing.assert_close(ours[:, feature].double(), wanted[:, feature], rtol=1e-3, atol=1e-6)
+
+
 # ---- memory
 
 
@@ -204,22 +282,44 @@ def test_nothing_as_large_as_the_weight_is_allocated(kind, dropout, monkeypatch)
     assert 0 < largest < weight / 8
     used = usage(step, torch.device("cpu"), interpreted=False)
     assert used.peak < weight / 2
-    if kind == "LoRA" and not dropout:  # the meter shows what kernels, which take one matrix, are given
+    if kind == "LoRA" and not dropout:  # the meter shows what distillation, which takes one matrix, is given
         assert usage(loss._projection.read, torch.device("cpu"), interpreted=False).peak >= weight
     elif kind == "DoRA":
         with pytest.raises(TypeError, match="DoRALinear"):
             loss._projection.read()
 
 
+def test_kernels_allocate_nothing_as_large_as_the_weight(device):
+    pytest.importorskip("triton")
+    vocabulary, width = (2400, 400) if device.type == "cpu" else (200_000, 2048)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    output = make_output("LoRA", vocabulary=vocabulary, width=width, dropout=0.2).to(device, dtype)
+    output.weight.requires_grad_(False)
+    hidden = torch.randn(1, 32, width, device=device, dtype=dtype, requires_grad=True)
+    targets = torch.randint(vocabulary, (1, 32), device=device)
+    model = build_model(tied=False)
+    model.tok_embeddings = nn.Embedding(vocabulary, 1)
+    model.output = output
+    loss = LinearCrossEntropyLoss(impl="cce", workspace_mib=1)
+    loss.set_model_output(model)
+
+    def step():
+        loss(hidden, targets).backward()
+
+    step()
+    for tensor in (hidden, *output.parameters()):
+        tensor.grad = None
+    assert usage(step, device, interpreted=device.type == "cpu").peak < output.weight.nbytes / 2
+
+
 # ---- what runs, and what is refused
 
 
-@pytest.mark.parametrize(("kind", "dropout"), [("LoRA", 0.1), ("DoRA", 0.0)])
-def test_kernels_refuse_and_auto_takes_chunked(kind, dropout, caplog, monkeypatch):
-    output = make_output(kind, dropout=dropout)
+def test_kernels_refuse_dora_and_auto_takes_chunked(caplog):
+    output = make_output("DoRA")
     hidden, targets = batch(torch.float32)
     _, loss = bound(output, impl="cce")
-    message = r"impl='cce' takes an output projection as one matrix, .* set impl='chunked' \(what 'auto' takes for it\)"
+    message = r"impl='cce' does not scale rows of the output .* set impl='chunked' \(what 'auto' takes for it\)"
     with pytest.raises(RuntimeError, match=message):
         loss(hidden, targets)
     _, loss = bound(output)
@@ -228,28 +328,15 @@ def test_kernels_refuse_and_auto_takes_chunked(kind, dropout, caplog, monkeypatc
     assert loss(hidden, targets).isfinite()
     (said,) = [record.message for record in caplog.records if "Linear cross-entropy runs" in record.message]
     assert "impl 'chunked' (set: 'auto')" in said
-    assert f"and the {kind} on it, of rank 4" in said
+    assert "and the DoRA on it, of rank 4" in said
 
 
 def test_auto_says_why(caplog):
     implementations._say_once.cache_clear()
     caplog.set_level(logging.INFO, logger="torchtune_lce")
-    name, _ = implementations.choose("auto", torch.empty(1, device="meta"), low_rank=True)
+    name, _ = implementations.choose("auto", torch.empty(1, device="meta"), scaled=True)
     assert name == "chunked"
-    assert "DoRA or dropout keeps the output's adapter apart" in caplog.text
-
-
-def test_kernels_take_lora_without_dropout():
-    """The weight that the adapter has been added to, as before; and with dropout too where it does not act."""
-    pytest.importorskip("triton")
-    for dropout in (0.0, 0.5):
-        output = make_output("LoRA", dropout=dropout).eval()
-        hidden, targets = batch(torch.float32)
-        _, loss = bound(output, impl="cce")
-        expected = results(expected_loss(output, hidden, targets), output, hidden)
-        found = results(loss(hidden, targets), output, hidden)
-        for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+    assert "the kernels do not scale rows of the output" in caplog.text
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -184,7 +184,8 @@ def compute(
     hidden, weight, bias = _autocast(hidden, weight, bias)
     validation.check_tensors(hidden, weight, targets, bias)
     validation.check_ignore_index(options.ignore_index, targets)
-    name, token_losses = implementations.choose(impl, hidden, low_rank is not None)
+    scaled = low_rank is not None and low_rank.scale is not None
+    name, token_losses = implementations.choose(impl, hidden, scaled)
     if low_rank is not None:
         validation.check_low_rank(name, options, low_rank)
         token_losses = partial(token_losses, low_rank=low_rank)

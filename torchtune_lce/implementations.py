@@ -43,8 +43,6 @@ _TORCH_IMPLS: dict[str, TokenLosses] = {
 }
 # Differentiated by autograd, in every mode that it has; the others are custom operators with a backward of their own.
 MADE_OF_TORCH = ("torch_compile", "reference")
-# Take a LowRank as a sixth argument; the kernels take one matrix.
-TAKE_LOW_RANK = tuple(_TORCH_IMPLS)
 NAMES = ("auto", *CCE_PRESETS, *_TORCH_IMPLS)
 
 
@@ -53,14 +51,14 @@ def check_name(impl: str) -> None:
         raise ValueError(f"impl must be one of {', '.join(NAMES)}, got {impl!r}")
 
 
-def choose(impl: str, hidden: Tensor, low_rank: bool = False) -> tuple[str, TokenLosses]:
+def choose(impl: str, hidden: Tensor, scaled: bool = False) -> tuple[str, TokenLosses]:
     """The implementation that runs for ``impl`` on the device and dtype of ``hidden``, and its name.
 
-    With ``low_rank`` one that takes a :class:`torchtune_lce.low_rank.LowRank`.
+    All take a :class:`torchtune_lce.low_rank.LowRank` as a sixth argument; with ``scaled`` it has a scale.
 
     Raises ValueError for an unknown name and RuntimeError, saying what to set instead, for one that cannot run here.
     """
-    name = _resolve(impl, hidden.device, hidden.dtype, low_rank)
+    name = _resolve(impl, hidden.device, hidden.dtype, scaled)
     if name in _TORCH_IMPLS:
         return name, _TORCH_IMPLS[name]
     # Imported here: Triton may be absent, and TRITON_INTERPRET is read when the kernels are defined.
@@ -69,13 +67,13 @@ def choose(impl: str, hidden: Tensor, low_rank: bool = False) -> tuple[str, Toke
     return name, autograd.token_losses(CCE_PRESETS[name])
 
 
-def _resolve(impl: str, device: torch.device, dtype: torch.dtype, low_rank: bool) -> str:
+def _resolve(impl: str, device: torch.device, dtype: torch.dtype, scaled: bool) -> str:
     """The name that ``impl`` stands for. A compiler need not look inside: same arguments, same answer."""
     check_name(impl)
     if impl == "auto":
-        impl, why = automatic(device, dtype, low_rank)
+        impl, why = automatic(device, dtype, scaled)
         _say_once(impl, why)
-    against = obstacle(impl, device, dtype, low_rank)
+    against = obstacle(impl, device, dtype, scaled)
     if against:
         raise RuntimeError(f"impl={impl!r} {against}")
     return impl
@@ -85,10 +83,10 @@ def _resolve(impl: str, device: torch.device, dtype: torch.dtype, low_rank: bool
 _resolve._dynamo_marked_constant = True
 
 
-def automatic(device: torch.device, dtype: torch.dtype, low_rank: bool = False) -> tuple[str, str]:
+def automatic(device: torch.device, dtype: torch.dtype, scaled: bool = False) -> tuple[str, str]:
     """What ``auto`` takes there, and why."""
-    if low_rank:
-        return "chunked", "DoRA or dropout keeps the output's adapter apart from its weight"
+    if scaled:
+        return "chunked", "the kernels do not scale rows of the output, as DoRA does"
     if device.type != "cuda":
         return "chunked", f"{device.type} has no Triton kernels"
     if not _has_triton():
@@ -105,14 +103,14 @@ def automatic(device: torch.device, dtype: torch.dtype, low_rank: bool = False) 
     return "cce", f"compute capability {_dotted(capability)}"
 
 
-def obstacle(impl: str, device: torch.device, dtype: torch.dtype, low_rank: bool = False) -> str | None:
+def obstacle(impl: str, device: torch.device, dtype: torch.dtype, scaled: bool = False) -> str | None:
     """Why ``impl`` cannot run there and what to set instead, or None. PyTorch's own can run anywhere."""
     if impl in _TORCH_IMPLS:
         return None
-    if low_rank:
+    if scaled:
         return (
-            "takes an output projection as one matrix, and DoRA, or LoRA with dropout, on model.output is none; set "
-            "impl='chunked' (what 'auto' takes for it), 'torch_compile' or 'reference'"
+            "does not scale rows of the output projection, as DoRA on model.output does; set impl='chunked' (what "
+            "'auto' takes for it), 'torch_compile' or 'reference'"
         )
     if not _has_triton():
         return "needs Triton, which is not installed; set impl='chunked'"

@@ -143,19 +143,18 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         if self._projection is None:
             raise RuntimeError(_unbound_message())
         adapter = self._projection.adapter
-        if adapter is None or self.implementation(outputs) not in implementations.TAKE_LOW_RANK:
+        if adapter is None:
             return self._projection.call(self._bound_loss, outputs, targets)
         loss = partial(self._bound_loss, adapter=adapter)
         return self._projection.call(loss, outputs, targets, adapter_apart=True)
 
     def implementation(self, outputs: Tensor) -> str:
-        """What ``impl`` stands for with hidden states ``outputs`` and the bound model as it is: dropout counts only in
-        training.
+        """What ``impl`` stands for with hidden states ``outputs`` and the bound model as it is.
 
         Raises RuntimeError, saying what to set instead, for one that cannot run.
         """
-        apart = self._projection is not None and self._projection.needs_adapter_apart
-        return implementations.choose(self.impl, outputs, apart)[0]
+        scaled = self._projection is not None and output_adapter.is_dora(self._projection.adapter)
+        return implementations.choose(self.impl, outputs, scaled)[0]
 
     def _loss(
         self,
@@ -173,22 +172,19 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
             )
         validation.check_plain(outputs, weight, targets, bias)
         self._check_width(outputs, weight)
-        # Asked here, with an adapter: what is handed on below no longer tells LoRA without dropout from the rest.
-        impl = self.impl if adapter is None else self.implementation(outputs)
         if not torch.compiler.is_compiling():
             if self._first_batch or self.check_targets:
                 self._check_range(targets, weight.shape[0] if shard is None else shard.vocabulary)
             if self._first_batch:
-                self._say_which(impl, outputs, weight, adapter)
+                self._say_which(outputs, weight, adapter)
                 self._first_batch = False
         beside = {
             "options": self._options,
             "shard": shard,
             "low_rank": None if adapter is None else output_adapter.low_rank(adapter, outputs),
         }
-        loss = compute(
-            outputs, weight, targets, bias, reduction=self.reduction, shift=0, impl=impl, return_lse=False, **beside
-        )
+        settings = {"reduction": self.reduction, "shift": 0, "impl": self.impl, "return_lse": False}
+        loss = compute(outputs, weight, targets, bias, **settings, **beside)
         if self.after_batch is not None and torch.is_grad_enabled():
             # Here FSDP2 has the weight gathered already, and dropout on the output has been drawn.
             self.after_batch(partial(compute_token_statistics, outputs, weight, targets, bias, **beside), targets)
@@ -229,8 +225,8 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
                 f"{error}. The model's output has {rows} rows; the usual cause is a larger tokenizer{tokenizer}"
             ) from None
 
-    def _say_which(self, impl: str, outputs: Tensor, weight: Tensor, adapter: output_adapter.Adapter | None) -> None:
-        name, _ = implementations.choose(impl, outputs)
+    def _say_which(self, outputs: Tensor, weight: Tensor, adapter: output_adapter.Adapter | None) -> None:
+        name, _ = implementations.choose(self.impl, outputs, output_adapter.is_dora(adapter))
         kind = "DoRA" if output_adapter.is_dora(adapter) else "LoRA"
         beside = "" if adapter is None else f" and the {kind} on it, of rank {adapter.lora_a.out_features}"
         log_rank_zero(
