@@ -312,6 +312,14 @@ def plan(tmp_path):
     return make
 
 
+@pytest.fixture
+def _small_checks(monkeypatch):
+    """The interpreter takes half a minute for the kernels at the sizes that a card checks."""
+    monkeypatch.setattr(correctness, "RAGGED", Shape(70, 40, 333))
+    monkeypatch.setattr(correctness, "ALIGNED", Shape(64, 64, 256))
+
+
+@pytest.mark.usefixtures("_small_checks")
 def test_results_are_written_as_documented(plan, tmp_path, capsys):
     torch.save({"saved": (torch.randn(40, 16), torch.randn(90, 16), torch.randint(90, (40,)))}, tmp_path / "x.pt")
     # Compilers take their time: what the ratios are to is full logits here without one.
@@ -407,6 +415,7 @@ def tune_lce(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.usefixtures("_small_checks")
 def test_check_only_runs_anywhere(tune_lce):
     names = ("cce", "chunked", "reference", "eager_full", "torchtune_main")
     status, printed = tune_lce("--check-only", "--only", ",".join((*names, "liger")), "--dtype", "float32")

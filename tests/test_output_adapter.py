@@ -203,7 +203,7 @@ def test_kernels_are_torchtunes(impl, dropout, case, device):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize(("rank", "eps"), [(1, None), (140, None), (20, 2.0**-8), (140, 2.0**-8)])
+@pytest.mark.parametrize(("rank", "eps"), [(1, None), (140, None), (140, 2.0**-8)])
 def test_kernels_with_a_large_rank_in_strips_and_with_a_dropped_tail(rank, eps, device):
     """Against float64. Rank 140 takes two blocks of it; filtered gradients are near, and their tail's mean is there.
 
