@@ -415,7 +415,9 @@ def _division(
         # Its gradient in float32, and the tail's mean of it.
         left -= 4 * low.numel() + tail_bytes(low)
     copy = tokens * features * hidden.element_size()
-    copies = has_blocks(config, hidden, weight) and left - copy >= workspace // 4
+    # The copy's rows lie next to each other, so their length has to suit the copy engine too.
+    fits = features * hidden.element_size() % 16 == 0 and left - copy >= workspace // 4
+    copies = has_blocks(config, hidden, weight) and fits
     if copies:
         left -= copy
     return min(max(left // _tile_bytes(hidden, config), 2 * row_blocks), (columns + 1) * row_blocks), copies

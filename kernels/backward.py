@@ -364,7 +364,8 @@ def _hidden_gradient_tile(
         alone = tl.arange(0, 16) == 0
         left = tl.where(alone[None, :], missing[:, None], 0.0).to(dtype)
         right = tl.where(alone[:, None], tl.load(tail + d, mask=d < features, other=0.0)[None, :], 0.0).to(dtype)
-        total = tl.dot(left, right, total, input_precision=PRECISION)
+        # In float32 too: Triton 3.2 cannot compile this one in three parts.
+        total = tl.dot(left, right, total, input_precision="ieee")
     steps = (end - begin) * STEPS
     # One step ahead, as in the weight's gradient.
     column = tl.load(others, mask=steps > 0, other=0)
@@ -732,7 +733,7 @@ def _backward_kernel(
                             strip == 0,
                             strip == last_strip,
                             # Where hidden states have a gradient too, an item of theirs does.
-                            chunk + hidden_chunks == 0,
+                            (hidden_chunks == 0) & (chunk == 0),
                             columns,
                             tokens_total,
                             entries_total,

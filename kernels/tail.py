@@ -62,7 +62,8 @@ def _tail_kernel(
     depth = tl.arange(0, BLOCK_D)
     hidden_rows = hidden + token[:, None] * hidden_stride
     sums += program.to(tl.int64) * features
-    mass = 0.0
+    # Summed to one number last: Triton 3.6 cannot compile it here for sm100.
+    mass = tl.zeros((TILE,), tl.float32)
     # Without sparse strips nothing is dropped.
     for column in range(program, tl.where(tl.load(sparse_strips + 1) > 0, columns, 0), tl.num_programs(0)):
         entry = tl.load(entries + column * TILE + tl.arange(0, TILE))
@@ -84,7 +85,7 @@ def _tail_kernel(
         kept_here = tl.load(kept + column * row_blocks_total + place // ROW_BLOCK, mask=used, other=1)
         # The last comparison is false for a NaN: one token's must not reach the others.
         dropped = (kept_here == 0)[:, None] & inside[None, :] & (softmax <= 1)
-        mass += tl.sum(tl.sum(tl.where(dropped, softmax, 0.0), 1), 0)
+        mass += tl.sum(tl.where(dropped, softmax, 0.0), 0)
         if HAS_SOFTCAP:
             softmax *= 1 - (logits / softcap) * (logits / softcap)
         weights = tl.sum(tl.where(dropped, softmax, 0.0), 0)
@@ -103,7 +104,7 @@ def _tail_kernel(
                 own = low_sums + program * rank + r
                 total += tl.load(own, mask=r < rank, other=0.0)
                 tl.store(own, total, mask=r < rank)
-    tl.store(masses + program, mass)
+    tl.store(masses + program, tl.sum(mass, 0))
 
 
 def tail_bytes(hidden: Tensor) -> int:
