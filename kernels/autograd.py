@@ -410,7 +410,9 @@ def _division(
     # The last is the plan's, and the forward's bits.
     left = workspace - 24 * vocabulary - 64 * columns * row_blocks
     if need_hidden:
-        left -= tokens * _sum_bytes(hidden) + tail_bytes(hidden)
+        left -= tokens * _sum_bytes(hidden)
+    if need_hidden or low is not None:
+        left -= tail_bytes(hidden)
     if low is not None:
         # Its gradient in float32, and the tail's mean of it.
         left -= 4 * low.numel() + tail_bytes(low)

@@ -491,6 +491,11 @@ def _backward_kernel(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """The strips that `strips` names: the first of this launch, its end, and all there are.
+
+    A strip's logit gradients begin in `gradients` at slot ceil(end_column * first_slot_factor / ROW_BLOCK). The
+    factor is 0 in the workspace, and `features` in the weight's gradient, where that is past the strip's own rows.
+    """
     program = tl.program_id(0)
     workers = tl.num_programs(0)
     tokens_total = tl.load(count)

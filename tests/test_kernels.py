@@ -310,6 +310,33 @@ def test_logit_gradients_in_the_unwritten_weight_gradient(device, impl, tma, dty
 
 
 @pytest.mark.parametrize("impl", ["cce", "cce_exact"])
+def test_rows_padded_for_alignment(device, impl, monkeypatch):
+    """Their strides suit the copy engine; a copy of them, rows next to each other, would not."""
+    config = tuning.config_for(device, torch.float16)
+    if device.type == "cpu":
+        monkeypatch.setattr(autograd, "config_for", lambda *_: dataclasses.replace(config, tma=True))
+    hidden, weight, targets = peaked(device, tokens=70, vocabulary=300, width=48, dtype=torch.float16)
+    padded, cut = (hidden, weight), (hidden[:, :41].contiguous(), weight[:, :41].contiguous())
+    found = []
+    for matrices in (padded, cut):
+        leaves = [x.detach().clone().requires_grad_() for x in matrices]
+        loss = functional.compute(
+            *(leaf[:, :41] for leaf in leaves),
+            targets,
+            None,
+            options=Options(filter_eps=EPS),
+            reduction="mean",
+            shift=0,
+            impl=impl,
+            return_lse=False,
+        )
+        found.append([gradient[:, :41] for gradient in torch.autograd.grad(loss, leaves)])
+    eps = torch.finfo(torch.float16).eps
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=2 * eps, atol=eps * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("impl", ["cce", "cce_exact"])
 def test_a_weight_smaller_than_a_tile(device, impl, monkeypatch):
     """Its gradient has no room for any logit gradients."""
     config = tuning.config_for(device, torch.float16)

@@ -1,5 +1,6 @@
 """LoRA and DoRA on the output projection, dropout included, against torchtune's own layers on full logits."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -201,6 +202,33 @@ def test_kernels_are_torchtunes(impl, dropout, case, device):
         scale = value.abs().max().item()
         assert scale > 0
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("needs", [("low", "up"), ("hidden", "low", "up")])
+def test_kernels_read_by_the_copy_engine_beside_an_adapter(needs, device, monkeypatch):
+    """In float16 with descriptors, which the interpreter is made to use; a frozen weight, and frozen hidden states."""
+    pytest.importorskip("triton")
+    from torchtune_lce.kernels import autograd, tuning
+
+    config = tuning.config_for(device, torch.float16)
+    if device.type == "cpu":
+        monkeypatch.setattr(autograd, "config_for", lambda *_: dataclasses.replace(config, tma=True))
+    rows = {"hidden": 70, "weight": 300, "low": 70, "up": 300}
+    widths = {"hidden": 48, "weight": 48, "low": 20, "up": 20}
+    values = {name: torch.randn(rows[name], widths[name]) / 4 for name in rows}
+    targets = torch.randint(300, (70,), device=device)
+    targets[3:20] = -100
+
+    def gradients(dtype, impl):
+        leaves = {name: x.half().to(device, dtype).requires_grad_(name in needs) for name, x in values.items()}
+        settings = {"options": Options(), "reduction": "mean", "shift": 0, "return_lse": False, "impl": impl}
+        low_rank = LowRank(leaves["low"], leaves["up"], None)
+        loss = compute(leaves["hidden"], leaves["weight"], targets, None, low_rank=low_rank, **settings)
+        return torch.autograd.grad(loss, [leaves[name] for name in needs])
+
+    eps = torch.finfo(torch.float16).eps
+    for ours, wanted in zip(gradients(torch.float16, "cce_exact"), gradients(torch.float64, "reference"), strict=True):
+        torch.testing.assert_close(ours.double(), wanted, rtol=4 * eps, atol=2 * eps * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize(("rank", "eps"), [(1, None), (140, None), (140, 2.0**-8)])
