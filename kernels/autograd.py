@@ -7,6 +7,7 @@ tensor's values on the host.
 import functools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 import triton
@@ -17,6 +18,7 @@ from torchtune_lce.implementations import Filtering
 from torchtune_lce.kernels.backward import output_tiles, run_backward
 from torchtune_lce.kernels.descriptors import has_blocks
 from torchtune_lce.kernels.forward import Activity, lse_and_target_logit
+from torchtune_lce.kernels.operands import Gradients, Operands, Places
 from torchtune_lce.kernels.plan import make_plan
 from torchtune_lce.kernels.tail import tail_bytes, tail_direction
 from torchtune_lce.kernels.tuning import Config, config_for
@@ -94,8 +96,7 @@ def _forward(
     rows [N] int64 lists the tokens in use first, count [1] int32 how many those are, labels and row_lse are in that
     order. words, whole and dropped_mass are an :class:`Activity`, empty without eps.
     """
-    hidden, weight, low, up = map(_rows_contiguous, (hidden, weight, low, up))
-    bias = bias if bias is None else bias.contiguous()
+    operands = _operands(hidden, weight, bias, low, up, softcap)
     config = config_for(hidden.device, hidden.dtype)
     rows, labels, count = _compact(targets, ignore_index)
     tokens = rows.numel()
@@ -107,14 +108,9 @@ def _forward(
         blocks = slice(piece.start // config.row_block, triton.cdiv(piece.stop, config.row_block))
         used = (count - piece.start).clamp(0, piece.stop - piece.start)
         row_lse[piece], target_logit[piece] = lse_and_target_logit(
-            _in_order(hidden, rows[piece], used),
-            weight,
-            bias,
-            None if low is None else _in_order(low, rows[piece], used),
-            up,
+            _taken(operands, rows[piece], used),
             labels[piece],
             used,
-            softcap,
             activity and activity.of(blocks, piece),
             math.log(eps) if activity else 0.0,
         )
@@ -152,7 +148,7 @@ def _(hidden, weight, bias, low, up, targets, ignore_index, softcap, eps, filter
 torch.library.define(
     "torchtune_lce::cut_cross_entropy_backward",
     "(Tensor? d_nll, Tensor? d_lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor rows, "
-    "Tensor labels, Tensor count, Tensor row_lse, Tensor words, Tensor whole, Tensor dropped_mass, float? softcap, "
+    "Tensor labels, Tensor count, Tensor row_lse, Tensor words, Tensor whole, float? softcap, "
     "bool filter_hidden, bool filter_weight, bool[] needs, int workspace_mib) "
     "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_low, Tensor d_up, Tensor tiles)",
 )
@@ -174,7 +170,6 @@ def _backward(
     row_lse,
     words,
     whole,
-    dropped_mass,
     softcap,
     filter_hidden,
     filter_weight,
@@ -185,103 +180,77 @@ def _backward(
 
     And [kept tiles, all tiles] int64 of the last launch.
     """
-    need_hidden, need_weight, need_bias, need_low, need_up = needs
-    hidden, weight, low, up = map(_rows_contiguous, (hidden, weight, low, up))
-    bias = bias if bias is None else bias.contiguous()
+    operands = _operands(hidden, weight, bias, low, up, softcap)
     config = config_for(hidden.device, hidden.dtype)
-    vocabulary, features = weight.shape
-    recorded = Activity(words, whole, dropped_mass, config.forward_entries) if words.numel() else None
+    recorded = Activity(words, whole, None, config.forward_entries) if words.numel() else None
     d_nll = torch.zeros_like(row_lse) if d_nll is None else d_nll[rows]
     d_lse = None if d_lse is None else d_lse[rows]
-    nothing = hidden.new_empty(0)
-    d_hidden = hidden.new_zeros(hidden.shape) if need_hidden else None
-    d_weight = weight.new_empty(weight.shape) if need_weight else None
-    d_bias = bias.new_empty(bias.shape) if need_bias else None
-    d_low = low.new_zeros(low.shape, dtype=torch.float32) if need_low else None
-    d_up = up.new_empty(up.shape) if need_up else None
+    places = Places(rows, labels, count, row_lse, d_nll, d_lse)
+    need_hidden, need_weight, need_bias, need_low, need_up = needs
+    wanted = Gradients(
+        hidden.new_zeros(hidden.shape) if need_hidden else None,
+        weight.new_empty(weight.shape) if need_weight else None,
+        bias.new_empty(bias.shape) if need_bias else None,
+        low.new_zeros(low.shape, dtype=torch.float32) if need_low else None,
+        up.new_empty(up.shape) if need_up else None,
+    )
     tiles = torch.zeros(2, dtype=torch.int64, device=hidden.device)
 
-    def run(piece: slice, d_hidden: Tensor | None, d_low: Tensor | None, *by_entry: Tensor | None) -> None:
-        """Gradients from the places in `piece`; ``by_entry`` those of weight, bias and up."""
-        d_weight, d_bias, d_up = by_entry
-        by_token = d_hidden is not None or d_low is not None
+    def run(piece: slice, gradients: Gradients) -> None:
+        wants_tokens, wants_entries = (
+            any(gradient is not None for gradient in part) for part in (gradients.by_token(), gradients.by_entry())
+        )
         tokens = piece.stop - piece.start
         row_blocks = triton.cdiv(tokens, config.row_block)
-        strip_tiles, copies = _division(hidden, weight, low, d_hidden is not None, tokens, workspace_mib, config)
+        strip_tiles, copies = _division(operands, gradients.hidden is not None, tokens, workspace_mib, config)
         first = piece.start // config.row_block
-        used = (count - piece.start).clamp(0, tokens)
+        here = places.of(piece)
         plan = make_plan(
             recorded and recorded.of(slice(first, first + row_blocks), piece),
-            filter_hidden or not by_token,
-            filter_weight or all(gradient is None for gradient in by_entry),
-            used,
+            filter_hidden or not wants_tokens,
+            filter_weight or not wants_entries,
+            here.count,
             row_blocks,
-            vocabulary,
+            weight.shape[0],
             strip_tiles,
-            output_tiles(d_weight, config),
-            features,
+            output_tiles(gradients.weight, config),
+            hidden.shape[1],
             config,
         )
         # Setting an element to a number of the host would wait for the card.
         tiles[0].copy_(plan.first_id[-1])
         tiles[1].fill_(plan.ids.numel())
         tail = None
-        if by_token and not plan.is_dense and filter_hidden:
-            tail = tail_direction(
-                plan, hidden, weight, bias, low, up, rows[piece], used, row_lse[piece], softcap, config
-            )
+        if wants_tokens and not plan.is_dense and filter_hidden:
+            tail = tail_direction(plan, operands, here, config)
         in_order, is_in_order = None, None
         if copies:
-            in_order = _in_order(hidden, rows[piece], used)
-        elif has_blocks(config, hidden, weight):
+            in_order = _in_order(operands.hidden, here.rows, here.count)
+        elif has_blocks(config, operands.hidden, operands.weight):
             # They are in order as they are if every token is in use.
-            in_order, is_in_order = hidden[piece], count == rows.numel()
-        run_backward(
-            plan,
-            hidden,
-            in_order,
-            is_in_order,
-            weight,
-            bias,
-            low,
-            up,
-            rows[piece],
-            labels[piece],
-            used,
-            row_lse[piece],
-            d_nll[piece],
-            d_lse if d_lse is None else d_lse[piece],
-            tail,
-            softcap,
-            strip_tiles,
-            d_hidden,
-            d_weight,
-            d_bias,
-            d_low,
-            d_up,
-            config,
-        )
+            in_order, is_in_order = operands.hidden[piece], count == rows.numel()
+        run_backward(plan, operands, in_order, is_in_order, here, tail, strip_tiles, gradients, config)
 
-    everything = slice(0, rows.numel())
-    # The sums of d_hidden over strips may take half of the workspace; past that the two gradients take a pass each, and
-    # that of hidden goes by pieces of tokens.
+    # The sums of the hidden states' gradient over strips may take half of the workspace; past that it is made by pieces
+    # of tokens, in a pass of its own.
     strip_bytes = 4 * _tile_bytes(hidden, config) // config.row_block
     pieces = list(_pieces(rows.numel(), max(2 * _sum_bytes(hidden), strip_bytes), workspace_mib, config))
+    everything = slice(0, rows.numel())
     if len(pieces) == 1 or not need_hidden and pieces:
-        run(everything, d_hidden, d_low, d_weight, d_bias, d_up)
+        run(everything, wanted)
     elif pieces:
-        if need_weight or need_bias or need_up or need_low:
-            run(everything, None, d_low, d_weight, d_bias, d_up)
+        others = wanted._replace(hidden=None)
+        if any(gradient is not None for gradient in others):
+            run(everything, others)
         for piece in pieces:
-            run(piece, d_hidden, None, None, None, None)
+            run(piece, Gradients(wanted.hidden, None, None, None, None))
     else:
-        for gradient in (d_weight, d_bias, d_up):
+        for gradient in wanted.by_entry():
             if gradient is not None:
                 gradient.zero_()
     if need_low:
-        d_low = d_low.to(low.dtype)
-    gradients = (d_hidden, d_weight, d_bias, d_low, d_up)
-    return *(nothing.clone() if gradient is None else gradient for gradient in gradients), tiles
+        wanted = wanted._replace(low=wanted.low.to(low.dtype))
+    return *(hidden.new_empty(0) if gradient is None else gradient for gradient in wanted), tiles
 
 
 @torch.library.register_fake("torchtune_lce::cut_cross_entropy_backward")
@@ -299,7 +268,6 @@ def _(
     row_lse,
     words,
     whole,
-    dropped_mass,
     softcap,
     filter_hidden,
     filter_weight,
@@ -315,7 +283,7 @@ def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, bias, low, up, _, _, softcap, _, *settings = inputs
     _, _, rows, labels, count, row_lse, words, whole, dropped_mass = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, low, up, rows, labels, count, row_lse, words, whole, dropped_mass)
+    ctx.save_for_backward(hidden, weight, bias, low, up, rows, labels, count, row_lse, words, whole)
     ctx.settings = softcap, *settings
     ctx.record = None
     if not torch.compiler.is_compiling():
@@ -348,6 +316,24 @@ def _rows_contiguous(matrix: Tensor | None) -> Tensor | None:
     if matrix is None or matrix.stride(-1) == 1 or matrix.shape[-1] == 1:
         return matrix
     return matrix.contiguous()
+
+
+def _operands(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low: Tensor | None,
+    up: Tensor | None,
+    softcap: float | None,
+) -> Operands:
+    hidden, weight, low, up = map(_rows_contiguous, (hidden, weight, low, up))
+    return Operands(hidden, weight, bias if bias is None else bias.contiguous(), low, up, softcap)
+
+
+def _taken(operands: Operands, rows: Tensor, used: Tensor) -> Operands:
+    """The same with what belongs to tokens in the order of ``rows``."""
+    hidden, low = (x if x is None else _in_order(x, rows, used) for x in (operands.hidden, operands.low))
+    return replace(operands, hidden=hidden, low=low)
 
 
 def _in_order(hidden: Tensor, rows: Tensor, used: Tensor) -> Tensor:
@@ -390,19 +376,14 @@ def _tile_bytes(hidden: Tensor, config: Config) -> int:
 
 
 def _division(
-    hidden: Tensor,
-    weight: Tensor,
-    low: Tensor | None,
-    need_hidden: bool,
-    tokens: int,
-    workspace_mib: int,
-    config: Config,
+    operands: Operands, need_hidden: bool, tokens: int, workspace_mib: int, config: Config
 ) -> tuple[int, bool]:
     """Tiles of a strip, and whether hidden states are copied in the order of their places, within the workspace.
 
     Beside these the workspace holds the plan's lists, the sums of the gradient of hidden over strips, and those of the
     tail's mean.
     """
+    hidden, weight, low = operands.hidden, operands.weight, operands.low
     vocabulary, features = weight.shape
     row_blocks = triton.cdiv(tokens, config.row_block)
     columns = triton.cdiv(vocabulary, config.entry_tile)

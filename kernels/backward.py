@@ -10,403 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
-from torchtune_lce.kernels.plan import Plan
-from torchtune_lce.kernels.primitives import (
-    LOG2_E,
-    add_low_rank,
-    grid_barrier,
-    load_halves,
-    softcapped,
-    store_halves,
-    tile_coordinates,
+from torchtune_lce.kernels.backward_tiles import (
+    bias_gradient_tile,
+    hidden_gradient_tile,
+    logit_gradient_pair,
+    weight_gradient_tile,
 )
-from torchtune_lce.kernels.tuning import Config, cooperative, programs, rank_and_strides, rank_block
-
-
-@triton.jit
-def _logit_gradient_pair(
-    hidden,
-    hidden_rows,
-    weight,
-    weight_rows,
-    bias,
-    low,
-    up,
-    rows,
-    labels,
-    lse,
-    d_nll,
-    d_lse,
-    entries,
-    ids,
-    pairs,
-    gradients,
-    masses,
-    pair,
-    first_pair,
-    first_column,
-    end_column,
-    first_slot,
-    first_id,
-    places_total,
-    row_blocks_total,
-    tokens_total,
-    entries_total,
-    features,
-    rank,
-    hidden_stride,
-    weight_stride,
-    low_stride,
-    up_stride,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_LOW_RANK: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_D_LSE: tl.constexpr,
-    HAS_TAIL: tl.constexpr,
-    DENSE: tl.constexpr,
-    HIDDEN_TMA: tl.constexpr,
-    WEIGHT_TMA: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """(softmax * (d_nll + d_lse) - onehot * d_nll) * softcap', rounded to the input dtype only after the difference.
-
-    WIDTH entries: one tile, or two of the same row block next to each other.
-    """
-    in_pair = tl.arange(0, WIDTH)
-    in_tile = in_pair % TILE
-    width = TILE
-    if DENSE:
-        # Every tile is kept, in the order of the vocabulary: which one this is needs no list. A few row blocks go
-        # over the strip together, so that what they read stays in the L2 cache.
-        row_blocks = tl.cdiv(tokens_total, ROW_BLOCK)
-        SIDE: tl.constexpr = WIDTH // TILE
-        row_block, pair_column = tile_coordinates(
-            pair - first_pair, row_blocks, tl.cdiv(end_column - first_column, SIDE), GROUP
-        )
-        left_column = first_column + pair_column * SIDE
-        left_slot = first_slot + pair_column * SIDE * row_blocks + row_block
-        right_slot = left_slot + row_blocks
-        column = left_column + in_pair // TILE
-        slot = left_slot + in_pair // TILE * row_blocks
-        width = tl.minimum(end_column - left_column, SIDE) * TILE
-    else:
-        left = tl.load(pairs + pair)
-        row_block = left % row_blocks_total
-        left_column = left // row_blocks_total
-        column = left_column
-        left_slot = tl.load(ids + left) - first_id
-        slot = left_slot
-        right_slot = left_slot
-        if WIDTH > TILE:
-            right = tl.load(pairs + places_total + pair)
-            width = tl.where(right >= 0, WIDTH, TILE)
-            right = tl.maximum(right, 0)
-            right_slot = tl.load(ids + right) - first_id
-            column = tl.where(in_pair < TILE, left_column, right // row_blocks_total)
-            slot = tl.where(in_pair < TILE, left_slot, right_slot)
-    place = row_block * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
-    used = place < tokens_total
-    # Entries past the vocabulary read its last one; their softmax is zero too.
-    any_entry = column * TILE + in_tile
-    if not DENSE:
-        any_entry = tl.load(entries + any_entry)
-    entry = tl.minimum(any_entry, entries_total - 1)
-    depth = tl.arange(0, BLOCK_D)
-    if not HIDDEN_TMA:
-        # Places past the end read a token in use; their softmax is zero below.
-        token = tl.load(rows + tl.minimum(place, tokens_total - 1))
-        hidden_at = hidden + token[:, None] * hidden_stride + depth[None, :]
-    if not WEIGHT_TMA:
-        weight_at = weight + entry.to(tl.int64)[None, :] * weight_stride + depth[:, None]
-    logits = tl.zeros((ROW_BLOCK, WIDTH), tl.float32)
-    if HAS_LOW_RANK:
-        low_rows = tl.load(rows + tl.minimum(place, tokens_total - 1))
-        logits = add_low_rank(
-            logits,
-            low,
-            low_rows,
-            used,
-            up,
-            entry,
-            any_entry < entries_total,
-            rank,
-            low_stride,
-            up_stride,
-            PRECISION,
-        )
-    for start in range(0, features, BLOCK_D):
-        if HIDDEN_TMA:
-            a = hidden_rows.load([row_block * ROW_BLOCK, start])
-        elif EVEN_D:
-            a = tl.load(hidden_at + start)
-        else:
-            a = tl.load(hidden_at + start, mask=(start + depth < features)[None, :], other=0.0)
-        if WEIGHT_TMA:
-            b = weight_rows.load([left_column * TILE, start]).T
-        elif EVEN_D:
-            b = tl.load(weight_at + start)
-        else:
-            b = tl.load(weight_at + start, mask=(start + depth < features)[:, None], other=0.0)
-        logits = tl.dot(a, b, logits, input_precision=PRECISION)
-    if HAS_BIAS:
-        logits += tl.load(bias + entry).to(tl.float32)[None, :]
-    if HAS_SOFTCAP:
-        logits = softcapped(logits, softcap)
-    upstream = tl.load(d_nll + place, mask=used, other=0.0)
-    upstream_softmax = upstream
-    if HAS_D_LSE:
-        upstream_softmax += tl.load(d_lse + place, mask=used, other=0.0)
-    base = tl.load(lse + place, mask=used, other=float("inf")) * LOG2_E
-    softmax = tl.exp2(logits * LOG2_E - base[:, None])
-    softmax = tl.where((any_entry < entries_total)[None, :], softmax, 0.0)
-    if HAS_TAIL:
-        tile = tl.arange(0, WIDTH // TILE)
-        tile_slot = tl.where(tile == 0, left_slot, right_slot)
-        mass = tl.sum(tl.reshape(softmax, (ROW_BLOCK, WIDTH // TILE, TILE)), 2)
-        at = masses + tile_slot.to(tl.int64)[None, :] * ROW_BLOCK + tl.arange(0, ROW_BLOCK)[:, None]
-        tl.store(at, mass, mask=(tile * TILE < width)[None, :])
-    is_target = tl.load(labels + place, mask=used, other=-1).to(tl.int32)[:, None] == any_entry[None, :]
-    gradient = softmax * upstream_softmax[:, None] - tl.where(is_target, upstream[:, None], 0.0)
-    if HAS_SOFTCAP:
-        gradient *= 1 - (logits / softcap) * (logits / softcap)
-    out = gradients + slot.to(tl.int64) * (ROW_BLOCK * TILE) + in_tile
-    out = out[None, :] + tl.arange(0, ROW_BLOCK)[:, None] * TILE
-    tl.store(out, gradient.to(gradients.dtype.element_ty), mask=(in_pair < width)[None, :])
-
-
-@triton.jit
-def _weight_gradient_tile(
-    hidden,
-    hidden_columns,
-    rows,
-    entries,
-    others,
-    slots,
-    length,
-    gradients,
-    gradient_rows,
-    d_weight,
-    column,
-    chunk,
-    first_id,
-    row_blocks,
-    tokens_total,
-    entries_total,
-    features,
-    hidden_stride,
-    HIDDEN_TMA: tl.constexpr,
-    GRADIENT_TMA: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    FEATURES: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """d_weight[entries of the column, chunk of features] = sum over the column's kept tiles of gradient^T @ hidden."""
-    STEPS: tl.constexpr = ROW_BLOCK // BLOCK_K
-    d = chunk * FEATURES + tl.arange(0, FEATURES)
-    within = tl.arange(0, BLOCK_K)
-    others += column.to(tl.int64) * row_blocks
-    slots += column.to(tl.int64) * row_blocks
-    total = tl.zeros((TILE, FEATURES), tl.float32)
-    steps = tl.load(length + column) * STEPS
-    # Where a step's operands lie is read one step ahead: loads through an index of the same step cannot be pipelined.
-    first_place = tl.load(others, mask=steps > 0, other=0) * ROW_BLOCK
-    slot = tl.load(slots, mask=steps > 0, other=first_id) - first_id
-    token = tl.load(rows + tl.minimum(first_place + within, tokens_total - 1), mask=within < steps * BLOCK_K, other=0)
-    for step in range(0, steps):
-        token_in_tile = step % STEPS * BLOCK_K + within
-        if GRADIENT_TMA:
-            gradient = gradient_rows.load([slot * ROW_BLOCK + step % STEPS * BLOCK_K, 0])
-        else:
-            at = slot.to(tl.int64) * (ROW_BLOCK * TILE) + token_in_tile[:, None] * TILE
-            gradient = tl.load(gradients + at + tl.arange(0, TILE)[None, :])
-        # Places past the end read a token in use: their gradients are zero.
-        if HIDDEN_TMA:
-            h = hidden_columns.load([first_place, chunk * FEATURES])
-        elif EVEN_D:
-            h = tl.load(hidden + token[:, None] * hidden_stride + d[None, :])
-        else:
-            h = tl.load(hidden + token[:, None] * hidden_stride + d[None, :], mask=(d < features)[None, :], other=0.0)
-        total = tl.dot(tl.trans(gradient), h, total, input_precision=PRECISION)
-        ahead = tl.minimum(step + 1, steps - 1)
-        first_place = tl.load(others + ahead // STEPS) * ROW_BLOCK + ahead % STEPS * BLOCK_K
-        slot = tl.load(slots + ahead // STEPS) - first_id
-        if not HIDDEN_TMA:
-            token = tl.load(rows + tl.minimum(first_place + within, tokens_total - 1))
-    entry = tl.load(entries + column * TILE + tl.arange(0, TILE))
-    tl.store(
-        d_weight + entry.to(tl.int64)[:, None] * features + d[None, :],
-        total.to(d_weight.dtype.element_ty),
-        mask=(entry < entries_total)[:, None] & (d < features)[None, :],
-    )
-
-
-@triton.jit
-def _bias_gradient_tile(
-    entries,
-    slots,
-    length,
-    gradients,
-    d_bias,
-    column,
-    first_id,
-    row_blocks,
-    entries_total,
-    ROW_BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """d_bias[entries of the column] = sum of the column's kept tiles over their tokens.
-
-    Not in the loop of the weight's gradient: where a tile is summed and multiplied, Triton 3.6 gives its copies one
-    buffer too few for a product still in flight.
-    """
-    within = tl.arange(0, TILE)
-    slots += column.to(tl.int64) * row_blocks
-    total = tl.zeros((TILE,), tl.float32)
-    for index in range(0, tl.load(length + column)):
-        slot = tl.load(slots + index) - first_id
-        tile = gradients + slot.to(tl.int64) * (ROW_BLOCK * TILE)
-        gradient = tl.load(tile + tl.arange(0, ROW_BLOCK)[:, None] * TILE + within[None, :])
-        total += tl.sum(gradient.to(tl.float32), 0)
-    entry = tl.load(entries + column * TILE + within)
-    tl.store(d_bias + entry, total.to(d_bias.dtype.element_ty), mask=entry < entries_total)
-
-
-@triton.jit
-def _hidden_gradient_tile(
-    weight,
-    weight_columns,
-    rows,
-    entries,
-    others,
-    slots,
-    begin,
-    end,
-    gradients,
-    gradient_columns,
-    masses,
-    mass_before,
-    tail,
-    d_nll,
-    d_lse,
-    d_hidden,
-    sums_high,
-    sums_low,
-    row_block,
-    chunk,
-    first_id,
-    is_first,
-    is_last,
-    keeps_mass,
-    columns,
-    tokens_total,
-    entries_total,
-    features,
-    weight_stride,
-    HAS_D_LSE: tl.constexpr,
-    HAS_TAIL: tl.constexpr,
-    WEIGHT_TMA: tl.constexpr,
-    GRADIENT_TMA: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    FEATURES: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Adds gradient @ weight over this strip's tiles of a row block to the running sum, which the last strip rounds.
-
-    An output of 16 bits holds the upper halves of its float32 sums until then; their lower halves are a workspace. With
-    HAS_TAIL the last strip adds the mean of what was dropped: `tail` times the softmax mass that no kept tile holds.
-    """
-    STEPS: tl.constexpr = TILE // BLOCK_K
-    d = chunk * FEATURES + tl.arange(0, FEATURES)
-    in_tile = tl.arange(0, ROW_BLOCK)
-    place = row_block * ROW_BLOCK + in_tile
-    used = place < tokens_total
-    others += row_block.to(tl.int64) * columns + begin
-    slots += row_block.to(tl.int64) * columns + begin
-    total = tl.zeros((ROW_BLOCK, FEATURES), tl.float32)
-    if HAS_TAIL:
-        missing = tl.zeros((ROW_BLOCK,), tl.float32)
-        mass = tl.zeros((ROW_BLOCK,), tl.float32)
-        for first in range(0, end - begin, 16):
-            index = first + tl.arange(0, 16)
-            present = index < end - begin
-            slots_here = tl.load(slots + index, mask=present, other=first_id) - first_id
-            at = masses + slots_here[:, None].to(tl.int64) * ROW_BLOCK + in_tile[None, :]
-            mass += tl.sum(tl.load(at, mask=present[:, None], other=0.0), 0)
-        # One item keeps the sum between strips; in the last strip all need it, and nothing writes to it.
-        if is_last:
-            if is_first == 0:
-                mass += tl.load(mass_before + place, mask=used, other=0.0)
-            upstream = tl.load(d_nll + place, mask=used, other=0.0)
-            if HAS_D_LSE:
-                upstream += tl.load(d_lse + place, mask=used, other=0.0)
-            missing = upstream * (1 - mass)
-        else:
-            if keeps_mass:
-                if is_first == 0:
-                    mass += tl.load(mass_before + place, mask=used, other=0.0)
-                tl.store(mass_before + place, mass, mask=used)
-        # An outer product by the tensor cores: by hand it would take a register a column.
-        dtype: tl.constexpr = gradients.dtype.element_ty
-        alone = tl.arange(0, 16) == 0
-        left = tl.where(alone[None, :], missing[:, None], 0.0).to(dtype)
-        right = tl.where(alone[:, None], tl.load(tail + d, mask=d < features, other=0.0)[None, :], 0.0).to(dtype)
-        # In float32 too: Triton 3.2 cannot compile this one in three parts.
-        total = tl.dot(left, right, total, input_precision="ieee")
-    steps = (end - begin) * STEPS
-    # One step ahead, as in the weight's gradient.
-    column = tl.load(others, mask=steps > 0, other=0)
-    first_entry = column * TILE
-    entry = tl.load(entries + first_entry + tl.arange(0, BLOCK_K))
-    slot = tl.load(slots, mask=steps > 0, other=first_id) - first_id
-    for step in range(0, steps):
-        entry_in_tile = step % STEPS * BLOCK_K + tl.arange(0, BLOCK_K)
-        if GRADIENT_TMA:
-            gradient = gradient_columns.load([slot * ROW_BLOCK, step % STEPS * BLOCK_K])
-        else:
-            at = slot.to(tl.int64) * (ROW_BLOCK * TILE) + in_tile[:, None] * TILE
-            gradient = tl.load(gradients + at + entry_in_tile[None, :])
-        if WEIGHT_TMA:
-            w = weight_columns.load([first_entry, chunk * FEATURES])
-        else:
-            inside = (entry < entries_total)[:, None]
-            if not EVEN_D:
-                inside = inside & (d < features)[None, :]
-            w = tl.load(weight + entry.to(tl.int64)[:, None] * weight_stride + d[None, :], mask=inside, other=0.0)
-        total = tl.dot(gradient, w, total, input_precision=PRECISION)
-        ahead = tl.minimum(step + 1, steps - 1)
-        first_entry = tl.load(others + ahead // STEPS) * TILE + ahead % STEPS * BLOCK_K
-        slot = tl.load(slots + ahead // STEPS) - first_id
-        if not WEIGHT_TMA:
-            entry = tl.load(entries + first_entry + tl.arange(0, BLOCK_K))
-    mask = used[:, None] & (d < features)[None, :]
-    token = tl.load(rows + place, mask=used, other=0)
-    out = token[:, None] * features + d[None, :]
-    if d_hidden.dtype.element_ty == tl.float32:
-        if is_first == 0:
-            total += tl.load(d_hidden + out, mask=mask, other=0.0)
-        tl.store(d_hidden + out, total, mask=mask)
-    else:
-        low = sums_low + place.to(tl.int64)[:, None] * features + d[None, :]
-        if is_first == 0:
-            total += load_halves(sums_high + out, low, mask)
-        if is_last == 0:
-            store_halves(sums_high + out, low, total, mask)
-        else:
-            tl.store(d_hidden + out, total.to(d_hidden.dtype.element_ty), mask=mask)
+from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
+from torchtune_lce.kernels.operands import Gradients, Operands, Places
+from torchtune_lce.kernels.plan import Plan
+from torchtune_lce.kernels.primitives import grid_barrier
+from torchtune_lce.kernels.tuning import Config, cooperative, programs, rank_block
 
 
 @triton.jit(do_not_specialize=["row_blocks_total", "first_slot_factor"])
@@ -528,7 +142,7 @@ def _backward_kernel(
         first_id = tl.load(first_ids + first_column) - first_slot
         first_pair = tl.load(first_pairs + first_column)
         for pair in range(first_pair + program, tl.load(first_pairs + end_column), workers):
-            _logit_gradient_pair(
+            logit_gradient_pair(
                 hidden,
                 hidden_rows,
                 weight,
@@ -590,7 +204,7 @@ def _backward_kernel(
                 chunk = item % column_chunks
                 if NEED_WEIGHT:
                     if chunk < weight_chunks:
-                        _weight_gradient_tile(
+                        weight_gradient_tile(
                             hidden,
                             hidden_columns,
                             rows,
@@ -620,7 +234,7 @@ def _backward_kernel(
                         )
                 if NEED_UP:
                     if (chunk >= weight_chunks) & (chunk < bias_chunk):
-                        _weight_gradient_tile(
+                        weight_gradient_tile(
                             low,
                             None,
                             rows,
@@ -650,7 +264,7 @@ def _backward_kernel(
                         )
                 if NEED_BIAS:
                     if chunk == bias_chunk:
-                        _bias_gradient_tile(
+                        bias_gradient_tile(
                             entries,
                             column_slots,
                             column_lengths,
@@ -670,7 +284,7 @@ def _backward_kernel(
                 end = tl.load(rows_before + row_block.to(tl.int64) * (columns + 1) + end_column)
                 if NEED_HIDDEN:
                     if chunk < hidden_chunks:
-                        _hidden_gradient_tile(
+                        hidden_gradient_tile(
                             weight,
                             weight_columns,
                             rows,
@@ -713,7 +327,7 @@ def _backward_kernel(
                         )
                 if NEED_LOW:
                     if chunk >= hidden_chunks:
-                        _hidden_gradient_tile(
+                        hidden_gradient_tile(
                             up,
                             None,
                             rows,
@@ -763,41 +377,27 @@ def _backward_kernel(
 
 def run_backward(
     plan: Plan,
-    hidden: Tensor,  # [N, D]
+    operands: Operands,
     in_order: Tensor | None,  # [M, D]: hidden[rows], for the copy engine
     is_in_order: Tensor | None,  # [1] bool: whether it is that, where the host does not know
-    weight: Tensor,  # [V, D]
-    bias: Tensor | None,  # [V]
-    low: Tensor | None,  # [N, r]
-    up: Tensor | None,  # [V, r], with low
-    rows: Tensor,  # [M] int64: row of hidden at each place
-    labels: Tensor,  # [M]
-    count: Tensor,  # [1] int32: places in use
-    lse: Tensor,  # [M] float32
-    d_nll: Tensor,  # [M] float32
-    d_lse: Tensor | None,  # [M] float32
+    places: Places,
     tail: tuple[Tensor, Tensor | None] | None,  # tail_direction, added to the gradients of hidden and low
-    softcap: float | None,
     strip_tiles: int,
-    d_hidden: Tensor | None,  # [N, D], zero; filled at `rows`
-    d_weight: Tensor | None,  # [V, D], every row written
-    d_bias: Tensor | None,  # [V], every element written
-    d_low: Tensor | None,  # [N, r] float32, zero; filled at `rows`
-    d_up: Tensor | None,  # [V, r], every row written
+    wanted: Gradients,
     config: Config,
 ) -> None:
     """Launches the backward for the places of ``rows``; reads nothing back to the host."""
+    hidden, weight = operands.hidden, operands.weight
     device, features = hidden.device, hidden.shape[1]
     workspace = hidden.new_empty((strip_tiles, config.row_block, config.entry_tile))
     sums_high = sums_low = None
-    if d_hidden is not None and d_hidden.element_size() == 2:
-        sums_high = d_hidden.view(torch.int16)
-        sums_low = sums_high.new_empty((rows.numel(), features))
+    if wanted.hidden is not None and wanted.hidden.element_size() == 2:
+        sums_high = wanted.hidden.view(torch.int16)
+        sums_low = sums_high.new_empty((places.rows.numel(), features))
     masses = mass_before = None
     if tail is not None:
-        masses = lse.new_empty((strip_tiles, config.row_block))
-        mass_before = lse.new_empty(rows.numel())
-    rank, *adapter_strides = rank_and_strides(low, up)
+        masses = places.lse.new_empty((strip_tiles, config.row_block))
+        mass_before = places.lse.new_empty(places.rows.numel())
     by_row = None, None
 
     def gradient_blocks(gradients: Tensor) -> tuple:
@@ -820,27 +420,27 @@ def run_backward(
             *hidden_blocks,
             weight,
             *weight_blocks,
-            bias,
-            low,
-            up,
-            rows,
-            labels,
-            count,
-            lse,
-            d_nll,
-            d_lse,
+            operands.bias,
+            operands.low,
+            operands.up,
+            places.rows,
+            places.labels,
+            places.count,
+            places.lse,
+            places.d_nll,
+            places.d_lse,
             gradients,
             *gradient_blocks(gradients),
             masses,
             mass_before,
             *(tail or (None, None)),
-            d_hidden,
+            wanted.hidden,
             sums_high,
             sums_low,
-            d_weight,
-            d_bias,
-            d_low,
-            d_up,
+            wanted.weight,
+            wanted.bias,
+            wanted.low,
+            wanted.up,
             counters[:1],
             counters[1:],
             plan.entries,
@@ -859,23 +459,19 @@ def run_backward(
             plan.columns_length,
             weight.shape[0],
             features,
-            rank,
-            triton.cdiv(rows.numel(), config.row_block),
+            operands.rank,
+            triton.cdiv(places.rows.numel(), config.row_block),
             plan.columns_length.numel(),
-            hidden.stride(0),
-            weight.stride(0),
-            *adapter_strides,
-            softcap or 1.0,
-            HAS_BIAS=bias is not None,
-            HAS_LOW_RANK=low is not None,
-            HAS_SOFTCAP=softcap is not None,
-            HAS_D_LSE=d_lse is not None,
+            *operands.row_strides,
+            operands.softcap or 1.0,
+            **operands.flags,
+            HAS_D_LSE=places.d_lse is not None,
             HAS_TAIL=tail is not None and not dense,
-            NEED_HIDDEN=d_hidden is not None,
-            NEED_WEIGHT=d_weight is not None,
-            NEED_BIAS=d_bias is not None,
-            NEED_LOW=d_low is not None,
-            NEED_UP=d_up is not None,
+            NEED_HIDDEN=wanted.hidden is not None,
+            NEED_WEIGHT=wanted.weight is not None,
+            NEED_BIAS=wanted.bias is not None,
+            NEED_LOW=wanted.low is not None,
+            NEED_UP=wanted.up is not None,
             DENSE=dense,
             HIDDEN_TMA=hidden_blocks[0] is not None,
             WEIGHT_TMA=weight_blocks[0] is not None,
@@ -886,7 +482,7 @@ def run_backward(
             GROUP=config.group,
             FEATURES=config.features,
             BLOCK_D=config.block_d,
-            RANK_BLOCK=rank_block(rank),
+            RANK_BLOCK=rank_block(operands.rank),
             BLOCK_K=config.block_k,
             EVEN_D=features % config.block_d == 0 and features % config.features == 0,
             PRECISION=config.precision,
@@ -910,9 +506,9 @@ def run_backward(
     if not plan.is_dense:
         launch(plan.sparse_strips, workspace, 0, hidden_blocks if is_in_order is None else by_row, by_row, dense=False)
     dense = [(plan.dense_strips, workspace, 0)]
-    if output_tiles(d_weight, config):
+    if output_tiles(wanted.weight, config):
         # Rows of the weight's gradient that are not written yet hold the logit gradients of the strips before them.
-        output = d_weight.view(-1)[: output_tiles(d_weight, config) * _tile_numel(config)]
+        output = wanted.weight.view(-1)[: output_tiles(wanted.weight, config) * _tile_numel(config)]
         dense.insert(0, (plan.output_strips, output, features))
     for strips, gradients, factor in dense:
         if is_in_order is None:

@@ -18,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
+from torchtune_lce.kernels.operands import Operands
 from torchtune_lce.kernels.primitives import LOG2_E, add_low_rank, bitwise_or, softcapped, tile_coordinates
-from torchtune_lce.kernels.tuning import Config, config_for, programs, rank_and_strides
+from torchtune_lce.kernels.tuning import Config, config_for, programs
 
 WORD_BITS = tl.constexpr(32)
 
@@ -40,12 +41,13 @@ class Activity:
 
     words: Tensor
     whole: Tensor
-    dropped_mass: Tensor
+    dropped_mass: Tensor | None  # the backward does without
     tile: int
 
     def of(self, row_blocks: slice, tokens: slice) -> "Activity":
         """The part of it for some row blocks, which are these tokens."""
-        return Activity(self.words[row_blocks], self.whole[row_blocks], self.dropped_mass[tokens], self.tile)
+        dropped_mass = self.dropped_mass if self.dropped_mass is None else self.dropped_mass[tokens]
+        return Activity(self.words[row_blocks], self.whole[row_blocks], dropped_mass, self.tile)
 
 
 @triton.jit
@@ -398,54 +400,45 @@ def phases(vocabulary: int, tile: int) -> list[tuple[int, int]]:
 
 
 def lse_and_target_logit(
-    hidden: Tensor,  # [N, D], the rows in use first
-    weight: Tensor,  # [V, D]
-    bias: Tensor | None,  # [V]
-    low: Tensor | None,  # [N, r], in the order of hidden
-    up: Tensor | None,  # [V, r], with low
+    operands: Operands,  # the rows in use first
     labels: Tensor,  # [N] integer
     count: Tensor,  # [1] int32, rows in use, on the device
-    softcap: float | None,
     activity: Activity | None,  # filled for these rows
     log_eps: float,
 ) -> tuple[Tensor, Tensor]:  # log-sum-exp [N], target logit [N], float32; undefined past count
     """Launches the forward for one piece of tokens; reads nothing back to the host."""
+    hidden, weight = operands.hidden, operands.weight
     config = config_for(hidden.device, hidden.dtype)
     tokens, features = hidden.shape
     vocabulary = weight.shape[0]
-    rank, *adapter_strides = rank_and_strides(low, up)
     target_logit = hidden.new_zeros(tokens, dtype=torch.float32)
     plan = phases(vocabulary, config.forward_entries)
     # Of each token: its log-sum-exp and, when recorded, that of its inactive entries.
     running = hidden.new_full((2 if activity else 1, tokens), float("-inf"), dtype=torch.float32)
     statistics = hidden.new_empty((max(width for _, width in plan), *running.shape), dtype=torch.float32)
-    kernel, hidden_operand, weight_operand = _operands(hidden, weight, config)
+    kernel, hidden_operand, weight_operand = _kernel_for(hidden, weight, config)
     for first_tile, width in plan:
         kernel[(min(programs(hidden.device), triton.cdiv(tokens, config.row_block) * width),)](
             hidden_operand,
             weight_operand,
-            bias,
-            low,
-            up,
+            operands.bias,
+            operands.low,
+            operands.up,
             count,
             running,
             statistics,
             activity.words if activity else None,
             vocabulary,
             features,
-            rank,
-            hidden.stride(0),
-            weight.stride(0),
-            *adapter_strides,
+            operands.rank,
+            *operands.row_strides,
             tokens,
             activity.words.stride(0) if activity else 0,
             first_tile,
             width,
             log_eps,
-            softcap or 1.0,
-            HAS_BIAS=bias is not None,
-            HAS_LOW_RANK=low is not None,
-            HAS_SOFTCAP=softcap is not None,
+            operands.softcap or 1.0,
+            **operands.flags,
             RECORD=activity is not None,
             RAGGED=(first_tile + width) * config.forward_entries > vocabulary,
             ROW_BLOCK=config.row_block,
@@ -463,23 +456,19 @@ def lse_and_target_logit(
     _target_kernel[(triton.cdiv(tokens, config.sample),)](
         hidden,
         weight,
-        bias,
-        low,
-        up,
+        operands.bias,
+        operands.low,
+        operands.up,
         labels,
         count,
         target_logit,
         activity.words if activity else None,
         features,
-        rank,
-        hidden.stride(0),
-        weight.stride(0),
-        *adapter_strides,
+        operands.rank,
+        *operands.row_strides,
         activity.words.stride(0) if activity else 0,
-        softcap or 1.0,
-        HAS_BIAS=bias is not None,
-        HAS_LOW_RANK=low is not None,
-        HAS_SOFTCAP=softcap is not None,
+        operands.softcap or 1.0,
+        **operands.flags,
         RECORD=activity is not None,
         ROW_BLOCK=config.row_block,
         ENTRIES=config.forward_entries,
@@ -507,7 +496,7 @@ def _mark_flat_row_blocks(activity: Activity, running: Tensor, count: Tensor, ro
     activity.dropped_mass.copy_(mass.where(dropped, 0))
 
 
-def _operands(hidden: Tensor, weight: Tensor, config: Config):
+def _kernel_for(hidden: Tensor, weight: Tensor, config: Config):
     """The kernel and how it takes its matrices."""
     if not has_blocks(config, hidden, weight):
         return _pointer_kernel, hidden, weight

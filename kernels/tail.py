@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchtune_lce.kernels.operands import Operands, Places
 from torchtune_lce.kernels.plan import Plan
 from torchtune_lce.kernels.primitives import LOG2_E, RANK_DEPTH, add_low_rank, softcapped
-from torchtune_lce.kernels.tuning import Config, programs, rank_and_strides
+from torchtune_lce.kernels.tuning import Config, programs
 
 
 @triton.jit(do_not_specialize=["row_blocks_total"])
@@ -118,36 +119,29 @@ def _programs(hidden: Tensor) -> int:
 
 def tail_direction(
     plan: Plan,
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    bias: Tensor | None,  # [V]
-    low: Tensor | None,  # [N, r]
-    up: Tensor | None,  # [V, r], with low
-    rows: Tensor,  # [M] int64: row of hidden at each place
-    count: Tensor,  # [1] int32: places in use
-    lse: Tensor,  # [M] float32
-    softcap: float | None,
+    operands: Operands,
+    places: Places,
     config: Config,
 ) -> tuple[Tensor, Tensor | None]:  # [D] and, with low, [r] float32
     """What a unit of dropped mass adds to the gradients of a hidden state and of ``low``; zero if nothing is dropped.
 
     With a softcap each row is weighted by the cap's derivative too.
     """
+    hidden, weight, low = operands.hidden, operands.weight, operands.low
     columns, row_blocks = plan.kept.shape
     grid = min(_programs(hidden), columns)
     sums = hidden.new_zeros((grid, hidden.shape[1]), dtype=torch.float32)
-    rank, *adapter_strides = rank_and_strides(low, up)
-    low_sums = None if low is None else sums.new_zeros((grid, rank))
+    low_sums = None if low is None else sums.new_zeros((grid, operands.rank))
     masses = hidden.new_empty(grid, dtype=torch.float32)
     _tail_kernel[(grid,)](
         hidden,
         weight,
-        bias,
+        operands.bias,
         low,
-        up,
-        rows,
-        lse,
-        count,
+        operands.up,
+        places.rows,
+        places.lse,
+        places.count,
         plan.entries,
         plan.kept,
         plan.sparse_strips,
@@ -158,14 +152,10 @@ def tail_direction(
         row_blocks,
         weight.shape[0],
         hidden.shape[1],
-        rank,
-        hidden.stride(0),
-        weight.stride(0),
-        *adapter_strides,
-        softcap or 1.0,
-        HAS_BIAS=bias is not None,
-        HAS_LOW_RANK=low is not None,
-        HAS_SOFTCAP=softcap is not None,
+        operands.rank,
+        *operands.row_strides,
+        operands.softcap or 1.0,
+        **operands.flags,
         SAMPLE=config.sample,
         ROW_BLOCK=config.row_block,
         TILE=config.entry_tile,

@@ -83,11 +83,6 @@ def rank_block(rank: int) -> int:
     return min(128, max(16, 1 << (rank - 1).bit_length()))
 
 
-def rank_and_strides(low: torch.Tensor | None, up: torch.Tensor | None) -> tuple[int, int, int]:
-    """Of an adapter's operands [N, r] and [V, r]; anything without one."""
-    return (1, 1, 1) if low is None else (low.shape[1], low.stride(0), up.stride(0))
-
-
 def programs(device: torch.device) -> int:
     """Size of a persistent grid: a program a multiprocessor; one alone in the interpreter, which runs them in turn."""
     if device.type == "cpu":

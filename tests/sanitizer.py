@@ -62,6 +62,7 @@ def run_calls(path: str) -> None:
 
     from torchtune_lce.functional import compute
     from torchtune_lce.kernels import tuning
+    from torchtune_lce.low_rank import LowRank
     from torchtune_lce.options import Options
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -69,43 +70,59 @@ def run_calls(path: str) -> None:
         tuning.has_tma = lambda capability: False
         tuning._cuda_config.cache_clear()
     dtypes = (torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float16,)
-    # Ragged in all three, several row blocks and strips; and one of everything.
-    for tokens, vocabulary, width in ((300, 1500, 136), (1, 1, 16)):
+    # Ragged in all three. In a workspace of 1 MiB of several strips, the first of which have their logit gradients in
+    # the weight's gradient, and without room for a copy of the hidden states; and one of everything.
+    for tokens, vocabulary, width in ((500, 3000, 264), (1, 1, 16)):
         for dtype in dtypes:
-            for options in (
-                {"bias": False, "softcap": None, "impl": "cce", "lse": False, "workspace_mib": 128},
-                {"bias": True, "softcap": 10.0, "impl": "cce", "lse": True, "workspace_mib": 1},
-                {"bias": True, "softcap": None, "impl": "cce_exact", "lse": True, "workspace_mib": 1},
+            for bias, rank, softcap, impl, with_lse, ignored, workspace_mib in (
+                (False, 0, None, "cce", False, True, 128),
+                (True, 0, 10.0, "cce", True, True, 1),
+                (True, 0, None, "cce_exact", True, False, 1),
+                (False, 8, None, "cce", True, True, 128),
+                (True, 24, 10.0, "cce_exact", False, True, 1),
             ):
                 torch.manual_seed(0)
                 hidden = torch.randn(tokens, width, dtype=dtype, device=device)
                 weight = torch.randn(vocabulary, width, dtype=dtype, device=device) / 2
-                bias = torch.randn(vocabulary, dtype=dtype, device=device) if options["bias"] else None
                 targets = torch.randint(0, vocabulary, (tokens,), device=device)
-                # A block of confident tokens, so that tiles are dropped; some tokens ignored.
+                # A block of confident tokens, so that tiles are dropped.
                 hidden[: tokens // 2] = weight[targets[: tokens // 2]] * 3
-                targets[1::4] = -100
-                leaves = [x.requires_grad_() for x in (hidden, weight, bias) if x is not None]
+                if ignored:
+                    targets[1::4] = -100
+                leaves = {"hidden": hidden, "weight": weight}
+                if bias:
+                    leaves["bias"] = torch.randn(vocabulary, dtype=dtype, device=device)
+                if rank:
+                    leaves["low"] = torch.randn(tokens, rank, dtype=dtype, device=device) / 4
+                    leaves["up"] = torch.randn(vocabulary, rank, dtype=dtype, device=device) / 4
+                for leaf in leaves.values():
+                    leaf.requires_grad_()
                 loss, lse = compute(
                     hidden,
                     weight,
                     targets,
-                    bias,
-                    options=Options(softcap=options["softcap"], workspace_mib=options["workspace_mib"]),
+                    leaves.get("bias"),
+                    options=Options(softcap=softcap, workspace_mib=workspace_mib),
                     reduction="sum",
                     shift=0,
-                    impl=options["impl"],
+                    impl=impl,
                     return_lse=True,
+                    low_rank=LowRank(leaves["low"], leaves["up"], None) if rank else None,
                 )
-                gradients = torch.autograd.grad(loss + lse.sum() if options["lse"] else loss, leaves)
-                logits = F.linear(hidden.double(), weight.double(), None if bias is None else bias.double())
-                if options["softcap"]:
-                    logits = options["softcap"] * torch.tanh(logits / options["softcap"])
-                exact = F.cross_entropy(logits, targets, reduction="sum")
-                if not torch.allclose(loss.double(), exact, rtol=1e-3, atol=1e-3):
-                    raise AssertionError(f"the loss is {loss.item()}, not {exact.item()}: {options}, {dtype}")
-                if not all(gradient.isfinite().all() for gradient in gradients):
-                    raise AssertionError(f"a gradient is not finite: {options}, {dtype}")
+                gradients = torch.autograd.grad(loss + lse.sum() if with_lse else loss, list(leaves.values()))
+                exact = {name: leaf.detach().double() for name, leaf in leaves.items()}
+                logits = F.linear(exact["hidden"], exact["weight"], exact.get("bias"))
+                if rank:
+                    logits = logits + exact["low"] @ exact["up"].T
+                if softcap:
+                    logits = softcap * torch.tanh(logits / softcap)
+                nll = F.cross_entropy(logits, targets, reduction="sum")
+                called = f"{impl}, {tokens} x {width} x {vocabulary}, rank {rank}, {dtype}"
+                if not torch.allclose(loss.double(), nll, rtol=1e-3, atol=1e-3):
+                    raise AssertionError(f"the loss is {loss.item()}, not {nll.item()}: {called}")
+                for name, gradient in zip(leaves, gradients, strict=True):
+                    if not gradient.isfinite().all():
+                        raise AssertionError(f"the gradient of {name} is not finite: {called}")
     if device.type == "cuda":
         torch.cuda.synchronize()
 

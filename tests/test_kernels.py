@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from torchtune_lce import filtering, functional
 from torchtune_lce.kernels import autograd, forward, plan, tuning
+from torchtune_lce.kernels.operands import Operands
 from torchtune_lce.options import Options
 
 EPS = 2.0**-8
@@ -41,7 +42,7 @@ def run_forward(hidden, weight, targets, used=None, eps=EPS):
     count = torch.tensor([len(hidden) if used is None else used], dtype=torch.int32, device=hidden.device)
     activity = autograd._empty_activity(len(hidden), len(weight), config, hidden.device)
     lse, target_logit = forward.lse_and_target_logit(
-        hidden, weight, None, None, None, targets, count, None, activity, math.log(eps)
+        Operands(hidden, weight, None, None, None, None), targets, count, activity, math.log(eps)
     )
     return config, count, activity, lse, target_logit
 
@@ -241,10 +242,10 @@ def test_blocks_by_the_copy_engine_change_nothing(device, dtype, filtered, monke
     blocks = []
     run_backward = autograd.run_backward
 
-    def spy(plan, hidden, in_order, *rest):
+    def spy(plan, operands, in_order, *rest):
         blocks.append(in_order is not None)
         assert plan.is_dense is not filtered
-        run_backward(plan, hidden, in_order, *rest)
+        run_backward(plan, operands, in_order, *rest)
 
     monkeypatch.setattr(autograd, "run_backward", spy)
     monkeypatch.setattr(autograd, "make_plan", lambda *args: plan.make_plan(*args[:6], 2 * args[4], *args[7:]))
@@ -499,7 +500,7 @@ def test_descriptor_path_equals_pointer_path(device, dtype, monkeypatch):
     for tma in (False, True):
         config = dataclasses.replace(tuning.config_for(device, dtype), tma=tma)
         monkeypatch.setattr(forward, "config_for", lambda *_, config=config: config)
-        kernel, *_ = forward._operands(hidden, weight, config)
+        kernel, *_ = forward._kernel_for(hidden, weight, config)
         assert kernel is (forward._descriptor_kernel if tma else forward._pointer_kernel)
         *_, lse, target_logit = run_forward(hidden, weight, targets)
         results[tma] = (lse, target_logit)

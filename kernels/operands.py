@@ -1,0 +1,70 @@
+"""What the operators hand to the launchers: operands of the logits, places of tokens, gradients to be filled."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What the logits are made of: ``hidden @ weight.T + low @ up.T + bias``, softcapped."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    low: Tensor | None  # [N, r]: with up, an adapter's part
+    up: Tensor | None  # [V, r]
+    softcap: float | None
+
+    @property
+    def rank(self) -> int:
+        return 1 if self.low is None else self.low.shape[1]
+
+    @property
+    def row_strides(self) -> tuple[int, int, int, int]:
+        """Of hidden, weight, low and up; anything without an adapter."""
+        adapter = (1, 1) if self.low is None else (self.low.stride(0), self.up.stride(0))
+        return self.hidden.stride(0), self.weight.stride(0), *adapter
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        """Which of the optional ones there are, as the kernels are told."""
+        return {
+            "HAS_BIAS": self.bias is not None,
+            "HAS_LOW_RANK": self.low is not None,
+            "HAS_SOFTCAP": self.softcap is not None,
+        }
+
+
+@dataclass(frozen=True)
+class Places:
+    """Tokens in the order in which the backward takes them: those in use first."""
+
+    rows: Tensor  # [M] int64: row of hidden at each place
+    labels: Tensor  # [M]
+    count: Tensor  # [1] int32, on the device: places in use
+    lse: Tensor  # [M] float32
+    d_nll: Tensor  # [M] float32
+    d_lse: Tensor | None  # [M] float32
+
+    def of(self, piece: slice) -> "Places":
+        count = (self.count - piece.start).clamp(0, piece.stop - piece.start)
+        d_lse = self.d_lse if self.d_lse is None else self.d_lse[piece]
+        return Places(self.rows[piece], self.labels[piece], count, self.lse[piece], self.d_nll[piece], d_lse)
+
+
+class Gradients(NamedTuple):
+    """By operand; None where nobody wants it."""
+
+    hidden: Tensor | None  # [N, D], zero; filled at the rows in use
+    weight: Tensor | None  # [V, D], every row written
+    bias: Tensor | None  # [V], every element written
+    low: Tensor | None  # [N, r] float32, zero; filled at the rows in use
+    up: Tensor | None  # [V, r], every row written
+
+    def by_token(self) -> "Gradients":
+        return Gradients(self.hidden, None, None, self.low, None)
+
+    def by_entry(self) -> "Gradients":
+        return Gradients(None, self.weight, self.bias, None, self.up)
