@@ -207,6 +207,24 @@ def test_vmap(impl, device):
 
 
 @pytest.mark.parametrize("impl", EACH)
+def test_vmap_over_targets(impl, device):
+    """Nobody can look at those, so a bad one makes its own loss NaN, as on a card."""
+    hidden, weight, targets = make_inputs(device)
+    batch = torch.stack([targets, targets.flip(0)])
+
+    def losses(loss):
+        mapped = torch.vmap(lambda labels, states: loss(states, weight, labels))(batch, torch.stack([hidden, hidden]))
+        return mapped, *torch.autograd.grad(mapped.sum(), (hidden, weight))
+
+    ours = losses(lambda *inputs: linear_cross_entropy(*inputs, impl=impl))
+    for actual, wanted in zip(ours, losses(plain), strict=True):
+        torch.testing.assert_close(actual, wanted, **TOLERANCE)
+    batch[1, 0] = VOCABULARY
+    mapped, *_ = losses(lambda *inputs: linear_cross_entropy(*inputs, impl=impl))
+    assert mapped.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("impl", EACH)
 def test_func_grad(impl, device):
     """It needs a loss that autograd differentiates itself; the operators say no."""
     hidden, weight, targets = (x.detach() for x in make_inputs(device))

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torchao.dtypes.nf4tensor import to_nf4
 
-from torchtune_lce import linear_cross_entropy
+from torchtune_lce import linear_cross_entropy, validation
 from torchtune_lce.functional import compute
 from torchtune_lce.implementations import NAMES
 from torchtune_lce.options import Options
@@ -149,20 +149,60 @@ def test_target_that_is_shifted_off_may_be_anything(impl):
     torch.testing.assert_close(linear_cross_entropy(**good, shift=1, impl=impl), expected)
 
 
-def test_compiled_call_answers_a_bad_target_with_nan():
-    """Raising would take a look at the values, which compiled code cannot: the token's loss and gradient are NaN."""
-    hidden = torch.randn(6, 8, requires_grad=True)
-    targets = torch.tensor([0, 10, -100, 11, -1, 3])
-
-    def losses(hidden, weight):
-        return linear_cross_entropy(hidden, weight, targets, reduction="none", impl="reference")
-
-    loss = torch.compile(losses, backend="eager", fullgraph=True)(hidden, torch.randn(11, 8))
-    loss.sum().backward()
-    bad = torch.tensor([False, False, False, True, True, False])
+def assert_bad_targets_are_nan(losses, targets, vocabulary, ignore_index):
+    """Loss, log-sum-exp and gradient of a token are NaN where its target is bad, there alone; the mean counts it."""
+    hidden = torch.randn(len(targets), 8, requires_grad=True)
+    weight = torch.randn(vocabulary, 8, requires_grad=True)
+    ignored = targets == ignore_index
+    bad = ((targets < 0) | (targets >= vocabulary)) & ~ignored
+    loss, lse = losses(hidden, weight, targets)
     assert torch.equal(loss.isnan(), bad)
+    assert torch.equal(lse.isnan(), bad)
+    (loss.sum() / (~ignored).sum()).backward()
     assert torch.equal(hidden.grad.isnan().all(-1), bad)
-    assert torch.equal(hidden.grad.isnan().any(-1), bad)
+    good = ~bad
+    expected = torch.nn.functional.cross_entropy(
+        hidden[good] @ weight.T, targets[good].long(), ignore_index=ignore_index, reduction="sum"
+    )
+    (expected,) = torch.autograd.grad(expected / (~ignored).sum(), hidden)
+    torch.testing.assert_close(hidden.grad[good], expected[good])
+    assert weight.grad.isnan().all(-1).any()
+
+
+# Of a vocabulary of one entry, and of what stands in for a bad target being ignored itself.
+VOCABULARY_AND_IGNORED = [(11, -100), (11, 0), (11, 10), (1, -100), (1, 0)]
+
+
+@pytest.mark.parametrize(("vocabulary", "ignore_index"), VOCABULARY_AND_IGNORED)
+@pytest.mark.parametrize("impl", [impl for impl in RUNNABLE if impl != "torch_compile"])
+def test_bad_target_that_nobody_looks_at_is_nan(impl, vocabulary, ignore_index, monkeypatch):
+    """As on a card, where looking would wait for it."""
+    monkeypatch.setattr(validation, "is_readable", lambda targets: False)
+    targets = torch.tensor([0, vocabulary - 1, ignore_index, vocabulary, -1, 0, 2**31 - 1]).int()
+
+    def losses(hidden, weight, targets):
+        settings = {"ignore_index": ignore_index, "reduction": "none", "return_lse": True, "impl": impl}
+        loss, lse = linear_cross_entropy(hidden, weight, targets, **settings)
+        mean, _ = linear_cross_entropy(hidden, weight, targets, **settings | {"reduction": "mean"})
+        assert mean.isnan()
+        return loss, lse
+
+    assert_bad_targets_are_nan(losses, targets, vocabulary, ignore_index)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 0])
+@pytest.mark.parametrize("impl", RUNNABLE)
+def test_compiled_call_answers_a_bad_target_with_nan(impl, ignore_index):
+    """Raising would take a look at the values, which compiled code cannot."""
+
+    def losses(*inputs):
+        return linear_cross_entropy(
+            *inputs, ignore_index=ignore_index, reduction="none", impl=impl, return_lse=True, filter_eps=None
+        )
+
+    torch._dynamo.reset()
+    compiled = torch.compile(losses, backend="eager", fullgraph=True)
+    assert_bad_targets_are_nan(compiled, torch.tensor([0, 10, ignore_index, 11, -1, 3]), 11, ignore_index)
 
 
 @pytest.mark.gpu

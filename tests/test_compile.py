@@ -1,14 +1,17 @@
-"""Under torch.compile: no graph break, the same numbers, and custom operators that keep torch's own rules."""
+"""Under torch.compile and other tracers: no graph break, the same numbers, operators that keep torch's own rules."""
 
 import pytest
 import torch
 import torch._dynamo.testing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from torchtune_lce import linear_cross_entropy
 from torchtune_lce.kernels import autograd  # noqa: F401, defines the operators
 
 TOKENS, VOCABULARY, WIDTH = 70, 300, 24
 IMPLS = ["auto", "cce", "cce_exact", "chunked", "reference"]
+TRACED = ["cce", "chunked", "reference"]
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +61,38 @@ def test_dynamic_shapes_compile_once(impl, device):
     # The first may take two: torch begins anew where it finds that a number among the settings is a constant.
     assert compilations[0] in (1, 2)
     assert len(set(compilations)) == 1
+
+
+@pytest.mark.parametrize("impl", TRACED)
+def test_fake_tensors(impl, device):
+    """Shapes without values, as a planner of memory asks for them."""
+    with FakeTensorMode():
+        hidden, weight, targets = make_inputs(device)
+        losses = linear_cross_entropy(hidden, weight, targets, reduction="none", impl=impl)
+        losses.sum().backward()
+    assert losses.shape == targets.shape
+    assert hidden.grad.shape == hidden.shape
+    assert weight.grad.shape == weight.shape
+
+
+@pytest.mark.parametrize("tracer", ["real", "symbolic", "jit"])
+@pytest.mark.parametrize("impl", TRACED)
+def test_a_trace_checks_targets_in_later_calls(impl, tracer, device):
+    """The values that a tracer sees are not those of later calls, whose bad targets must not pass for good ones."""
+
+    def losses(*inputs):
+        return linear_cross_entropy(*inputs, reduction="none", impl=impl)
+
+    hidden, weight, targets = (x.detach() for x in make_inputs(device))
+    if tracer == "jit":
+        # Its own check compares NaN with NaN.
+        traced = torch.jit.trace(losses, (hidden, weight, targets), check_trace=False)
+    else:
+        traced = make_fx(losses, tracing_mode=tracer)(hidden, weight, targets)
+    torch.testing.assert_close(traced(hidden, weight, targets), losses(hidden, weight, targets))
+    bad = targets.clone()
+    bad[[10, 20]] = torch.tensor([VOCABULARY, -1], device=device)
+    assert traced(hidden, weight, bad).isnan().nonzero().flatten().tolist() == [10, 20]
 
 
 def test_an_impl_that_cannot_run_says_so_when_compiled_too(device):

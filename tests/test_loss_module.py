@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from tiny_models import VOCABULARY, build_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 from torchtune import config
@@ -252,6 +253,26 @@ def test_targets_out_of_range_on_the_first_batch(model, hidden, targets):
         loss(hidden, targets.masked_fill(targets == -100, VOCABULARY + 1))
     # Still the first: no batch has passed.
     assert loss._first_batch
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [((), r"\[V, 64\] .*, got \[\]"), ((64,), r"\[V, 64\] .*, got \[64\]"), ((1, 9, 64), r"\[V, 64\] .*, got \[1,")]
+    + [((0, 64), "at least one row")],
+)
+def test_bad_weight_is_not_blamed_on_the_targets(hidden, targets, shape, said):
+    with pytest.raises(ValueError, match=f"^weight must have .*{said}"):
+        LinearCrossEntropyLoss()(hidden, targets, weight=torch.ones(shape))
+
+
+def test_first_batch_is_the_first_with_values(hidden, targets):
+    """Shapes alone, for a memory plan, are none."""
+    loss = LinearCrossEntropyLoss()
+    with FakeTensorMode():
+        fake = loss(torch.randn(2, 7, EMBED_DIM), torch.zeros(2, 7).long(), weight=torch.randn(VOCABULARY, EMBED_DIM))
+    assert fake.shape == ()
+    with pytest.raises(ValueError, match="larger tokenizer"):
+        loss(hidden, targets + VOCABULARY, weight=torch.randn(VOCABULARY, EMBED_DIM))
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """The public function: validate, pick the implementation, shift and reduce."""
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -144,13 +145,14 @@ def compute_token_statistics(
     validation.check_options(options)
     validation.check_shift(shift)
     validation.check_plain(hidden, weight, targets, bias)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
     validation.check_tensors(hidden, weight, targets, bias)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    validation.check_same_dtype(hidden, weight, bias)
     validation.check_ignore_index(options.ignore_index, targets)
     if shift:
         targets = _align(targets, shift, options.ignore_index)
     labels = targets.reshape(-1)
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if labels.device.type == "cpu" and validation.is_readable(labels):
         vocabulary = weight.shape[0] if shard is None else shard.vocabulary
         validation.check_range(labels, vocabulary, options.ignore_index)
     hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -181,8 +183,9 @@ def compute(
     validation.check_reduction(reduction)
     validation.check_shift(shift)
     validation.check_plain(hidden, weight, targets, bias)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
     validation.check_tensors(hidden, weight, targets, bias)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    validation.check_same_dtype(hidden, weight, bias)
     validation.check_ignore_index(options.ignore_index, targets)
     scaled = low_rank is not None and low_rank.scale is not None
     name, token_losses = implementations.choose(impl, hidden, scaled)
@@ -201,11 +204,14 @@ def compute(
     if shift:
         targets = _align(targets, shift, options.ignore_index)
     labels = targets.reshape(-1)
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if labels.device.type == "cpu" and validation.is_readable(labels):
         validation.check_range(labels, vocabulary, options.ignore_index)
         poison = None
     else:
         outside = validation.out_of_range(labels, vocabulary, options.ignore_index)
+        if options.ignore_index == 0:
+            # What stands in for a bad label, 0, must not be ignored.
+            labels, options = labels.where(labels != 0, -1), replace(options, ignore_index=-1)
         labels = labels.where(~outside, 0)
         # A factor, not a replacement: the NaN then reaches the gradients too.
         poison = torch.ones_like(labels, dtype=torch.float32).masked_fill_(outside, torch.nan)

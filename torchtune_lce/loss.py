@@ -172,7 +172,9 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
             )
         validation.check_plain(outputs, weight, targets, bias)
         self._check_width(outputs, weight)
-        if not torch.compiler.is_compiling():
+        # Before the values, lest a bad weight be blamed on the targets.
+        validation.check_tensors(outputs, weight, targets, bias)
+        if validation.is_readable(targets):
             if self._first_batch or self.check_targets:
                 self._check_range(targets, weight.shape[0] if shard is None else shard.vocabulary)
             if self._first_batch:

@@ -1,10 +1,14 @@
 """Every complaint about the arguments of the public functions: which one, what was expected, what came."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchtune_lce.low_rank import LowRank
@@ -100,7 +104,7 @@ def check_plain(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | 
 
 
 def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
-    """Shapes and dtypes; the values of ``targets`` are :func:`check_range`'s."""
+    """Shapes, and dtypes one by one; the values of ``targets`` are :func:`check_range`'s."""
     if hidden.dtype not in HIDDEN_DTYPES:
         raise TypeError(f"hidden must be one of {_names(HIDDEN_DTYPES)}, got {hidden.dtype}")
     if targets.dtype not in TARGET_DTYPES:
@@ -120,12 +124,29 @@ def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape [{weight.shape[0]}] to match weight, got {list(bias.shape)}")
+
+
+def check_same_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises TypeError for operands of different dtypes; under autocast they have been cast already."""
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden.dtype:
             raise TypeError(
                 f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}: cast one of them, or call "
                 "under torch.autocast"
             )
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether the host can look at the values of ``tensor`` here, for this call alone; on a GPU that waits for it.
+
+    Not in a fake tensor or on the meta device, where there are none, nor under torch.vmap, where they are many calls',
+    nor while a tracer (torch.compile, torch.export, torch.fx, torch.jit) writes down what later calls will do.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or get_proxy_mode() is not None:
+        return False
+    if tensor.device.type == "meta" or is_fake(tensor):
+        return False
+    return not any(functorch.is_batchedtensor(wrapped) for wrapped in _wrapped(tensor))
 
 
 def check_range(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
@@ -142,6 +163,13 @@ def check_range(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
 def out_of_range(targets: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
     """Mask, in the shape of targets, of those that name no row of the weight."""
     return (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
+
+
+def _wrapped(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor as torch.func's transforms wrapped it, from the innermost transform to the outermost."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        yield tensor
+        tensor = functorch.get_unwrapped(tensor)
 
 
 def _check_integer(name: str, value) -> None:
