@@ -11,12 +11,15 @@ from test_memory import usage
 from tiny_models import FULL, LORA, OUR_LOSS, STOCK_LOSS, our_recipe, recipe_config, stock_recipe, write_assets
 from torchtune import training
 from torchtune.modules.loss import CEWithChunkedOutputLoss
+from torchtune.modules.peft import DoRALinear, LoRALinear
 
-from torchtune_lce import config_reading, linear_cross_entropy, registry
+from torchtune_lce import config_reading, linear_cross_entropy, output_adapter, registry
 from torchtune_lce.bench import peers
 from torchtune_lce.errors import CommandError
+from torchtune_lce.functional import compute
+from torchtune_lce.options import Options
 from torchtune_lce.plan import command, report
-from torchtune_lce.plan.loss_memory import Problem, loss_memory
+from torchtune_lce.plan.loss_memory import OutputAdapter, Problem, loss_memory
 from torchtune_lce.plan.planning import USABLE, Planner
 from torchtune_lce.plan.step import _NF4_BYTES, optimizer_bytes
 from torchtune_lce.random_weights import is_quantised
@@ -93,6 +96,54 @@ def test_formula_of_a_loss(name, frozen, tokens, features, vocabulary, dtype):
     found = loss_memory(name, Problem(tokens, features, vocabulary, hidden.itemsize, not frozen))
     assert found.forward == pytest.approx(forward.peak, rel=0.1)
     assert found.peak == pytest.approx(max(forward.peak, forward.kept + backward.peak), rel=0.1)
+
+
+class OnTheOutput:
+    """Losses with LoRA or DoRA on the output, and what is measured of them."""
+
+    def __init__(self, scaled, dropout, tokens, features, vocabulary, dtype):
+        kind = DoRALinear if scaled else LoRALinear
+        self.output = kind(features, vocabulary, rank=8, alpha=16, dropout=dropout).to(dtype)
+        self.output.weight.requires_grad_(False)
+        if scaled:
+            self.output.initialize_dora_magnitude()
+        self.hidden = torch.randn(tokens, features).to(dtype).requires_grad_()
+        self.targets = torch.randint(vocabulary, (tokens,))
+
+    def loss(self, name):
+        if name == "stock":
+            chunks = self.hidden.view(4, -1, self.hidden.shape[-1]).tensor_split(8, dim=1)
+            return CEWithChunkedOutputLoss()([self.output(part) for part in chunks], self.targets.view(4, -1))
+        settings = {"options": Options(), "reduction": "mean", "shift": 0, "impl": name, "return_lse": False}
+        low_rank = output_adapter.low_rank(self.output, self.hidden)
+        return compute(self.hidden, self.output.weight, self.targets, None, low_rank=low_rank, **settings)
+
+    def peaks(self, name) -> tuple[int, int]:
+        """Of the forward, and with the backward."""
+        self.loss(name).backward()
+        for tensor in (self.hidden, *self.output.parameters()):
+            tensor.grad = None
+        held = []
+        forward = usage(lambda: held.append(self.loss(name)), CPU, False)
+        backward = usage(lambda: held.pop().backward(), CPU, False)
+        return forward.peak, max(forward.peak, forward.kept + backward.peak)
+
+
+# The weight is the most in the last, whose rows DoRA measures.
+@pytest.mark.parametrize(
+    ("tokens", "features", "vocabulary", "dtype"),
+    [(512, 64, 8192, torch.bfloat16), (128, 256, 6000, torch.float32)],
+    ids=["long-bf16", "wide"],
+)
+@pytest.mark.parametrize("scaled", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["stock", "reference", "chunked"])
+def test_formula_with_lora_on_the_output(name, dropout, scaled, tokens, features, vocabulary, dtype):
+    forward, peak = OnTheOutput(scaled, dropout, tokens, features, vocabulary, dtype).peaks(name)
+    adapter = OutputAdapter(8, dropout > 0, scaled)
+    found = loss_memory(name, Problem(tokens, features, vocabulary, dtype.itemsize, False, adapter=adapter))
+    assert found.forward == pytest.approx(forward, rel=0.1)
+    assert found.peak == pytest.approx(peak, rel=0.1)
 
 
 def test_compiled_losses_on_an_h100():
@@ -224,6 +275,33 @@ def test_shards():
     assert one.gathered == 0
 
 
+def test_lora_on_the_output_leaves_the_head_frozen():
+    """The head is 1 GiB; a gradient of it would be as much. The adapter's, of rank 8, is 2 MiB."""
+    name = "lce/llama3_1/8B_lora_single_device"
+    plain, with_lora, with_dora = (
+        planner(name, f"model.apply_lora_to_output={lora}", f"model.use_dora={dora}", "model.lora_dropout=0.05")
+        for lora, dora in ((False, False), (True, False), (True, True))
+    )
+    assert plain.adapter is None
+    assert (with_lora.adapter.scaled, with_dora.adapter.scaled) == (False, True)
+    assert with_lora.adapter.dropout
+    head = 128_256 * 4096 * 2
+    assert 128_256 * 8 * 2 < with_lora.fixed.head_gradient < head / 100
+    for loss in ("stock", "chunked", "cce"):
+        more = with_lora.step(loss, 1, 2048).loss.peak - plain.step(loss, 1, 2048).loss.peak
+        assert 0 < more < head / 10
+    assert with_dora.step("stock", 1, 2048).loss.peak - with_lora.step("stock", 1, 2048).loss.peak > head / 2
+    assert with_dora.step("chunked", 1, 2048).loss.peak < head / 2
+
+
+def test_a_config_of_torchtunes_with_lora_on_the_output():
+    """Mistral's LoRA config has it: 32,000 entries of 4096, rank 64."""
+    plan = planner("mistral/7B_lora_single_device")
+    assert plan.adapter == OutputAdapter(rank=64, dropout=False, scaled=False)
+    assert plan.fixed.head_gradient == (32_000 + 4096) * 64 * 2
+    assert not plan.problem(1, 1024).trained_head
+
+
 # --- limits ---
 
 
@@ -291,6 +369,18 @@ def test_settings_and_cautions_are_said(capsys):
 def test_bad_arguments_are_named(capsys, arguments, message):
     assert run("--config", LLAMA["lora"], *arguments) == 2
     assert capsys.readouterr().err.startswith(f"tune-lce plan: {message}")
+
+
+def test_losses_that_do_not_take_the_output_are_left_out(capsys):
+    dora = ["model.tie_word_embeddings=False", "model.apply_lora_to_output=True", "model.use_dora=True"]
+    assert run("--config", TINY, *dora) == 0
+    printed = capsys.readouterr().out
+    planned = [line.split()[0] for line in printed.splitlines() if re.match(r" \w+ +\d+\.\d\d +\d+% ", line)]
+    assert planned == ["stock", "stock_compiled", "torch_compile", "chunked"]
+    assert "cce does not take DoRA on the output; chunked does." in printed
+    assert "main_compiled is measured without an adapter on the output" in printed
+    assert run("--config", TINY, "--losses", "stock,cce", *dora) == 2
+    assert capsys.readouterr().err == "tune-lce plan: --losses: cce does not take DoRA on the output; chunked does\n"
 
 
 @pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * 2**30), ("1.5 GB", 1.5e9), ("512MiB", 2**29)])

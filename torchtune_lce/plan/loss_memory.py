@@ -13,6 +13,10 @@ reference: float32 logits, 4NV, and as much for what the forward subtracts from 
 for their gradients on the way.
 chunked, cce: the workspace, whatever NV is, and vectors.
 
+LoRA on the output, of rank r, adds its gradients, Vrb and rDb, to those above, and an Nr product; its dropout keeps the
+thinned out hidden states and their mask, (b + 1)ND. DoRA's scale of the rows has a gradient that needs what it scales:
+stock keeps two more copies of the logits, 2bNV, and holds three of the weight, 3VDb, for the length of its rows.
+
 tests/test_plan.py holds these against allocations measured on the CPU, docs/benchmarks.md against a card's.
 """
 
@@ -30,6 +34,15 @@ _BYTES_PER_TOKEN, _BYTES_PER_ENTRY = 64, 8
 
 
 @dataclass(frozen=True)
+class OutputAdapter:
+    """LoRA on the output; ``scaled`` where it is DoRA, whose magnitude scales the rows."""
+
+    rank: int
+    dropout: bool
+    scaled: bool
+
+
+@dataclass(frozen=True)
 class Problem:
     """Sizes that a loss's memory depends on."""
 
@@ -39,6 +52,7 @@ class Problem:
     itemsize: int
     trained_head: bool
     workspace_mib: int = 128
+    adapter: OutputAdapter | None = None
 
     @property
     def logits(self) -> int:
@@ -54,6 +68,26 @@ class Problem:
         """Of the head's gradient, 0 where it is frozen."""
         return self.vocabulary * self.features * self.itemsize if self.trained_head else 0
 
+    @property
+    def scaled(self) -> bool:
+        return self.adapter is not None and self.adapter.scaled
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Of the gradients of the adapter's matrices and magnitude."""
+        if self.adapter is None:
+            return 0
+        numbers = (self.vocabulary + self.features) * self.adapter.rank + self.vocabulary * self.adapter.scaled
+        return numbers * self.itemsize
+
+    @property
+    def adapter_kept(self) -> int:
+        """What autograd keeps from the adapter's forward: its product, and what dropout makes of the hidden states."""
+        if self.adapter is None:
+            return 0
+        thinned = self.hidden_bytes + self.tokens * self.features if self.adapter.dropout else 0
+        return self.tokens * self.adapter.rank * self.itemsize + thinned
+
 
 @dataclass(frozen=True)
 class LossMemory:
@@ -67,19 +101,33 @@ class LossMemory:
         return max(self.forward, self.backward)
 
 
+def obstacle(loss: str, adapter: OutputAdapter | None) -> str | None:
+    """Why there is no plan for this loss with such an output, or None."""
+    base = loss.removesuffix("_compiled")
+    if adapter is not None and base == "main":
+        return "is measured without an adapter on the output (apply_lora_to_output: False)"
+    if adapter is not None and adapter.scaled and base in implementations.CCE_PRESETS:
+        return "does not take DoRA on the output; chunked does"
+    return None
+
+
 def loss_memory(loss: str, problem: Problem) -> LossMemory:
-    """Of ``stock``, ``main`` (each also ``_compiled``) or one of this package's implementations."""
+    """Of ``stock``, ``main`` (each also ``_compiled``) or one of this package's implementations.
+
+    Raises ValueError for another name, or where there is an :func:`obstacle`.
+    """
+    why = obstacle(loss, problem.adapter)
+    if why:
+        raise ValueError(f"{loss} {why}")
     base = loss.removesuffix("_compiled")
     if base in ("stock", "main"):
         if loss.endswith("_compiled"):
             return _chunks_compiled(problem)
         return _chunks_eager(problem, all_logits=base == "stock")
-    logits, gradients = problem.logits, problem.hidden_bytes + problem.head_bytes
     if base == "torch_compile":
-        held = logits * problem.itemsize
-        return LossMemory(held, held + max(4 * logits, gradients))
+        return _full_logits_compiled(problem)
     if base == "reference":
-        return LossMemory(8 * logits, 20 * logits)
+        return _full_logits(problem)
     if base == "chunked":
         return _chunked(problem)
     if base in implementations.CCE_PRESETS:
@@ -87,48 +135,87 @@ def loss_memory(loss: str, problem: Problem) -> LossMemory:
     raise ValueError(f"no formula for the memory of {loss!r}")
 
 
+def _full_logits_compiled(problem: Problem) -> LossMemory:
+    logits, b = problem.logits, problem.itemsize
+    gradients = problem.hidden_bytes + problem.head_bytes + problem.adapter_bytes
+    if problem.adapter is None:
+        return LossMemory(b * logits, b * logits + max(4 * logits, gradients))
+    # The float32 sum, or in a shorter dtype its two parts; the scale's gradient takes these in float32 once more.
+    kept = 4 * logits + problem.adapter_kept
+    on_the_way = (8 + b if problem.scaled else 4) * logits
+    return LossMemory(max(kept, 2 * b * logits + problem.adapter_kept), kept + max(on_the_way, gradients))
+
+
+def _full_logits(problem: Problem) -> LossMemory:
+    logits, b = problem.logits, problem.itemsize
+    if problem.adapter is None:
+        return LossMemory(8 * logits, 20 * logits)
+    kept = problem.adapter_kept
+    return LossMemory((12 + (b if b < 4 else 0)) * logits + kept, (24 if problem.scaled else 20) * logits + kept)
+
+
 def _chunks_eager(problem: Problem, all_logits: bool) -> LossMemory:
     b, logits = problem.itemsize, problem.logits
-    kept = 4 * logits
+    # What DoRA multiplies with its scale; a chunk's rows of it, and its factors.
+    factors = 2 * b * logits if problem.scaled else 0
+    kept = 4 * logits + factors + problem.adapter_kept
+    if problem.scaled:
+        kept += 3 * CHUNKS * b * problem.vocabulary
     if all_logits:
         # float() of float32 logits is no copy.
         forward = kept + b * logits + (4 * logits // CHUNKS if b < 4 else 0)
     else:
         forward = kept + 4 * logits // CHUNKS
+    if problem.scaled:
+        # Before the loss: the last chunk's logits are made.
+        of_the_weight = 3 * problem.vocabulary * problem.features * b
+        forward = max(forward, factors + b * logits + of_the_weight + problem.adapter_kept)
     # The first chunk that the backward comes to: gradients by its log-softmax and by its float32 logits. The second,
     # when neither is kept any more: by its logits and by the head, to be added to the first's.
-    first = kept + 8 * logits // CHUNKS
-    then = kept - 2 * kept // CHUNKS + b * logits // CHUNKS + problem.hidden_bytes + 3 * problem.head_bytes
+    first = kept + max(8, 3 * b if problem.scaled else 0) * logits // CHUNKS
+    # An adapter's share of the logits has a gradient of its own.
+    by_logits = b * logits // CHUNKS * (1 if problem.adapter is None else 2)
+    then = (
+        kept - 2 * kept // CHUNKS + by_logits + problem.hidden_bytes + 3 * (problem.head_bytes + problem.adapter_bytes)
+    )
     return LossMemory(forward, max(first, then))
 
 
 def _chunks_compiled(problem: Problem) -> LossMemory:
-    kept = problem.itemsize * problem.logits
-    return LossMemory(kept, kept + kept // CHUNKS + problem.hidden_bytes + problem.head_bytes)
+    b, logits = problem.itemsize, problem.logits
+    kept = b * logits * (3 if problem.scaled else 1) + problem.adapter_kept
+    by_logits = b * logits // CHUNKS * (1 if problem.adapter is None else 2)
+    gradients = problem.hidden_bytes + problem.head_bytes + problem.adapter_bytes
+    forward = kept + (3 * problem.vocabulary * problem.features * b if problem.scaled else 0)
+    return LossMemory(forward, kept + by_logits + gradients)
 
 
 def _chunked(problem: Problem) -> LossMemory:
     dtype = {8: torch.float64, 4: torch.float32, 2: torch.bfloat16}[problem.itemsize]
-    entries = entries_per_chunk(problem.tokens, problem.vocabulary, problem.workspace_mib, dtype)
+    scaled = problem.scaled
+    entries = entries_per_chunk(problem.tokens, problem.vocabulary, problem.workspace_mib, dtype, scaled)
     wide = accumulation_dtype(dtype).itemsize
     block = problem.tokens * entries
     # Backward: a chunk's gradient, and its copy in the inputs' dtype; the hidden states' summed up in the wide dtype,
-    # a chunk's part of it beside the sum.
+    # a chunk's part of it beside the sum. With a scale, the logits without it beside the gradient, before the copy.
     copies = wide * problem.tokens * problem.features + problem.hidden_bytes
     rounded = problem.itemsize if problem.itemsize < wide else 0
-    vectors = _vectors(problem)
-    return LossMemory(
-        2 * wide * block + vectors,
-        (wide + rounded) * block + copies + problem.hidden_bytes + problem.head_bytes + vectors,
-    )
+    beside = wide if scaled else rounded
+    low = 0 if problem.adapter is None else 2 * wide * problem.tokens * problem.adapter.rank
+    vectors = _vectors(problem) + problem.adapter_kept + low
+    gradients = problem.hidden_bytes + problem.head_bytes + problem.adapter_bytes
+    return LossMemory(2 * wide * block + vectors, (wide + beside) * block + copies + gradients + vectors)
 
 
 def _cce(problem: Problem) -> LossMemory:
     # Never more than one copy of the logits and a float32 copy of the hidden states would be.
     most = problem.itemsize * problem.logits + 4 * problem.tokens * problem.features
     workspace = min(problem.workspace_mib * 2**20, most) + _vectors(problem)
-    return LossMemory(workspace, workspace + problem.hidden_bytes + problem.head_bytes)
+    workspace += problem.adapter_kept
+    return LossMemory(workspace, workspace + problem.hidden_bytes + problem.head_bytes + problem.adapter_bytes)
 
 
 def _vectors(problem: Problem) -> int:
-    return problem.tokens * _BYTES_PER_TOKEN + problem.vocabulary * _BYTES_PER_ENTRY
+    # DoRA's scale, the norms that it is made of and its gradient.
+    scale = 12 if problem.scaled else 0
+    return problem.tokens * _BYTES_PER_TOKEN + problem.vocabulary * (_BYTES_PER_ENTRY + scale)

@@ -6,12 +6,14 @@ from functools import cached_property
 import torch
 from omegaconf import DictConfig
 from torch import nn
+from torchtune.modules.tied_linear import TiedLinear
 
 from torchtune_lce.model_output import find_decoder
 from torchtune_lce.options import Options
+from torchtune_lce.output_adapter import Adapter, is_dora
 from torchtune_lce.plan import activations
 from torchtune_lce.plan.activations import Activations
-from torchtune_lce.plan.loss_memory import Problem
+from torchtune_lce.plan.loss_memory import OutputAdapter, Problem
 from torchtune_lce.plan.step import Fixed, Step, fixed, step
 
 # For the CUDA context and the gaps that PyTorch's allocator leaves.
@@ -40,12 +42,27 @@ class Planner:
         return whole.sharded(self._devices, _bytes(self.model) - sum(layers), max(layers))
 
     def problem(self, rows: int, sequence: int) -> Problem:
-        embedding = self.decoder.tok_embeddings.weight
         output = self.decoder.output
-        vocabulary = output.weight.shape[0] if isinstance(output, nn.Module) else embedding.shape[0]
+        weight = (output.tied_module if isinstance(output, TiedLinear) else output).weight
         workspace = self.config.get("loss", {}).get("workspace_mib", Options.workspace_mib)
-        trained = bool(self.fixed.head_gradient)
-        return Problem(rows * sequence, embedding.shape[1], vocabulary, self.dtype.itemsize, trained, workspace)
+        return Problem(
+            tokens=rows * sequence,
+            features=weight.shape[1],
+            vocabulary=weight.shape[0],
+            itemsize=self.dtype.itemsize,
+            trained_head=weight.requires_grad,
+            workspace_mib=workspace,
+            adapter=self.adapter,
+        )
+
+    @property
+    def adapter(self) -> OutputAdapter | None:
+        """LoRA on the output, if it has that."""
+        output = self.decoder.output
+        if not isinstance(output, Adapter):
+            return None
+        dropout = getattr(output.dropout, "p", 0.0) > 0
+        return OutputAdapter(output.lora_a.out_features, dropout, is_dora(output))
 
     def activations(self, rows: int, sequence: int) -> Activations:
         if sequence not in self._counted:

@@ -12,6 +12,7 @@ from torchtune_lce import config_reading
 from torchtune_lce.bench.report import show as print_table
 from torchtune_lce.compare import losses
 from torchtune_lce.errors import CommandError
+from torchtune_lce.plan.loss_memory import obstacle
 from torchtune_lce.plan.planning import USABLE, Planner
 
 _USUAL = "stock,stock_compiled,main_compiled,torch_compile,chunked,cce"
@@ -35,7 +36,6 @@ def show(
     choices = losses.parse(named or _USUAL)
     if any(choice.kind == "auto" for choice in choices):
         raise CommandError("--losses: auto is not planned, name what it takes: cce on a card, chunked elsewhere")
-    kinds = [choice.name for choice in choices]
     size = None if memory is None else parse_memory(memory)
     if size is None and torch.cuda.is_available():
         size = torch.cuda.get_device_properties(0).total_memory
@@ -46,6 +46,7 @@ def show(
     most = planner.decoder.max_seq_len
     if not 1 <= sequence <= most:
         raise CommandError(f"--sequence-length must be from 1 to {most}, the model's own limit, got {sequence}")
+    kinds, left_out = _planned([choice.loss for choice in choices], planner, named is not None)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(f"{name}: {rows} x {sequence} tokens{why}, {config.dtype}{_settings(config, devices)}")
     print_table(console, _fixed_table(planner, rows, sequence))
@@ -57,8 +58,17 @@ def show(
         console.print(
             f"Largest: what fits {USABLE:.0%} of {size / 2**30:.1f} GiB; the rest is CUDA's and fragmentation's."
         )
-    for caution in _cautions(config, devices):
+    for caution in [*left_out, *_cautions(config, devices)]:
         console.print(caution)
+
+
+def _planned(kinds: list[str], planner: Planner, named: bool) -> tuple[list[str], list[str]]:
+    """Those that have a plan, and a sentence for each other. Raises CommandError for such a one that was named."""
+    obstacles = {kind: obstacle(kind, planner.adapter) for kind in kinds}
+    left_out = [f"{kind} {why}." for kind, why in obstacles.items() if why]
+    if named and left_out:
+        raise CommandError(f"--losses: {left_out[0].removesuffix('.')}")
+    return [kind for kind, why in obstacles.items() if not why], left_out
 
 
 def _sequence(config: DictConfig, asked: int | None) -> tuple[int, str]:

@@ -17,11 +17,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torchtune import config as torchtune_config
+from torchtune.modules.tied_linear import TiedLinear
 
 from torchtune_lce.errors import CommandError
 from torchtune_lce.plan.activations import Activations
 from torchtune_lce.plan.loss_memory import LossMemory, Problem, loss_memory
-from torchtune_lce.projection import Projection
 from torchtune_lce.random_weights import is_quantised
 
 _TENSORS_OF_A_LAYERS_BACKWARD = 3
@@ -35,7 +35,10 @@ _TRIAL = 512  # rows and columns of the parameter that tells an optimizer's stat
 
 @dataclass(frozen=True)
 class Fixed:
-    """Bytes that no batch changes; ``layer_gradients`` of each decoder layer, in their order."""
+    """Bytes that no batch changes; ``layer_gradients`` of each decoder layer, in their order.
+
+    ``head_gradient``: of all that is trained of the output, its adapter too.
+    """
 
     parameters: int
     trained: int
@@ -86,9 +89,6 @@ def fixed(config: DictConfig, model: nn.Module, decoder: nn.Module, dtype: torch
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     state, update = optimizer_bytes(config.optimizer, dtype)
     entries = trained / dtype.itemsize
-    head = Projection(model)
-    weight, _ = head.read()
-    head.release()
     gradients = [
         sum(parameter.nbytes for parameter in layer.parameters() if parameter.requires_grad) for layer in decoder.layers
     ]
@@ -97,7 +97,7 @@ def fixed(config: DictConfig, model: nn.Module, decoder: nn.Module, dtype: torch
         trained=trained,
         optimizer=int(entries * state),
         update=int(entries * update),
-        head_gradient=weight.nbytes if weight.requires_grad else 0,
+        head_gradient=sum(parameter.nbytes for parameter in head_parameters(decoder) if parameter.requires_grad),
         layer_gradients=tuple(gradients),
         largest_gradient=max(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad),
         accumulates=config.get("gradient_accumulation_steps", 1) > 1,
@@ -112,6 +112,12 @@ def _parameter_bytes(decoder: nn.Module, parameter: nn.Parameter, quantised: boo
     if quantised and parameter.ndim == 2 and not parameter.requires_grad and id(parameter) not in outside:
         return int(parameter.numel() * _NF4_BYTES)
     return parameter.nbytes
+
+
+def head_parameters(decoder: nn.Module) -> list[nn.Parameter]:
+    """Of the output, or what it is tied to."""
+    output = decoder.output
+    return list((output.tied_module if isinstance(output, TiedLinear) else output).parameters())
 
 
 def _parameters(module) -> list[nn.Parameter]:
