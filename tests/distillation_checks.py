@@ -4,7 +4,7 @@ import itertools
 from functools import partial
 
 import torch
-from fsdp_checks import relative_error
+from distributed_processes import relative_error
 from sharding_checks import counting
 from tiny_distillation import build_teacher
 from tiny_models import SIZES, VOCABULARY, build_model

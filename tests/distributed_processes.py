@@ -71,3 +71,8 @@ def _let_recipes_run_on_a_cpu() -> None:
     training.get_memory_stats = lambda *arguments, **settings: {}
     training.log_memory_stats = lambda *arguments, **settings: None
     torch.cpu.empty_cache = torch.cpu.reset_peak_memory_stats = lambda *arguments, **settings: None
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, in units of the largest entry."""
+    return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()

@@ -1,14 +1,14 @@
 """What two processes check of a model that FSDP2 has sharded; a module of its own, since each of them imports it."""
 
 import itertools
-import socket
 from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
+from sharding_checks import check_collectives
 from tiny_models import VOCABULARY, build_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torchtune.modules.peft import DoRALinear, LoRALinear
@@ -20,23 +20,13 @@ RANKS = 2
 MICRO_BATCHES = 2
 
 
-def check_on_two_processes() -> None:
-    """Raises what a process raised."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_check_all, args=(port,), nprocs=RANKS)
-
-
-def _check_all(rank: int, port: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=RANKS)
+def check_two_processes(rank: int) -> None:
     for head, own_group, reshard in itertools.product(
         ("tied", "untied", "lora", "dora"), ([], ["tok_embeddings", "output"]), (True, False)
     ):
         _check_gradients(rank, head, own_group, reshard)
     _check_bound_before_sharding()
-    dist.destroy_process_group()
+    check_collectives(init_device_mesh("cpu", (RANKS,)))
 
 
 def _build(head: str) -> nn.Module:
@@ -106,11 +96,6 @@ def _check_gradients(rank: int, head: str, own_group: list[str], reshard: bool) 
         key for module in model.modules() for key in vars(module) if "cross_entropy" in key or key == "unembed"
     ]
     assert not leftovers, case
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, in units of the largest entry."""
-    return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
 
 
 def _check_bound_before_sharding() -> None:

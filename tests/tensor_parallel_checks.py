@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from fsdp_checks import relative_error
+from distributed_processes import relative_error
 from tiny_models import SIZES, VOCABULARY, build_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh

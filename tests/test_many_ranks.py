@@ -6,7 +6,7 @@ import pytest
 import torch
 from distillation_checks import check_distillation
 from distributed_processes import spawn
-from sharding_checks import check_sharded
+from sharding_checks import check_collectives, check_sharded
 from tensor_parallel_checks import check_vocabulary_parallel, check_with_fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torchtune_main_checks import check_context_parallel, check_sequence_parallel, check_sequence_parallel_with_fsdp
@@ -36,6 +36,7 @@ def check_two_cards(rank: int) -> None:
     # Not torch_compile: it would compile each case, on both ranks, for minutes.
     check_vocabulary_parallel(mesh, ("reference", "chunked", "cce", "cce_exact"))
     check_sharded(mesh, init_device_mesh("cuda", (1, 2), mesh_dim_names=("dp", "shard")))
+    check_collectives(mesh)
     check_distillation(mesh)
     check_sequence_parallel(mesh)
     check_context_parallel(mesh)

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from fsdp_checks import check_on_two_processes
+from distributed_processes import spawn
+from fsdp_checks import RANKS, check_two_processes
 from tiny_models import SIZES, VOCABULARY, build_model
 from torch import nn
 from torchao.dtypes.nf4tensor import to_nf4
@@ -317,4 +318,4 @@ def test_failed_binding_keeps_the_earlier_one(tokens, targets):
 @pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch's FSDP2 does not run on a CPU")
 def test_fsdp2_equals_one_process():
     """All cases in one spawn: starting two processes costs more than everything that they do."""
-    check_on_two_processes()
+    spawn(check_two_processes, RANKS)

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from fsdp_checks import relative_error
+from distributed_processes import relative_error
 from tensor_parallel_checks import counted
 from tiny_models import SIZES, VOCABULARY, build_model
 from torch import Tensor, nn

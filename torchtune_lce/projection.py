@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from types import MethodType
 
@@ -17,6 +18,8 @@ from torchtune_lce.model_output import find_decoder, uncompiled
 from torchtune_lce.output_adapter import Adapter, active_dropout, is_dora
 
 _counter = itertools.count()
+# Roots that let go of their parameters after forward until a projection had them keep them.
+_made_to_keep = weakref.WeakSet()
 
 
 class Projection:
@@ -42,11 +45,11 @@ class Projection:
         self._fsdp = isinstance(self._holder, FSDPModule)
         # Without FSDP2 only tensor parallelism splits a weight. With it, what is split still while its holder runs is.
         self._mesh = None if self._fsdp else getattr(self._owner.weight, "device_mesh", None)
-        # torchtune has the root let go of its parameters after forward: they would be gathered again for the loss at
-        # once. Older torch never lets a root do that, and has no such method.
-        self._keeps_gathered = self._holder is model and hasattr(model, "set_reshard_after_forward")
-        if self._keeps_gathered:
-            model.set_reshard_after_forward(False, recurse=False)
+        if self._fsdp:
+            # For its mesh to be that of the shards.
+            self._holder.reshard()
+            self._shards_mesh = getattr(self._owner.weight, "device_mesh", None)
+        self._is_root = self._holder is model
         self._method = f"_linear_cross_entropy_{next(_counter)}"
         setattr(self._holder, self._method, MethodType(_call_with_projection, self._holder))
         # FSDP2 then gathers the weight before the method and averages its gradient over the ranks after the backward,
@@ -69,12 +72,43 @@ class Projection:
         backward, unless that will not read them: then ``read_in_backward`` spares it.
         """
         trains = torch.is_grad_enabled()
+        shown, made = hidden, []
+        if self._stays_gathered():
+            # Shown hidden states that need a gradient, FSDP2 would free the weight when they have it, and then gather
+            # it again for the holder's own backward. It says only which dtype they must have.
+            shown = torch.empty(0, dtype=hidden.dtype, device=hidden.device)
+
+        def run(shown_hidden: Tensor, *others):
+            taken = shown_hidden if shown is hidden else hidden.to(shown_hidden.dtype)
+            made.append(function(self.input(taken), *others))
+            return made[0]
+
         with torch.set_grad_enabled(trains and read_in_backward):
-            result = getattr(self._holder, self._method)(self, function, hidden, targets, trains, adapter_apart)
-        if self._keeps_gathered and not trains:
+            result = getattr(self._holder, self._method)(self, run, shown, targets, trains, adapter_apart)
+        if result.dtype != made[0].dtype:
+            raise TypeError(
+                f"FSDP2 would round the loss from {made[0].dtype} to {result.dtype}: leave output_dtype out of the "
+                f"MixedPrecisionPolicy of the {type(self._holder).__name__}, or set it to torch.float32"
+            )
+        if self._holder in _made_to_keep and not trains:
             # No backward will do it.
             self._holder.reshard()
         return result
+
+    def _stays_gathered(self) -> bool:
+        """Whether FSDP2 keeps the weight gathered from the holder's forward to its backward.
+
+        torchtune has the root let go of its parameters after forward: they would be gathered again for the loss at
+        once, so it has to keep them from now on. Older torch never lets a root do that, and has no such method.
+        """
+        if not self._fsdp or self._holder in _made_to_keep:
+            return False
+        if getattr(self._owner.weight, "device_mesh", None) != self._shards_mesh:
+            return True
+        if self._is_root and hasattr(self._holder, "set_reshard_after_forward"):
+            self._holder.set_reshard_after_forward(False, recurse=False)
+            _made_to_keep.add(self._holder)
+        return False
 
     @property
     def trained(self) -> bool:
@@ -165,7 +199,7 @@ def _call_with_projection(
 ):
     with torch.set_grad_enabled(trains):
         weight, bias = projection.read(adapter_apart)
-        return function(projection.input(hidden), targets, weight, bias)
+        return function(hidden, targets, weight, bias)
 
 
 def _owner(output) -> nn.Module:
