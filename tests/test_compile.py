@@ -44,18 +44,19 @@ def test_one_graph_with_the_same_numbers(impl, reduction, device):
         torch.testing.assert_close(graph, plain, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("impl", ["cce", "chunked"])
-def test_dynamic_shapes_compile_once(impl, device):
+@pytest.mark.parametrize(("impl", "smoothing"), [("cce", 0.1), ("chunked", 0.0), ("chunked", 0.1)])
+def test_dynamic_shapes_compile_once(impl, smoothing, device):
+    def run(*inputs):
+        return linear_cross_entropy(*inputs, impl=impl, label_smoothing=smoothing)
+
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(
-        lambda *inputs: linear_cross_entropy(*inputs, impl=impl), fullgraph=True, dynamic=True, backend=counter
-    )
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
     compilations = []
     # Three row blocks of any configuration, and more: torch takes an axis of length 1 for a constant.
     for tokens, ignored in ((270, 9), (281, 0), (430, 60)):
         inputs = make_inputs(device, tokens, ignored)
         loss = compiled(*inputs)
-        assert torch.equal(loss, linear_cross_entropy(*inputs, impl=impl))
+        assert torch.equal(loss, run(*inputs))
         loss.backward()
         compilations.append(counter.frame_count)
     # The first may take two: torch begins anew where it finds that a number among the settings is a constant.
@@ -125,5 +126,5 @@ def test_operators_of_chunked_keep_the_rules(adapter, device):
         for shape in ((len(targets), 3), (VOCABULARY, 3), VOCABULARY)
     )
     low_rank = {"none": (None, None, None), "LoRA": (low, up, None), "DoRA": (low, up, scale)}[adapter]
-    arguments = (hidden, weight, None, *low_rank, targets, -100, 30.0, 64)
+    arguments = (hidden, weight, None, *low_rank, targets, -100, 30.0, 64, adapter != "LoRA")
     torch.library.opcheck(torch.ops.torchtune_lce.chunked.default, arguments)

@@ -1,14 +1,16 @@
 """Label smoothing in every implementation, against F.cross_entropy's in float64 on full logits, with gradients."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_memory import MIB, WIDE, WORKSPACE_MIB, Shape, gradient_bytes, make_inputs, usage
 
-from torchtune_lce import LinearCrossEntropyLoss, linear_cross_entropy
+from torchtune_lce import LinearCrossEntropyLoss, chunked, linear_cross_entropy
 from torchtune_lce.functional import compute
+from torchtune_lce.label_smoothing import smooth, with_logit_sums
 from torchtune_lce.options import Options
 
 TOKENS, ENTRIES, WIDTH = (3, 23), 301, 40
@@ -27,12 +29,14 @@ def make_tensors(device, dtype=torch.float32, frozen=()):
     return tensors, targets
 
 
-def plain(tensors, targets, dtype, *, shift=0, reduction="mean", z_loss=0.0, smoothing=SMOOTHING):
+def plain(tensors, targets, dtype, *, shift=0, reduction="mean", z_loss=0.0, smoothing=SMOOTHING, softcap=None):
     """The loss in ``dtype`` on full logits, and the leaves that it was made of."""
     leaves = {name: x.detach().to(dtype).requires_grad_(x.requires_grad) for name, x in tensors.items()}
     labels = targets[:, shift:].flatten()
     logits = F.linear(leaves["hidden"][:, : targets.shape[1] - shift].flatten(0, 1), leaves["weight"], leaves["bias"])
     logits = logits.to(torch.promote_types(dtype, torch.float32))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
     losses = losses + z_loss * logits.logsumexp(-1).square().where(labels != -100, 0)
     if reduction == "none":
@@ -62,6 +66,7 @@ CASES = {
     "none, shift": {"reduction": "none", "shift": 2},
     "z-loss": {"z_loss": 0.3, "shift": 1},
     "uniform alone": {"smoothing": 1.0},
+    "softcap": {"softcap": 2.0, "reduction": "sum"},
 }
 
 
@@ -103,10 +108,16 @@ def test_bfloat16_on_a_card(impl, device):
 def assert_equals_cross_entropy(impl, case, tensors, targets) -> None:
     settings = {"smoothing": SMOOTHING} | case
     dtype = tensors["hidden"].dtype
+    options = Options(
+        label_smoothing=settings["smoothing"],
+        z_loss=settings.get("z_loss", 0.0),
+        softcap=settings.get("softcap"),
+        workspace_mib=1,
+    )
     loss = compute(
         **tensors,
         targets=targets,
-        options=Options(label_smoothing=settings["smoothing"], z_loss=settings.get("z_loss", 0.0), workspace_mib=1),
+        options=options,
         reduction=settings.get("reduction", "mean"),
         shift=settings.get("shift", 0),
         impl=impl,
@@ -128,14 +139,15 @@ def test_all_ignored_and_no_tokens(impl, device):
             assert not gradient.any()
 
 
-def test_ignored_tokens_may_hold_nan(device):
+@pytest.mark.parametrize("impl", ["chunked", "cce"])
+def test_ignored_tokens_may_hold_nan(impl, device):
     """As hidden states of padding do where attention saw nothing."""
     tensors, targets = make_tensors(device)
     results = []
     for value in (0.0, torch.nan):
         with torch.no_grad():
             tensors["hidden"][targets == -100] = value
-        loss = linear_cross_entropy(**tensors, targets=targets, label_smoothing=SMOOTHING, impl="chunked")
+        loss = linear_cross_entropy(**tensors, targets=targets, label_smoothing=SMOOTHING, impl=impl)
         results.append(pulled(loss, tensors))
     for clean, dirty in zip(*results, strict=True):
         assert torch.equal(clean, dirty)
@@ -176,9 +188,70 @@ def test_second_derivatives():
 
     assert torch.autograd.gradcheck(loss, (hidden, weight))
     assert torch.autograd.gradgradcheck(loss, (hidden, weight))
-    (gradient,) = torch.autograd.grad(loss(hidden, weight, "chunked"), weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("impl", ["chunked", "cce"])
+@pytest.mark.parametrize("way", ["grad", "backward", "hessian"])
+def test_second_derivatives_are_refused(way, impl, device):
+    """In the words that each has without smoothing, however they are asked for."""
+    tensors, targets = make_tensors(device)
+
+    def loss(hidden):
+        settings = {"label_smoothing": SMOOTHING, "impl": impl}
+        return linear_cross_entropy(hidden, tensors["weight"], targets, tensors["bias"], **settings)
+
+    def second():
+        if way == "hessian":
+            return torch.autograd.functional.hessian(loss, tensors["hidden"].detach())
+        value = loss(tensors["hidden"])
+        (gradient,) = torch.autograd.grad(value, tensors["hidden"], create_graph=True)
+        penalised = value + gradient.square().sum()
+        return penalised.backward() if way == "backward" else torch.autograd.grad(penalised, [*tensors.values()])
+
+    with pytest.raises(RuntimeError, match=rf"impl='{impl}' has no second derivative \(create_graph=True\); set impl="):
+        second()
+
+
+def test_derivatives_of_the_sums():
+    hidden, row = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 3), 3))
+    valid = torch.tensor([True, True, False, True, True])
+
+    def products(hidden, row):
+        return torch.ops.torchtune_lce.row_products(hidden, row, valid, 1)
+
+    assert torch.autograd.gradcheck(products, (hidden, row))
+    assert torch.autograd.gradgradcheck(products, (hidden, row))
+    arguments = [x.detach().requires_grad_() for x in (hidden, row)]
+    torch.library.opcheck(torch.ops.torchtune_lce.row_products.default, (*arguments, valid, 1))
+    torch.library.opcheck(torch.ops.torchtune_lce.row_sum.default, (arguments[0],))
+
+
+def test_vmap():
+    tensors, targets = make_tensors("cpu")
+
+    def loss(hidden):
+        settings = {"label_smoothing": SMOOTHING, "impl": "cce"}
+        return linear_cross_entropy(hidden, tensors["weight"].detach(), targets[0], **settings)
+
+    hidden = tensors["hidden"].detach()
+    torch.testing.assert_close(torch.vmap(loss)(hidden), torch.stack([*map(loss, hidden)]))
+
+
+def test_bits_of_a_token_depend_on_it_alone(device):
+    """Neither on the workspace, which cuts the sums into pieces, nor on the other tokens."""
+    tokens, width = (200, 800) if device.type == "cpu" else (2000, 800)
+    hidden, weight = torch.randn(tokens, width, device=device), torch.randn(300, width, device=device) / 30
+    targets = torch.randint(0, 300, (tokens,), device=device)
+
+    def losses(tokens: int, workspace_mib: int) -> torch.Tensor:
+        options = Options(label_smoothing=SMOOTHING, workspace_mib=workspace_mib)
+        settings = {"reduction": "none", "shift": 0, "impl": "cce", "return_lse": False}
+        return compute(hidden[:tokens], weight, targets[:tokens], None, options=options, **settings)
+
+    whole = losses(tokens, 128)
+    assert torch.equal(losses(tokens, 1), whole)
+    for some in (1, 77):
+        assert torch.equal(losses(some, 128), whole[:some])
 
 
 @pytest.mark.parametrize(
@@ -221,6 +294,30 @@ def test_memory(shape, trained, dtype):
     assert backward.peak <= WORKSPACE_MIB * MIB + copies + gradient_bytes(inputs) + vectors
 
 
+@pytest.mark.parametrize("shape", [WIDE, HEAVY], ids=["wide", "heavy"])
+def test_memory_around_an_implementation(shape):
+    """What `cce` gets: no second [V, D] for the sums' gradient, and one [N, D] once the implementation's are gone."""
+    inputs = make_inputs(shape, torch.float32, torch.device("cpu"))
+    options = Options(workspace_mib=WORKSPACE_MIB, label_smoothing=SMOOTHING)
+
+    def plain_losses(*arguments):
+        return chunked.token_losses(*arguments[:-1], replace(options, label_smoothing=0.0))
+
+    def loss():
+        tensors = (inputs[name] for name in ("hidden", "weight", "bias", "targets"))
+        nll, lse, sums = with_logit_sums(plain_losses)(*tensors, options)
+        return smooth(nll, lse, sums / shape.vocabulary, options).sum()
+
+    held = []
+    forward = usage(lambda: held.append(loss()), torch.device("cpu"), False)
+    backward = usage(lambda: held.pop().backward(), torch.device("cpu"), False)
+    states = 4 * shape.tokens * shape.width
+    vectors = 2 * shape.vectors() + 32 * shape.width
+    assert forward.kept <= vectors
+    assert forward.peak <= WORKSPACE_MIB * MIB + states + vectors
+    assert backward.peak <= WORKSPACE_MIB * MIB + 3 * states + gradient_bytes(inputs) + vectors
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["cce", "chunked"])
 def test_memory_on_a_card(impl, device):
@@ -252,7 +349,12 @@ def test_must_be_a_share(smoothing):
         LinearCrossEntropyLoss(label_smoothing=smoothing)
 
 
-def test_not_with_a_softcap():
-    with pytest.raises(ValueError, match=r"^label_smoothing must be 0 with a softcap, got 0.1 and softcap=30.0"):
-        LinearCrossEntropyLoss(label_smoothing=0.1, softcap=30.0)
-    LinearCrossEntropyLoss(label_smoothing=0.0, softcap=30.0)
+def test_kernels_refuse_a_softcap_and_auto_takes_chunked(device):
+    tensors, targets = make_tensors(device)
+    settings = {"targets": targets, "label_smoothing": SMOOTHING, "softcap": 2.0}
+    message = r"impl='cce' does not sum up capped logits, .* set impl='chunked' \(what 'auto' takes for it\)"
+    with pytest.raises(RuntimeError, match=message):
+        linear_cross_entropy(**tensors, **settings, impl="cce")
+    assert torch.equal(
+        linear_cross_entropy(**tensors, **settings), linear_cross_entropy(**tensors, **settings, impl="chunked")
+    )

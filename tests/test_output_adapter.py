@@ -75,24 +75,24 @@ CASES = {
     "z-loss": {"z_loss": 0.1},
     "smoothed": {"label_smoothing": 0.2},
 }
+BEYOND_KERNELS = {"smoothed and capped": {"label_smoothing": 0.2, "softcap": 1.5}}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | BEYOND_KERNELS)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 def test_loss_and_gradients_are_torchtunes(impl, kind, dropout, case):
     """In float64, with the dropout of the same seed; every other case with a frozen base, as recipes have it."""
-    if (impl, kind, case) == ("chunked", "DoRA", "smoothed"):
-        pytest.skip("refused, below")
     frozen = case in ("plain", "z-loss")
     output = make_output(kind, dropout=dropout, use_bias=not frozen).double()
     for name in ("weight", "bias") if not frozen else ("weight",):
         getattr(output, name).requires_grad_(not frozen)
     hidden, targets = batch()
     torch.manual_seed(4)
-    expected = results(expected_loss(output, hidden, targets, **CASES[case]), output, hidden)
-    _, loss = bound(output, impl=impl, **CASES[case])
+    settings = (CASES | BEYOND_KERNELS)[case]
+    expected = results(expected_loss(output, hidden, targets, **settings), output, hidden)
+    _, loss = bound(output, impl=impl, **settings)
     torch.manual_seed(4)
     found = results(loss(hidden, targets), output, hidden)
     assert found.keys() == expected.keys()
@@ -362,7 +362,9 @@ def test_kernels_refuse_dora_and_auto_takes_chunked(caplog):
 def test_auto_says_why(caplog):
     implementations._say_once.cache_clear()
     caplog.set_level(logging.INFO, logger="torchtune_lce")
-    name, _ = implementations.choose("auto", torch.empty(1, device="meta"), scaled=True)
+    name, _ = implementations.choose(
+        "auto", torch.empty(1, device="meta"), implementations.beyond_kernels(Options(), True)
+    )
     assert name == "chunked"
     assert "the kernels do not scale rows of the output" in caplog.text
 
@@ -386,9 +388,6 @@ def test_distillation_refuses(kind):
 
 def test_bad_inputs():
     hidden, targets = batch(torch.float32)
-    _, loss = bound(make_output("DoRA"), impl="chunked", label_smoothing=0.1)
-    with pytest.raises(ValueError, match=r"label_smoothing must be 0 with DoRA on the output .* got 0\.1: set impl="):
-        loss(hidden, targets)
     output = make_output("LoRA")
     _, loss = bound(output, impl="chunked")
     output.lora_a.double()

@@ -30,38 +30,48 @@ def entries_per_chunk(
 torch.library.define(
     "torchtune_lce::chunked",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor? scale, Tensor targets, "
-    "int ignore_index, float? softcap, int workspace_mib) -> (Tensor nll, Tensor lse)",
+    "int ignore_index, float? softcap, int workspace_mib, bool with_sums) -> (Tensor nll, Tensor lse, Tensor sums)",
 )
 
 
 @torch.library.impl("torchtune_lce::chunked", "default")
 @without_autocast
-def _forward(hidden, weight, bias, low, up, scale, targets, ignore_index, softcap, workspace_mib):
+def _forward(hidden, weight, bias, low, up, scale, targets, ignore_index, softcap, workspace_mib, with_sums):
+    """nll, lse and, empty unless ``with_sums``, the sum of the logits, [N] each, 0 where ignored."""
     rows, kept, labels, chunk = _in_use(hidden, weight, targets, ignore_index, workspace_mib, scale is not None)
     low_rank = _low_rank_in_use(low, up, scale, rows, kept)
     peak = hidden.new_full(rows.shape, -torch.inf, dtype=accumulation_dtype(hidden.dtype))
-    total, target_logit = torch.zeros_like(peak), torch.zeros_like(peak)
+    total, target_logit, logit_sum = (torch.zeros_like(peak) for _ in range(3))
     for start in range(0, weight.shape[0], chunk):
-        chunk_lse, chunk_target = _chunk_statistics(kept, weight, bias, low_rank, labels, start, chunk, softcap)
-        peak, total = _add_exponential(peak, total, chunk_lse)
-        target_logit += chunk_target
+        logits = chunk_logits(kept, weight, bias, low_rank, start, chunk, softcap)
+        if with_sums:
+            logit_sum += logits.sum(-1)
+        target_logit += _target_logits(logits, labels, start)
+        peak, total = _add_exponential(peak, total, logits.logsumexp(-1))
+        # Before the next chunk is made.
+        del logits
     row_lse = peak + total.log()
     nll, lse = (row_lse.new_zeros(targets.shape) for _ in range(2))
     nll[rows] = row_lse - target_logit
     lse[rows] = row_lse
-    return nll, lse
+    sums = row_lse.new_zeros(targets.shape if with_sums else 0)
+    if with_sums:
+        sums[rows] = logit_sum
+    return nll, lse, sums
 
 
 @torch.library.register_fake("torchtune_lce::chunked")
-def _(hidden, weight, bias, low, up, scale, targets, ignore_index, softcap, workspace_mib):
+def _(hidden, weight, bias, low, up, scale, targets, ignore_index, softcap, workspace_mib, with_sums):
     dtype = accumulation_dtype(hidden.dtype)
-    return hidden.new_empty(targets.shape, dtype=dtype), hidden.new_empty(targets.shape, dtype=dtype)
+    shapes = targets.shape, targets.shape, targets.shape if with_sums else 0
+    return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 torch.library.define(
     "torchtune_lce::chunked_backward",
-    "(Tensor? d_nll, Tensor? d_lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, "
-    "Tensor? scale, Tensor targets, Tensor lse, int ignore_index, float? softcap, int workspace_mib, bool[] needs) "
+    "(Tensor? d_nll, Tensor? d_lse, Tensor? d_sums, Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, "
+    "Tensor? up, Tensor? scale, Tensor targets, Tensor lse, int ignore_index, float? softcap, int workspace_mib, "
+    "bool[] needs) "
     "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_low, Tensor d_up, Tensor d_scale)",
 )
 
@@ -71,6 +81,7 @@ torch.library.define(
 def _backward(
     d_nll,
     d_lse,
+    d_sums,
     hidden,
     weight,
     bias,
@@ -85,13 +96,32 @@ def _backward(
     needs,
 ):
     """Gradients by hidden, weight, bias, low, up and scale, empty where ``needs`` has no True."""
-    need_hidden, need_weight, need_bias, need_low, need_up, need_scale = needs
     rows, kept, labels, chunk = _in_use(hidden, weight, targets, ignore_index, workspace_mib, scale is not None)
-    low_rank = _low_rank_in_use(low, up, scale, rows, kept)
     row_lse = lse[rows]
     d_nll = torch.zeros_like(row_lse) if d_nll is None else d_nll[rows]
     d_softmax = d_nll if d_lse is None else d_nll + d_lse[rows]
-    d_kept = torch.zeros_like(kept, dtype=lse.dtype) if need_hidden else None
+    d_sums = None if d_sums is None else d_sums[rows]
+
+    def by_logits(logits, start):
+        d_logits = logits.sub_(row_lse[:, None]).exp_().mul_(d_softmax[:, None])
+        inside = ((labels >= start) & (labels < start + logits.shape[1])).nonzero().squeeze(-1)
+        # Subtracted before rounding to the input dtype: p - 1 is small where the model is confident.
+        d_logits[inside, labels[inside] - start] -= d_nll[inside]
+        return d_logits if d_sums is None else d_logits.add_(d_sums[:, None])
+
+    return walk_gradients(hidden, weight, bias, low, up, scale, rows, kept, chunk, softcap, needs, by_logits)
+
+
+def walk_gradients(hidden, weight, bias, low, up, scale, rows, kept, chunk, softcap, needs, by_logits):
+    """Gradients by the six operands, empty where ``needs`` has no True, from those by the logits of a chunk at a time.
+
+    ``by_logits(logits, start)`` makes these of the chunk's logits, of the tokens ``rows``, whose hidden states are
+    ``kept``, and the entries from ``start`` on; in their place if it can, both in the accumulation dtype.
+    """
+    need_hidden, need_weight, need_bias, need_low, need_up, need_scale = needs
+    low_rank = _low_rank_in_use(low, up, scale, rows, kept)
+    wide = accumulation_dtype(hidden.dtype)
+    d_kept = torch.zeros_like(kept, dtype=wide) if need_hidden else None
     d_weight = weight.new_empty(weight.shape if need_weight else 0)
     d_bias = hidden.new_empty(bias.shape if need_bias else 0)
     d_low = hidden.new_zeros(low.shape if need_low else 0)
@@ -99,14 +129,12 @@ def _backward(
     d_up = hidden.new_empty(0) if not need_up else torch.empty_like(up)
     d_scale = hidden.new_empty(0) if not need_scale else torch.empty_like(scale)
     for start in range(0, weight.shape[0], chunk):
-        d_logits, d_scale_part = _chunk_gradient(
-            kept, weight, bias, low_rank, labels, row_lse, d_nll, d_softmax, start, chunk, softcap
-        )
+        d_logits, d_scale_part = _chunk_gradient(kept, weight, bias, low_rank, start, chunk, softcap, by_logits)
         part = slice(start, start + chunk)
         if need_scale:
             d_scale[part] = d_scale_part
         if need_low:
-            d_kept_low += d_logits @ up[part].to(lse.dtype)
+            d_kept_low += d_logits @ up[part].to(wide)
         if need_up:
             d_up[part] = d_logits.T @ low_rank.low
         if need_bias:
@@ -128,6 +156,7 @@ def _backward(
 def _(
     d_nll,
     d_lse,
+    d_sums,
     hidden,
     weight,
     bias,
@@ -146,16 +175,17 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ignore_index, softcap, workspace_mib = inputs
+    *tensors, ignore_index, softcap, workspace_mib, ctx.with_sums = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, output[1])
     ctx.settings = ignore_index, softcap, workspace_mib
 
 
-def _differentiate(ctx, d_nll, d_lse):
+def _differentiate(ctx, d_nll, d_lse, d_sums):
     needs = ctx.needs_input_grad[:6]
-    gradients = torch.ops.torchtune_lce.chunked_backward(d_nll, d_lse, *ctx.saved_tensors, *ctx.settings, needs)
-    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 4
+    d_results = d_nll, d_lse, d_sums if ctx.with_sums else None
+    gradients = torch.ops.torchtune_lce.chunked_backward(*d_results, *ctx.saved_tensors, *ctx.settings, needs)
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 5
 
 
 def _refuse_second_derivative(ctx, *_):
@@ -208,12 +238,11 @@ def _capped(logits, softcap):
     return tanh * softcap, tanh
 
 
-def _chunk_statistics(hidden, weight, bias, low_rank, labels, start, chunk, softcap):
-    """Log-sum-exp over the chunk, and the target's logit where the target lies in it, 0 elsewhere."""
-    logits = chunk_logits(hidden, weight, bias, low_rank, start, chunk, softcap)
-    inside = (labels >= start) & (labels < start + chunk)
+def _target_logits(logits, labels, start):
+    """The target's logit where the target lies in the chunk that begins at ``start``, 0 elsewhere."""
+    inside = (labels >= start) & (labels < start + logits.shape[1])
     column = (labels - start).clamp(0, logits.shape[1] - 1)
-    return logits.logsumexp(-1), logits.gather(-1, column[:, None]).squeeze(-1).where(inside, 0)
+    return logits.gather(-1, column[:, None]).squeeze(-1).where(inside, 0)
 
 
 def _add_exponential(peak: Tensor, total: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,15 +253,12 @@ def _add_exponential(peak: Tensor, total: Tensor, lse: Tensor) -> tuple[Tensor, 
     return higher, total * (peak - base).exp() + (lse - base).exp()
 
 
-def _chunk_gradient(hidden, weight, bias, low_rank, labels, lse, d_nll, d_softmax, start, chunk, softcap):
+def _chunk_gradient(hidden, weight, bias, low_rank, start, chunk, softcap, by_logits):
     """Gradient by the chunk's logits, before scale and softcap, and by the scale, or None; both accumulated wide."""
     unscaled = _unscaled_logits(hidden, weight, bias, low_rank, start, chunk)
     scale = None if low_rank is None or low_rank.scale is None else low_rank.scale[start : start + chunk]
     logits, tanh = _capped(unscaled if scale is None else unscaled * scale, softcap)
-    d_logits = logits.sub_(lse[:, None]).exp_().mul_(d_softmax[:, None])
-    inside = ((labels >= start) & (labels < start + chunk)).nonzero().squeeze(-1)
-    # Subtracted before rounding to the input dtype: p - 1 is small where the model is confident.
-    d_logits[inside, labels[inside] - start] -= d_nll[inside]
+    d_logits = by_logits(logits, start)
     if tanh is not None:
         d_logits.mul_(tanh.square_().neg_().add_(1))
     if scale is None:
@@ -250,7 +276,7 @@ def token_losses(
     low_rank: LowRank | None = None,
 ):
     """Same contract as :func:`torchtune_lce.reference.token_losses`."""
-    return torch.ops.torchtune_lce.chunked(
+    nll, lse, sums = torch.ops.torchtune_lce.chunked(
         hidden,
         weight,
         bias,
@@ -259,4 +285,6 @@ def token_losses(
         options.ignore_index,
         options.softcap,
         options.workspace_mib,
+        bool(options.label_smoothing),
     )
+    return (nll, lse, sums) if options.label_smoothing else (nll, lse)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchtune_lce import implementations, validation
-from torchtune_lce.label_smoothing import smoothed
+from torchtune_lce.label_smoothing import smooth, with_logit_sums
 from torchtune_lce.low_rank import LowRank
 from torchtune_lce.options import Options
 from torchtune_lce.token_statistics import token_statistics
@@ -39,7 +39,7 @@ def linear_cross_entropy(
             where ignored. No tokens, or all of them ignored, give 0 with zero gradients.
         softcap: logits become ``softcap * tanh(logits / softcap)``.
         label_smoothing: the share of the target's weight that is spread over the whole vocabulary, in [0, 1], as in
-            ``torch.nn.functional.cross_entropy``; not together with a softcap. Never filtered.
+            ``torch.nn.functional.cross_entropy``. Never filtered.
         shift: k >= 0: ``hidden[..., :-k, :]`` predicts ``targets[..., k:]``, without a copy of either. With ``none``
             the first k positions of the last axis are 0.
         impl: one of :data:`torchtune_lce.implementations.NAMES`.
@@ -188,18 +188,16 @@ def compute(
     validation.check_same_dtype(hidden, weight, bias)
     validation.check_ignore_index(options.ignore_index, targets)
     scaled = low_rank is not None and low_rank.scale is not None
-    name, token_losses = implementations.choose(impl, hidden, scaled)
+    name, token_losses = implementations.choose(impl, hidden, implementations.beyond_kernels(options, scaled))
     if low_rank is not None:
-        validation.check_low_rank(name, options, low_rank)
         token_losses = partial(token_losses, low_rank=low_rank)
     if name not in implementations.MADE_OF_TORCH:
         validation.check_no_tangents(name, hidden, weight, bias, *(low_rank or ()))
+    if options.label_smoothing and name in implementations.CCE_PRESETS:
+        token_losses = with_logit_sums(token_losses, low_rank)
     vocabulary = weight.shape[0]
     if shard is not None:
         token_losses, vocabulary = shard.token_losses(token_losses), shard.vocabulary
-    elif options.label_smoothing and name not in implementations.MADE_OF_TORCH:
-        # Those have the logits, and smooth with them.
-        token_losses = smoothed(token_losses, low_rank)
 
     if shift:
         targets = _align(targets, shift, options.ignore_index)
@@ -216,9 +214,11 @@ def compute(
         # A factor, not a replacement: the NaN then reaches the gradients too.
         poison = torch.ones_like(labels, dtype=torch.float32).masked_fill_(outside, torch.nan)
 
-    nll, lse = token_losses(hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels, options)
+    nll, lse, *sums = token_losses(hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels, options)
     if poison is not None:
         nll, lse = nll * poison, lse * poison
+    if options.label_smoothing:
+        nll = smooth(nll, lse, sums[0] / vocabulary, options)
     if options.z_loss:
         nll = nll + options.z_loss * lse.square()
     loss = _reduce(nll, labels, targets.shape, reduction, shift, options.ignore_index)

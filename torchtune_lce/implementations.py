@@ -15,7 +15,8 @@ from torchtune_lce.options import Options
 
 _log = logging.getLogger("torchtune_lce")
 
-TokenLosses = Callable[[Tensor, Tensor, Tensor | None, Tensor, Options], tuple[Tensor, Tensor]]
+# What each returns: see reference.token_losses.
+TokenLosses = Callable[[Tensor, Tensor, Tensor | None, Tensor, Options], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,27 @@ def check_name(impl: str) -> None:
         raise ValueError(f"impl must be one of {', '.join(NAMES)}, got {impl!r}")
 
 
-def choose(impl: str, hidden: Tensor, scaled: bool = False) -> tuple[str, TokenLosses]:
+def beyond_kernels(options: Options, scaled: bool) -> str | None:
+    """What these settings need of the logits that the ``cce`` implementations do not do, if anything.
+
+    ``scaled``: a :class:`torchtune_lce.low_rank.LowRank` with a scale is part of the projection.
+    """
+    if scaled:
+        return "scale rows of the output projection, as DoRA on model.output does"
+    if options.label_smoothing and options.softcap is not None:
+        return "sum up capped logits, as label_smoothing with a softcap does"
+    return None
+
+
+def choose(impl: str, hidden: Tensor, beyond: str | None = None) -> tuple[str, TokenLosses]:
     """The implementation that runs for ``impl`` on the device and dtype of ``hidden``, and its name.
 
-    All take a :class:`torchtune_lce.low_rank.LowRank` as a sixth argument; with ``scaled`` it has a scale.
+    All take a :class:`torchtune_lce.low_rank.LowRank` as a sixth argument; ``beyond`` is what :func:`beyond_kernels`
+    says. Those with kernels return no sums of logits.
 
     Raises ValueError for an unknown name and RuntimeError, saying what to set instead, for one that cannot run here.
     """
-    name = _resolve(impl, hidden.device, hidden.dtype, scaled)
+    name = _resolve(impl, hidden.device, hidden.dtype, beyond)
     if name in _TORCH_IMPLS:
         return name, _TORCH_IMPLS[name]
     # Imported here: Triton may be absent, and TRITON_INTERPRET is read when the kernels are defined.
@@ -67,13 +81,13 @@ def choose(impl: str, hidden: Tensor, scaled: bool = False) -> tuple[str, TokenL
     return name, autograd.token_losses(CCE_PRESETS[name])
 
 
-def _resolve(impl: str, device: torch.device, dtype: torch.dtype, scaled: bool) -> str:
+def _resolve(impl: str, device: torch.device, dtype: torch.dtype, beyond: str | None) -> str:
     """The name that ``impl`` stands for. A compiler need not look inside: same arguments, same answer."""
     check_name(impl)
     if impl == "auto":
-        impl, why = automatic(device, dtype, scaled)
+        impl, why = automatic(device, dtype, beyond)
         _say_once(impl, why)
-    against = obstacle(impl, device, dtype, scaled)
+    against = obstacle(impl, device, dtype, beyond)
     if against:
         raise RuntimeError(f"impl={impl!r} {against}")
     return impl
@@ -83,10 +97,10 @@ def _resolve(impl: str, device: torch.device, dtype: torch.dtype, scaled: bool) 
 _resolve._dynamo_marked_constant = True
 
 
-def automatic(device: torch.device, dtype: torch.dtype, scaled: bool = False) -> tuple[str, str]:
+def automatic(device: torch.device, dtype: torch.dtype, beyond: str | None = None) -> tuple[str, str]:
     """What ``auto`` takes there, and why."""
-    if scaled:
-        return "chunked", "the kernels do not scale rows of the output, as DoRA does"
+    if beyond:
+        return "chunked", f"the kernels do not {beyond}"
     if device.type != "cuda":
         return "chunked", f"{device.type} has no Triton kernels"
     if not _has_triton():
@@ -103,15 +117,12 @@ def automatic(device: torch.device, dtype: torch.dtype, scaled: bool = False) ->
     return "cce", f"compute capability {_dotted(capability)}"
 
 
-def obstacle(impl: str, device: torch.device, dtype: torch.dtype, scaled: bool = False) -> str | None:
+def obstacle(impl: str, device: torch.device, dtype: torch.dtype, beyond: str | None = None) -> str | None:
     """Why ``impl`` cannot run there and what to set instead, or None. PyTorch's own can run anywhere."""
     if impl in _TORCH_IMPLS:
         return None
-    if scaled:
-        return (
-            "does not scale rows of the output projection, as DoRA on model.output does; set impl='chunked' (what "
-            "'auto' takes for it), 'torch_compile' or 'reference'"
-        )
+    if beyond:
+        return f"does not {beyond}; set impl='chunked' (what 'auto' takes for it), 'torch_compile' or 'reference'"
     if not _has_triton():
         return "needs Triton, which is not installed; set impl='chunked'"
     if dtype == torch.float64:

@@ -1,20 +1,15 @@
-"""Label smoothing on top of an implementation that holds no logits, from their mean for each token.
+"""Label smoothing on top of an implementation that holds no logits, from their sum for each token.
 
 With smoothing e the target's one-hot becomes (1 - e) one-hot + e / V (Szegedy et al. 2016, arXiv 1512.00567, section 7;
 ``label_smoothing`` of ``torch.nn.functional.cross_entropy``), and the loss of a token
 
-    (1 - e) nll + e (lse - mean of the logits),    mean of the logits = hidden . mean row of weight + mean of bias.
+    (1 - e) nll + e (lse - sum of the logits / V),    sum of the logits = hidden . sum of weight's rows + sum of bias.
 
-So the uniform part is exact, whatever an implementation leaves out of its gradients, and costs O(N D + V D). Its
-gradient adds one and the same row to every row of the weight's gradient: in place, to the gradient that the
-implementation has just made, which autograd itself does not promise.
+So the uniform part is exact, whatever an implementation leaves out of its gradients, and costs O(N D + V D).
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from torchtune_lce.autocast import without_autocast
 from torchtune_lce.implementations import TokenLosses
@@ -22,22 +17,26 @@ from torchtune_lce.low_rank import LowRank
 from torchtune_lce.options import Options
 from torchtune_lce.reference import accumulation_dtype
 
+# Elements of a matrix that a CPU widens at a time to add them up; a card widens what it reads.
+_ELEMENTS_ON_CPU = 2**16
 
-def smoothed(token_losses: TokenLosses, low_rank: LowRank | None = None) -> TokenLosses:
-    """The same, with its loss smoothed by ``options.label_smoothing``; weight and bias are the whole vocabulary's.
 
-    ``low_rank``, without a scale, is what ``token_losses`` itself adds to their product.
+def with_logit_sums(token_losses: TokenLosses, low_rank: LowRank | None = None) -> TokenLosses:
+    """The same, with the sum of each token's logits, which have no softcap, as a third result.
+
+    ``low_rank``, without a scale, is what ``token_losses`` itself adds to the product of hidden and weight.
     """
 
     def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options):
         valid = targets != options.ignore_index
-        hidden, weight, bias, sums = with_logit_sums(hidden, weight, bias, valid, options)
+        # Before the losses: autograd goes backwards, and adds the sums' gradients to those that the implementation has
+        # just made, in place. That by the weight, one row for all, takes no memory of its own.
+        sums = _logit_sums(hidden, weight, valid, options)
+        if bias is not None:
+            sums = sums + bias.sum(dtype=sums.dtype).where(valid, 0)
         if low_rank is not None:
-            # No product, which autocast would round.
-            added = _used(low_rank.low, valid).to(sums.dtype) * low_rank.up.sum(0, dtype=sums.dtype)
-            sums = sums + added.sum(-1)
-        nll, lse = token_losses(hidden, weight, bias, targets, options)
-        return smooth(nll, lse, sums / weight.shape[0], options), lse
+            sums = sums + _logit_sums(low_rank.low, low_rank.up, valid, options)
+        return *token_losses(hidden, weight, bias, targets, options), sums
 
     return run
 
@@ -47,60 +46,133 @@ def smooth(nll: Tensor, lse: Tensor, mean_logit: Tensor, options: Options) -> Te
     return (1 - options.label_smoothing) * nll + options.label_smoothing * (lse - mean_logit)
 
 
-def with_logit_sums(hidden: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor, options: Options):
-    """``hidden`` [N, D], ``weight`` [V, D] and ``bias`` [V] as they are, and the sum of each token's logits, [N].
+def _logit_sums(hidden: Tensor, weight: Tensor, valid: Tensor, options: Options) -> Tensor:
+    row = torch.ops.torchtune_lce.row_sum(weight)
+    return torch.ops.torchtune_lce.row_products(hidden, row, valid, options.workspace_mib)
 
-    The three must go to the implementation, and nowhere else, so that the gradients that come back are the only ones.
+
+# Custom operators: a compiler would unroll the pieces, for the number of tokens that it sees.
+torch.library.define("torchtune_lce::row_sum", "(Tensor matrix) -> Tensor row")
+
+
+@torch.library.impl("torchtune_lce::row_sum", "default")
+@without_autocast
+def _row_sum(matrix):
+    """[V, D] to [D], in the accumulation dtype."""
+    rows = max(_ELEMENTS_ON_CPU // matrix.shape[1], 1) if matrix.device.type == "cpu" else matrix.shape[0]
+    wide = accumulation_dtype(matrix.dtype)
+    return torch.stack([part.sum(0, dtype=wide) for part in matrix.split(rows)]).sum(0)
+
+
+@torch.library.register_fake("torchtune_lce::row_sum")
+def _(matrix):
+    return matrix.new_empty(matrix.shape[1], dtype=accumulation_dtype(matrix.dtype))
+
+
+def _setup_row_sum(ctx, inputs, output) -> None:
+    ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
+
+
+def _differentiate_row_sum(ctx, d_row):
+    return d_row.to(ctx.dtype).expand(ctx.shape)
+
+
+torch.library.register_autograd("torchtune_lce::row_sum", _differentiate_row_sum, setup_context=_setup_row_sum)
+
+torch.library.define(
+    "torchtune_lce::row_products", "(Tensor hidden, Tensor row, Tensor valid, int workspace_mib) -> Tensor products"
+)
+
+
+@torch.library.impl("torchtune_lce::row_products", "default")
+@without_autocast
+def _row_products(hidden, row, valid, workspace_mib):
+    """[N, D] times [D] in the dtype of ``row``, 0 where not valid.
+
+    Summed in float64: neither pieces nor the number of tokens show in what is left of it.
     """
-    return _WithLogitSums.apply(hidden, weight, bias, valid, options.workspace_mib * 2**20)
+    wide = row.double()
+    parts = [_used(*piece).double() @ wide for piece in _pieces(workspace_mib, hidden, valid)]
+    return torch.cat(parts).to(row.dtype)
 
 
-class _WithLogitSums(torch.autograd.Function):
-    @staticmethod
-    @without_autocast
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor, workspace: int):
-        wide = accumulation_dtype(hidden.dtype)
-        row = sum(part.sum(0, dtype=wide) for (part,) in _pieces(workspace, weight))
-        sums = torch.cat([_used(*piece).to(wide) @ row for piece in _pieces(workspace, hidden, valid)])
-        if bias is not None:
-            sums = sums + bias.sum(dtype=wide)
-        ctx.save_for_backward(hidden, valid, row)
-        ctx.workspace = workspace
-        # A gradient for what is frozen would be computed for nothing, and be as large as a trained one's.
-        ctx.set_materialize_grads(False)
-        outputs = [x if x is None else x.view_as(x) for x in (hidden, weight, bias)]
-        inputs = zip(outputs, ctx.needs_input_grad[:3], strict=True)
-        ctx.mark_non_differentiable(*(output for output, need in inputs if output is not None and not need))
-        return *outputs, sums.where(valid, 0)
-
-    @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx, d_hidden: Tensor | None, d_weight: Tensor | None, d_bias: Tensor | None, d_sums: Tensor | None):
-        """The implementation's gradients, those of the sums added in place."""
-        if d_sums is not None:
-            hidden, valid, row = ctx.saved_tensors
-            d_sums = d_sums.where(valid, 0)
-            need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
-            if need_hidden:
-                for part, d_part in _pieces(ctx.workspace, d_hidden, d_sums):
-                    part.add_(d_part[:, None] * row)
-            if need_weight:
-                pieces = _pieces(ctx.workspace, hidden, valid, d_sums)
-                d_row = sum(d_part @ _used(part, used).to(row.dtype) for part, used, d_part in pieces)
-                for (part,) in _pieces(ctx.workspace, d_weight):
-                    part.add_(d_row)
-            if need_bias:
-                d_bias.add_(d_sums.sum())
-        return d_hidden, d_weight, d_bias, None, None
+@torch.library.register_fake("torchtune_lce::row_products")
+def _(hidden, row, valid, workspace_mib):
+    return row.new_empty(hidden.shape[0])
 
 
-def _pieces(workspace: int, matrix: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of all of them at a time: CPUs widen copies of what they add, here three at most, within the workspace."""
-    rows = max(workspace // (3 * 4 * matrix.shape[1]), 1)
-    # One without rows is a piece too.
-    for start in range(0, max(matrix.shape[0], 1), rows):
-        yield tuple(tensor[start : start + rows] for tensor in (matrix, *others))
+torch.library.define(
+    "torchtune_lce::row_products_backward",
+    "(Tensor d_products, Tensor hidden, Tensor row, Tensor valid, int workspace_mib, bool[] needs) "
+    "-> (Tensor d_hidden, Tensor d_row)",
+)
+
+
+@torch.library.impl("torchtune_lce::row_products_backward", "default")
+@without_autocast
+def _row_products_backward(d_products, hidden, row, valid, workspace_mib, needs):
+    """Empty where ``needs`` has no True."""
+    need_hidden, need_row = needs
+    d_products = d_products.where(valid, 0)
+    d_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
+    d_row = torch.zeros_like(row) if need_row else row.new_empty(0)
+    if need_hidden:
+        for d_part, d_piece in _pieces(workspace_mib, d_hidden, d_products):
+            d_part.copy_(d_piece[:, None] * row)
+    if need_row:
+        for part, used, d_piece in _pieces(workspace_mib, hidden, valid, d_products):
+            d_row += d_piece @ _used(part, used).to(row.dtype)
+    return d_hidden, d_row
+
+
+@torch.library.register_fake("torchtune_lce::row_products_backward")
+def _(d_products, hidden, row, valid, workspace_mib, needs):
+    return tuple(x.new_empty(x.shape if need else 0) for x, need in zip((hidden, row), needs, strict=True))
+
+
+def _setup_row_products(ctx, inputs, output) -> None:
+    *tensors, ctx.workspace_mib = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_row_products(ctx, d_products):
+    needs = list(ctx.needs_input_grad[:2])
+    gradients = torch.ops.torchtune_lce.row_products_backward(d_products, *ctx.saved_tensors, ctx.workspace_mib, needs)
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None, None
+
+
+def _setup_second_derivative(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _second_derivative(ctx, by_hidden, by_row):
+    """By d_products, hidden and row, in as much memory as it takes: what is smoothed has none, and is asked as well."""
+    d_products, hidden, row, valid = ctx.saved_tensors
+    d_products, hidden = d_products.where(valid, 0), _used(hidden, valid)
+    d_hidden = d_row = None
+    again = torch.zeros_like(d_products)
+    if by_hidden is not None:
+        again = again + by_hidden.to(row.dtype) @ row
+        d_row = d_products @ by_hidden.to(row.dtype)
+    if by_row is not None:
+        again = again + hidden.to(row.dtype) @ by_row
+        d_hidden = (d_products[:, None] * by_row).to(hidden.dtype)
+    return again.where(valid, 0), d_hidden, d_row, None, None, None
+
+
+torch.library.register_autograd(
+    "torchtune_lce::row_products", _differentiate_row_products, setup_context=_setup_row_products
+)
+torch.library.register_autograd(
+    "torchtune_lce::row_products_backward", _second_derivative, setup_context=_setup_second_derivative
+)
+
+
+def _pieces(workspace_mib: int, matrix: Tensor, *others: Tensor):
+    """Rows of all of them at a time, of which three copies in float64 are within the workspace at the most."""
+    rows = max(workspace_mib * 2**20 // (3 * 8 * matrix.shape[1]), 1)
+    return zip(*(tensor.split(rows) for tensor in (matrix, *others)), strict=True)
 
 
 def _used(hidden: Tensor, valid: Tensor) -> Tensor:

@@ -153,8 +153,11 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
 
         Raises RuntimeError, saying what to set instead, for one that cannot run.
         """
-        scaled = self._projection is not None and output_adapter.is_dora(self._projection.adapter)
-        return implementations.choose(self.impl, outputs, scaled)[0]
+        return self._implementation(outputs, None if self._projection is None else self._projection.adapter)
+
+    def _implementation(self, outputs: Tensor, adapter: output_adapter.Adapter | None) -> str:
+        beyond = implementations.beyond_kernels(self._options, output_adapter.is_dora(adapter))
+        return implementations.choose(self.impl, outputs, beyond)[0]
 
     def _loss(
         self,
@@ -228,7 +231,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
             ) from None
 
     def _say_which(self, outputs: Tensor, weight: Tensor, adapter: output_adapter.Adapter | None) -> None:
-        name, _ = implementations.choose(self.impl, outputs, output_adapter.is_dora(adapter))
+        name = self._implementation(outputs, adapter)
         kind = "DoRA" if output_adapter.is_dora(adapter) else "LoRA"
         beside = "" if adapter is None else f" and the {kind} on it, of rank {adapter.lora_a.out_features}"
         log_rank_zero(

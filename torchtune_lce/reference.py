@@ -20,8 +20,12 @@ def token_losses(
     targets: Tensor,  # [N], ignore_index or 0 <= t < V
     options: Options,
     low_rank: LowRank | None = None,
-) -> tuple[Tensor, Tensor]:  # negative log-likelihood [N], log-sum-exp [N], both 0 where ignored
-    """Holds [N, V] logits, as ``F.linear`` followed by ``F.cross_entropy`` does."""
+) -> tuple[Tensor, ...]:
+    """Negative log-likelihood and log-sum-exp of each token, and with label smoothing the sum of its logits.
+
+    [N] each in the accumulation dtype, 0 where ignored. Holds [N, V] logits, as ``F.linear`` followed by
+    ``F.cross_entropy`` does.
+    """
     logits = F.linear(hidden, weight, bias).to(accumulation_dtype(hidden.dtype))
     if low_rank is not None:
         logits = logits + F.linear(low_rank.low, low_rank.up)
@@ -32,7 +36,7 @@ def token_losses(
     valid = targets != options.ignore_index
     lse = logits.logsumexp(-1)
     target_logit = logits.gather(-1, targets.where(valid, 0).long().unsqueeze(-1)).squeeze(-1)
-    nll = lse - target_logit
+    results = [lse - target_logit, lse]
     if options.label_smoothing:
-        nll = (1 - options.label_smoothing) * nll + options.label_smoothing * (lse - logits.mean(-1))
-    return nll.where(valid, 0), lse.where(valid, 0)
+        results.append(logits.sum(-1))
+    return tuple(result.where(valid, 0) for result in results)

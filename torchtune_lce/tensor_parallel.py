@@ -15,7 +15,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from torchtune_lce.implementations import TokenLosses
-from torchtune_lce.label_smoothing import smooth, with_logit_sums
 from torchtune_lce.options import Options
 from torchtune_lce.token_statistics import Predictions
 
@@ -50,13 +49,8 @@ class VocabularyShard:
             place = place.clamp(0, self.rows - 1).where(valid, -1)
             if self.sums_hidden:
                 hidden = _SumGradients.apply(hidden, group)
-            if options.label_smoothing:
-                hidden, weight, bias, sums = with_logit_sums(hidden, weight, bias, valid, options)
-            nll, lse = local(hidden, weight, bias, place, replace(options, ignore_index=-1, label_smoothing=0.0))
-            nll, lse = _Merge.apply(nll, lse, valid, owned, group)
-            if options.label_smoothing:
-                nll = smooth(nll, lse, _Sum.apply(sums, group) / self.vocabulary, options)
-            return nll, lse
+            nll, lse, *sums = local(hidden, weight, bias, place, replace(options, ignore_index=-1))
+            return *_Merge.apply(nll, lse, valid, owned, group), *(_Sum.apply(part, group) for part in sums)
 
         return run
 

@@ -11,7 +11,6 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from torchtune_lce.low_rank import LowRank
 from torchtune_lce.options import Options
 
 HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -37,11 +36,6 @@ def check_options(options: Options) -> None:
     smoothing = options.label_smoothing
     if not (_is_real(smoothing) and 0 <= smoothing <= 1):
         raise ValueError(f"label_smoothing must be a number in [0, 1], got {smoothing!r}")
-    if smoothing and softcap is not None:
-        raise ValueError(
-            f"label_smoothing must be 0 with a softcap, got {smoothing!r} and softcap={softcap!r}: the mean of capped "
-            "logits would take all of them"
-        )
     eps = options.filter_eps
     if eps not in ("auto", None) and not (_is_real(eps) and 0 <= eps < 1):
         raise ValueError(f"filter_eps must be 'auto', None or a number in [0, 1), got {eps!r}")
@@ -72,15 +66,6 @@ def check_no_tangents(impl: str, *tensors: Tensor | None) -> None:
     """Raises RuntimeError under forward-mode differentiation, where a custom operator would pass for a constant."""
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise RuntimeError(f"impl={impl!r} has no forward-mode derivative (torch.func.jvp); set impl='reference'")
-
-
-def check_low_rank(impl: str, options: Options, low_rank: LowRank) -> None:
-    """Raises ValueError for label smoothing of scaled logits by an implementation that holds none of them."""
-    if impl == "chunked" and options.label_smoothing and low_rank.scale is not None:
-        raise ValueError(
-            f"label_smoothing must be 0 with DoRA on the output and impl='chunked', got {options.label_smoothing!r}: "
-            "set impl='torch_compile' or 'reference', or use_dora: False"
-        )
 
 
 def check_plain(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
