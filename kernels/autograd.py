@@ -5,8 +5,9 @@ tensor's values on the host.
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -17,7 +18,7 @@ from torchtune_lce.filtering import open_record
 from torchtune_lce.implementations import Filtering
 from torchtune_lce.kernels.backward import output_tiles, run_backward
 from torchtune_lce.kernels.descriptors import has_blocks
-from torchtune_lce.kernels.forward import Activity, lse_and_target_logit
+from torchtune_lce.kernels.forward import MOST_TILES, Activity, lse_and_target_logit
 from torchtune_lce.kernels.operands import Gradients, Operands, Places
 from torchtune_lce.kernels.plan import make_plan
 from torchtune_lce.kernels.tail import tail_bytes, tail_direction
@@ -39,6 +40,8 @@ def token_losses(filtering: Filtering) -> Callable:
     ):
         # Under autocast the adapter's second matrix comes in its own dtype.
         low, up = (None, None) if low_rank is None else (x.to(hidden.dtype) for x in low_rank[:2])
+        # Here, so that what has to be copied is copied once for both operators.
+        hidden, weight, low, up = map(_rows_contiguous, (hidden, weight, low, up))
         eps = options.resolved_filter_eps(hidden.dtype)
         needs_hidden, needs_weight = (
             any(x is not None and x.requires_grad for x in operands) for operands in ((hidden, low), (weight, bias, up))
@@ -103,8 +106,7 @@ def _forward(
     activity = None if eps is None else _empty_activity(tokens, weight.shape[0], config, hidden.device)
     row_lse = torch.zeros_like(rows, dtype=torch.float32)
     target_logit = torch.zeros_like(row_lse)
-    # Four copies' room for the one of hidden, and the statistics of a phase.
-    for piece in _pieces(tokens, hidden.shape[1] * hidden.element_size() * 4 + 1024, workspace_mib, config):
+    for piece in _pieces(tokens, _forward_bytes(operands, config), workspace_mib, config):
         blocks = slice(piece.start // config.row_block, triton.cdiv(piece.stop, config.row_block))
         used = (count - piece.start).clamp(0, piece.stop - piece.start)
         row_lse[piece], target_logit[piece] = lse_and_target_logit(
@@ -178,7 +180,7 @@ def _backward(
 ):
     """Gradients by hidden, weight, bias, low and up, empty where ``needs`` has no True.
 
-    And [kept tiles, all tiles] int64 of the last launch.
+    And [kept tiles, all tiles] int64, of all launches.
     """
     operands = _operands(hidden, weight, bias, low, up, softcap)
     config = config_for(hidden.device, hidden.dtype)
@@ -217,9 +219,9 @@ def _backward(
             hidden.shape[1],
             config,
         )
-        # Setting an element to a number of the host would wait for the card.
-        tiles[0].copy_(plan.first_id[-1])
-        tiles[1].fill_(plan.ids.numel())
+        # Adding a tensor of the host would wait for the card; a number does not.
+        tiles[0].add_(plan.first_id[-1])
+        tiles[1].add_(plan.ids.numel())
         tail = None
         if wants_tokens and not plan.is_dense and filter_hidden:
             tail = tail_direction(plan, operands, here, config)
@@ -234,7 +236,7 @@ def _backward(
     # The sums of the hidden states' gradient over strips may take half of the workspace; past that it is made by pieces
     # of tokens, in a pass of its own.
     strip_bytes = 4 * _tile_bytes(hidden, config) // config.row_block
-    pieces = list(_pieces(rows.numel(), max(2 * _sum_bytes(hidden), strip_bytes), workspace_mib, config))
+    pieces = _pieces(rows.numel(), max(2 * _sum_bytes(hidden), strip_bytes), workspace_mib, config)
     everything = slice(0, rows.numel())
     if len(pieces) == 1 or not need_hidden and pieces:
         run(everything, wanted)
@@ -365,6 +367,14 @@ def _empty_activity(tokens: int, vocabulary: int, config: Config, device: torch.
     )
 
 
+def _forward_bytes(operands: Operands, config: Config) -> int:
+    """Workspace that a token takes in the forward: its states in order, a phase's statistics, its share of the bits."""
+    states = (x for x in (operands.hidden, operands.low) if x is not None)
+    statistics = 2 * 4 * (MOST_TILES + 1)
+    bits = triton.cdiv(operands.weight.shape[0], 8 * config.row_block)
+    return sum(x.shape[1] * x.element_size() for x in states) + statistics + bits
+
+
 def _sum_bytes(hidden: Tensor) -> int:
     """Workspace that the sums of a token's gradient take between strips, beside the gradient itself."""
     return 2 * hidden.shape[1] if hidden.element_size() == 2 else 0
@@ -406,8 +416,10 @@ def _division(
     return min(max(left // _tile_bytes(hidden, config), 2 * row_blocks), (columns + 1) * row_blocks), copies
 
 
-def _pieces(tokens: int, bytes_a_token: int, workspace_mib: int, config: Config) -> Iterator[slice]:
-    """Slices of whole row blocks whose bytes fit the workspace, at least one block each."""
-    fitting = workspace_mib * 2**20 // bytes_a_token // config.row_block * config.row_block
-    step = max(fitting, config.row_block)
-    return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
+def _pieces(tokens: int, bytes_a_token: int, workspace_mib: int, config: Config) -> list[slice]:
+    """As few slices of whole row blocks as fit the workspace, at least one block each, equal to within a block."""
+    row_blocks = triton.cdiv(tokens, config.row_block)
+    fitting = max(workspace_mib * 2**20 // bytes_a_token // config.row_block, 1)
+    pieces = triton.cdiv(row_blocks, fitting)
+    starts = [row_blocks * piece // pieces * config.row_block for piece in range(pieces)]
+    return [slice(*ends) for ends in itertools.pairwise([*starts, tokens])]

@@ -27,6 +27,8 @@ WORD_BITS = tl.constexpr(32)
 
 # Trained models leave a few hundredths of the softmax below finfo(bfloat16).eps / 32; a flat softmax leaves all of it.
 DROPPED_MASS_LIMIT = 0.25
+# Of a phase: as many as an H100 has multiprocessors, so that a phase of any number of row blocks is whole rounds of them.
+MOST_TILES = 132
 
 
 @dataclass(frozen=True)
@@ -395,7 +397,7 @@ def phases(vocabulary: int, tile: int) -> list[tuple[int, int]]:
     while first < whole:
         result.append((first, min(width, whole - first)))
         first += width
-        width = min(width * 8, 128)
+        width = min(width * 8, MOST_TILES)
     return result + [(whole, 1)] * (vocabulary % tile > 0)
 
 

@@ -110,19 +110,23 @@ def run_calls(path: str) -> None:
                     low_rank=LowRank(leaves["low"], leaves["up"], None) if rank else None,
                 )
                 gradients = torch.autograd.grad(loss + lse.sum() if with_lse else loss, list(leaves.values()))
-                exact = {name: leaf.detach().double() for name, leaf in leaves.items()}
+                exact = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
                 logits = F.linear(exact["hidden"], exact["weight"], exact.get("bias"))
                 if rank:
                     logits = logits + exact["low"] @ exact["up"].T
                 if softcap:
                     logits = softcap * torch.tanh(logits / softcap)
                 nll = F.cross_entropy(logits, targets, reduction="sum")
+                exact_lse = logits.logsumexp(-1).where(targets != -100, 0)
+                wanted = torch.autograd.grad(nll + exact_lse.sum() if with_lse else nll, list(exact.values()))
                 called = f"{impl}, {tokens} x {width} x {vocabulary}, rank {rank}, {dtype}"
                 if not torch.allclose(loss.double(), nll, rtol=1e-3, atol=1e-3):
                     raise AssertionError(f"the loss is {loss.item()}, not {nll.item()}: {called}")
-                for name, gradient in zip(leaves, gradients, strict=True):
-                    if not gradient.isfinite().all():
-                        raise AssertionError(f"the gradient of {name} is not finite: {called}")
+                for name, gradient, right in zip(leaves, gradients, wanted, strict=True):
+                    # Roomy, for what 16 bits round and the filter leaves out: a tile that was lost or doubled is more.
+                    error = (gradient.double() - right).norm() / right.norm().clamp(min=1e-6)
+                    if not error < 0.05:
+                        raise AssertionError(f"the gradient of {name} is {error.item():.2g} off: {called}")
     if device.type == "cuda":
         torch.cuda.synchronize()
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+import random
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
@@ -196,6 +198,82 @@ def gradients(hidden, weight, targets, impl="cce", eps=EPS, workspace_mib=128, f
         return_lse=False,
     )
     return torch.autograd.grad(loss, wanted)
+
+
+def test_strips_in_the_weight_gradient_never_pass_its_end(device, monkeypatch):
+    """Random shapes, since few come within a tile of it; on a card the write would be out of bounds."""
+    seeded = random.Random(0)
+    base = dataclasses.replace(tuning.config_for(device, torch.float32), entry_tile=16)
+    strips, least_room = 0, math.inf
+    for _ in range(100):
+        workers = seeded.choice([1, 3, 7])
+        monkeypatch.setattr(plan, "programs", lambda _, workers=workers: workers)
+        config = dataclasses.replace(base, row_block=seeded.choice([16, 32]))
+        tokens, vocabulary, features = seeded.randint(1, 120), seeded.randint(100, 900), seeded.randint(8, 200)
+        row_blocks = -(-tokens // config.row_block)
+        capacity = vocabulary * features // (config.row_block * config.entry_tile)
+        used = seeded.randint(1, tokens)
+        count = torch.tensor([used], dtype=torch.int32, device=device)
+        made = plan.make_plan(
+            None, True, True, count, row_blocks, vocabulary, 2 * row_blocks, capacity, features, config
+        )
+        starts = made.strip_first.tolist()
+        for strip in range(*made.output_strips.tolist()[:2]):
+            first, end = starts[strip : strip + 2]
+            slots = -(-end * features // config.row_block) + (end - first) * -(-used // config.row_block)
+            assert slots <= capacity
+            strips += 1
+            least_room = min(least_room, capacity - slots)
+    assert strips > 100
+    assert least_room <= 1, "no strip came near the end"
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 128, 129, 1000, 4097])
+def test_pieces_are_few_and_much_the_same(tokens):
+    config = tuning.config_for(torch.device("cpu"), torch.float32)
+    pieces = autograd._pieces(tokens, 4096, 1, config)  # 256 tokens would fit
+    assert [t for piece in pieces for t in range(piece.start, piece.stop)] == list(range(tokens))
+    lengths = [piece.stop - piece.start for piece in pieces]
+    assert len(pieces) == -(-tokens // 256)
+    assert all(length <= 256 for length in lengths)
+    assert all(length % config.row_block == 0 for length in lengths[:-1])
+    assert max(lengths, default=0) - min(lengths, default=0) <= 2 * config.row_block
+
+
+def test_kept_fraction_counts_every_piece(device, monkeypatch):
+    """The last piece of tokens alone keeps everything; the others do not."""
+    monkeypatch.setattr(plan, "DENSE_FRACTION", 1.0)
+    block = tuning.config_for(device, torch.float32).row_block
+    weight = torch.randn(700, 32)
+    targets = torch.randint(0, 60, (8 * block,))
+    hidden = weight[targets] * 2
+    hidden[7 * block :] *= 0.01
+    made = [hidden.to(device), weight.to(device), targets.to(device)]
+    monkeypatch.setattr(autograd, "_sum_bytes", lambda hidden: 2**20 // block // 2)
+    with filtering.recording() as records:
+        gradients(*made, eps=2**-6, workspace_mib=1)
+    # The weight's pass and that of each piece keep the same tiles in all.
+    assert 1 / 8 < records[0].kept_fraction < 0.7
+
+
+def test_a_weight_stored_the_other_way_round_is_copied_once(device):
+    hidden, weight, targets = peaked(device)
+    stored = weight.T.contiguous().requires_grad_()
+    copies = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten.clone.default and result.shape == weight.shape:
+                copies.append(result)
+            return result
+
+    with Watch():
+        loss = functional.linear_cross_entropy(hidden, stored.T, targets, impl="cce")
+        loss.backward()
+    assert len(copies) == 1
+    expected = gradients(hidden, weight, targets, eps="auto", frozen=("hidden",))[0]
+    torch.testing.assert_close(stored.grad.T, expected)
 
 
 def test_strips_and_pieces_change_nothing_but_the_order_of_sums(device, monkeypatch):

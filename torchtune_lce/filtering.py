@@ -19,7 +19,7 @@ class FilterRecord:
     """
 
     dropped_mass: Tensor
-    tiles: Tensor | None = None  # [2] int64: kept and all, of the last launch of the backward
+    tiles: Tensor | None = None  # [2] int64: kept and all, of the backward's launches together
 
     @property
     def kept_fraction(self) -> float:
