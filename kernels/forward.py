@@ -27,7 +27,7 @@ WORD_BITS = tl.constexpr(32)
 
 # Trained models leave a few hundredths of the softmax below finfo(bfloat16).eps / 32; a flat softmax leaves all of it.
 DROPPED_MASS_LIMIT = 0.25
-# Of a phase: as many as an H100 has multiprocessors, so that a phase of any number of row blocks is whole rounds of them.
+# Of a phase: as many as an H100 has multiprocessors, so that any number of row blocks makes whole rounds of them.
 MOST_TILES = 132
 
 
