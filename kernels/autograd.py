@@ -74,7 +74,7 @@ torch.library.define(
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor targets, int ignore_index, "
     "float? softcap, float? eps, bool filter_hidden, bool filter_weight, int workspace_mib) "
     "-> (Tensor nll, Tensor lse, Tensor rows, Tensor labels, Tensor count, Tensor row_lse, "
-    "Tensor words, Tensor whole, Tensor dropped_mass)",
+    "Tensor words, Tensor dropped_mass)",
 )
 
 
@@ -97,7 +97,7 @@ def _forward(
     """nll and lse [N] float32, 0 where ignored; then what the backward needs.
 
     rows [N] int64 lists the tokens in use first, count [1] int32 how many those are, labels and row_lse are in that
-    order. words, whole and dropped_mass are an :class:`Activity`, empty without eps.
+    order. words and dropped_mass are an :class:`Activity`, the first in one row, both empty without eps.
     """
     operands = _operands(hidden, weight, bias, low, up, softcap)
     config = config_for(hidden.device, hidden.dtype)
@@ -121,9 +121,9 @@ def _forward(
     nll = torch.zeros_like(row_lse).scatter_(0, rows, (row_lse - target_logit).where(used, 0))
     lse = torch.zeros_like(row_lse).scatter_(0, rows, row_lse)
     if activity is None:
-        nothing = [hidden.new_empty(0, dtype=dtype) for dtype in (torch.int32, torch.bool, torch.float32)]
+        nothing = [hidden.new_empty(0, dtype=dtype) for dtype in (torch.int32, torch.float32)]
         return nll, lse, rows, labels, count, row_lse, *nothing
-    return nll, lse, rows, labels, count, row_lse, activity.words, activity.whole, activity.dropped_mass
+    return nll, lse, rows, labels, count, row_lse, activity.words.view(-1), activity.dropped_mass
 
 
 @torch.library.register_fake("torchtune_lce::cut_cross_entropy")
@@ -141,8 +141,8 @@ def _(hidden, weight, bias, low, up, targets, ignore_index, softcap, eps, filter
         torch.empty_like(targets),
         empty(1, dtype=torch.int32),
         empty(tokens),
-        empty(row_blocks, words, dtype=torch.int32) if eps is not None else empty(0, dtype=torch.int32),
-        empty(row_blocks, dtype=torch.bool),
+        # One row: with an axis of row blocks a compiler would compile anew where there is only one.
+        empty(row_blocks * words, dtype=torch.int32),
         empty(tokens if eps is not None else 0),
     )
 
@@ -150,7 +150,7 @@ def _(hidden, weight, bias, low, up, targets, ignore_index, softcap, eps, filter
 torch.library.define(
     "torchtune_lce::cut_cross_entropy_backward",
     "(Tensor? d_nll, Tensor? d_lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor rows, "
-    "Tensor labels, Tensor count, Tensor row_lse, Tensor words, Tensor whole, float? softcap, "
+    "Tensor labels, Tensor count, Tensor row_lse, Tensor words, float? softcap, "
     "bool filter_hidden, bool filter_weight, bool[] needs, int workspace_mib) "
     "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_low, Tensor d_up, Tensor tiles)",
 )
@@ -171,7 +171,6 @@ def _backward(
     count,
     row_lse,
     words,
-    whole,
     softcap,
     filter_hidden,
     filter_weight,
@@ -184,7 +183,10 @@ def _backward(
     """
     operands = _operands(hidden, weight, bias, low, up, softcap)
     config = config_for(hidden.device, hidden.dtype)
-    recorded = Activity(words, whole, None, config.forward_entries) if words.numel() else None
+    recorded = None
+    if words.numel():
+        words = words.view(_activity_shape(rows.numel(), weight.shape[0], config))
+        recorded = Activity(words, None, config.forward_entries)
     d_nll = torch.zeros_like(row_lse) if d_nll is None else d_nll[rows]
     d_lse = None if d_lse is None else d_lse[rows]
     places = Places(rows, labels, count, row_lse, d_nll, d_lse)
@@ -269,7 +271,6 @@ def _(
     count,
     row_lse,
     words,
-    whole,
     softcap,
     filter_hidden,
     filter_weight,
@@ -283,9 +284,9 @@ def _(
 
 def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, bias, low, up, _, _, softcap, _, *settings = inputs
-    _, _, rows, labels, count, row_lse, words, whole, dropped_mass = output
+    _, _, rows, labels, count, row_lse, words, dropped_mass = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, low, up, rows, labels, count, row_lse, words, whole)
+    ctx.save_for_backward(hidden, weight, bias, low, up, rows, labels, count, row_lse, words)
     ctx.settings = softcap, *settings
     ctx.record = None
     if not torch.compiler.is_compiling():
@@ -361,7 +362,6 @@ def _empty_activity(tokens: int, vocabulary: int, config: Config, device: torch.
     row_blocks, words = _activity_shape(tokens, vocabulary, config)
     return Activity(
         torch.empty((row_blocks, words), dtype=torch.int32, device=device),
-        torch.empty(row_blocks, dtype=torch.bool, device=device),
         torch.empty(tokens, dtype=torch.float32, device=device),
         config.forward_entries,
     )

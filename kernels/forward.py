@@ -7,7 +7,7 @@ less.
 
 A threshold on single entries says nothing about their sum: where the softmax is flat, as in an untrained model, all of
 it lies in entries below any threshold. So the mass of the inactive entries is summed too, and a row block in which it
-is more than ``DROPPED_MASS_LIMIT`` of the tokens' mean is kept whole.
+is more than ``DROPPED_MASS_LIMIT`` of the tokens' mean is kept whole: all its entries are marked.
 """
 
 from dataclasses import dataclass
@@ -37,19 +37,18 @@ class Activity:
 
     ``words`` is int32 [row blocks, words], a bit for each (row block, entry): some token of the block may give the
     entry filter_eps or more. Entry e of a tile of W = tile / 32 words is bit e // W of the tile's word e % W, the order
-    in which one thread of the forward holds its columns. ``whole`` is bool [row blocks]: keep every entry.
-    ``dropped_mass`` is float32 [tokens]: the softmax mass of the entries that this leaves out.
+    in which one thread of the forward holds its columns. ``dropped_mass`` is float32 [tokens]: the softmax mass of the
+    entries that this leaves out.
     """
 
     words: Tensor
-    whole: Tensor
     dropped_mass: Tensor | None  # the backward does without
     tile: int
 
     def of(self, row_blocks: slice, tokens: slice) -> "Activity":
         """The part of it for some row blocks, which are these tokens."""
         dropped_mass = self.dropped_mass if self.dropped_mass is None else self.dropped_mass[tokens]
-        return Activity(self.words[row_blocks], self.whole[row_blocks], dropped_mass, self.tile)
+        return Activity(self.words[row_blocks], dropped_mass, self.tile)
 
 
 @triton.jit
@@ -487,14 +486,15 @@ def lse_and_target_logit(
 
 
 def _mark_flat_row_blocks(activity: Activity, running: Tensor, count: Tensor, row_block: int) -> None:
-    """Fills ``dropped_mass`` and, where its mean over a row block's tokens passes the limit, ``whole``."""
+    """Fills ``dropped_mass``; where its mean over a row block's tokens passes the limit, marks every entry instead."""
     tokens = running.shape[1]
     used = torch.arange(tokens, device=running.device) < count
     mass = (running[1] - running[0]).exp()
     excess = torch.nn.functional.pad((mass - DROPPED_MASS_LIMIT).where(used, 0), (0, -tokens % row_block))
     # Written so that a NaN keeps everything.
-    activity.whole.copy_(~(excess.view(-1, row_block).sum(1) <= 0))
-    dropped = used & ~activity.whole.repeat_interleave(row_block)[:tokens]
+    is_flat = ~(excess.view(-1, row_block).sum(1) <= 0)
+    activity.words.masked_fill_(is_flat[:, None], -1)
+    dropped = used & ~is_flat.repeat_interleave(row_block)[:tokens]
     activity.dropped_mass.copy_(mass.where(dropped, 0))
 
 

@@ -240,7 +240,7 @@ def make_plan(
     if not is_dense:
         in_order = entries.clone()
         in_order[:vocabulary] = _order(activity, count, vocabulary, config)
-        kept = _kept(activity, in_order, count, used, columns, vocabulary, config)
+        kept = _kept(activity, in_order, count, row_blocks, columns, vocabulary, config)
         dense = kept.sum(dtype=torch.int32) > DENSE_FRACTION * everything.sum(dtype=torch.int32)
         entries = entries.where(dense, in_order)
         kept = everything.where(dense, kept)
@@ -366,23 +366,23 @@ def _order(activity: Activity, count: Tensor, vocabulary: int, config: Config) -
 
 
 def _kept(
-    activity: Activity, entries: Tensor, count: Tensor, used: Tensor, columns: int, vocabulary: int, config: Config
+    activity: Activity, entries: Tensor, count: Tensor, row_blocks: int, columns: int, vocabulary: int, config: Config
 ) -> Tensor:
-    """int32 [columns, row blocks]: 1 where a used row block has an active entry in the column, or is kept whole."""
-    kept = torch.zeros((columns, used.numel()), dtype=torch.int32, device=entries.device)
+    """int32 [columns, row blocks]: 1 where a used row block has an active entry in the column."""
+    kept = torch.zeros((columns, row_blocks), dtype=torch.int32, device=entries.device)
     _tile_kernel[(columns,)](
         activity.words,
         entries,
         kept,
         count,
         activity.words.stride(0),
-        used.numel(),
+        row_blocks,
         vocabulary,
         ROW_BLOCK=config.row_block,
         TILE=config.entry_tile,
         WORDS=activity.tile // WORD_BITS.value,
     )
-    return torch.maximum(kept, (activity.whole & used).to(torch.int32))
+    return kept
 
 
 def _lines(kept: Tensor, ids: Tensor, rank: Tensor, by_row: bool) -> Lines:
