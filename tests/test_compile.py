@@ -64,6 +64,22 @@ def test_dynamic_shapes_compile_once(impl, smoothing, device):
     assert len(set(compilations)) == 1
 
 
+@pytest.mark.parametrize("impl", ["cce", "chunked"])
+def test_exports_with_any_number_of_tokens(impl, device):
+    """Traced with fewer than a block of them."""
+
+    class Loss(torch.nn.Module):
+        def forward(self, hidden, weight, targets):
+            return linear_cross_entropy(hidden, weight, targets, impl=impl)
+
+    tokens = {0: torch.export.Dim("tokens", min=2)}
+    exported = torch.export.export(
+        Loss(), make_inputs(device, tokens=12, ignored=2), dynamic_shapes=(tokens, None, tokens)
+    )
+    inputs = make_inputs(device, tokens=300)
+    torch.testing.assert_close(exported.module()(*inputs), Loss()(*inputs), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("impl", TRACED)
 def test_fake_tensors(impl, device):
     """Shapes without values, as a planner of memory asks for them."""
