@@ -8,17 +8,30 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 from test_memory import usage
-from tiny_models import FULL, LORA, OUR_LOSS, STOCK_LOSS, our_recipe, recipe_config, stock_recipe, write_assets
+from tiny_distillation import distillation_config, write_distillation_assets
+from tiny_models import (
+    DISTILLATION,
+    FULL,
+    LORA,
+    OUR_LOSS,
+    STOCK_LOSS,
+    our_recipe,
+    recipe_config,
+    stock_recipe,
+    write_assets,
+)
 from torchtune import training
-from torchtune.modules.loss import CEWithChunkedOutputLoss
+from torchtune.modules.loss import CEWithChunkedOutputLoss, kd_losses
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
 from torchtune_lce import config_reading, linear_cross_entropy, output_adapter, registry
 from torchtune_lce.bench import peers
+from torchtune_lce.divergence import Head, Shares, divergence
 from torchtune_lce.errors import CommandError
 from torchtune_lce.functional import compute
 from torchtune_lce.options import Options
 from torchtune_lce.plan import command, report
+from torchtune_lce.plan.distillation_memory import Distillation, distillation_memory
 from torchtune_lce.plan.loss_memory import OutputAdapter, Problem, loss_memory
 from torchtune_lce.plan.planning import USABLE, Planner
 from torchtune_lce.plan.step import _NF4_BYTES, optimizer_bytes
@@ -164,6 +177,76 @@ def test_workspace_bounds_ours():
         loss_memory("auto", small)
 
 
+DIVERGENCES = {"Forward": Shares(1, 0), "Reverse": Shares(0, 1), "Symmetric": Shares(0.5, 0.5)}
+
+
+def distilled(name, divergence_name, workspace_mib, student, teacher, targets):
+    """Both losses, in the order of torchtune's recipe."""
+    if name == "stock":
+        logits, of_teacher = (
+            [F.linear(part, head.weight) for part in head.hidden.view(4, -1, head.hidden.shape[-1]).tensor_split(8, 1)]
+            for head in (student, teacher)
+        )
+        labels = targets.view(4, -1)
+        divergence_loss = getattr(kd_losses, f"{divergence_name}KLWithChunkedOutputLoss")()
+        return divergence_loss(logits, of_teacher, labels) + CEWithChunkedOutputLoss()(logits, labels)
+    settings = {"ignore_index": -100, "workspace_mib": workspace_mib, "impl": name, "normalize": True}
+    other = divergence(student, teacher, targets, DIVERGENCES[divergence_name], **settings)
+    options = Options(workspace_mib=1)
+    settings = {"options": options, "reduction": "mean", "shift": 0, "impl": name, "return_lse": False}
+    return other + compute(student.hidden, student.weight, targets, None, **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("divergence_name", DIVERGENCES)
+@pytest.mark.parametrize(("name", "workspace_mib"), [("stock", 128), ("chunked", 128), ("chunked", 16)])
+def test_formula_of_a_distillation(name, workspace_mib, divergence_name, dtype):
+    tokens, vocabulary = 512, 8192
+    student, teacher = (
+        Head(who, torch.randn(tokens, size).to(dtype), (torch.randn(vocabulary, size) / 8).to(dtype))
+        for who, size in (("student", 64), ("teacher", 128))
+    )
+    student.hidden.requires_grad_()
+    targets = torch.randint(vocabulary, (tokens,))
+    arguments = name, divergence_name, workspace_mib, student, teacher, targets
+    distilled(*arguments).backward()
+    student.hidden.grad = None
+    held = []
+    forward = usage(lambda: held.append(distilled(*arguments)), CPU, False)
+    backward = usage(lambda: held.pop().backward(), CPU, False)
+    problem = Problem(tokens, 64, vocabulary, dtype.itemsize, False, workspace_mib=1)
+    found = distillation_memory(name, problem, Distillation(divergence_name, 128, workspace_mib))
+    given = 0 if name == "stock" else teacher.hidden.nbytes
+    assert found.forward == pytest.approx(forward.peak + given, rel=0.1)
+    assert found.peak == pytest.approx(max(forward.peak + given, forward.kept + backward.peak), rel=0.1)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(8192, 128_256), (131_072, 256_000), (500_000, 500_000)])
+def test_workspace_holds_the_kernels_tiles_and_lists(trained, tokens, vocabulary, monkeypatch):
+    """As the kernels divide their work, with the block shapes of a card and as many programs as an H100 has."""
+    pytest.importorskip("triton")
+    from torchtune_lce.kernels import autograd, tail, tuning
+
+    monkeypatch.setattr(tail, "programs", lambda device: 132)
+    config = tuning._cuda_config((8, 0), torch.bfloat16, "ieee")
+    hidden, weight = (torch.empty(size, 2048, dtype=torch.bfloat16, device="meta") for size in (tokens, vocabulary))
+    operands = autograd.Operands(hidden, weight, None, None, None, None)
+    rows = tokens
+    if not trained:
+        per_token = max(2 * autograd._sum_bytes(hidden), 4 * autograd._tile_bytes(hidden, config) // config.row_block)
+        rows = max(piece.stop - piece.start for piece in autograd._pieces(tokens, per_token, 128, config))
+    tiles, copies = autograd._division(operands, not trained, rows, 128, config)
+    assert not copies
+    all_tiles = -(-rows // 128) * -(-vocabulary // 128)
+    taken = tiles * autograd._tile_bytes(hidden, config) + 64 * all_tiles
+    planned = loss_memory("cce", Problem(tokens, 2048, vocabulary, 2, trained)).forward
+    assert planned >= taken
+    assert planned >= 2 * -(-rows // 128) * autograd._tile_bytes(hidden, config) + 64 * all_tiles
+    bits = tokens * vocabulary // 1024
+    assert planned <= 1.1 * max(128 * 2**20, taken + bits) + 64 * tokens + 32 * vocabulary
+
+
 # --- whole steps against the CPU's allocator ---
 
 
@@ -171,6 +254,13 @@ def test_workspace_bounds_ours():
 def assets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plan")
     write_assets(folder / "assets")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def distillation_assets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distillation")
+    write_distillation_assets(folder / "assets")
     return folder
 
 
@@ -207,6 +297,35 @@ def test_step_on_a_cpu(assets, method, loss, overrides):
     assert plan.step(loss, rows, sequence).peak == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize("loss", ["stock", "chunked"])
+def test_step_of_a_distillation_on_a_cpu(distillation_assets, loss):
+    """The teacher is there all the time, and while it runs its layers outweigh the losses' workspace."""
+    ours = loss != "stock"
+    overrides = ["gradient_accumulation_steps=1", "loss.workspace_mib=1", "kd_loss.workspace_mib=1"]
+    overrides += ["teacher_model.intermediate_dim=8192", "teacher_model.embed_dim=128", "model.intermediate_dim=512"]
+    cfg = distillation_config(
+        distillation_assets / "assets",
+        distillation_assets / "run",
+        DISTILLATION,
+        tied=False,
+        divergence="Forward",
+        ours=ours,
+        overrides=overrides if ours else [name for name in overrides if "workspace" not in name],
+    )
+    for part in ("", "teacher_"):
+        weights = {"_component_": "torchtune_lce.compare.checkpointers.RandomWeights", "model": cfg[f"{part}model"]}
+        cfg[f"{part}checkpointer"] = weights | {"model_type": "LLAMA3_2"}
+    recipe = (our_recipe if ours else stock_recipe)(DISTILLATION)(cfg)
+    recipe.setup(cfg)
+    rows, sequence = 4, 128
+    measured = measured_peak(recipe, rows, sequence)
+    measured += sum(parameter.nbytes for parameter in recipe._teacher_model.parameters())
+    plan = Planner(cfg, torch.float32)
+    step = plan.step(loss, rows, sequence)
+    assert step.peak == pytest.approx(measured, rel=0.1)
+    assert step.peak == step.at_teacher or not ours
+
+
 def measured_peak(recipe, rows: int, sequence: int) -> int:
     """Bytes in the second step, when the optimizer has its state: those before it, and the most that it adds."""
     model, accumulate = recipe._model, recipe._gradient_accumulation_steps
@@ -216,7 +335,9 @@ def measured_peak(recipe, rows: int, sequence: int) -> int:
     def step():
         for _ in range(accumulate):
             tokens = torch.randint(vocabulary, (rows, sequence))
-            recipe._loss_step({"tokens": tokens, "labels": tokens.clone()}).backward()
+            losses = recipe._loss_step({"tokens": tokens, "labels": tokens.clone()})
+            (sum(losses) if isinstance(losses, tuple) else losses).backward()
+            del losses
         if not in_backward:
             recipe._optimizer.step()
             recipe._optimizer.zero_grad(set_to_none=True)
@@ -276,22 +397,22 @@ def test_shards():
 
 
 def test_lora_on_the_output_leaves_the_head_frozen():
-    """The head is 1 GiB; a gradient of it would be as much. The adapter's, of rank 8, is 2 MiB."""
-    name = "lce/llama3_1/8B_lora_single_device"
+    """The head is 250 MiB; a gradient of it would be as much. The adapter's, of rank 16, is 4 MiB."""
+    sizes = ["model.vocab_size=128000", "model.embed_dim=1024", "model.tie_word_embeddings=False", "dtype=bf16"]
     plain, with_lora, with_dora = (
-        planner(name, f"model.apply_lora_to_output={lora}", f"model.use_dora={dora}", "model.lora_dropout=0.05")
+        planner(TINY, *sizes, f"model.apply_lora_to_output={lora}", f"model.use_dora={dora}", "model.lora_dropout=0.05")
         for lora, dora in ((False, False), (True, False), (True, True))
     )
     assert plain.adapter is None
     assert (with_lora.adapter.scaled, with_dora.adapter.scaled) == (False, True)
     assert with_lora.adapter.dropout
-    head = 128_256 * 4096 * 2
-    assert 128_256 * 8 * 2 < with_lora.fixed.head_gradient < head / 100
+    head = 128_000 * 1024 * 2
+    assert with_lora.fixed.head_gradient == (128_000 + 1024) * 16 * 2
     for loss in ("stock", "chunked", "cce"):
-        more = with_lora.step(loss, 1, 2048).loss.peak - plain.step(loss, 1, 2048).loss.peak
+        more = with_lora.step(loss, 1, 512).loss.peak - plain.step(loss, 1, 512).loss.peak
         assert 0 < more < head / 10
-    assert with_dora.step("stock", 1, 2048).loss.peak - with_lora.step("stock", 1, 2048).loss.peak > head / 2
-    assert with_dora.step("chunked", 1, 2048).loss.peak < head / 2
+    assert with_dora.step("stock", 1, 512).loss.peak - with_lora.step("stock", 1, 512).loss.peak > head / 2
+    assert with_dora.step("chunked", 1, 512).loss.peak < head
 
 
 def test_a_config_of_torchtunes_with_lora_on_the_output():
@@ -345,9 +466,11 @@ def test_what_is_printed(capsys):
     assert f"{USABLE:.0%} of 80.0 GiB" in printed
 
 
-def test_settings_and_cautions_are_said(capsys):
+def test_settings_and_cautions_are_said(tmp_path, capsys):
+    path = tmp_path / "of_several_devices.yaml"
+    OmegaConf.save(config_reading.read(TINY, []), path)
     changes = ["enable_activation_checkpointing=True", "compile=True", "gradient_accumulation_steps=8"]
-    assert run("--config", TINY, "--losses", "cce", "--nproc_per_node", "2", *changes) == 0
+    assert run("--config", str(path), "--losses", "cce", "--nproc_per_node", "2", *changes) == 0
     printed = capsys.readouterr().out
     assert "256 tokens (tokenizer.max_seq_len)" in printed
     assert "activations checkpointed, compiled, 8 batches a step, on each of 2 devices" in printed
@@ -356,10 +479,78 @@ def test_settings_and_cautions_are_said(capsys):
     assert re.search(r"one layer's, while it is checkpointed +\d", printed)
 
 
+def test_what_is_printed_of_a_distillation(capsys):
+    """1.5B parameters teach half a billion."""
+    assert run("--config", "qwen2/1.5_to_0.5B_KD_lora_single_device", "batch_size=1", "--sequence-length", "512") == 0
+    printed = capsys.readouterr().out
+    assert 3.7 < float(re.search(r"parameters of both models +(\S+) GiB", printed)[1]) < 4
+    planned = [line.split()[0] for line in printed.splitlines() if re.match(r" \w+ +\d+\.\d\d +\d+% ", line)]
+    assert planned == ["stock", "chunked", "cce"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("llama2/7B_lora_dpo_single_device", "is for lora_dpo_single_device"),
+        ("mistral/7B_full_ppo_low_memory", "is for ppo_full_finetune_single_device"),
+        ("lce/llama3_2/1B_qat_lora", "is for qat_lora_finetune_distributed"),
+        ("generation", "is for generate"),
+        ("eleuther_evaluation", "is for eleuther_eval"),
+        ("lce/llama3_2_vision/11B_lora_single_device", "and what that keeps is not counted"),
+        ("lce/llama3_2/3B_full", "is for torchtune's full_finetune_distributed, which needs --nproc_per_node"),
+    ],
+)
+def test_what_is_not_planned_is_refused(capsys, config, message):
+    assert run("--config", config) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": {"_component_": "torchtune.rlhf.loss.DPOLoss"}}, "is for learning from preferences"),
+        ({"quantizer": {"groupsize": 32}}, "is for quantisation-aware training"),
+        ({"optimizer": None}, "has no optimizer._component_"),
+        ({"model": "llama"}, "has no model._component_"),
+    ],
+)
+def test_a_file_of_another_method_is_refused(tmp_path, capsys, changes, message):
+    path = tmp_path / "own.yaml"
+    OmegaConf.save(OmegaConf.merge(config_reading.read(TINY, []), changes), path)
+    assert run("--config", str(path)) == 2
+    assert f"{path} {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "is no YAML file: "),
+        ("- model\n", "must hold sections and settings by name, got a list"),
+        ("", "has no model._component_"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path, capsys, text, message):
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    assert run("--config", str(path)) == 2
+    assert f"{path} {message}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--memory", "80"], "--memory takes a number and one of GiB, GB, MiB, MB, as 80GiB; got '80'"),
+        (["--memory", "80"], "--memory takes a number and one of GiB, G, GB, MiB, M, MB, as 80GiB; got '80'"),
+        (["--nproc_per_node", "0"], "--nproc_per_node must be at least 1, got 0"),
+        (
+            ["--nproc_per_node", "2"],
+            "lce/llama3_2/1B_lora_single_device is for torchtune's lora_finetune_single_device",
+        ),
+        (["batch_size=-3"], "batch_size must be a whole number of at least 1, got -3"),
+        (["batch_size=abc"], "batch_size must be a whole number of at least 1, got 'abc'"),
+        (["gradient_accumulation_steps=0"], "gradient_accumulation_steps must be a whole number of at least 1, got 0"),
+        (["tokenizer.max_seq_len=long"], "tokenizer.max_seq_len must be a whole number of at least 1, got 'long'"),
+        (["loss.workspace_mib=abc"], "loss.workspace_mib must be an int, got 'abc'"),
+        (["model.lora_rankk=1"], "model: torchtune.models.llama3_2.lora_llama3_2_1b cannot be built: "),
         (["--losses", "all"], "--losses takes stock"),
         (["--losses", "auto"], "--losses: auto is not planned, name what it takes"),
         (["--sequence-length", "1000000"], "--sequence-length must be from 1 to 131072, the model's own limit"),
@@ -383,6 +574,8 @@ def test_losses_that_do_not_take_the_output_are_left_out(capsys):
     assert capsys.readouterr().err == "tune-lce plan: --losses: cce does not take DoRA on the output; chunked does\n"
 
 
-@pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * 2**30), ("1.5 GB", 1.5e9), ("512MiB", 2**29)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GiB", 80 * 2**30), ("24G", 24 * 2**30), ("1.5 GB", 1.5e9), ("512MiB", 2**29)]
+)
 def test_memory_sizes(text, size):
     assert report.parse_memory(text) == size

@@ -14,8 +14,11 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchtune import training
+from torchtune.config._errors import InstantiationError
+from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
+from torchtune_lce.errors import CommandError
 from torchtune_lce.model_output import find_decoder, skip_output_layer
 from torchtune_lce.random_weights import meta_model
 
@@ -40,9 +43,20 @@ class Activations:
 
 
 def build(model_config: DictConfig, dtype: torch.dtype) -> nn.Module:
-    """The model as a recipe builds it, unquantised and without memory; adapters alone are trained if it has any."""
-    with training.set_default_dtype(dtype):
-        model = meta_model(model_config)
+    """The model as a recipe builds it, unquantised and without memory; adapters alone are trained if it has any.
+
+    Raises CommandError for one that cannot be built, or that takes images, whose activations nothing here counts.
+    """
+    name = model_config._component_
+    try:
+        with training.set_default_dtype(dtype):
+            model = meta_model(model_config)
+    except (InstantiationError, TypeError, ValueError) as error:
+        if "torchvision" in str(error):
+            raise CommandError(f"{_images(name)}; to run it here, pip install torchvision") from error
+        raise CommandError(f"model: {name} cannot be built: {' '.join(str(error).split())}") from error
+    if not isinstance(model, TransformerDecoder):
+        raise CommandError(_images(name))
     for module in model.modules():
         if hasattr(module, "rope_init"):
             # Some position embeddings compute their tables from values, which meta tensors have none of.
@@ -52,6 +66,10 @@ def build(model_config: DictConfig, dtype: torch.dtype) -> nn.Module:
     if adapters:
         set_trainable_params(model, adapters)
     return model
+
+
+def _images(name: str) -> str:
+    return f"model: {name} takes more than tokens (images), and what that keeps is not counted"
 
 
 def count(model: nn.Module, batch: int, sequence: int) -> Activations:

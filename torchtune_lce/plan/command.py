@@ -10,9 +10,10 @@ activations, what each loss adds to them, and the largest batch and the longest 
   tune-lce plan --config lce/llama3_2/1B_lora_single_device --memory 24GiB
   tune-lce plan --config lce/gemma2/2B_lora_single_device --sequence-length 4096 batch_size=2
 
-Activations are counted tensor by tensor on the model that the config builds, without its weights; torchtune_lce/plan/
-states the formulas for the rest. With compile: True the model's layers keep less than is said here. Exit status: 0, or
-2 if the config cannot be planned.
+For LoRA and full fine-tunes, on one device or several, and for distillations; with --nproc_per_node of the recipes that
+are for several. Activations are counted tensor by tensor on the model that the config builds, without its weights;
+torchtune_lce/plan/ states the formulas for the rest. With compile: True the model's layers keep less than is said here.
+Exit status: 0, or 2 if the config cannot be planned.
 """
 
 
@@ -25,7 +26,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="NAME|PATH", help="of a LoRA or full fine-tune")
+    parser.add_argument(
+        "--config", required=True, metavar="NAME|PATH", help="of a LoRA or full fine-tune, or of a distillation"
+    )
     parser.add_argument(
         "--memory", metavar="SIZE", help="of the card, as 80GiB; default: that of the card here, if any"
     )

@@ -11,7 +11,7 @@ With compile: True the log-softmax is not kept; the logits are, bNV, and a chunk
 torch_compile: logits, bNV, and in the backward their float32 gradient, 4NV.
 reference: float32 logits, 4NV, and as much for what the forward subtracts from them; in the backward four times as much
 for their gradients on the way.
-chunked, cce: the workspace, whatever NV is, and vectors.
+chunked: the workspace, whatever NV is, and vectors. cce: the same, but not less than its tiles and their lists take.
 
 LoRA on the output, of rank r, adds its gradients, Vrb and rDb, to those above, and an Nr product; its dropout keeps the
 thinned out hidden states and their mask, (b + 1)ND. DoRA's scale of the rows has a gradient that needs what it scales:
@@ -31,6 +31,8 @@ from torchtune_lce.reference import accumulation_dtype
 CHUNKS = 8
 # Of labels, places, sums and counts: a few 8-byte numbers each.
 _BYTES_PER_TOKEN, _BYTES_PER_ENTRY = 64, 8
+# Of kernels/autograd.py: tokens and entries of a tile on a card; bytes of its lists, and of its bits among those.
+_TILE, _TILE_LISTS, _TILE_BITS = 128, 64, 16
 
 
 @dataclass(frozen=True)
@@ -210,9 +212,25 @@ def _chunked(problem: Problem) -> LossMemory:
 def _cce(problem: Problem) -> LossMemory:
     # Never more than one copy of the logits and a float32 copy of the hidden states would be.
     most = problem.itemsize * problem.logits + 4 * problem.tokens * problem.features
-    workspace = min(problem.workspace_mib * 2**20, most) + _vectors(problem)
+    workspace = max(min(problem.workspace_mib * 2**20, most), _least_workspace(problem)) + _vectors(problem)
     workspace += problem.adapter_kept
     return LossMemory(workspace, workspace + problem.hidden_bytes + problem.head_bytes + problem.adapter_bytes)
+
+
+def _least_workspace(problem: Problem) -> int:
+    """Two tiles for each block of tokens, whatever the workspace, and the lists of all tiles.
+
+    With a frozen head only those of a piece of tokens, the bits of the others beside them.
+    """
+    columns, all_blocks = (-(-size // _TILE) for size in (problem.vocabulary, problem.tokens))
+    tile = _TILE * (_TILE * problem.itemsize + 4)
+    blocks = all_blocks
+    if not problem.trained_head and problem.adapter is None:
+        sums = 4 * problem.features if problem.itemsize == 2 else 0
+        fitting = max(problem.workspace_mib * 2**20 // (_TILE * max(sums, 4 * tile // _TILE)), 1)
+        blocks = -(-blocks // -(-blocks // fitting))
+    bits = _TILE_BITS * columns * (all_blocks - blocks)
+    return blocks * (2 * tile + _TILE_LISTS * columns) + bits + 3 * _BYTES_PER_ENTRY * problem.vocabulary
 
 
 def _vectors(problem: Problem) -> int:

@@ -6,15 +6,19 @@ from functools import cached_property
 import torch
 from omegaconf import DictConfig
 from torch import nn
+from torchtune.modules.peft import get_adapter_params
 from torchtune.modules.tied_linear import TiedLinear
 
+from torchtune_lce.compare.distillation import distils
+from torchtune_lce.errors import CommandError
 from torchtune_lce.model_output import find_decoder
 from torchtune_lce.options import Options
 from torchtune_lce.output_adapter import Adapter, is_dora
 from torchtune_lce.plan import activations
 from torchtune_lce.plan.activations import Activations
-from torchtune_lce.plan.loss_memory import OutputAdapter, Problem
-from torchtune_lce.plan.step import Fixed, Step, fixed, step
+from torchtune_lce.plan.distillation_memory import PLANNED, Distillation
+from torchtune_lce.plan.loss_memory import OutputAdapter, Problem, obstacle
+from torchtune_lce.plan.step import Fixed, Step, fixed, step, teacher_forward
 
 # For the CUDA context and the gaps that PyTorch's allocator leaves.
 USABLE = 0.92
@@ -31,19 +35,42 @@ class Planner:
         self._devices = devices
         self.model = activations.build(config.model, dtype)
         self.decoder = find_decoder(self.model)
-        self._counted: dict[int, Activations] = {}  # of one row, by its length
+        self.teacher = activations.build(config.teacher_model, dtype) if distils(config) else None
+        self._counted: dict[tuple[nn.Module, int], Activations] = {}  # of one row, by its length
+        if self.teacher is not None and (not get_adapter_params(self.model) or self.adapter is not None):
+            raise CommandError(
+                "model: a distillation is planned with LoRA on the student, as torchtune's recipes have it, and none "
+                f"on its output, got {config.model._component_}"
+            )
 
     @cached_property
     def fixed(self) -> Fixed:
-        whole = fixed(self.config, self.model, self.decoder, self.dtype)
+        teacher = 0 if self.teacher is None else _bytes(self.teacher)
+        whole = fixed(self.config, self.model, self.decoder, self.dtype, teacher)
         if self._devices == 1:
             return whole
-        layers = [_bytes(layer) for layer in self.decoder.layers]
-        return whole.sharded(self._devices, _bytes(self.model) - sum(layers), max(layers))
+        models = [self.model] if self.teacher is None else [self.model, self.teacher]
+        layers = [[_bytes(layer) for layer in model.layers] for model in models]
+        root = sum(map(_bytes, models)) - sum(map(sum, layers))
+        return whole.sharded(self._devices, root, max(map(max, layers)))
+
+    @cached_property
+    def distillation(self) -> Distillation | None:
+        if self.teacher is None:
+            return None
+        workspace = self.config.kd_loss.get("workspace_mib", Options.workspace_mib)
+        name = self.config.kd_loss._component_.rpartition(".")[2]
+        divergence = next(kind for kind in ("Forward", "Reverse", "Symmetric") if kind in name)
+        return Distillation(divergence, _head_weight(self.teacher).shape[1], workspace)
+
+    def obstacle(self, loss: str) -> str | None:
+        """Why there is no plan for this loss with such a config, or None."""
+        if self.teacher is not None and loss not in PLANNED:
+            return "is not planned for a distillation; stock, chunked and cce are"
+        return obstacle(loss, self.adapter)
 
     def problem(self, rows: int, sequence: int) -> Problem:
-        output = self.decoder.output
-        weight = (output.tied_module if isinstance(output, TiedLinear) else output).weight
+        weight = _head_weight(self.decoder)
         workspace = self.config.get("loss", {}).get("workspace_mib", Options.workspace_mib)
         return Problem(
             tokens=rows * sequence,
@@ -65,12 +92,19 @@ class Planner:
         return OutputAdapter(output.lora_a.out_features, dropout, is_dora(output))
 
     def activations(self, rows: int, sequence: int) -> Activations:
-        if sequence not in self._counted:
-            self._counted[sequence] = activations.count(self.model, 1, sequence)
-        return self._counted[sequence].times(rows)
+        return self._activations(self.model, rows, sequence)
+
+    def _activations(self, model: nn.Module, rows: int, sequence: int) -> Activations:
+        if (model, sequence) not in self._counted:
+            self._counted[model, sequence] = activations.count(model, 1, sequence)
+        return self._counted[model, sequence].times(rows)
 
     def step(self, loss: str, rows: int, sequence: int) -> Step:
-        return step(self.fixed, self.activations(rows, sequence), loss, self.problem(rows, sequence))
+        counted, problem = self.activations(rows, sequence), self.problem(rows, sequence)
+        if self.teacher is None:
+            return step(self.fixed, counted, loss, problem)
+        of_teacher = teacher_forward(self._activations(self.teacher, rows, sequence))
+        return step(self.fixed, counted, loss, problem, self.distillation, of_teacher)
 
     def most_rows(self, loss: str, sequence: int, memory: float) -> int:
         """The largest batch of such rows whose peak fits ``memory`` bytes; 0 if none does."""
@@ -81,6 +115,11 @@ class Planner:
         most = self.decoder.max_seq_len // _SEQUENCE_STEP
         fits = _largest(lambda steps: self.step(loss, rows, steps * _SEQUENCE_STEP).peak <= memory, most)
         return fits * _SEQUENCE_STEP
+
+
+def _head_weight(decoder: nn.Module) -> nn.Parameter:
+    output = decoder.output
+    return (output.tied_module if isinstance(output, TiedLinear) else output).weight
 
 
 def _bytes(module: nn.Module) -> int:

@@ -10,14 +10,15 @@ from rich.table import Table
 
 from torchtune_lce import config_reading
 from torchtune_lce.bench.report import show as print_table
-from torchtune_lce.compare import losses
+from torchtune_lce.compare import distillation, losses
 from torchtune_lce.errors import CommandError
-from torchtune_lce.plan.loss_memory import obstacle
+from torchtune_lce.plan import fine_tune
 from torchtune_lce.plan.planning import USABLE, Planner
 
 _USUAL = "stock,stock_compiled,main_compiled,torch_compile,chunked,cce"
+_USUAL_OF_A_DISTILLATION = "stock,chunked,cce"
 _DEFAULT_SEQUENCE = 2048
-_UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
+_UNITS = {"GiB": 2**30, "G": 2**30, "GB": 10**9, "MiB": 2**20, "M": 2**20, "MB": 10**6}
 
 
 def parse_memory(text: str) -> float:
@@ -33,9 +34,13 @@ def show(
 ) -> None:
     """Prints the plan; raises CommandError for a config or an argument that makes no sense."""
     config = config_reading.read(name, overrides)
-    choices = losses.parse(named or _USUAL)
+    fine_tune.check(name, config, devices)
+    distils = distillation.distils(config)
+    choices = losses.parse(named or (_USUAL_OF_A_DISTILLATION if distils else _USUAL))
     if any(choice.kind == "auto" for choice in choices):
         raise CommandError("--losses: auto is not planned, name what it takes: cce on a card, chunked elsewhere")
+    if distils:
+        distillation.check(config, [])
     size = None if memory is None else parse_memory(memory)
     if size is None and torch.cuda.is_available():
         size = torch.cuda.get_device_properties(0).total_memory
@@ -64,7 +69,7 @@ def show(
 
 def _planned(kinds: list[str], planner: Planner, named: bool) -> tuple[list[str], list[str]]:
     """Those that have a plan, and a sentence for each other. Raises CommandError for such a one that was named."""
-    obstacles = {kind: obstacle(kind, planner.adapter) for kind in kinds}
+    obstacles = {kind: planner.obstacle(kind) for kind in kinds}
     left_out = [f"{kind} {why}." for kind, why in obstacles.items() if why]
     if named and left_out:
         raise CommandError(f"--losses: {left_out[0].removesuffix('.')}")
@@ -117,7 +122,7 @@ def _fixed_table(planner: Planner, rows: int, sequence: int) -> Table:
     activations = planner.activations(rows, sequence)
     held = len(activations.layers) * activations.layer_input if planner.fixed.checkpoints else sum(activations.layers)
     for what, value in (
-        ("parameters", planner.fixed.parameters),
+        ("parameters" if planner.teacher is None else "parameters of both models", planner.fixed.parameters),
         ("gathered parameters", planner.fixed.gathered),
         ("gradients of all that is trained", planner.fixed.trained),
         ("optimizer state", planner.fixed.optimizer),

@@ -3,6 +3,7 @@
     parameters + optimizer state, and gradients where several batches make a step
     + the largest of
         loss     activations + the loss (see loss_memory), its gradients among it
+        teacher  of a distillation: activations + the student's logits, or none + what the teacher's layer holds
         layers   backward of layer l: activations up to l, gradients of what comes after it, and on the way through the
                  layer three tensors as large as its largest (those of a gated MLP's product and its two factors)
         update   gradients + the optimizer's own copies
@@ -21,6 +22,7 @@ from torchtune.modules.tied_linear import TiedLinear
 
 from torchtune_lce.errors import CommandError
 from torchtune_lce.plan.activations import Activations
+from torchtune_lce.plan.distillation_memory import Distillation, distillation_memory
 from torchtune_lce.plan.loss_memory import LossMemory, Problem, loss_memory
 from torchtune_lce.random_weights import is_quantised
 
@@ -69,12 +71,13 @@ class Step:
 
     loss: LossMemory
     at_loss: int
+    at_teacher: int
     at_layers: int
     at_update: int
 
     @property
     def peak(self) -> int:
-        return max(self.at_loss, self.at_layers, self.at_update)
+        return max(self.at_loss, self.at_teacher, self.at_layers, self.at_update)
 
     @property
     def share(self) -> float:
@@ -82,8 +85,8 @@ class Step:
         return self.loss.peak / self.peak
 
 
-def fixed(config: DictConfig, model: nn.Module, decoder: nn.Module, dtype: torch.dtype) -> Fixed:
-    """Of a config and its model on the meta device."""
+def fixed(config: DictConfig, model: nn.Module, decoder: nn.Module, dtype: torch.dtype, teacher: int = 0) -> Fixed:
+    """Of a config and its model on the meta device, with a ``teacher`` of so many bytes."""
     quantised = is_quantised(config.model)
     parameters = sum(_parameter_bytes(decoder, parameter, quantised) for parameter in model.parameters())
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
@@ -93,7 +96,7 @@ def fixed(config: DictConfig, model: nn.Module, decoder: nn.Module, dtype: torch
         sum(parameter.nbytes for parameter in layer.parameters() if parameter.requires_grad) for layer in decoder.layers
     ]
     return Fixed(
-        parameters=parameters,
+        parameters=parameters + teacher,
         trained=trained,
         optimizer=int(entries * state),
         update=int(entries * update),
@@ -158,14 +161,29 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.nbytes
 
 
-def step(fixed: Fixed, activations: Activations, loss: str, problem: Problem) -> Step:
-    """Of a batch with these activations and this loss."""
-    own = loss_memory(loss, problem)
+def teacher_forward(activations: Activations) -> int:
+    """Bytes at the worst moment of a forward that keeps nothing: a gated MLP's product and factors, and its inputs."""
+    return _TENSORS_OF_A_LAYERS_BACKWARD * activations.largest + 2 * activations.layer_input
+
+
+def step(
+    fixed: Fixed,
+    activations: Activations,
+    loss: str,
+    problem: Problem,
+    distillation: Distillation | None = None,
+    of_teacher: int = 0,
+) -> Step:
+    """Of a batch with these activations and this loss; ``of_teacher``: see :func:`teacher_forward`."""
+    own = loss_memory(loss, problem) if distillation is None else distillation_memory(loss, problem, distillation)
     gradients_before = fixed.trained if fixed.accumulates and not fixed.in_backward else 0
     always = fixed.parameters + fixed.optimizer + fixed.gathered + gradients_before
     layers = activations.layers
     held = [activations.layer_input] * len(layers) if fixed.checkpoints else list(layers)
-    at_loss = always + activations.outside + sum(held) + activations.layer_input + own.peak
+    before_loss = always + activations.outside + sum(held) + activations.layer_input
+    at_loss = before_loss + own.peak
+    of_student = problem.logits * problem.itemsize if loss == "stock" else 0
+    at_teacher = 0 if distillation is None else before_loss + of_student + of_teacher
     at_layers = 0
     # Gradients that this batch has made so far.
     made = 0 if fixed.accumulates else fixed.head_gradient
@@ -180,4 +198,4 @@ def step(fixed: Fixed, activations: Activations, loss: str, problem: Problem) ->
     at_update = fixed.parameters + fixed.optimizer + fixed.trained + fixed.update
     if fixed.in_backward:
         at_update = fixed.parameters + fixed.optimizer + fixed.largest_gradient
-    return Step(own, at_loss, at_layers, at_update)
+    return Step(own, at_loss, at_teacher, at_layers, at_update)

@@ -1,0 +1,64 @@
+"""What the two losses of a distillation allocate, of one step's student and teacher; frozen heads, as LoRA has them.
+
+N tokens, V entries, b bytes of an element; D features of the student, E of the teacher.
+
+stock: the logits of both models, 2bNV, until both losses are known. Kept for the backward is what torchtune's formulas
+make of them in float32: softmaxes, log-softmaxes and their products' masks, 9NV for the forward divergence, 13NV for
+the reverse one, 22NV for both; and the cross-entropy's log-softmax, 4NV.
+ours: the divergence is over before the cross-entropy begins, and keeps the gradient of the student's hidden states,
+bND. Its workspace holds both logits of a piece of tokens and, of some of them, three or four blocks in float32.
+"""
+
+from dataclasses import dataclass
+
+from torchtune_lce import implementations
+from torchtune_lce.plan.loss_memory import CHUNKS, LossMemory, Problem, loss_memory
+
+_STOCK_KEEPS = {"Forward": 9, "Reverse": 13, "Symmetric": 22}
+_BLOCKS = {"Forward": 3, "Reverse": 4, "Symmetric": 4}
+PLANNED = ("stock", "chunked", *implementations.CCE_PRESETS)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """``divergence``: Forward, Reverse or Symmetric. ``workspace_mib``: of our loss of that name."""
+
+    divergence: str
+    teacher_features: int
+    workspace_mib: int = 128
+
+
+def distillation_memory(loss: str, problem: Problem, distillation: Distillation) -> LossMemory:
+    """Of one of :data:`PLANNED`, paired with a divergence as ``tune-lce compare`` has it; teacher's states too."""
+    if loss == "stock":
+        return _stock(problem, distillation)
+    cross_entropy = loss_memory(loss, problem)
+    of_student, of_teacher = (
+        problem.tokens * features * problem.itemsize for features in (problem.features, distillation.teacher_features)
+    )
+    divergence = of_student + _pieces(problem, distillation)
+    return LossMemory(
+        of_teacher + max(divergence, of_student + cross_entropy.forward),
+        of_student + max(cross_entropy.backward, 2 * of_student),
+    )
+
+
+def _stock(problem: Problem, distillation: Distillation) -> LossMemory:
+    b, logits = problem.itemsize, problem.logits
+    kept = (_STOCK_KEEPS[distillation.divergence] + 4) * logits
+    # float() of float32 logits is no copy.
+    forward = kept + 2 * b * logits + (4 * logits // CHUNKS if b < 4 else 0)
+    # The gradients of all chunks' logits wait for both losses.
+    products = b * logits + problem.hidden_bytes
+    return LossMemory(forward, max(kept + 8 * logits // CHUNKS, products))
+
+
+def _pieces(problem: Problem, distillation: Distillation) -> int:
+    """What torchtune_lce/chunked_divergence.py holds of a piece of tokens, and of a block among these."""
+    workspace, wide = distillation.workspace_mib * 2**20, max(problem.itemsize, 4)
+    piece = workspace * 3 // 4 // (problem.vocabulary * 2 * problem.itemsize)
+    piece = min(piece // 64 * 64 or max(piece, 1), problem.tokens)
+    block = min(max(workspace // 4 // (problem.vocabulary * wide * 4), 1), piece)
+    states = piece * (problem.features + distillation.teacher_features) * problem.itemsize
+    blocks = _BLOCKS[distillation.divergence] * block * problem.vocabulary * wide
+    return 2 * piece * problem.vocabulary * problem.itemsize + blocks + states
