@@ -14,7 +14,8 @@ data:
   random    an untrained model: nothing to leave out
   trained   a synthetic softmax as sparse as a trained language model's (default)
   probe     trains a small language model first, about three minutes, and takes its hidden states
-  file      saved tensors: a .pt file with {"hidden", "weight", "targets"} or {name: (hidden, weight, targets)}
+  file      saved tensors: a .pt file with {"hidden", "weight", "targets"} or {name: (hidden, weight, targets)},
+            hidden [N, D], weight [V, D], targets [N] int64 or int32, -100 where ignored
 
 A shape of its own follows a colon: --data random:8192x4096x128256 --data trained:gemma2_2b
 
@@ -24,7 +25,7 @@ Timings come only from a card; --check-only compares with the reference anywhere
 KINDS = ("random", "trained", "probe", "file")
 # Not float16: without loss scaling the mean over thousands of tokens underflows in everybody's gradients.
 DTYPES = ("bfloat16", "float32")
-DEFAULT_TOKENS, DEFAULT_MODEL = 8192, "qwen2_5_3b"
+DEFAULT_TOKENS, DEFAULT_MODEL, DEFAULT_OUTPUT = 8192, "qwen2_5_3b", Path("tune-lce-bench")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -39,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--model", metavar="NAME", help=f"hidden size and vocabulary of a model; default: {DEFAULT_MODEL}"
     )
-    parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS, help=f"default: {DEFAULT_TOKENS}")
+    parser.add_argument("--tokens", type=int, help=f"default: {DEFAULT_TOKENS}")
     parser.add_argument("--hidden", type=int, help="hidden size, in place of the model's")
     parser.add_argument("--vocab", type=int, help="vocabulary, in place of the model's")
     parser.add_argument(
@@ -48,9 +49,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--file", type=Path, metavar="PATH", help="the tensors of --data file")
     parser.add_argument("--only", metavar="IMPL,...", help="losses to take; default: all but the rarer presets of cce")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16; float32 for --check-only without a card")
-    parser.add_argument(
-        "--output", type=Path, default=Path("tune-lce-bench"), metavar="DIR", help="default: ./tune-lce-bench"
-    )
+    parser.add_argument("--workspace-mib", type=int, metavar="N", help="of this package's losses; default: theirs, 128")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: ./tune-lce-bench")
     parser.add_argument("--check-only", action="store_true", help="compare with the reference on small data, no timing")
     parser.set_defaults(func=main)
 
@@ -78,8 +78,14 @@ def run(args: argparse.Namespace) -> bool:
     from torchtune_lce.bench import losses, session, timing
     from torchtune_lce.bench.errors import BenchError
 
-    candidates = losses.select(args.only.split(",") if args.only else None)
+    if args.workspace_mib is not None and args.workspace_mib < 1:
+        raise BenchError(f"--workspace-mib must be at least 1, got {args.workspace_mib}")
+    only = [name.strip() for name in args.only.split(",")] if args.only else None
+    candidates = losses.select(only, args.workspace_mib)
+    if args.check_only:
+        _refuse_beside_check_only(args)
     sources = read_sources(args)
+    output = args.output or DEFAULT_OUTPUT
     card = torch.cuda.is_available()
     device = torch.device("cuda" if card else "cpu")
     dtype = getattr(torch, args.dtype or ("bfloat16" if card else "float32"))
@@ -87,11 +93,19 @@ def run(args: argparse.Namespace) -> bool:
         return session.check_only(candidates, device, dtype)
     if not card:
         raise BenchError("timings come only from a CUDA card, and there is none; --check-only runs without")
-    if args.output.exists() and not args.output.is_dir():
-        raise BenchError(f"--output must be a folder, {args.output} is a file")
+    if output.exists() and not output.is_dir():
+        raise BenchError(f"--output must be a folder, {output} is a file")
     command = shlex.join(["tune-lce", *sys.argv[1:]])
-    plan = session.Plan(candidates, sources, device, dtype, timing.cuda_timer, args.output, command)
+    plan = session.Plan(candidates, sources, device, dtype, timing.cuda_timer, output, command)
     return session.bench(plan)
+
+
+def _refuse_beside_check_only(args: argparse.Namespace) -> None:
+    from torchtune_lce.bench.errors import BenchError
+
+    for name in ("model", "tokens", "hidden", "vocab", "data", "file", "output"):
+        if getattr(args, name) is not None:
+            raise BenchError(f"--{name} is not for --check-only, which takes small data of its own and writes nothing")
 
 
 def read_sources(args: argparse.Namespace) -> list:
@@ -103,11 +117,11 @@ def read_sources(args: argparse.Namespace) -> list:
     if args.model and args.model not in shapes.MODELS:
         raise BenchError(f"--model takes {', '.join(shapes.MODELS)}; got {args.model!r}")
     hidden, vocab = shapes.MODELS[args.model or DEFAULT_MODEL]
-    usual = shapes.checked(
-        shapes.Shape(
-            args.tokens, hidden if args.hidden is None else args.hidden, vocab if args.vocab is None else args.vocab
-        )
+    tokens, hidden, vocab = (
+        usual if given is None else given
+        for given, usual in ((args.tokens, DEFAULT_TOKENS), (args.hidden, hidden), (args.vocab, vocab))
     )
+    usual = shapes.checked(shapes.Shape(tokens, hidden, vocab))
     sources = []
     for entry in args.data or ["trained"]:
         kind, _, shape = entry.partition(":")
@@ -120,7 +134,7 @@ def read_sources(args: argparse.Namespace) -> list:
                 raise BenchError(f"--file: {args.file} is no file")
             sources.append(Source(kind, path=args.file))
         else:
-            sources.append(Source(kind, shapes.parse_shape(shape, args.tokens) if shape else usual))
+            sources.append(Source(kind, shapes.parse_shape(shape, tokens) if shape else usual))
     if args.file and all(source.kind != "file" for source in sources):
         raise BenchError("--file is for --data file")
     return sources

@@ -11,6 +11,7 @@ from torchtune_lce.bench.errors import BenchError
 from torchtune_lce.bench.shapes import Shape
 
 IGNORE_INDEX = -100
+_TARGET_DTYPES = (torch.int64, torch.int32)
 # Of the logits that random data gives: enough that nearly every tile has an entry worth keeping.
 _RANDOM_LOGIT_STD = 1.28
 
@@ -49,14 +50,21 @@ def file_batches(path: Path, dtype: torch.dtype, device: torch.device) -> list[B
 
     They are brought to ``dtype`` and ``device``. Raises BenchError for a file that holds something else.
     """
+    wanted = (
+        f'--file: {path} must hold {{"hidden", "weight", "targets"}} or {{name: (hidden, weight, targets)}}, a dict of '
+        "tensors alone, written by torch.save"
+    )
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise BenchError(f"--file: {path} was not written by torch.save: {str(error).splitlines()[0]}") from error
+        # Its own text advises to load whatever it is, which would run what is in the file.
+        raise BenchError(f"{wanted}; torch.load(weights_only=True) does not read it") from error
     if not isinstance(saved, dict) or not saved:
-        raise BenchError(f"--file: {path} must hold a dict, got {type(saved).__name__}")
+        raise BenchError(f"{wanted}; it holds a {type(saved).__name__}{' of nothing' * (saved == {})}")
     if set(saved) == {"hidden", "weight", "targets"}:
         saved = {path.stem: (saved["hidden"], saved["weight"], saved["targets"])}
+    elif any(isinstance(value, Tensor) for value in saved.values()):
+        raise BenchError(f"{wanted}; it holds {', '.join(map(repr, saved))}")
     return [_checked_batch(path, name, tensors, dtype, device) for name, tensors in saved.items()]
 
 
@@ -67,10 +75,12 @@ def _checked_batch(path: Path, name: str, tensors: object, dtype: torch.dtype, d
     hidden, weight, targets = tensors
     if hidden.shape[1] != weight.shape[1] or hidden.shape[0] != targets.shape[0] or not weight.numel():
         raise BenchError(f"{wanted}, got {list(hidden.shape)}, {list(weight.shape)}, {list(targets.shape)}")
-    if not hidden.is_floating_point() or not weight.is_floating_point() or targets.dtype != torch.int64:
-        raise BenchError(f"{wanted}, floating and int64, got {hidden.dtype}, {weight.dtype} and {targets.dtype}")
+    if not hidden.is_floating_point() or not weight.is_floating_point() or targets.dtype not in _TARGET_DTYPES:
+        raise BenchError(
+            f"{wanted}, floating and int64 or int32, got {hidden.dtype}, {weight.dtype} and {targets.dtype}"
+        )
     valid = targets[targets != IGNORE_INDEX]
     if not len(valid) or valid.min() < 0 or valid.max() >= weight.shape[0]:
         raise BenchError(f"{wanted}; every target must be {IGNORE_INDEX} or in [0, {weight.shape[0]}), some of them in")
     hidden, weight = (tensor.to(device, dtype).contiguous() for tensor in (hidden, weight))
-    return Batch("file", name, hidden, weight, targets.to(device).contiguous())
+    return Batch("file", name, hidden, weight, targets.to(device, torch.int64).contiguous())

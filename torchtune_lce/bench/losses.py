@@ -4,14 +4,19 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from torchtune_lce import implementations, linear_cross_entropy
+from torchtune_lce import implementations
 from torchtune_lce.bench import peers
 from torchtune_lce.bench.errors import BenchError
+from torchtune_lce.bench.yardstick import UNFILTERED
+from torchtune_lce.functional import compute
+from torchtune_lce.implementations import Filtering
+from torchtune_lce.options import Options
 
 # hidden [N, D], weight [V, D], targets [N] -> mean loss over the targets that are not -100
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -21,15 +26,17 @@ BASELINE = "torch_compile_full"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One loss. ``build`` gives a function that has compiled nothing for any shape yet."""
+    """One loss. ``build`` gives a function that has compiled nothing for any shape yet; this package's take settings of
+    :class:`torchtune_lce.options.Options`."""
 
     name: str
-    build: Callable[[], Loss]
+    build: Callable[..., Loss]
     ours: bool = False
-    filters: bool = False  # leaves small softmax entries out of the gradients
+    settings: dict = field(default_factory=dict)  # for ``build``
+    filtering: Filtering = UNFILTERED  # of which gradients it leaves out small softmax entries
     any_size: bool = False  # takes every N, D and V
     compiles: bool = False
-    requires: str | None = None  # a module that may be absent
+    requires: str | None = None  # another package's module, which may be absent
     cuda_only: bool = False
 
     def obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -53,15 +60,15 @@ def _has_cpp_compiler() -> bool:
 
 
 def _ours(name: str) -> Candidate:
-    def build() -> Loss:
-        return lambda hidden, weight, targets: linear_cross_entropy(hidden, weight, targets, impl=name)
+    def build(**settings) -> Loss:
+        options = Options(**settings)
+        return partial(compute, bias=None, options=options, reduction="mean", shift=0, impl=name, return_lse=False)
 
-    filtering = implementations.CCE_PRESETS.get(name)
     return Candidate(
         name,
         build,
         ours=True,
-        filters=filtering is not None and (filtering.hidden or filtering.weight),
+        filtering=implementations.CCE_PRESETS.get(name, UNFILTERED),
         any_size=True,
         compiles=name == "torch_compile",
     )
@@ -73,7 +80,9 @@ _ALL = (
     Candidate(BASELINE, peers.compiled_full_logits, any_size=True, compiles=True),
     Candidate("torchtune", peers.torchtune_release, any_size=True, compiles=True),
     Candidate("torchtune_main", peers.compiled_chunks, any_size=True, compiles=True),
-    Candidate("apple_cce", peers.apple_cce, filters=True, requires="cut_cross_entropy", cuda_only=True),
+    Candidate(
+        "apple_cce", peers.apple_cce, filtering=Filtering(True, True), requires="cut_cross_entropy", cuda_only=True
+    ),
     Candidate("liger", peers.liger, requires="liger_kernel", cuda_only=True),
     Candidate("quack", peers.quack, requires="quack", cuda_only=True),
 )
@@ -82,14 +91,16 @@ CANDIDATES = {candidate.name: candidate for candidate in _ALL}
 _ON_REQUEST = implementations.CCE_PRESETS.keys() - {"cce", "cce_exact"}
 
 
-def select(names: list[str] | None) -> list[Candidate]:
-    """The named candidates, or all but the presets that are measured on request only.
+def select(names: list[str] | None, workspace_mib: int | None = None) -> list[Candidate]:
+    """The named candidates, or all but the presets that are measured on request only; this package's with a workspace.
 
     Raises BenchError for an unknown name.
     """
     if names is None:
-        return [candidate for candidate in _ALL if candidate.name not in _ON_REQUEST]
+        names = [candidate.name for candidate in _ALL if candidate.name not in _ON_REQUEST]
     for name in names:
         if name not in CANDIDATES:
             raise BenchError(f"--only takes {', '.join(CANDIDATES)}; got {name!r}")
-    return [candidate for candidate in _ALL if candidate.name in names]
+    settings = {} if workspace_mib is None else {"workspace_mib": workspace_mib}
+    chosen = [candidate for candidate in _ALL if candidate.name in names]
+    return [replace(candidate, settings=settings) if candidate.ours else candidate for candidate in chosen]

@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from torchtune_lce.bench.correctness import Errors
-from torchtune_lce.bench.measure import OK, Case
+from torchtune_lce.bench.measure import OK, Case, Check
 from torchtune_lce.bench.shapes import Shape
 
 _OURS, _OTHERS, _FLOOR_COLOUR = "#12355b", "#b9c4d0", "#b23a3a"
@@ -76,16 +75,20 @@ def table(cases: list[Case]) -> Table:
     return grid
 
 
-def check_table(rows: list[tuple[str, str, Errors | None, float]]) -> Table:
-    """Of the correctness check alone: name, status, errors and the most that they may be."""
+def check_table(rows: list[tuple[str, Check]]) -> Table:
+    """Of the correctness check alone, by name: errors, each with the most that it may be."""
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    grid.add_column("loss", no_wrap=True)
-    for heading in ("error\nloss", "error\nhidden", "error\nweight", "allowed"):
+    for heading in ("loss", "data"):
+        grid.add_column(heading, no_wrap=True)
+    for heading in ("error of loss\n/ allowed", "of hidden's gradient\n/ allowed", "of weight's gradient\n/ allowed"):
         grid.add_column(heading, justify="right", no_wrap=True)
     grid.add_column("", no_wrap=True)
-    for name, status, found, allowed in rows:
-        errors = (None, None, None) if found is None else (found.loss, found.hidden, found.weight)
-        grid.add_row(name, *(_number(error, ".1e") for error in errors), f"{allowed:.1e}", status)
+    for name, check in rows:
+        found = {} if check.found is None else check.found.parts
+        cells = [
+            f"{found[part]:.1e} / {most:.1e}" if part in found else "" for part, most in check.allowed.parts.items()
+        ]
+        grid.add_row(name, check.data, *cells, check.status)
     return grid
 
 

@@ -12,11 +12,12 @@ from torchtune_lce.bench import correctness, environment, measure, probe, report
 from torchtune_lce.bench.data import Batch, file_batches, random_batch
 from torchtune_lce.bench.errors import BenchError
 from torchtune_lce.bench.losses import BASELINE, Candidate
-from torchtune_lce.bench.measure import OK, Case
+from torchtune_lce.bench.measure import OK, OUT_OF_MEMORY, Case
 from torchtune_lce.bench.shapes import FLOPS_FORMULA, Shape
 from torchtune_lce.bench.statistics import softmax_statistics
 from torchtune_lce.bench.timing import Timer
 from torchtune_lce.bench.trained import trained_batch
+from torchtune_lce.bench.yardstick import Yardstick
 
 RESULTS, PICTURE = "bench.json", "bench.png"
 
@@ -47,8 +48,8 @@ class Plan:
 def bench(plan: Plan) -> bool:
     """Checks and times everything, prints it as it comes and writes it; whether this package's losses all passed.
 
-    Files are written after each batch, so that an interrupted run leaves what it had. Raises BenchError if it cannot
-    run.
+    Files are written after each batch, so that an interrupted run leaves what it had. A batch that does not fit, with
+    what the losses are compared with, is recorded as that. Raises BenchError if it cannot run.
     """
     console = _console()
     plan.output.mkdir(parents=True, exist_ok=True)
@@ -59,26 +60,55 @@ def bench(plan: Plan) -> bool:
     results |= {"data": [], "floors": [], "cases": []}
     refused = _refused(console, candidates, plan)
     for source in plan.sources:
-        for batch in _batches(console, source, plan):
+        for batch in _batches(console, source, plan, results):
             console.print(f"\n{batch.title}, {_name(plan.dtype)}")
-            statistics = softmax_statistics(batch)
-            console.print(f"  {statistics}")
-            about = {"data": batch.data, "data_name": batch.name, "shape": asdict(batch.shape)}
-            results["data"].append({**about, **asdict(statistics)})
-            projection = measure.time_projection(batch, plan.timer)
-            rate = batch.shape.flops(None) / projection / 1e9
-            console.print(f"  the logits' matrix product alone: {projection:.2f} ms, {rate:,.0f} TFLOP/s")
-            results["floors"].append({**about, "logits_gemm_ms": projection, "tflops": rate})
-            cases = _measure_all(console, candidates, refused, batch, plan)
-            results["cases"] += cases
-            report.show(console, report.table(cases))
+            right = _about_batch(console, batch, candidates, plan, results)
+            if right is not None:
+                cases = _measure_all(console, candidates, refused, batch, right, plan)
+                results["cases"] += cases
+                report.show(console, report.table(cases))
+                ours = {candidate.name for candidate in plan.candidates if candidate.ours}
+                report.draw(results["cases"], ours, results["floors"], plan.output / PICTURE)
             report.write_json(results, plan.output / RESULTS)
-            ours = {candidate.name for candidate in plan.candidates if candidate.ours}
-            report.draw(results["cases"], ours, results["floors"], plan.output / PICTURE)
+            del batch, right  # before the next one is made
+    report.write_json(results, plan.output / RESULTS)
+    if not results["cases"]:
+        raise BenchError("no loss was measured: none of the data fit into memory")
     console.print(FLOPS_FORMULA)
     console.print(f"Written: {plan.output / RESULTS}, {plan.output / PICTURE}")
     ours = {candidate.name for candidate in candidates if candidate.ours}
-    return all(case.status in (OK, measure.OUT_OF_MEMORY) for case in results["cases"] if case.impl in ours)
+    return all(case.status in (OK, OUT_OF_MEMORY) for case in results["cases"] if case.impl in ours)
+
+
+def _about_batch(
+    console: Console, batch: Batch, candidates: list[Candidate], plan: Plan, results: dict
+) -> Yardstick | None:
+    """Adds the batch's "data" and "floors" to the results; what losses are held against, None where it does not fit."""
+    about = {"data": batch.data, "data_name": batch.name, "shape": asdict(batch.shape)}
+    try:
+        statistics = softmax_statistics(batch)
+        projection = measure.time_projection(batch, plan.timer)
+        with console.status("computing what the losses are held against"):
+            right = correctness.yardstick(batch, candidates)
+    except RuntimeError as error:
+        if measure.describe(error) != OUT_OF_MEMORY:
+            raise
+        right = None  # the exception still holds what was allocated
+    if right is None:
+        _does_not_fit(console, results, about, "what the losses are held against")
+        return None
+    console.print(f"  {statistics}")
+    rate = batch.shape.flops(None) / projection / 1e9
+    console.print(f"  the logits' matrix product alone: {projection:.2f} ms, {rate:,.0f} TFLOP/s")
+    results["data"].append({**about, "status": OK, **asdict(statistics)})
+    results["floors"].append({**about, "logits_gemm_ms": projection, "tflops": rate})
+    return right
+
+
+def _does_not_fit(console: Console, results: dict, about: dict, what: str) -> None:
+    console.print(f"  {OUT_OF_MEMORY}: {what}; not measured")
+    results["data"].append({**about, "status": f"{OUT_OF_MEMORY}: {what}"})
+    measure.give_memory_back()
 
 
 def check_only(candidates: list[Candidate], device: torch.device, dtype: torch.dtype) -> bool:
@@ -95,9 +125,9 @@ def check_only(candidates: list[Candidate], device: torch.device, dtype: torch.d
             console.print(f"  {candidate.name} is left out: {obstacle}")
             continue
         with console.status(candidate.name):
-            status, found = measure.check(candidate, dtype, device)
-        passed &= status == OK
-        rows.append((candidate.name, status, found, correctness.tolerance(candidate, dtype)))
+            checks = measure.check(candidate, dtype, device)
+        passed &= all(check.status == OK for check in checks)
+        rows += [(candidate.name, check) for check in checks]
     if not rows:
         raise BenchError("none of the losses can run here")
     report.show(console, report.check_table(rows))
@@ -127,31 +157,41 @@ def _able(console: Console, plan: Plan) -> list[Candidate]:
 
 
 def _refused(console: Console, candidates: list[Candidate], plan: Plan) -> dict[str, str]:
-    """What is wrong with those that fail on small ragged data, by name. Losses with demands on sizes are not asked."""
+    """What is wrong with those that fail on small data, by name. Losses with demands on sizes are not asked."""
     refused = {}
     for candidate in candidates:
         if not candidate.any_size:
             continue
         with console.status(f"checking {candidate.name}"):
-            status, _ = measure.check(candidate, plan.dtype, plan.device)
-        if status != OK:
-            refused[candidate.name] = f"small data: {status}"
-            console.print(f"{candidate.name} fails on {correctness.RAGGED} and will not be timed: {status}")
+            checks = measure.check(candidate, plan.dtype, plan.device)
+        wrong = next((check for check in checks if check.status != OK), None)
+        if wrong is not None:
+            refused[candidate.name] = f"small {wrong.data} data: {wrong.status}"
+            console.print(f"{candidate.name} fails on small {wrong.data} data and will not be timed: {wrong.status}")
     return refused
 
 
-def _batches(console: Console, source: Source, plan: Plan) -> Iterator[Batch]:
+def _batches(console: Console, source: Source, plan: Plan, results: dict) -> Iterator[Batch]:
     try:
         if source.kind == "random":
-            yield random_batch(source.shape, plan.dtype, plan.device)
+            batches = [random_batch(source.shape, plan.dtype, plan.device)]
         elif source.kind == "trained":
-            yield trained_batch(source.shape, plan.dtype, plan.device)
+            batches = [trained_batch(source.shape, plan.dtype, plan.device)]
         elif source.kind == "probe":
-            yield from _probe_batches(console, source.shape, plan)
+            batches = _probe_batches(console, source.shape, plan)
         else:
-            yield from file_batches(source.path, plan.dtype, plan.device)
-    except torch.OutOfMemoryError as error:
-        raise BenchError(f"{source.kind} data of {source.shape or source.path} do not fit: {error}") from error
+            batches = file_batches(source.path, plan.dtype, plan.device)
+    except RuntimeError as error:
+        if measure.describe(error) != OUT_OF_MEMORY:
+            raise
+        batches = None
+    if batches is None:
+        size = None if source.shape is None else asdict(source.shape)
+        console.print(f"\n{source.kind} {source.shape or source.path}")
+        _does_not_fit(console, results, {"data": source.kind, "data_name": source.kind, "shape": size}, "the data")
+        return
+    while batches:
+        yield batches.pop(0)
 
 
 def _probe_batches(console: Console, shape: Shape, plan: Plan) -> list[Batch]:
@@ -173,9 +213,13 @@ def _probe_batches(console: Console, shape: Shape, plan: Plan) -> list[Batch]:
 
 
 def _measure_all(
-    console: Console, candidates: list[Candidate], refused: dict[str, str], batch: Batch, plan: Plan
+    console: Console,
+    candidates: list[Candidate],
+    refused: dict[str, str],
+    batch: Batch,
+    right: Yardstick,
+    plan: Plan,
 ) -> list[Case]:
-    right = _exact(batch)
     cases = []
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -184,8 +228,7 @@ def _measure_all(
             for frozen in (False, True):
                 progress.update(task, description=f"{candidate.name}{', frozen head' if frozen else ''}")
                 if candidate.name in refused:
-                    status = refused[candidate.name]
-                    case = Case(candidate.name, batch.shape, batch.data, batch.name, frozen, status)
+                    case = measure.new_case(candidate, batch, frozen, refused[candidate.name])
                 else:
                     case = measure.measure(candidate, batch, right, frozen, plan.timer)
                 cases.append(case)
@@ -195,10 +238,3 @@ def _measure_all(
         if baseline and baseline.forward_backward_ms and case.forward_backward_ms:
             case.ratio_to_torch_compile_full = case.forward_backward_ms / baseline.forward_backward_ms
     return cases
-
-
-def _exact(batch: Batch) -> correctness.Exact:
-    try:
-        return correctness.exact(batch)
-    except torch.OutOfMemoryError as error:
-        raise BenchError(f"{batch.title}: the reference does not fit: {error}") from error
