@@ -29,10 +29,10 @@ def document(rows: list[Row], about: list[str], left_out: dict[str, str], verdic
     lines = ["# Accuracy", "", *about, ""]
     lines += [
         "Relative errors against float64, ||actual - exact|| / ||exact||, over all tokens. PyTorch: F.linear and "
-        "F.cross_entropy in that dtype, logits rounded to it. Strictest filter: every entry below the threshold left out, "
-        "its mean put back into hidden's gradient. Allowed: 1.25 x PyTorch's error; of gradients 1.25 x the root of the "
-        "squares of PyTorch's, of one more rounding and, where they are filtered, of the strictest filter's; beside that, "
-        "float32's roundings of a log-sum-exp and of a sum over the tokens.",
+        "F.cross_entropy in that dtype, logits rounded to it. Strictest filter: every entry below the threshold left "
+        "out, its mean put back into hidden's gradient. Allowed: 1.25 x PyTorch's error; of gradients 1.25 x the root "
+        "of the squares of PyTorch's, of one more rounding and, where they are filtered, of the strictest filter's; "
+        "beside that, float32's roundings of a log-sum-exp and of a sum over the tokens.",
         "",
         *table(rows),
         "",
