@@ -1,14 +1,22 @@
-"""README and docs: the real command lines take every command, every snippet runs, every link leads somewhere."""
+"""README and docs: the real command lines take every command, those that take seconds and need nothing run, as does
+every snippet; every link leads somewhere.
+"""
 
+import argparse
 import importlib.util
 import re
+import runpy
 import shlex
+import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from packaging.requirements import Requirement
 from tiny_models import build_model
 from torchtune._cli.tune import TuneCLIParser
 from torchtune.config._utils import _get_component_from_path
@@ -20,7 +28,6 @@ from torchtune_lce.cli import TuneLCEParser
 from torchtune_lce.compare import losses
 from torchtune_lce.compare import runs as compare_runs
 from torchtune_lce.compare.session import check_demo_data
-from torchtune_lce.plan import report as plan_report
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -67,13 +74,15 @@ def test_commands_are_found():
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[f"{page}: {line[:60]}" for page, line in COMMANDS])
-def test_command(page, line, capsys):
+def test_command(page, line, pytestconfig, monkeypatch):
+    """Its own parser takes it; see :data:`RUN_FOR_REAL` for those that are run."""
     program, *words = shlex.split(line, comments=True)
     if program == "pip":
-        assert words[:1] in ([], ["install"])
+        if words:
+            check_pip(words)
         return
     if program in ("python", "pytest"):
-        check_python(program, words)
+        check_python(program, words, pytestconfig, monkeypatch)
         return
     parser = (TuneLCEParser if program == "tune-lce" else TuneCLIParser)()._parser
     if not words:
@@ -85,15 +94,79 @@ def test_command(page, line, capsys):
     if len(words) == 1 and words[0] != "ls":
         return  # named in a sentence; or complete, as `tune-lce doctor` is
     args = parser.parse_args(words)
-    check = {"run": check_run, "compare": check_compare, "plan": check_plan, "bench": bench.read_sources}
+    check = {"run": check_run, "compare": check_compare, "bench": bench.read_sources}
     check.get(words[0], lambda args: None)(args)
 
 
-def check_python(program: str, words: list[str]) -> None:
+def check_pip(words: list[str]) -> None:
+    """Options that the docs use, and packages by names that packaging accepts; of this one, extras that it has."""
+    assert words[:1] == ["install"]
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--no-deps", action="store_true")
+    parser.add_argument("--index-url")
+    parser.add_argument("-e", "--editable")
+    parser.add_argument("packages", nargs="*")
+    args = parser.parse_args(words[1:])
+    packages = [*args.packages, *([args.editable] if args.editable else [])]
+    assert packages
+    for package in packages:
+        if package.startswith("."):
+            asked = set(re.fullmatch(r"\.(?:\[([\w,]+)\])?", package)[1].split(",")) if package != "." else set()
+            assert asked <= set(metadata.metadata("torchtune-lce").get_all("Provides-Extra"))
+        else:
+            Requirement(package)
+
+
+class ArgumentsTaken(Exception):
+    """A script's own parser has taken its arguments."""
+
+
+def check_python(program: str, words: list[str], pytestconfig, monkeypatch) -> None:
     if program == "pytest" or words[:2] == ["-m", "pytest"]:
+        pytestconfig._parser.parse(words if program == "pytest" else words[2:])
         return
-    assert words[0] != "-m" or importlib.util.find_spec(words[1])
-    assert words[0] == "-m" or (ROOT / words[0]).is_file()
+    if words[0] == "-m":
+        assert importlib.util.find_spec(words[1])
+        return
+    script = ROOT / words[0]
+    text = script.read_text(encoding="utf-8")
+    if "ArgumentParser" not in text:
+        for word in words[1:]:
+            assert f'"{word}"' in text, f"{script.name} knows no {word}"
+        return
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser):
+        parse_args(parser)
+        raise ArgumentsTaken
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr(sys, "argv", [str(script), *words[1:]])
+    with pytest.raises(ArgumentsTaken):
+        runpy.run_path(str(script), run_name="__main__")
+
+
+RUN_FOR_REAL = ("doctor", "ls", "plan")
+
+
+@pytest.mark.parametrize(
+    "line",
+    dict.fromkeys(
+        line
+        for _, line in COMMANDS
+        for program, *words in [shlex.split(line)]
+        # A bare `tune-lce plan` is named in a sentence.
+        if program == "tune-lce" and words and words[0] in RUN_FOR_REAL and words != ["plan"]
+    ),
+)
+def test_what_takes_seconds_is_run(line, capsys):
+    ends = {"doctor": pytest.raises(SystemExit, match="^0$")}
+    words = shlex.split(line)[1:]
+    args = TuneLCEParser()._parser.parse_args(words)
+    with ends.get(words[0], nullcontext()):
+        args.func(args)
+    said = {"doctor": "All is well.", "ls": "lce/llama3_2/1B_lora_single_device", "plan": "peak of the"}
+    assert said[words[0]] in capsys.readouterr().out
 
 
 def check_run(args) -> None:
@@ -117,12 +190,6 @@ def check_compare(args) -> None:
     assert args.steps > args.warmup
     if args.demo_data:
         check_demo_data(config, args.vocabulary, args.sequence_length)
-
-
-def check_plan(args) -> None:
-    assert config_reading.read(args.config, args.overrides)
-    assert args.memory is None or plan_report.parse_memory(args.memory)
-    assert args.losses is None or losses.parse(args.losses)
 
 
 @pytest.mark.parametrize("snippet", snippets("python"), ids=lambda snippet: snippet.page)
