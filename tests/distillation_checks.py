@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torchtune.models.llama3_2._component_builders import lora_llama3_2
 from torchtune.modules.loss import CEWithChunkedOutputLoss, ForwardKLWithChunkedOutputLoss
-from torchtune.modules.peft import get_adapter_params, set_trainable_params
+from torchtune.modules.peft import DoRALinear, LoRALinear, get_adapter_params, set_trainable_params
 from torchtune.training import get_shard_conditions, shard_model
 
 from torchtune_lce import LinearCrossEntropyLoss, LinearForwardKLLoss, LinearSymmetricKLLoss
+
+# Adapter on the output of both models, what has a shard group of its own, and whether the student's is frozen.
+ON_OUTPUT = [(LoRALinear, [], False), (DoRALinear, ["output"], False), (LoRALinear, ["output"], True)]
 
 
 def check_distillation(mesh: DeviceMesh) -> None:
@@ -25,6 +28,8 @@ def check_distillation(mesh: DeviceMesh) -> None:
             _check_gradients(mesh, tied, own_group, impl, adapters=False)
             _check_gradients(mesh, tied, own_group, impl, adapters=True)
         _check_collectives(mesh, tied)
+    for kind, own_group, frozen in ON_OUTPUT:
+        _check_gradients(mesh, False, own_group, "chunked", adapters=True, on_output=kind, frozen=frozen)
 
 
 def _student(tied: bool, adapters: bool, device: str) -> nn.Module:
@@ -47,9 +52,34 @@ def _sharded(model: nn.Module, mesh: DeviceMesh, own_group: list[str]) -> nn.Mod
     return model
 
 
-def _check_gradients(mesh: DeviceMesh, tied: bool, own_group: list[str], impl: str, adapters: bool) -> None:
-    """Both losses of the recipe, each rank with its own tokens; FSDP2 averages over the ranks."""
-    case = f"tied {tied}, own group {own_group}, {impl}, adapters alone {adapters}"
+def _put_on_output(model: nn.Module, kind: type[LoRALinear | DoRALinear], frozen: bool) -> nn.Module:
+    """An adapter around the output's weight, which stays what it is."""
+    weight = model.output.weight
+    torch.manual_seed(7)
+    model.output = kind(weight.shape[1], weight.shape[0], rank=4, alpha=8).to(weight.device)
+    model.output.weight = weight
+    nn.init.normal_(model.output.lora_b.weight, std=0.1)
+    if kind is DoRALinear:
+        model.output.initialize_dora_magnitude()
+    for parameter in get_adapter_params(model.output).values():
+        parameter.requires_grad_(not frozen)
+    return model
+
+
+def _check_gradients(
+    mesh: DeviceMesh,
+    tied: bool,
+    own_group: list[str],
+    impl: str,
+    adapters: bool,
+    on_output: type[LoRALinear | DoRALinear] | None = None,
+    frozen: bool = False,
+) -> None:
+    """Both losses of the recipe, each rank with its own tokens; FSDP2 averages over the ranks.
+
+    ``on_output``: the kind of adapter on the output of both models, the student's ``frozen`` or trained.
+    """
+    case = f"tied {tied}, own group {own_group}, {impl}, adapters alone {adapters}, on output {on_output}, {frozen}"
     device, ranks = mesh.device_type, mesh.size()
     loss, kd_loss = LinearCrossEntropyLoss(impl="chunked"), LinearSymmetricKLLoss(impl=impl)
 
@@ -58,7 +88,9 @@ def _check_gradients(mesh: DeviceMesh, tied: bool, own_group: list[str], impl: s
         with torch.no_grad():
             teacher_hidden = teacher(tokens)
         labels = tokens.roll(-1, 1)
-        return 0.3 * kd_loss(hidden, teacher_hidden, labels) + 0.7 * loss(hidden, labels)
+        divergence = kd_loss(hidden, teacher_hidden, labels)
+        # Alone where cross-entropy would have what is frozen gathered for the backward.
+        return divergence if frozen else 0.3 * divergence + 0.7 * loss(hidden, labels)
 
     def bind(student: nn.Module, teacher: nn.Module) -> None:
         loss.set_model_output(student)
@@ -66,12 +98,19 @@ def _check_gradients(mesh: DeviceMesh, tied: bool, own_group: list[str], impl: s
         kd_loss.set_teacher_output(teacher)
 
     batches = torch.randint(VOCABULARY, (ranks, 2, 9), generator=torch.Generator().manual_seed(3)).to(device)
-    single, teacher = _student(tied, adapters, device), build_teacher().to(device)
+
+    def models() -> tuple[nn.Module, nn.Module]:
+        student, teacher = _student(tied, adapters, device), build_teacher().to(device)
+        if on_output is None:
+            return student, teacher
+        return _put_on_output(student, on_output, frozen), _put_on_output(teacher, on_output, True)
+
+    single, teacher = models()
     bind(single, teacher)
     for tokens in batches:
         (mixed(single, teacher, tokens) / ranks).backward()
 
-    model = _sharded(_student(tied, adapters, device), mesh, own_group)
+    model = _sharded(models()[0], mesh, own_group)
     teacher = _sharded(teacher.requires_grad_(False), mesh, own_group)
     bind(model, teacher)
     mixed(model, teacher, batches[mesh.get_local_rank()]).backward()

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from torchtune_lce import (
     divergence_steps,
 )
 from torchtune_lce.divergence import Head, Shares, divergence
+from torchtune_lce.low_rank import LowRank
 
 # With 1 MiB of workspace several pieces of tokens, of several blocks each, and several chunks of the vocabulary.
 TOKENS, ENTRIES, WIDTH, TEACHER_WIDTH = (3, 37), 3001, 24, 40
@@ -81,9 +83,19 @@ def compute(student, teacher, labels, name, impl="chunked", normalize=True, work
     )
 
 
+def logits_of(head: Head) -> torch.Tensor:
+    """All of them, in the dtype of the hidden states, where torchtune's output layers round as well."""
+    logits = F.linear(head.hidden, head.weight, head.bias)
+    if head.low_rank is None:
+        return logits
+    low, up, scale = head.low_rank
+    logits = logits + F.linear(low, up).reshape(logits.shape)
+    return logits if scale is None else logits * scale.to(logits.dtype)
+
+
 def by_formula(student, teacher, labels, name, normalize=True):
     """In the dtype of the heads; the formulas as they stand in divergence.py."""
-    log_q, log_p = (F.linear(head.hidden, head.weight, head.bias).log_softmax(-1) for head in (student, teacher))
+    log_q, log_p = (logits_of(head).log_softmax(-1) for head in (student, teacher))
     forward = -(log_p.exp() * log_q).sum(-1)
     reverse = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
     total = (SHARES[name].forward * forward + SHARES[name].reverse * reverse)[labels != -100].sum()
@@ -91,12 +103,12 @@ def by_formula(student, teacher, labels, name, normalize=True):
 
 
 def in_float64(head: Head) -> Head:
-    tensors = (head.hidden, head.weight, head.bias)
-    return Head(head.name, *(x if x is None else x.detach().double().requires_grad_(x.requires_grad) for x in tensors))
+    exact = [x if x is None else x.detach().double().requires_grad_(x.requires_grad) for x in head.operands]
+    return Head(head.name, *exact[:3], head.low_rank and LowRank(*exact[3:]))
 
 
 def gradients(loss, head: Head, upstream: float = 1.0) -> list[torch.Tensor]:
-    trained = [x for x in (head.hidden, head.weight, head.bias) if x is not None and x.requires_grad]
+    trained = [x for x in head.operands if x is not None and x.requires_grad]
     return list(torch.autograd.grad(loss, trained, torch.full_like(loss, upstream)))
 
 
@@ -152,13 +164,18 @@ def test_as_accurate_as_torchtune_on_a_card(impl, name, dtype, frozen):
 
 
 def assert_as_accurate_as_torchtune(impl, name, dtype, frozen, device):
-    student, teacher, labels = make_heads(dtype, device, trained=TRAINED["frozen head" if frozen else "all"])
+    assert_heads_as_accurate(impl, name, make_heads(dtype, device, trained=TRAINED["frozen head" if frozen else "all"]))
+
+
+def assert_heads_as_accurate(impl, name, heads_and_labels):
+    student, teacher, labels = heads_and_labels
+    dtype = student.hidden.dtype
     exact_student, exact_teacher = in_float64(student), in_float64(teacher)
     eps, tokens = torch.finfo(dtype).eps, (labels != -100).sum()
-    largest = max(F.linear(head.hidden, head.weight, head.bias).abs().max() for head in (student, teacher)).double()
+    largest = max(logits_of(head).abs().max() for head in (student, teacher)).double()
     for normalize in (True, False):
         loss = compute(student, teacher, labels, name, impl, normalize)
-        logits = [F.linear(head.hidden, head.weight, head.bias).flatten(0, 1) for head in (student, teacher)]
+        logits = [logits_of(head).flatten(0, 1) for head in (student, teacher)]
         native = torchtunes(name)(*logits, labels.flatten(), normalize)
         exact = by_formula(exact_student, exact_teacher, labels, name, normalize)
         assert loss.dtype == torch.float32
@@ -177,22 +194,29 @@ def assert_as_accurate_as_torchtune(impl, name, dtype, frozen, device):
             assert relative_error(actual, expected) <= allowed
 
 
-@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
-def test_torch_compile_is_as_accurate_as_torchtune(frozen, monkeypatch):
-    """What it traces, without the seconds that generating code takes."""
+@contextmanager
+def traced_steps():
+    """A list of the functions that ``torch_compile`` traces, without the seconds that generating code takes."""
     compiled, compile_ = [], torch.compile
 
     def tracing(function, **settings):
         compiled.append(function.__name__)
         return compile_(function, backend="aot_eager", **settings)
 
-    monkeypatch.setattr(torch, "compile", tracing)
     torch._dynamo.reset()
     divergence_steps.steps.cache_clear()
     try:
-        assert_as_accurate_as_torchtune("torch_compile", "Symmetric", torch.bfloat16, frozen, "cpu")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "compile", tracing)
+            yield compiled
     finally:
         divergence_steps.steps.cache_clear()
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_torch_compile_is_as_accurate_as_torchtune(frozen):
+    with traced_steps() as compiled:
+        assert_as_accurate_as_torchtune("torch_compile", "Symmetric", torch.bfloat16, frozen, "cpu")
     assert compiled == ["of_rows", "statistics", "gradient"]
 
 
@@ -305,13 +329,15 @@ def test_one_graph_under_a_compiler(trained):
         torch.testing.assert_close(graph, eager, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("needs", [(True, False, False), (True, True, True), (False, False, False)])
-def test_operator_keeps_the_rules(needs):
-    names = ("hidden", "weight", "bias")
-    student, teacher, labels = make_heads(trained=[name for name, need in zip(names, needs, strict=True) if need])
+@pytest.mark.parametrize("trained", [TRAINED["frozen head"], TRAINED["all"], ()], ids=["frozen", "trained", "nothing"])
+def test_operator_keeps_the_rules(trained):
+    assert_operator_keeps_the_rules(*make_heads(trained=trained))
+
+
+def assert_operator_keeps_the_rules(student, teacher, labels):
     student, teacher = student.flat(), teacher.flat()
-    arguments = (student.hidden, student.weight, student.bias, teacher.hidden, teacher.weight, teacher.bias)
-    arguments += (labels.flatten(), -100, 0.3, 0.7, 1, False, *needs)
+    needs = [x is not None and x.requires_grad for x in student.operands]
+    arguments = (*student.operands, *teacher.operands, labels.flatten(), -100, 0.3, 0.7, 1, False, needs)
     torch.library.opcheck(torch.ops.torchtune_lce.chunked_divergence.default, arguments)
 
 

@@ -120,13 +120,15 @@ def test_compile_equals_stock(runs, monkeypatch):
     assert_equal_steps(Path(cfg.output_dir), runs.stock())
 
 
-def test_lora_on_the_output(runs):
-    """Its weight is trained then, adapters and all; stock's own loss beside it."""
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_adapter_on_the_output(runs, dora):
+    """The student's alone, as the stock configs would have it; stock's own losses beside it."""
 
     def on_output(cfg):
         del cfg.model["tie_word_embeddings"]
         cfg.model._component_ = "torchtune.models.llama3._component_builders.lora_llama3"
         cfg.model.apply_lora_to_output = True
+        cfg.model.use_dora = dora
         cfg.checkpointer.model_type = "LLAMA3"
         return cfg
 

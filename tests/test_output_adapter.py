@@ -12,8 +12,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
-from torchtune_lce import LinearCrossEntropyLoss, LinearForwardKLLoss, filtering, implementations, output_adapter
+from torchtune_lce import LinearCrossEntropyLoss, filtering, implementations, output_adapter
 from torchtune_lce.chunked import entries_per_chunk
+from torchtune_lce.compare.torchtune_main import ChunkedProjectionLoss
 from torchtune_lce.functional import compute
 from torchtune_lce.low_rank import LowRank
 from torchtune_lce.options import Options
@@ -176,6 +177,16 @@ def test_no_label_at_all(kind):
     assert not any(value.any() for value in found.values())
 
 
+def test_torchtunes_way_is_compared_with_the_adapter():
+    output = make_output("DoRA")
+    hidden, targets = (x.flatten(0, 1).detach() for x in batch(torch.float32))
+    model = build_model(tied=False)
+    model.output = output
+    loss = ChunkedProjectionLoss()
+    loss.set_model_output(model)
+    torch.testing.assert_close(loss(hidden, targets), expected_loss(output, hidden[None], targets[None]))
+
+
 # ---- in the kernels
 
 
@@ -310,11 +321,12 @@ def test_nothing_as_large_as_the_weight_is_allocated(kind, dropout, monkeypatch)
     assert 0 < largest < weight / 8
     used = usage(step, torch.device("cpu"), interpreted=False)
     assert used.peak < weight / 2
-    if kind == "LoRA" and not dropout:  # the meter shows what distillation, which takes one matrix, is given
-        assert usage(loss._projection.read, torch.device("cpu"), interpreted=False).peak >= weight
-    elif kind == "DoRA":
-        with pytest.raises(TypeError, match="DoRALinear"):
-            loss._projection.read()
+    if kind == "LoRA" and not dropout:  # the meter shows what a sum of weight and adapter would take
+
+        def whole():
+            torch.addmm(output.weight, output.lora_b.weight, output.lora_a.weight)
+
+        assert usage(whole, torch.device("cpu"), interpreted=False).peak >= weight
 
 
 def test_kernels_allocate_nothing_as_large_as_the_weight(device):
@@ -367,23 +379,6 @@ def test_auto_says_why(caplog):
     )
     assert name == "chunked"
     assert "the kernels do not scale rows of the output" in caplog.text
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_distillation_refuses(kind):
-    """And leaves the model as it was."""
-    model = build_model(tied=False)
-    model.output = make_output(kind, dropout=0.25)
-    attributes = set(vars(model))
-    error, message = {
-        "LoRA": (ValueError, r"lora_dropout 0\.25, .* set lora_dropout: 0\.0 or apply_lora_to_output: False"),
-        "DoRA": (TypeError, "DoRALinear, .* set apply_lora_to_output: False, or use_dora: False"),
-    }[kind]
-    loss = LinearForwardKLLoss()
-    for bind in (loss.set_model_output, loss.set_teacher_output):
-        with pytest.raises(error, match=message):
-            bind(model)
-    assert set(vars(model)) == attributes
 
 
 def test_bad_inputs():

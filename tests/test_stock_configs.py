@@ -53,7 +53,7 @@ class Bound:
     outputs: torch.Size
     product: torch.Size
     weight_is_the_embedding: bool
-    trains: bool
+    trains: str
     released: torch.Size
 
 
@@ -68,14 +68,16 @@ def bind(model: nn.Module) -> Bound:
     loss.set_model_output(model)
     seen = []
 
-    def product(hidden: Tensor, targets: None, weight: Tensor, bias: Tensor | None) -> Tensor:
-        seen.append(weight)
+    def product(
+        hidden: Tensor, targets: None, weight: Tensor, bias: Tensor | None, adapter: nn.Module | None
+    ) -> Tensor:
+        seen.append((weight, adapter))
         return F.linear(hidden, weight, bias)
 
     result = loss._projection.call(product, decoder.unembed(hidden), None)
     outputs = decoder.unembed(hidden).shape
     loss.release()
-    [weight] = seen
+    [(weight, adapter)] = seen
     return Bound(
         head=described(model),
         vocabulary=rows,
@@ -83,7 +85,7 @@ def bind(model: nn.Module) -> Bound:
         outputs=outputs,
         product=result.shape,
         weight_is_the_embedding=isinstance(embedding, nn.Embedding) and weight is embedding.weight,
-        trains=weight.requires_grad,
+        trains="whole" if weight.requires_grad else "nothing" if adapter is None else "adapters",
         released=decoder.unembed(hidden).shape,
     )
 
@@ -128,7 +130,7 @@ def test_the_loss_takes_it(subject, bound):
     assert model.outputs == (1, 4, head.width)
     assert head.rows == model.vocabulary, "special tokens of images aside, what is embedded is predicted"
     assert model.weight_is_the_embedding == head.tied
-    assert model.trains == (head.trained != "nothing")
+    assert model.trains == head.trained
     if "lora_rank" in cfg.model or subject.part == "teacher_model":
         on_output = subject.part == "model" and cfg.model.get("apply_lora_to_output", False)
         assert head.trained == ("adapters" if on_output else "nothing")

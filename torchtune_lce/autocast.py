@@ -12,6 +12,17 @@ def is_available(device_type: str) -> bool:
     return torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
 
 
+def cast_inputs(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast, what F.linear would do to its inputs."""
+    device = tensors[0].device.type
+    # Autocast knows no meta device; asked which ones it knows, older compilers break their graph.
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    # float64 stays as it is, in F.linear too.
+    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
 def without_autocast(function: Callable) -> Callable:
     """The function with autocast off for the device of its first tensor.
 

@@ -3,33 +3,55 @@
 The student's gradients are computed in the forward, which has all that they need at hand; the backward only scales
 them. So no projection is read twice, or in the backward, where FSDP2 has let go of the teacher's. What that costs is
 the gradients themselves, held from forward to backward: [N, D], and [V, D] where the student's weight is trained.
+An adapter on either output (:class:`torchtune_lce.low_rank.LowRank`) joins the logits, never the weight.
 
-- Weight frozen (LoRA): pieces of tokens. A piece has its whole rows of logits, and each product is computed once.
+- Weight frozen (LoRA, on the output too): pieces of tokens. A piece has its whole rows of logits, and each product is
+  computed once.
 - Weight trained: chunks of the vocabulary, so that each row of the weight's gradient is one sum, rounded once. The
   logits are computed twice, for softmax over the whole vocabulary and then for the gradients.
 
 A custom operator: how many tokens are in use decides its shapes, which a compiler cannot know.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from torchtune_lce.autocast import without_autocast
+from torchtune_lce.chunked import chunk_logits
 from torchtune_lce.divergence_steps import steps
+from torchtune_lce.low_rank import LowRank
 from torchtune_lce.reference import accumulation_dtype
 
 if TYPE_CHECKING:
     from torchtune_lce.divergence import Head, Shares
 
+
+class Operands(NamedTuple):
+    """What the logits of a model are made of, or the gradients by it; those of the student and by it all of one dtype,
+    but for the scale's. The last three, all or none, are :class:`torchtune_lce.low_rank.LowRank`'s.
+    """
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    low: Tensor | None  # [N, r]
+    up: Tensor | None  # [V, r]
+    scale: Tensor | None  # [V], in the accumulation dtype
+
+
+_OPERANDS = ", ".join(
+    f"Tensor{'' if field in ('hidden', 'weight') else '?'} {{0}}_{field}" for field in Operands._fields
+)
+_GRADIENTS = ", ".join(f"Tensor d_{field}" for field in Operands._fields)
+
 torch.library.define(
     "torchtune_lce::chunked_divergence",
-    "(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor teacher_hidden, "
-    "Tensor teacher_weight, Tensor? teacher_bias, Tensor labels, int ignore_index, float forward_share, "
-    "float reverse_share, int workspace_mib, bool fused, bool need_hidden, bool need_weight, bool need_bias) "
-    "-> (Tensor total, Tensor count, Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
+    f"({_OPERANDS.format('student')}, {_OPERANDS.format('teacher')}, Tensor labels, int ignore_index, "
+    "float forward_share, float reverse_share, int workspace_mib, bool fused, bool[] needs) "
+    f"-> (Tensor total, Tensor count, {_GRADIENTS})",
 )
 
 
@@ -46,186 +68,204 @@ def total(
 
     ``fused``: torch.compile fuses what stands between the products.
     """
-    trained = [
-        x is not None and x.requires_grad and torch.is_grad_enabled()
-        for x in (student.hidden, student.weight, student.bias)
-    ]
+    needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in student.operands]
     loss, count, *_ = torch.ops.torchtune_lce.chunked_divergence(
-        student.hidden,
-        student.weight,
-        student.bias,
-        teacher.hidden,
-        teacher.weight,
-        teacher.bias,
+        *student.operands,
+        *teacher.operands,
         labels,
         ignore_index,
         shares.forward,
         shares.reverse,
         workspace_mib,
         fused,
-        *trained,
+        needs,
     )
     return loss, count
 
 
 @torch.library.impl("torchtune_lce::chunked_divergence", "default")
 @without_autocast
-def _forward(
-    student_hidden,  # [N, D]
-    student_weight,  # [V, D]
-    student_bias,  # [V]
-    teacher_hidden,  # [N, E]
-    teacher_weight,  # [V, E]
-    teacher_bias,  # [V]
-    labels,  # [N]
-    ignore_index,
-    forward_share,
-    reverse_share,
-    workspace_mib,
-    fused,
-    need_hidden,
-    need_weight,
-    need_bias,
-):
-    """The sum, the number of tokens in use, and gradients, empty where not needed: d_hidden of the sum, d_weight and
-    d_bias of the mean. A sum over many tokens may be too large for float16, their mean too small for a single token.
+def _forward(*arguments):
+    """The sum, the number of tokens in use, and gradients, empty where not needed: by hidden and low of the sum, by the
+    others of the mean. A sum over many tokens may be too large for float16, their mean too small for a single token.
     """
+    student, teacher, (labels, ignore_index, *shares, workspace_mib, fused, needs) = _split(arguments)
     rows = (labels != ignore_index).nonzero().squeeze(-1)
     count = torch.full((), rows.numel(), device=labels.device)
-    projections = (student_weight, student_bias), (teacher_weight, teacher_bias)
-    shares, workspace = (forward_share, reverse_share), workspace_mib * 2**20
-    states = student_hidden, teacher_hidden
-    if need_weight or need_bias:
-        needs = need_hidden, need_weight, need_bias
-        return _by_vocabulary(states, projections, rows, count, shares, workspace, fused, *needs)
-    loss, d_hidden = _by_tokens(states, projections, rows, shares, workspace, fused, need_hidden)
-    return loss, count, d_hidden, student_hidden.new_empty(0), student_hidden.new_empty(0)
+    needs = Operands(*needs)
+    compute = _by_vocabulary if needs.weight or needs.bias else _by_tokens
+    loss, gradients = compute(student, teacher, rows, shares, workspace_mib * 2**20, fused, needs)
+    return loss, count, *(student.hidden.new_empty(0) if x is None else x for x in gradients)
 
 
 @torch.library.register_fake("torchtune_lce::chunked_divergence")
-def _(
-    student_hidden,
-    student_weight,
-    student_bias,
-    teacher_hidden,
-    teacher_weight,
-    teacher_bias,
-    labels,
-    ignore_index,
-    forward_share,
-    reverse_share,
-    workspace_mib,
-    fused,
-    need_hidden,
-    need_weight,
-    need_bias,
-):
-    needed = ((need_hidden, student_hidden), (need_weight, student_weight), (need_bias, student_bias))
+def _(*arguments):
+    student, _, (labels, *_, needs) = _split(arguments)
+    hidden = student.hidden
     return (
-        student_hidden.new_empty((), dtype=accumulation_dtype(student_hidden.dtype)),
+        hidden.new_empty((), dtype=accumulation_dtype(hidden.dtype)),
         labels.new_empty((), dtype=torch.int64),
-        *(x.new_empty(x.shape) if need else student_hidden.new_empty(0) for need, x in needed),
+        *(x.new_empty(x.shape) if need else hidden.new_empty(0) for need, x in zip(needs, student, strict=True)),
     )
 
 
-def _by_tokens(states, projections, rows, shares, workspace, fused, need_hidden):
-    """The sum, and its gradient by the student's hidden states."""
-    student, teacher = states
-    wide = accumulation_dtype(student.dtype)
-    vocabulary = projections[0][0].shape[0]
+def _split(arguments) -> tuple[Operands, Operands, tuple]:
+    """Student, teacher and what else the operator takes."""
+    count = len(Operands._fields)
+    return Operands(*arguments[:count]), Operands(*arguments[count : 2 * count]), arguments[2 * count :]
+
+
+def _by_tokens(student, teacher, rows, shares, workspace, fused, needs):
+    """The sum, and gradients, None where not needed; those by weight and bias are not to be had."""
+    dtype = student.hidden.dtype
+    wide = accumulation_dtype(dtype)
+    vocabulary = student.weight.shape[0]
     # Three quarters hold both logits of a piece, the rest what some of its tokens need in the accumulation dtype, which
     # is up to four blocks at once.
-    piece = workspace * 3 // 4 // (vocabulary * (student.itemsize + teacher.itemsize))
+    piece = workspace * 3 // 4 // (vocabulary * (dtype.itemsize + teacher.hidden.itemsize))
     # A product takes as long for some tokens more: whole tiles.
     piece = piece // 64 * 64 or max(piece, 1)
     block = max(workspace // 4 // (vocabulary * wide.itemsize * 4), 1)
-    loss = student.new_zeros((), dtype=wide)
-    d_hidden = student.new_zeros(student.shape if need_hidden else 0)
+    loss = student.hidden.new_zeros((), dtype=wide)
+    d_hidden, d_low, d_up, d_scale = (
+        x.new_zeros(x.shape, dtype=kind) if need else None
+        for need, x, kind in (
+            (needs.hidden, student.hidden, dtype),
+            (needs.low, student.low, dtype),
+            (needs.up, student.up, wide),
+            (needs.scale, student.scale, wide),
+        )
+    )
     for used in rows.split(piece):
-        piece_loss, d_logits = _piece(states, projections, used, block, shares, fused, need_hidden)
+        piece_loss, d_logits, piece_d_scale = _piece(student, teacher, used, block, shares, fused, any(needs))
         loss += piece_loss
-        if need_hidden:
-            d_hidden[used] = d_logits @ projections[0][0]
+        if needs.hidden:
+            d_hidden[used] = d_logits @ student.weight
+        if needs.low:
+            d_low[used] = d_logits @ student.up
+        if needs.up:
+            d_up += d_logits.T @ student.low[used]
+        if needs.scale:
+            d_scale += piece_d_scale
         # Before the next piece is made.
         del d_logits
-    return loss, d_hidden
+    mean = 1 / max(rows.numel(), 1)
+    d_up, d_scale = (None if x is None else x.mul_(mean) for x in (d_up, d_scale))
+    return loss, Operands(d_hidden, None, None, d_low, None if d_up is None else d_up.to(dtype), d_scale)
 
 
-def _piece(states, projections, used, block, shares, fused, need_gradient):
-    """The sum over the tokens ``used`` and, in place of the student's logits, its gradient by them."""
-    logits, teacher_logits = (
-        F.linear(hidden[used], *projection) for hidden, projection in zip(states, projections, strict=True)
-    )
+def _piece(student, teacher, used, block, shares, fused, need_gradient):
+    """The sum over the tokens ``used``; in place of the student's logits its gradient by them, without their scale; and
+    that by the scale, if there is one.
+    """
+    logits, teacher_logits = _whole_rows(student, used), _whole_rows(teacher, used)
     loss = logits.new_zeros((), dtype=accumulation_dtype(logits.dtype))
+    d_scale = None if student.scale is None else torch.zeros_like(student.scale)
     for parts in zip(logits.split(block), teacher_logits.split(block), strict=True):
-        loss += steps(fused).of_rows(*parts, *shares, need_gradient)
-    return loss, logits
+        part_loss, part_d_scale = steps(fused).of_rows(*parts, student.scale, teacher.scale, *shares, need_gradient)
+        loss += part_loss
+        if part_d_scale is not None:
+            d_scale += part_d_scale
+    return loss, logits, d_scale
 
 
-def _by_vocabulary(states, projections, rows, count, shares, workspace, fused, need_hidden, need_weight, need_bias):
-    """What the operator returns."""
-    student, teacher = states
-    weight, bias = projections[0]
-    wide = accumulation_dtype(student.dtype)
+def _whole_rows(operands, used):
+    """Logits of the tokens ``used`` before their scale, in the dtype of the hidden states."""
+    logits = F.linear(operands.hidden[used], operands.weight, operands.bias)
+    return logits if operands.low is None else logits.addmm_(operands.low[used], operands.up.T)
+
+
+def _by_vocabulary(student, teacher, rows, shares, workspace, fused, needs):
+    """The sum, and gradients, None where not needed."""
+    dtype = student.hidden.dtype
+    wide = accumulation_dtype(dtype)
     # Both logits and three blocks made of them; the last chunk's gradient, or a product before it is widened.
-    bytes_per_entry = rows.numel() * (5 * wide.itemsize + max(student.itemsize, teacher.itemsize))
-    chunk = min(weight.shape[0], max(workspace // max(bytes_per_entry, 1), 64))
-    parts = [slice(start, start + chunk) for start in range(0, weight.shape[0], chunk)]
-    kept = [hidden if rows.numel() == hidden.shape[0] else hidden[rows] for hidden in states]
+    bytes_per_entry = rows.numel() * (5 * wide.itemsize + max(dtype.itemsize, teacher.hidden.itemsize))
+    vocabulary = student.weight.shape[0]
+    chunk = min(vocabulary, max(workspace // max(bytes_per_entry, 1), 64))
+    kept, kept_teacher = _in_use(student, rows), _in_use(teacher, rows)
     numbers = [
         torch.full(rows.shape, start, dtype=wide, device=rows.device) for start in (-torch.inf, -torch.inf, 0, 0)
     ]
-    for part in parts:
-        numbers = steps(fused).statistics(*_logits(kept, projections, part, wide), *shares, numbers)
+    for start in range(0, vocabulary, chunk):
+        both = (_chunk(operands, start, chunk, wide) for operands in (kept, kept_teacher))
+        numbers = steps(fused).statistics(*both, *shares, numbers)
     lse, teacher_lse, mean_logit, mean_gap = numbers
     reverse = mean_gap - lse + teacher_lse
     loss = (shares[0] * (lse - mean_logit) + shares[1] * reverse).sum()
 
-    d_kept = torch.zeros_like(kept[0], dtype=wide) if need_hidden else None
-    d_weight = weight.new_empty(weight.shape if need_weight else 0)
-    d_bias = student.new_empty(bias.shape if need_bias else 0)
+    d_kept, d_kept_low = (
+        torch.zeros_like(x, dtype=wide) if need else None
+        for need, x in ((needs.hidden, kept.hidden), (needs.low, kept.low))
+    )
+    d_weight, d_bias, d_up, d_scale = (
+        x.new_empty(x.shape) if need else None
+        for need, x in (
+            (needs.weight, student.weight),
+            (needs.bias, student.bias),
+            (needs.up, student.up),
+            (needs.scale, student.scale),
+        )
+    )
     mean = 1 / max(rows.numel(), 1)
-    for part in parts:
-        both = _logits(kept, projections, part, wide)
-        d_logits, by_entry = steps(fused).gradient(*both, lse, teacher_lse, reverse, *shares, student.dtype)
-        if need_bias:
+    for start in range(0, vocabulary, chunk):
+        part = slice(start, start + chunk)
+        both = _chunk(kept, start, chunk, wide, scaled=False), _chunk(kept_teacher, start, chunk, wide)
+        scale = None if kept.scale is None else kept.scale[part]
+        d_logits, by_entry, by_scale = steps(fused).gradient(*both, scale, lse, teacher_lse, reverse, *shares, dtype)
+        # Before more is made.
+        del both
+        if needs.bias:
             d_bias[part] = by_entry * mean
-        if need_hidden:
-            d_kept += d_logits @ weight[part]
-        if need_weight:
-            torch.addmm(d_weight[part], d_logits.T, kept[0], beta=0, alpha=mean, out=d_weight[part])
+        if needs.scale:
+            d_scale[part] = by_scale * mean
+        if needs.hidden:
+            d_kept += d_logits @ student.weight[part]
+        if needs.low:
+            d_kept_low += d_logits @ student.up[part]
+        for gradient, states in ((d_weight, kept.hidden), (d_up, kept.low)):
+            if gradient is not None:
+                torch.addmm(gradient[part], d_logits.T, states, beta=0, alpha=mean, out=gradient[part])
         # Before the next chunk is made.
         del d_logits
-    d_hidden = student.new_zeros(student.shape if need_hidden else 0)
-    if need_hidden:
-        d_hidden[rows] = d_kept.to(student.dtype)
-    return loss, count, d_hidden, d_weight, d_bias
+    d_hidden, d_low = (
+        None if sums is None else x.new_zeros(x.shape).index_put_((rows,), sums.to(x.dtype))
+        for sums, x in ((d_kept, student.hidden), (d_kept_low, student.low))
+    )
+    return loss, Operands(d_hidden, d_weight, d_bias, d_low, d_up, d_scale)
 
 
-def _logits(kept, projections, part, dtype):
-    """Student's and teacher's logits of the entries ``part``."""
-    both = []
-    for hidden, (weight, bias) in zip(kept, projections, strict=True):
-        logits = torch.mm(hidden, weight[part].T).to(dtype)
-        both.append(logits if bias is None else logits.add_(bias[part]))
-    return both
+def _in_use(operands, rows):
+    """Of the tokens ``rows`` alone."""
+    if rows.numel() == operands.hidden.shape[0]:
+        return operands
+    return operands._replace(hidden=operands.hidden[rows], low=None if operands.low is None else operands.low[rows])
+
+
+def _chunk(operands, start, chunk, dtype, scaled=True):
+    """Logits of the entries [start, start + chunk), without their scale unless ``scaled``."""
+    hidden, weight, bias, low, up, scale = operands
+    low_rank = None
+    if low is not None:
+        low_rank = LowRank(low.to(accumulation_dtype(hidden.dtype)), up, scale if scaled else None)
+    return chunk_logits(hidden, weight, bias, low_rank, start, chunk, None).to(dtype)
 
 
 torch.library.define(
     "torchtune_lce::chunked_divergence_backward",
-    "(Tensor d_total, Tensor count, Tensor d_hidden, Tensor d_weight, Tensor d_bias, int workspace_mib) "
-    "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
+    f"(Tensor d_total, Tensor count, {_GRADIENTS}, int workspace_mib) -> ({_GRADIENTS})",
 )
 
 
 @torch.library.impl("torchtune_lce::chunked_divergence_backward", "default")
 @without_autocast
-def _backward(d_total, count, d_hidden, d_weight, d_bias, workspace_mib):
+def _backward(d_total, count, *gradients_and_workspace):
     """What the forward found times the upstream gradient; new tensors, since a graph may be kept and run again."""
+    *gradients, workspace_mib = gradients_and_workspace
     by_token, by_mean = d_total.reshape(1), (d_total * count).reshape(1)
+    factors = Operands(by_token, by_mean, by_mean, low=by_token, up=by_mean, scale=by_mean)
     return tuple(
-        _scaled(gradient, factor, workspace_mib * 2**20)
-        for gradient, factor in ((d_hidden, by_token), (d_weight, by_mean), (d_bias, by_mean))
+        _scaled(gradient, factor, workspace_mib * 2**20) for gradient, factor in zip(gradients, factors, strict=True)
     )
 
 
@@ -240,22 +280,21 @@ def _scaled(gradient: Tensor, factor: Tensor, workspace: int) -> Tensor:
 
 
 @torch.library.register_fake("torchtune_lce::chunked_divergence_backward")
-def _(d_total, count, d_hidden, d_weight, d_bias, workspace_mib):
-    return tuple(map(torch.empty_like, (d_hidden, d_weight, d_bias)))
+def _(d_total, count, *gradients_and_workspace):
+    return tuple(map(torch.empty_like, gradients_and_workspace[:-1]))
 
 
 def _setup_context(ctx, inputs, output) -> None:
     # The gradients are outputs too, for which zeros would be made.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
-    ctx.workspace_mib = inputs[-5]
-    ctx.needs = inputs[-3:]
+    *_, ctx.workspace_mib, _, ctx.needs = inputs
 
 
 def _differentiate(ctx, d_total, *_):
     gradients = torch.ops.torchtune_lce.chunked_divergence_backward(d_total, *ctx.saved_tensors, ctx.workspace_mib)
     needed = (gradient if need else None for gradient, need in zip(gradients, ctx.needs, strict=True))
-    return *needed, *[None] * 12
+    return *needed, *[None] * (len(Operands._fields) + 7)
 
 
 def _refuse_second_derivative(ctx, *_):

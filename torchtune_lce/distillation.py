@@ -1,13 +1,16 @@
 """Knowledge distillation losses as torchtune's recipes use them: bound to student and teacher once, then called."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torchtune.utils import get_logger, log_rank_zero
 
 from torchtune_lce import validation
-from torchtune_lce.divergence import Head, Shares, check_impl, divergence
+from torchtune_lce.divergence import Head, Shares, check_head, check_impl, divergence
 from torchtune_lce.model_output import skip_output_layer
 from torchtune_lce.options import Options
+from torchtune_lce.output_adapter import Adapter, low_rank
 from torchtune_lce.projection import Projection
 
 
@@ -88,15 +91,15 @@ class _LinearKLLoss(nn.Module):
             raise RuntimeError(self._unbound_message())
         trains = torch.is_grad_enabled()
 
-        def of_teacher(hidden, labels, *weight_and_bias):
-            teacher = Head("teacher", hidden, *weight_and_bias)
+        def of_teacher(hidden, labels, *projection):
+            teacher = _head("teacher", hidden, *projection)
 
-            def of_student(hidden, labels, *weight_and_bias):
-                return self._loss(Head("student", hidden, *weight_and_bias), teacher, labels, normalize)
+            def of_student(hidden, labels, *projection):
+                return self._loss(_head("student", hidden, *projection), teacher, labels, normalize)
 
             student = self._student.projection
-            # The backward only scales what the forward found.
-            read_in_backward = self.impl == "reference" or student.trained
+            # The backward only scales what the forward found, but for the product with an adapter's first matrix.
+            read_in_backward = self.impl == "reference" or student.trained or student.adapter is not None
             with torch.set_grad_enabled(trains):
                 return student.call(of_student, student_hidden, labels, read_in_backward)
 
@@ -125,8 +128,8 @@ class _LinearKLLoss(nn.Module):
         log_rank_zero(
             get_logger(),
             f"{type(self).__name__} runs impl '{name}' (set: '{self.impl}') on {student.hidden.device.type} "
-            f"in {student.hidden.dtype}, output projections {list(student.weight.shape)} (student) and "
-            f"{list(teacher.weight.shape)} (teacher).",
+            f"in {student.hidden.dtype}, output projections {_described(student)} (student) and "
+            f"{_described(teacher)} (teacher).",
         )
 
     def _unbound_message(self) -> str:
@@ -142,6 +145,22 @@ class _LinearKLLoss(nn.Module):
     def apply_compile_strategy(self, *args, **kwargs) -> "_LinearKLLoss":
         """Nothing is left to compile: the implementation is one custom operator."""
         return self
+
+
+def _described(head: Head) -> str:
+    """Its projection."""
+    if head.low_rank is None:
+        return str(list(head.weight.shape))
+    kind = "LoRA" if head.low_rank.scale is None else "DoRA"
+    return f"{list(head.weight.shape)} with {kind} of rank {head.low_rank.up.shape[1]}"
+
+
+def _head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter | None) -> Head:
+    head = Head(name, hidden, weight, bias)
+    if adapter is None:
+        return head
+    check_head(head)
+    return replace(head, low_rank=low_rank(adapter, hidden))
 
 
 class LinearForwardKLLoss(_LinearKLLoss):

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchtune_lce import chunked_divergence, validation
-from torchtune_lce.reference import accumulation_dtype
+from torchtune_lce.autocast import cast_inputs
+from torchtune_lce.low_rank import LowRank
+from torchtune_lce.reference import accumulation_dtype, full_logits
 from torchtune_lce.validation import HIDDEN_DTYPES, TARGET_DTYPES
 
 NAMES = ("auto", "chunked", "torch_compile", "reference")
@@ -34,25 +35,34 @@ class Shares:
 
 @dataclass(frozen=True)
 class Head:
-    """One of the two models at its end: ``hidden`` [..., D], ``weight`` [V, D] and ``bias`` [V], of one dtype."""
+    """One of the two models at its end: ``hidden`` [..., D], ``weight`` [V, D] and ``bias`` [V], of one dtype.
+
+    ``low_rank``, of as many tokens as ``hidden``, is a part of the projection beside ``weight``.
+    """
 
     name: str  # as in messages: student or teacher
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
+    low_rank: LowRank | None = None
+
+    @property
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """All of its tensors: hidden, weight, bias, low, up, scale."""
+        return self.hidden, self.weight, self.bias, *(self.low_rank or (None, None, None))
 
     def flat(self) -> "Head":
-        """The hidden states as [N, D], all of it in the dtype that autocast wants, if it is on."""
-        tensors = [self.hidden.reshape(-1, self.hidden.shape[-1]), self.weight, self.bias]
-        device = self.hidden.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            tensors = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
-        return Head(self.name, *tensors)
+        """The hidden states as [N, D], all of it in the dtype that autocast wants, if it is on; ``scale`` as it is."""
+        hidden, weight, bias = cast_inputs(self.hidden.reshape(-1, self.hidden.shape[-1]), self.weight, self.bias)
+        low_rank = self.low_rank
+        if low_rank is not None:
+            # Autocast may have made the one and has not seen the other.
+            low_rank = LowRank(low_rank.low.to(hidden.dtype), low_rank.up.to(hidden.dtype), low_rank.scale)
+        return Head(self.name, hidden, weight, bias, low_rank)
 
     def without_gradient(self) -> "Head":
-        bias = self.bias if self.bias is None else self.bias.detach()
-        return Head(self.name, self.hidden.detach(), self.weight.detach(), bias)
+        hidden, weight, bias, *low_rank = (x if x is None else x.detach() for x in self.operands)
+        return Head(self.name, hidden, weight, bias, None if self.low_rank is None else LowRank(*low_rank))
 
 
 def check_impl(impl: str) -> None:
@@ -82,8 +92,8 @@ def divergence(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, by name.
     """
-    _check_head(student)
-    _check_head(teacher)
+    check_head(student)
+    check_head(teacher)
     _check_labels(student, teacher, labels)
     validation.check_ignore_index(ignore_index, labels)
     if student.weight.shape[0] != teacher.weight.shape[0]:
@@ -96,7 +106,7 @@ def divergence(
         compute = _reference
     else:
         compute = partial(chunked_divergence.total, fused=impl == "torch_compile")
-        validation.check_no_tangents(impl, student.hidden, student.weight, student.bias)
+        validation.check_no_tangents(impl, *student.operands)
     total, count = compute(student, teacher, labels.reshape(-1), shares, ignore_index, workspace_mib)
     return total / count.clamp(min=1) if normalize else total
 
@@ -104,7 +114,9 @@ def divergence(
 def _reference(student: Head, teacher: Head, labels: Tensor, shares: Shares, ignore_index: int, _: int):
     """Plain PyTorch with both full logits."""
     log_student, log_teacher = (
-        F.linear(head.hidden, head.weight, head.bias).to(accumulation_dtype(student.hidden.dtype)).log_softmax(-1)
+        full_logits(head.hidden, head.weight, head.bias, head.low_rank)
+        .to(accumulation_dtype(student.hidden.dtype))
+        .log_softmax(-1)
         for head in (student, teacher)
     )
     losses = torch.zeros_like(log_student[:, 0])
@@ -116,7 +128,8 @@ def _reference(student: Head, teacher: Head, labels: Tensor, shares: Shares, ign
     return losses.where(valid, 0).sum(), valid.sum()
 
 
-def _check_head(head: Head) -> None:
+def check_head(head: Head) -> None:
+    """Raises TypeError or ValueError, by name, for tensors of the wrong type, shape, dtype or device."""
     hidden, weight, name = head.hidden, head.weight, head.name
     for what, tensor in (("hidden", hidden), ("weight", weight), ("bias", head.bias)):
         if tensor is None and what == "bias":

@@ -29,29 +29,40 @@ def steps(fused: bool) -> Steps:
 
 
 def of_rows(
-    logits: Tensor, teacher_logits: Tensor, forward_share: float, reverse_share: float, need_gradient: bool
-) -> Tensor:
-    """The sum over tokens with all of their logits, [n, V], in whose place their gradient is written.
+    logits: Tensor,
+    teacher_logits: Tensor,
+    scale: Tensor | None,
+    teacher_scale: Tensor | None,
+    forward_share: float,
+    reverse_share: float,
+    need_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The sum over tokens with all of their logits, [n, V], in whose place their gradient is written; and its gradient
+    by ``scale`` [V], the factors that the logits lack.
 
     Four blocks of [n, V] in the accumulation dtype at most.
     """
     wide = accumulation_dtype(logits.dtype)
-    log_q = logits.log_softmax(-1, dtype=wide)
-    gap = reverse = None
+    log_q = _scaled(logits, scale).log_softmax(-1, dtype=wide)
+    gap = reverse = d_scale = None
     if reverse_share:
-        p = teacher_logits.log_softmax(-1, dtype=wide)
+        p = _scaled(teacher_logits, teacher_scale).log_softmax(-1, dtype=wide)
         gap = log_q - p
         p = p.exp_()
     else:
-        p = teacher_logits.softmax(-1, dtype=wide)
+        p = _scaled(teacher_logits, teacher_scale).softmax(-1, dtype=wide)
     loss = -forward_share * (p * log_q).sum() if forward_share else log_q.new_zeros(())
     q = log_q.exp_()
     if reverse_share:
         reverse = (q * gap).sum(-1)
         loss = loss + reverse_share * reverse.sum()
     if need_gradient:
-        logits.copy_(_by_logits(q, p, gap, reverse, forward_share, reverse_share))
-    return loss
+        d_logits = _by_logits(q, p, gap, reverse, forward_share, reverse_share)
+        # Before another is made.
+        del log_q, q, p, gap
+        d_scale = _unscale(d_logits, logits, scale)
+        logits.copy_(d_logits)
+    return loss, d_scale
 
 
 def statistics(
@@ -75,6 +86,7 @@ def statistics(
 def gradient(
     logits: Tensor,
     teacher_logits: Tensor,
+    scale: Tensor | None,
     lse: Tensor,
     teacher_lse: Tensor,
     reverse: Tensor,
@@ -82,14 +94,31 @@ def gradient(
     reverse_share: float,
     dtype: torch.dtype,
 ):
-    """Gradient by a chunk of the student's logits, [N, n] in ``dtype``, and its sum over the tokens, [n], not rounded.
+    """Gradient by a chunk of the student's logits, [N, n] in ``dtype``, its sum over the tokens, [n], and the gradient
+    by ``scale`` [n], the factors that the student's logits lack; the latter two not rounded.
 
     ``reverse`` [N] is the reverse divergence over the whole vocabulary. Five blocks with the two that come in.
     """
-    log_q, log_p = logits - lse[:, None], teacher_logits - teacher_lse[:, None]
+    log_q, log_p = _scaled(logits, scale) - lse[:, None], teacher_logits - teacher_lse[:, None]
     gap = log_q - log_p if reverse_share else None
     d_logits = _by_logits(log_q.exp_(), log_p.exp_(), gap, reverse, forward_share, reverse_share)
-    return d_logits.to(dtype), d_logits.sum(0)
+    # Before another is made.
+    del log_q, log_p, gap
+    d_scale = _unscale(d_logits, logits, scale)
+    return d_logits.to(dtype), d_logits.sum(0), d_scale
+
+
+def _scaled(logits: Tensor, scale: Tensor | None) -> Tensor:
+    return logits if scale is None else logits * scale
+
+
+def _unscale(d_logits: Tensor, logits: Tensor, scale: Tensor | None) -> Tensor | None:
+    """Gradient by the scale of the columns of ``logits``; that by logits with it becomes, in place, that without."""
+    if scale is None:
+        return None
+    d_scale = (d_logits * logits).sum(0)
+    d_logits.mul_(scale)
+    return d_scale
 
 
 def _by_logits(

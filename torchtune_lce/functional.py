@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchtune_lce import implementations, validation
+from torchtune_lce.autocast import cast_inputs
 from torchtune_lce.label_smoothing import smooth, with_logit_sums
 from torchtune_lce.low_rank import LowRank
 from torchtune_lce.options import Options
@@ -146,7 +147,7 @@ def compute_token_statistics(
     validation.check_shift(shift)
     validation.check_plain(hidden, weight, targets, bias)
     validation.check_tensors(hidden, weight, targets, bias)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
+    hidden, weight, bias = cast_inputs(hidden, weight, bias)
     validation.check_same_dtype(hidden, weight, bias)
     validation.check_ignore_index(options.ignore_index, targets)
     if shift:
@@ -184,7 +185,7 @@ def compute(
     validation.check_shift(shift)
     validation.check_plain(hidden, weight, targets, bias)
     validation.check_tensors(hidden, weight, targets, bias)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
+    hidden, weight, bias = cast_inputs(hidden, weight, bias)
     validation.check_same_dtype(hidden, weight, bias)
     validation.check_ignore_index(options.ignore_index, targets)
     scaled = low_rank is not None and low_rank.scale is not None
@@ -223,17 +224,6 @@ def compute(
         nll = nll + options.z_loss * lse.square()
     loss = _reduce(nll, labels, targets.shape, reduction, shift, options.ignore_index)
     return (loss, _restore(lse, targets.shape, shift)) if return_lse else loss
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under autocast, what F.linear would do to its inputs."""
-    device = tensors[0].device.type
-    # Autocast knows no meta device; asked which ones it knows, older compilers break their graph.
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    # float64 stays as it is, in F.linear too.
-    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _align(targets: Tensor, shift: int, ignore_index: int) -> Tensor:

@@ -95,7 +95,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
             TypeError, ValueError: a model whose output is not one matrix (and bias), with what to do instead. The model
                 is then as it was.
         """
-        projection = Projection(model, takes_adapter=True)
+        projection = Projection(model)
         self.release()
         self._projection = projection
         self._skipped = skip_output_layer(model)
@@ -142,11 +142,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
             raise ValueError("bias must come with weight: the bound projection brings its own")
         if self._projection is None:
             raise RuntimeError(_unbound_message())
-        adapter = self._projection.adapter
-        if adapter is None:
-            return self._projection.call(self._bound_loss, outputs, targets)
-        loss = partial(self._bound_loss, adapter=adapter)
-        return self._projection.call(loss, outputs, targets, adapter_apart=True)
+        return self._projection.call(self._bound_loss, outputs, targets)
 
     def implementation(self, outputs: Tensor) -> str:
         """What ``impl`` stands for with hidden states ``outputs`` and the bound model as it is.
@@ -201,7 +197,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         targets: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        adapter: output_adapter.Adapter | None = None,
+        adapter: output_adapter.Adapter | None,
     ) -> Tensor:
         """The loss under the bound projection, whose rows tensor parallelism may have split over ranks."""
         if not isinstance(weight, DTensor):

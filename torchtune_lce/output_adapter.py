@@ -9,7 +9,7 @@ which is a :class:`torchtune_lce.low_rank.LowRank` with low = s dropout(h) A^T, 
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
 from torchtune_lce.autocast import without_autocast
@@ -23,12 +23,6 @@ _NORM_BYTES = 32 * 2**20
 
 def is_dora(output) -> bool:
     return isinstance(output, DoRALinear)
-
-
-def active_dropout(output: Adapter) -> float:
-    """The probability of the dropout that acts now: none does in evaluation."""
-    dropout = output.dropout
-    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def low_rank(adapter: Adapter, hidden: Tensor) -> LowRank:

@@ -15,7 +15,7 @@ from torchtune.modules.peft import DoRALinear, LoRALinear, QATLoRALinear
 from torchtune.modules.tied_linear import TiedLinear
 
 from torchtune_lce.model_output import find_decoder, uncompiled
-from torchtune_lce.output_adapter import Adapter, active_dropout, is_dora
+from torchtune_lce.output_adapter import Adapter, is_dora
 
 _counter = itertools.count()
 # Roots that let go of their parameters after forward until a projection had them keep them.
@@ -25,22 +25,19 @@ _made_to_keep = weakref.WeakSet()
 class Projection:
     """The weight [V, D] and bias [V] of a model's output, read anew at every call: FSDP2 and optimizers swap them.
 
-    With ``takes_adapter`` the caller can use :attr:`adapter` apart from the weight, which DoRA and dropout need.
-
-    Raises TypeError or ValueError, saying what to do instead, for an output that is no product with one matrix.
+    Raises TypeError or ValueError, saying what to do instead, for an output that is no product with one matrix, beside
+    an adapter.
     """
 
-    def __init__(self, model: nn.Module, takes_adapter: bool = False):
+    def __init__(self, model: nn.Module):
         model, decoder = uncompiled(model), find_decoder(model)
         self._output = decoder.output
         self._owner = _owner(self._output)
-        _check_covers_vocabulary(self._output_rows(), _embedding_rows(model, decoder))
+        _check_covers_vocabulary(output_rows(model), _embedding_rows(model, decoder))
         for tensor in self._tensors():
             # Sharded is what FSDP2 parameters are between two forwards; inside one they are checked again.
             if not isinstance(tensor, DTensor):
                 _check_plain(tensor)
-        if not takes_adapter:
-            self._check_one_matrix()
         self._holder = _deepest_fsdp_module(model, self._owner)
         self._fsdp = isinstance(self._holder, FSDPModule)
         # Without FSDP2 only tensor parallelism splits a weight. With it, what is split still while its holder runs is.
@@ -62,14 +59,12 @@ class Projection:
         hidden: Tensor,
         targets: Tensor,
         read_in_backward: bool = True,
-        adapter_apart: bool = False,
     ):
-        """``function(hidden, targets, weight, bias)``, within what FSDP2 takes for a forward of the weight's holder.
+        """``function(hidden, targets, weight, bias, adapter)``, within what FSDP2 takes for a forward of the weight's
+        holder. The weight is without the :attr:`adapter`, which is None where there is none.
 
-        The weight has the adapter added to it, as a copy, if there is one and it is not ``adapter_apart``.
-
-        Both are DTensors where tensor parallelism splits them, on its mesh alone. FSDP2 gathers them once more for the
-        backward, unless that will not read them: then ``read_in_backward`` spares it.
+        Weight and bias are DTensors where tensor parallelism splits them, on its mesh alone. FSDP2 gathers them once
+        more for the backward, unless that will not read them: then ``read_in_backward`` spares it.
         """
         trains = torch.is_grad_enabled()
         shown, made = hidden, []
@@ -84,7 +79,7 @@ class Projection:
             return made[0]
 
         with torch.set_grad_enabled(trains and read_in_backward):
-            result = getattr(self._holder, self._method)(self, run, shown, targets, trains, adapter_apart)
+            result = getattr(self._holder, self._method)(self, run, shown, targets, trains)
         if result.dtype != made[0].dtype:
             raise TypeError(
                 f"FSDP2 would round the loss from {made[0].dtype} to {result.dtype}: leave output_dtype out of the "
@@ -120,16 +115,10 @@ class Projection:
         output = self._output
         return output if isinstance(output, Adapter) and not output.disabled else None
 
-    @property
-    def needs_adapter_apart(self) -> bool:
-        """Whether no single matrix does what the adapter does."""
-        adapter = self.adapter
-        return adapter is not None and (is_dora(adapter) or active_dropout(adapter) > 0)
-
     def release(self) -> None:
         vars(self._holder).pop(self._method, None)
 
-    def read(self, adapter_apart: bool = False) -> tuple[Tensor, Tensor | None]:
+    def read(self) -> tuple[Tensor, Tensor | None]:
         for tensor in self._tensors():
             if not isinstance(tensor, DTensor):
                 _check_plain(tensor)
@@ -148,12 +137,8 @@ class Projection:
                     f"model.output is a {type(self._output).__name__} under tensor parallelism, and its fake "
                     "quantizers take whole tensors: set tensor_parallel_dim: 1"
                 )
-        if not adapter_apart:
-            self._check_one_matrix()
         if isinstance(self._output, TiedLinear):
             return self._owner.weight, None
-        if self.adapter is not None and not adapter_apart:
-            return _effective_weight(self._output), self._output.bias
         if _is_fake_quantised(self._output):
             return _applied(self._output.weight_fake_quantizer, self._output.weight), self._output.bias
         return self._output.weight, self._output.bias
@@ -163,23 +148,6 @@ class Projection:
         if _is_fake_quantised(self._output):
             return _applied(self._output.activation_fake_quantizer, hidden)
         return hidden
-
-    def _check_one_matrix(self) -> None:
-        if not self.needs_adapter_apart:
-            return
-        if is_dora(self.adapter):
-            raise TypeError(
-                "model.output is a DoRALinear, whose magnitude rescales every row, which LinearCrossEntropyLoss alone "
-                "takes: set apply_lora_to_output: False, or use_dora: False"
-            )
-        raise ValueError(
-            f"model.output is a LoRALinear with lora_dropout {active_dropout(self.adapter)}, which acts on the hidden "
-            "states of its adapter alone, and LinearCrossEntropyLoss alone takes it: set lora_dropout: 0.0 or "
-            "apply_lora_to_output: False"
-        )
-
-    def _output_rows(self) -> int:
-        return self._owner.weight.shape[0]
 
     def _tensors(self) -> Iterator[Tensor]:
         if isinstance(self._output, TiedLinear):
@@ -195,11 +163,15 @@ def _call_with_projection(
     hidden: Tensor,
     targets: Tensor,
     trains: bool,
-    adapter_apart: bool,
 ):
     with torch.set_grad_enabled(trains):
-        weight, bias = projection.read(adapter_apart)
-        return function(hidden, targets, weight, bias)
+        weight, bias = projection.read()
+        return function(hidden, targets, weight, bias, projection.adapter)
+
+
+def output_rows(model: nn.Module) -> int:
+    """V. Raises as :class:`Projection` does for an output that it does not know."""
+    return _owner(find_decoder(model).output).weight.shape[0]
 
 
 def _owner(output) -> nn.Module:
@@ -235,11 +207,6 @@ def _is_fake_quantised(output) -> bool:
 
 def _applied(fake_quantizer: nn.Module | None, tensor: Tensor) -> Tensor:
     return tensor if fake_quantizer is None else fake_quantizer(tensor)
-
-
-def _effective_weight(output: LoRALinear) -> Tensor:
-    """W + (alpha / rank) B A, [V, D]: gradients reach both adapters, and W where it is trained."""
-    return output.weight.addmm(output.lora_b.weight, output.lora_a.weight, alpha=output.alpha / output.rank)
 
 
 def _check_plain(tensor: Tensor) -> None:

@@ -13,6 +13,20 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def full_logits(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    low_rank: LowRank | None,
+) -> Tensor:  # [N, V], in the accumulation dtype
+    """What the model's own output layer gives."""
+    logits = F.linear(hidden, weight, bias).to(accumulation_dtype(hidden.dtype))
+    if low_rank is None:
+        return logits
+    logits = logits + F.linear(low_rank.low, low_rank.up)
+    return logits if low_rank.scale is None else logits * low_rank.scale
+
+
 def token_losses(
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
@@ -26,11 +40,7 @@ def token_losses(
     [N] each in the accumulation dtype, 0 where ignored. Holds [N, V] logits, as ``F.linear`` followed by
     ``F.cross_entropy`` does.
     """
-    logits = F.linear(hidden, weight, bias).to(accumulation_dtype(hidden.dtype))
-    if low_rank is not None:
-        logits = logits + F.linear(low_rank.low, low_rank.up)
-        if low_rank.scale is not None:
-            logits = logits * low_rank.scale
+    logits = full_logits(hidden, weight, bias, low_rank)
     if options.softcap is not None:
         logits = options.softcap * torch.tanh(logits / options.softcap)
     valid = targets != options.ignore_index

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchtune_lce.bench.data import IGNORE_INDEX
 
@@ -46,15 +46,16 @@ def eager_chunks():
     return _chunks(_chunk_sum)
 
 
-def _chunk_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    logits = F.linear(hidden, weight).float()
+def _chunk_sum(hidden: Tensor, projection: Tensor | nn.Module, targets: Tensor) -> Tensor:
+    """``projection``: the weight, or the layer itself where it is more than that."""
+    logits = (projection(hidden) if isinstance(projection, nn.Module) else F.linear(hidden, projection)).float()
     return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def _chunks(chunk_sum):
-    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def loss(hidden: Tensor, projection: Tensor | nn.Module, targets: Tensor) -> Tensor:
         parts = zip(hidden.tensor_split(CHUNKS), targets.tensor_split(CHUNKS), strict=True)
-        total = sum(chunk_sum(part, weight, labels) for part, labels in parts if len(labels))
+        total = sum(chunk_sum(part, projection, labels) for part, labels in parts if len(labels))
         return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
     return loss

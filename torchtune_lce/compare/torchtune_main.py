@@ -32,7 +32,9 @@ class ChunkedProjectionLoss(nn.Module):
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:  # [N, D], [N]
         return self._projection.call(self._of_projection, outputs, targets)
 
-    def _of_projection(self, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _of_projection(
+        self, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, adapter: nn.Module | None
+    ) -> Tensor:
         if bias is not None:
             raise ValueError("the model's output must have no bias: torchtune's way is measured without one")
-        return self._loss(hidden, weight, targets)
+        return self._loss(hidden, weight if adapter is None else adapter, targets)
