@@ -1,9 +1,10 @@
-"""Accuracy and entropy of a training by plain PyTorch, from the logits of torchtune's own recipe with its own loss."""
+"""A training's token metrics by plain PyTorch, from the logits of torchtune's own recipe with its own loss."""
 
 import os
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from omegaconf import DictConfig
 from tiny_models import stock_recipe
 from torch import Tensor
@@ -26,17 +27,20 @@ def recorded_stock_recipe(method: str) -> type:
 
 
 def sums(logits: Tensor | list[Tensor], labels: Tensor) -> Tensor:
-    """[3] float64: right predictions, entropies and labels."""
+    """[5] float64: right predictions, entropies, cross-entropies, squared log-sum-exps and labels."""
     if isinstance(logits, list):  # chunks of the sequence
         logits = torch.cat(logits, 1)
     used = labels.flatten() != -100
     labels, logits = labels.flatten()[used], logits.detach().flatten(0, -2)[used].double()
     right = (logits.argmax(-1) == labels).sum()
-    return torch.stack([right, torch.distributions.Categorical(logits=logits).entropy().sum(), used.sum()]).double()
+    entropy = torch.distributions.Categorical(logits=logits).entropy().sum()
+    nll, squares = F.cross_entropy(logits, labels, reduction="sum"), logits.logsumexp(-1).square().sum()
+    return torch.stack([right.double(), entropy, nll, squares, used.sum().double()])
 
 
 def read_steps(output: Path, calls_of_steps: int | list[int]) -> list[dict[str, float]]:
-    """What was to be logged at each step, all ranks' tokens counting alike."""
+    """What was to be logged at each step, all ranks' tokens counting alike; the squares without a factor."""
     calls = sum(torch.load(path, weights_only=True) for path in sorted(output.glob("calls.*.pt")))
     steps = [part.sum(0).tolist() for part in calls.split(calls_of_steps)]
-    return [{"token_accuracy": right / n, "token_entropy": entropy / n} for right, entropy, n in steps]
+    keys = "token_accuracy", "token_entropy", "token_nll", "token_z"
+    return [dict(zip(keys, (value / n for value in values), strict=True)) for *values, n in steps]

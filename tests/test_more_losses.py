@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from torchtune_lce import LinearCrossEntropyLoss, linear_token_logprobs
+from torchtune_lce import LinearCrossEntropyLoss, linear_cross_entropy, linear_token_logprobs
 
-IMPLS = ["cce", "cce_exact", "chunked", "reference"]
+IMPLS = ["cce", "cce_exact", "torch_compile", "chunked", "reference"]
 TOKENS, VOCABULARY, WIDTH = (3, 23), 301, 24
 
 
@@ -54,6 +54,18 @@ def test_z_loss(impl, device):
     wanted = (-logprobs + 0.3 * lse.square()).sum() / (targets != -100).sum()
     ours, expected = torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(wanted, leaves)
     assert_close([loss, *ours], [wanted, *expected])
+
+
+def test_the_functions_take_what_the_component_takes(device):
+    hidden, weight, targets = make_inputs(device)
+    settings = {"z_loss": 0.3, "label_smoothing": 0.1, "impl": "chunked", "workspace_mib": 1}
+    assert torch.equal(
+        linear_cross_entropy(hidden, weight, targets, **settings),
+        LinearCrossEntropyLoss(**settings)(hidden, targets, weight),
+    )
+    for function in (linear_cross_entropy, linear_token_logprobs):
+        with pytest.raises(ValueError, match="workspace_mib must be at least 1, got 0"):
+            function(hidden, weight, targets, workspace_mib=0)
 
 
 @pytest.mark.parametrize("z_loss", [-1e-4, float("nan"), "auto"])

@@ -1,4 +1,4 @@
-"""log_token_statistics: accuracy and entropy in torchtune's own log, against the logits of torchtune's own recipes."""
+"""The loss's metrics in torchtune's own log, against the logits of torchtune's own recipes."""
 
 import math
 
@@ -27,8 +27,10 @@ import torchtune_lce.loss
 from torchtune_lce import LinearCrossEntropyLoss
 from torchtune_lce.recipe_runs import read_log
 
-ASKED = "log_token_statistics=True"
-KEYS = {"token_accuracy", "token_entropy"}
+# A z-loss that changes no step; its metric divided by it is the mean square.
+Z_LOSS = 1e-9
+ASKED = "loss.metrics=[accuracy,entropy,nll,z_loss]", f"loss.z_loss={Z_LOSS}"
+KEYS = {"token_accuracy", "token_entropy", "token_nll", "token_z"}
 # Fast enough for a tiny model to be right now and then.
 FAST = "optimizer.lr=0.02"
 MICRO_BATCHES = 2
@@ -63,7 +65,7 @@ def config(assets, output, method, *overrides, tied=True, ours=True):
 def run_both(assets, folder, method, *overrides, tied=True, calls_of_steps=MICRO_BATCHES):
     """What our recipe logged, and what torchtune's logits say it should have."""
     train(recorded_stock_recipe(method), config(assets, folder / "stock", method, *overrides, tied=tied, ours=False))
-    train(our_recipe(method), config(assets, folder / "ours", method, ASKED, *overrides, tied=tied))
+    train(our_recipe(method), config(assets, folder / "ours", method, *ASKED, *overrides, tied=tied))
     return read_log(folder / "ours" / "steps.txt"), read_steps(folder / "stock", calls_of_steps)
 
 
@@ -71,7 +73,9 @@ def assert_logged(records: list[dict], expected: list[dict[str, float]]) -> None
     assert len(records) == len(expected)
     for record, wanted in zip(records, expected, strict=True):
         # Sums in float32, of models whose steps differ by as much.
-        assert {key: record[key] for key in KEYS} == pytest.approx(wanted, rel=1e-5)
+        found = {key: record[key] for key in KEYS}
+        found["token_z"] /= Z_LOSS
+        assert found == pytest.approx(wanted, rel=1e-5)
     assert len({wanted["token_accuracy"] for wanted in expected}) > 1, "a constant would do"
 
 
@@ -98,6 +102,27 @@ def test_computed_for_the_logged_steps_alone(assets, tmp_path, monkeypatch):
         assert record["impl_is_chunked"] == 1, "both may be asked for"
 
 
+def test_what_the_loss_has_at_hand_needs_no_second_pass(assets, tmp_path, monkeypatch):
+    """And one name needs no list."""
+    monkeypatch.setattr(torchtune_lce.loss, "compute_token_statistics", None)
+    train(our_recipe(FULL), config(assets, tmp_path, FULL, "loss.metrics=nll", "max_steps_per_epoch=1"))
+    (record,) = read_log(tmp_path / "steps.txt")
+    assert {key for key in record if key.startswith("token_")} == {"token_nll"}
+    # Nothing is added to the loss that was trained with.
+    assert record["token_nll"] == pytest.approx(record["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("metrics", ["acc", ["nll", "loss"], None, 3, [["nll"]]])
+def test_names_are_checked(metrics):
+    with pytest.raises(ValueError, match="^metrics must be names out of accuracy, entropy, nll, z_loss, got "):
+        LinearCrossEntropyLoss(metrics=metrics)
+
+
+def test_names_count_once():
+    assert LinearCrossEntropyLoss(metrics=["nll", "accuracy", "nll"]).metrics == ("nll", "accuracy")
+    assert LinearCrossEntropyLoss().metrics == ()
+
+
 def test_what_an_epoch_leaves_over_counts_in_the_next_ones_first_step(assets, tmp_path):
     """As torchtune has it: twelve micro-batches an epoch, of which five make a step."""
     overrides = "epochs=2", "gradient_accumulation_steps=5", "max_steps_per_epoch=null"
@@ -106,7 +131,7 @@ def test_what_an_epoch_leaves_over_counts_in_the_next_ones_first_step(assets, tm
 
 
 def test_a_step_without_labels_is_not_a_number(assets, tmp_path):
-    cfg = config(assets, tmp_path, FULL, ASKED, "max_steps_per_epoch=1")
+    cfg = config(assets, tmp_path, FULL, *ASKED, "max_steps_per_epoch=1")
     # Truncated questions, whose answers are lost.
     cfg.dataset.data_files = str(write_chats(tmp_path / "data.jsonl", [("Say nothing at all. " * 20, "nothing")] * 4))
     train(our_recipe(FULL), cfg)
@@ -124,20 +149,22 @@ def test_of_the_very_logits_that_the_loss_saw():
     logits = 5 * torch.tanh(model.output(hidden) / 5)
     targets = torch.where(torch.rand(3, 40) < 0.5, logits.argmax(-1), torch.randint(VOCABULARY, (3, 40)))
     targets[:, :6] = -100
-    loss = LinearCrossEntropyLoss(impl="chunked", softcap=5.0)
+    loss = LinearCrossEntropyLoss(impl="chunked", softcap=5.0, label_smoothing=0.1, z_loss=0.3)
     loss.set_model_output(model)
     found = []
-    loss.after_batch = lambda compute, targets: found.append(compute())
+    loss.after_batch = lambda batch: found.append((batch, batch.statistics()))
     torch.manual_seed(4)
     loss(hidden, targets)
     with torch.no_grad():
         loss(hidden, targets)
-    ((entropy, correct),) = found
-    right, total, labels = sums(logits, targets).tolist()
+    ((batch, (entropy, correct)),) = found
+    right, total, nll, squares, labels = sums(logits, targets).tolist()
     assert 0.3 < right / labels < 0.7
     assert correct.sum() == right
     assert entropy.sum().item() == pytest.approx(total, rel=1e-12)
-    assert not entropy.requires_grad
+    assert batch.nll.sum().item() == pytest.approx(nll, rel=1e-12), "neither smoothed nor with the z-loss"
+    assert batch.z_loss.sum().item() == pytest.approx(0.3 * squares, rel=1e-12)
+    assert not any(x.requires_grad for x in (entropy, batch.nll, batch.z_loss))
 
 
 SPLIT = "tensor_parallel_dim=2", "tensor_parallel_plan._component_=torchtune.models.llama3.base_llama_tp_plan"
@@ -158,7 +185,7 @@ def distributed(assets, tmp_path_factory):
     for name, (tied, overrides) in LAYOUTS.items():
         for ours in (True, False):
             output = folder / name / ("ours" if ours else "stock")
-            asked = [ASKED] if ours else []
+            asked = ASKED if ours else ()
             cfg = config(assets, output, FULL_DISTRIBUTED, *asked, *overrides, tied=tied, ours=ours)
             runs.append((ours, FULL_DISTRIBUTED, cfg))
     spawn(train_all, 2, runs, recorded_stock_recipe)

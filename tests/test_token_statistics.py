@@ -117,16 +117,94 @@ def test_a_tie_of_two_chunks_goes_to_the_first():
         assert linear_token_statistics(hidden, weight, targets, workspace_mib=1).correct[0, 0] == expected
 
 
-def test_no_gradient_and_one_graph():
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden", "bias"), ("hidden", "weight")])
+@pytest.mark.parametrize("case", [{}, {"softcap": 3.0}, {"shift": 2}, {"dtype": torch.bfloat16}])
+def test_gradient_of_the_entropy(case, frozen):
+    assert_gradient_of_the_entropy(dict(case), frozen, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_the_entropy_on_a_card(dtype):
+    assert_gradient_of_the_entropy({"dtype": dtype, "softcap": 3.0}, (), "cuda")
+
+
+def assert_gradient_of_the_entropy(case, frozen, device):
+    """Against autograd through full logits in float64, from an upstream gradient that differs from token to token."""
+    dtype = case.pop("dtype", torch.float32)
+    hidden, weight, targets, bias = make_tensors(dtype, device)
+    leaves = {"hidden": hidden, "weight": weight, "bias": bias}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name not in frozen)
+    with torch.no_grad():
+        hidden[0, 5] = torch.nan  # ignored
+    upstream = torch.randn(TOKENS, device=device)
+    entropy, correct = linear_token_statistics(**leaves, targets=targets, workspace_mib=1, **case)
+    trained = [leaf for leaf in leaves.values() if leaf.requires_grad]
+    found = torch.autograd.grad(entropy, trained, upstream.to(entropy.dtype))
+    assert not correct.requires_grad
+
+    wide = {name: leaf.detach().double().requires_grad_(leaf.requires_grad) for name, leaf in leaves.items()}
+    logits = F.linear(wide["hidden"].nan_to_num(), wide["weight"], wide["bias"])
+    if "softcap" in case:
+        logits = case["softcap"] * torch.tanh(logits / case["softcap"])
+    exact = torch.distributions.Categorical(logits=logits).entropy()
+    shift = case.get("shift", 0)
+    exact = F.pad(exact[:, : exact.shape[1] - shift], (shift, 0)).where(targets != -100, 0)
+    expected = torch.autograd.grad(exact, [leaf for leaf in wide.values() if leaf.requires_grad], upstream.double())
+    # Rounded logits, gradients rounded for the products and the results: a few roundings of either.
+    for ours, wanted in zip(found, expected, strict=True):
+        assert ours.dtype == dtype
+        assert wanted.norm() > 0
+        assert (ours.double() - wanted).norm() <= 8 * torch.finfo(dtype).eps * wanted.norm()
+
+
+def test_gradient_of_the_entropy_at_extremes():
+    """Of a certain token and beside entries that cannot be: no NaN, and none where nothing moves it."""
+    weight = torch.tensor([[200.0, 0.0], [0.0, 0.0], [0.0, 0.0], [-200.0, 0.0]])
+    hidden = torch.tensor([[5.0, 0.0], [0.0, 1.0], [0.01, 1.0]], requires_grad=True)
+    bias = torch.tensor([0.0, 0.0, -torch.inf, 0.0])
+    entropy, _ = linear_token_statistics(hidden, weight, torch.tensor([0, 0, 0]), bias)
+    (gradient,) = torch.autograd.grad(entropy.sum(), hidden)
+    assert (gradient[0] == 0).all()
+    leaf = hidden.detach()[1:].double().requires_grad_()
+    exact = torch.distributions.Categorical(logits=F.linear(leaf, weight[[0, 1, 3]].double())).entropy()
+    (expected,) = torch.autograd.grad(exact.sum(), leaf)
+    torch.testing.assert_close(gradient[1:].double(), expected, rtol=1e-5, atol=1e-5)
+    none, _ = linear_token_statistics(hidden, weight, torch.tensor([-100, -100, -100]), bias)
+    assert not torch.autograd.grad(none.sum(), hidden)[0].any()
+
+
+def test_derivatives_that_there_are_not():
+    hidden, weight, targets, _ = make_tensors()
+    hidden.requires_grad_()
+    with torch.no_grad():
+        assert not linear_token_statistics(hidden, weight, targets).entropy.requires_grad
+    (gradient,) = torch.autograd.grad(
+        linear_token_statistics(hidden, weight, targets)[0].sum(), hidden, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="the entropy of linear_token_statistics has no second derivative"):
+        torch.autograd.grad(gradient.sum(), hidden)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: linear_token_statistics(x, weight, targets)[0], (hidden,), (hidden,))
+
+
+def test_one_graph():
     hidden, weight, targets, _ = make_tensors()
     hidden.requires_grad_()
     weight.requires_grad_()
     statistics = linear_token_statistics(hidden, weight, targets)
-    assert not statistics.entropy.requires_grad
     compiled = torch.compile(linear_token_statistics, fullgraph=True, backend="aot_eager")(hidden, weight, targets)
     assert torch.equal(compiled.correct, statistics.correct)
-    arguments = (hidden.detach().flatten(0, 1), weight.detach(), None, None, None, None, 3.0, 1)
-    torch.library.opcheck(torch.ops.torchtune_lce.predictions.default, arguments)
+    gradients = (torch.autograd.grad(x.entropy.sum(), (hidden, weight)) for x in (statistics, compiled))
+    for eager, graph in zip(*gradients, strict=True):
+        assert torch.equal(eager, graph)
+    constants = (hidden.detach().flatten(0, 1), weight.detach(), None, None, None, None)
+    torch.library.opcheck(torch.ops.torchtune_lce.predictions.default, (*constants, 3.0, 1))
+    largest, _, total, disorder = torch.ops.torchtune_lce.predictions(*constants, 3.0, 1)
+    trained = (constants[0].clone().requires_grad_(), weight, *constants[2:])
+    arguments = (*trained, targets.flatten(), largest, total, disorder, -100, 3.0, 1)
+    torch.library.opcheck(torch.ops.torchtune_lce.entropy.default, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -140,6 +218,18 @@ def test_memory(dtype):
         False,
     )
     assert used.peak <= MIB + 2 * shape.vectors()
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_memory_of_the_gradient(softcap):
+    shape = Shape(tokens=256, vocabulary=8200, width=32)
+    inputs = make_inputs(shape, torch.float32, torch.device("cpu"))
+    settings = {"softcap": softcap, "workspace_mib": 1}
+    entropy, _ = linear_token_statistics(inputs["hidden"], inputs["weight"], inputs["targets"], **settings)
+    used = usage(entropy.sum().backward, torch.device("cpu"), False)
+    states = 4 * shape.tokens * shape.width
+    gradients = 4 * shape.vocabulary * shape.width + states
+    assert gradients <= used.peak <= MIB + gradients + 3 * states + 2 * shape.vectors()
 
 
 def test_never_waits_for_the_device():

@@ -17,13 +17,13 @@ from torchtune_lce.reference import accumulation_dtype
 
 
 def entries_per_chunk(
-    tokens: int, vocabulary: int, workspace_mib: int, dtype: torch.dtype, scaled: bool = False
+    tokens: int, vocabulary: int, workspace_mib: int, dtype: torch.dtype, more_blocks: int = 0
 ) -> int:
-    """Vocabulary entries whose blocks fit the workspace: two of logits (a softcap or a log-sum-exp takes the second),
-    three where they are ``scaled`` (the gradient of the scale needs them unscaled), beside the last chunk's gradient in
-    the inputs' dtype. At least 64, or the products would be slow.
+    """Vocabulary entries whose blocks fit the workspace: two of logits (a softcap or a log-sum-exp takes the second)
+    and ``more_blocks`` (one where a scale is used, whose gradient needs them unscaled), beside the last chunk's
+    gradient in the inputs' dtype. At least 64, or the products would be slow.
     """
-    bytes_per_entry = tokens * ((2 + scaled) * accumulation_dtype(dtype).itemsize + dtype.itemsize)
+    bytes_per_entry = tokens * ((2 + more_blocks) * accumulation_dtype(dtype).itemsize + dtype.itemsize)
     return min(vocabulary, max(workspace_mib * 2**20 // max(bytes_per_entry, 1), 64))
 
 
@@ -38,7 +38,7 @@ torch.library.define(
 @without_autocast
 def _forward(hidden, weight, bias, low, up, scale, targets, ignore_index, softcap, workspace_mib, with_sums):
     """nll, lse and, empty unless ``with_sums``, the sum of the logits, [N] each, 0 where ignored."""
-    rows, kept, labels, chunk = _in_use(hidden, weight, targets, ignore_index, workspace_mib, scale is not None)
+    rows, kept, labels, chunk = in_use(hidden, weight, targets, ignore_index, workspace_mib, scale is not None)
     low_rank = _low_rank_in_use(low, up, scale, rows, kept)
     peak = hidden.new_full(rows.shape, -torch.inf, dtype=accumulation_dtype(hidden.dtype))
     total, target_logit, logit_sum = (torch.zeros_like(peak) for _ in range(3))
@@ -96,7 +96,7 @@ def _backward(
     needs,
 ):
     """Gradients by hidden, weight, bias, low, up and scale, empty where ``needs`` has no True."""
-    rows, kept, labels, chunk = _in_use(hidden, weight, targets, ignore_index, workspace_mib, scale is not None)
+    rows, kept, labels, chunk = in_use(hidden, weight, targets, ignore_index, workspace_mib, scale is not None)
     row_lse = lse[rows]
     d_nll = torch.zeros_like(row_lse) if d_nll is None else d_nll[rows]
     d_softmax = d_nll if d_lse is None else d_nll + d_lse[rows]
@@ -196,11 +196,11 @@ torch.library.register_autograd("torchtune_lce::chunked", _differentiate, setup_
 torch.library.register_autograd("torchtune_lce::chunked_backward", _refuse_second_derivative)
 
 
-def _in_use(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, workspace_mib: int, scaled: bool):
+def in_use(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, workspace_mib: int, more_blocks: int):
     """Tokens that are not ignored, their hidden states and labels, and the entries of a chunk for so many."""
     rows = (targets != ignore_index).nonzero().squeeze(-1)
     kept = hidden if rows.numel() == targets.numel() else hidden[rows]
-    chunk = entries_per_chunk(rows.numel(), weight.shape[0], workspace_mib, hidden.dtype, scaled)
+    chunk = entries_per_chunk(rows.numel(), weight.shape[0], workspace_mib, hidden.dtype, more_blocks)
     return rows, kept, targets[rows].long(), chunk
 
 

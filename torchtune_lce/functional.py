@@ -1,5 +1,6 @@
 """The public function: validate, pick the implementation, shift and reduce."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,10 +28,12 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     softcap: float | None = None,
+    z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     shift: int = 0,
     impl: str = "auto",
     filter_eps: float | str | None = "auto",
+    workspace_mib: int = 128,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of ``targets`` under ``softmax(hidden @ weight.T + bias)``, without holding the logits.
@@ -39,6 +42,7 @@ def linear_cross_entropy(
         reduction: ``mean`` over the targets that are not ignored, ``sum``, or ``none``: the shape of ``targets``, 0
             where ignored. No tokens, or all of them ignored, give 0 with zero gradients.
         softcap: logits become ``softcap * tanh(logits / softcap)``.
+        z_loss: this times the squared log-sum-exp is added to each token's loss, which keeps the logits from drifting.
         label_smoothing: the share of the target's weight that is spread over the whole vocabulary, in [0, 1], as in
             ``torch.nn.functional.cross_entropy``. Never filtered.
         shift: k >= 0: ``hidden[..., :-k, :]`` predicts ``targets[..., k:]``, without a copy of either. With ``none``
@@ -47,6 +51,7 @@ def linear_cross_entropy(
         filter_eps: softmax entries below it may be left out of the gradients of the filtering implementations, unless
             together they hold more than a quarter of the softmax, in the mean of a block of 128 tokens: then nothing
             of that block is. ``auto`` is finfo(dtype).eps / 32, None keeps everything.
+        workspace_mib: the most memory in MiB that an implementation may use beyond gradients and O(N + V).
         return_lse: also return the log-sum-exp of the logits, float32 in the shape of ``targets``, 0 where ignored or
             shifted off. Gradients flow through it.
 
@@ -59,7 +64,12 @@ def linear_cross_entropy(
         RuntimeError: ``impl`` cannot run on this device or dtype.
     """
     options = Options(
-        ignore_index=ignore_index, softcap=softcap, filter_eps=filter_eps, label_smoothing=label_smoothing
+        ignore_index=ignore_index,
+        softcap=softcap,
+        filter_eps=filter_eps,
+        workspace_mib=workspace_mib,
+        z_loss=z_loss,
+        label_smoothing=label_smoothing,
     )
     return compute(
         hidden,
@@ -85,13 +95,14 @@ def linear_token_logprobs(
     shift: int = 0,
     impl: str = "auto",
     filter_eps: float | str | None = "auto",
+    workspace_mib: int = 128,
 ) -> Tensor:
     """Log-probability of each target, float32 in the shape of ``targets``, 0 where ignored or shifted off.
 
     What DPO, PPO and GRPO are made of. Gradients flow with any upstream gradient a token; arguments and errors as in
     :func:`linear_cross_entropy`.
     """
-    options = Options(ignore_index=ignore_index, softcap=softcap, filter_eps=filter_eps)
+    options = Options(ignore_index=ignore_index, softcap=softcap, filter_eps=filter_eps, workspace_mib=workspace_mib)
     return -compute(
         hidden, weight, targets, bias, options=options, reduction="none", shift=shift, impl=impl, return_lse=False
     )
@@ -100,7 +111,7 @@ def linear_token_logprobs(
 class TokenStatistics(NamedTuple):
     """What :func:`linear_token_statistics` returns, each in the shape of ``targets``."""
 
-    entropy: Tensor  # float32 (float64 for float64 inputs), nats, 0 where ignored or shifted off
+    entropy: Tensor  # float32 (float64 for float64 inputs), nats, 0 where ignored or shifted off; has a gradient
     correct: Tensor  # bool: the target is the most likely entry; False where ignored or shifted off
 
 
@@ -115,19 +126,23 @@ def linear_token_statistics(
     shift: int = 0,
     workspace_mib: int = 128,
 ) -> TokenStatistics:
-    """Entropy of each token's prediction, and whether its target is the most likely entry: figures, without gradient.
+    """Entropy of each token's prediction, and whether its target is the most likely entry.
 
     The accuracy is ``correct.sum() / (targets != ignore_index).sum()``. Of several equally likely entries the first
     counts. Computes the logits once more, chunk by chunk in at most ``workspace_mib``, whatever the loss computed and
     for ignored tokens too, so that it never waits for the device: as many operations as a plain forward, so ask for it
-    every so many steps. Arguments and errors as in :func:`linear_cross_entropy`; a target out of range on a GPU is not
-    correct.
+    every so many steps.
+
+    The entropy has a gradient by ``hidden``, ``weight`` and ``bias``, for a bonus or a penalty: its backward takes as
+    much memory and, for the tokens in use, two or three times as many operations. Call under ``torch.no_grad()`` for
+    figures alone.
+
+    Arguments and errors as in :func:`linear_cross_entropy`; a target out of range on a GPU is not correct.
     """
     options = Options(ignore_index=ignore_index, softcap=softcap, workspace_mib=workspace_mib)
     return compute_token_statistics(hidden, weight, targets, bias, options=options, shift=shift)
 
 
-@torch.no_grad()
 def compute_token_statistics(
     hidden: Tensor,
     weight: Tensor,
@@ -141,7 +156,8 @@ def compute_token_statistics(
 ) -> TokenStatistics:
     """:func:`linear_token_statistics` with its settings in one object.
 
-    ``shard`` and ``low_rank`` are as in :func:`compute`; every rank of a shard's mesh must call it.
+    ``shard`` and ``low_rank`` are as in :func:`compute`; every rank of a shard's mesh must call it, for figures alone:
+    with a shard there is no gradient.
     """
     validation.check_options(options)
     validation.check_shift(shift)
@@ -157,6 +173,8 @@ def compute_token_statistics(
         vocabulary = weight.shape[0] if shard is None else shard.vocabulary
         validation.check_range(labels, vocabulary, options.ignore_index)
     hidden = hidden.reshape(-1, hidden.shape[-1])
+    if validation.has_tangents(hidden, weight, bias):
+        raise RuntimeError("token statistics have no forward-mode derivative (torch.func.jvp); use torch.autograd.grad")
     statistics = token_statistics(hidden, weight, bias, labels, options, low_rank, shard)
     return TokenStatistics(*(_restore(values, targets.shape, shift) for values in statistics))
 
@@ -174,8 +192,12 @@ def compute(
     return_lse: bool,
     shard: "VocabularyShard | None" = None,
     low_rank: LowRank | None = None,
+    observe: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`linear_cross_entropy` with its settings in one object.
+
+    ``observe`` is called with each token's cross-entropy, before label smoothing and z-loss, and its log-sum-exp, [N],
+    0 where ignored, without gradient.
 
     With ``shard``, weight and bias are this rank's rows of a larger vocabulary, which ``targets`` are in. ``low_rank``,
     of as many tokens as ``hidden`` and not with ``shard``, is a part of the projection beside ``weight``.
@@ -218,6 +240,8 @@ def compute(
     nll, lse, *sums = token_losses(hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels, options)
     if poison is not None:
         nll, lse = nll * poison, lse * poison
+    if observe is not None:
+        observe(nll.detach(), lse.detach())
     if options.label_smoothing:
         nll = smooth(nll, lse, sums[0] / vocabulary, options)
     if options.z_loss:

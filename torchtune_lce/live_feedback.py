@@ -1,7 +1,7 @@
 """What the loss did and what the model predicted, in torchtune's own metric logger.
 
-A config asks for the one with ``log_loss_stats: True`` and for the other with ``log_token_statistics: True``, beside
-torchtune's ``log_peak_memory_stats``. Nothing is attached, and nothing costs anything, where none does.
+A config asks for the one with ``log_loss_stats: True``, beside torchtune's ``log_peak_memory_stats``, and for the other
+with the loss's own ``metrics``. Nothing is attached, and nothing costs anything, where none does.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,11 +12,11 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from torchtune_lce import filtering
-from torchtune_lce.functional import TokenStatistics
-from torchtune_lce.loss import LinearCrossEntropyLoss
+from torchtune_lce.loss import Batch, LinearCrossEntropyLoss
 
 LOSS_SETTING = "log_loss_stats"
-TOKEN_SETTING = "log_token_statistics"
+# What each of the loss's metrics is called in the log, where a name that ends in `loss` would be taken for the loss.
+TOKEN_KEYS = {"accuracy": "token_accuracy", "entropy": "token_entropy", "nll": "token_nll", "z_loss": "token_z"}
 
 
 def attach(recipe, cfg: DictConfig, loss: LinearCrossEntropyLoss) -> None:
@@ -24,7 +24,7 @@ def attach(recipe, cfg: DictConfig, loss: LinearCrossEntropyLoss) -> None:
     logger = getattr(recipe, "_metric_logger", None)  # one rank of several has it
     if cfg.get(LOSS_SETTING, False) and logger is not None:
         logger = recipe._metric_logger = LossStatistics(logger, loss)
-    if cfg.get(TOKEN_SETTING, False):
+    if loss.metrics:
         batches = BatchStatistics(recipe, loss)
         if logger is not None:
             recipe._metric_logger = AddsToRecords(logger, batches.of_step)
@@ -99,34 +99,38 @@ class LossStatistics(AddsToRecords):
 
 
 class BatchStatistics:
-    """Token accuracy and entropy over all labels of a step: those of its micro-batches, and of all devices.
+    """Means of the loss's ``metrics`` over all labels of a step: those of its micro-batches, and of all devices.
 
     Collected only for steps that torchtune logs, on the device, and read when it does. Only one of several devices has
-    a logger, and only calls of the loss are made by all of them: so each adds an all-reduce of three numbers. Under
-    tensor parallelism the same labels count once for every rank of it, in numerator and denominator.
+    a logger, and only calls of the loss are made by all of them: so each adds an all-reduce of five numbers at most.
+    Under tensor parallelism the same labels count once for every rank of it, in numerator and denominator.
     """
 
     def __init__(self, recipe, loss: LinearCrossEntropyLoss):
         self._recipe = recipe
+        self._metrics = loss.metrics
         self._ignore_index = loss.ignore_index
         self._step: int | None = None
-        self._sums: Tensor | None = None  # [3] of that step: right predictions, entropies, labels
+        self._sums: Tensor | None = None  # of that step: one for each metric, and the number of labels
         loss.after_batch = self._add
 
     def of_step(self, step: int) -> dict[str, float]:
         """NaN for a step without labels, as torchtune's loss is."""
         if step != self._step:
             return {}
-        accuracy, entropy = (self._sums[:2] / self._sums[2]).tolist()
-        return {"token_accuracy": accuracy, "token_entropy": entropy}
+        means = (self._sums[:-1] / self._sums[-1]).tolist()
+        return {TOKEN_KEYS[name]: mean for name, mean in zip(self._metrics, means, strict=True)}
 
-    def _add(self, compute: Callable[[], TokenStatistics], targets: Tensor) -> None:
+    def _add(self, batch: Batch) -> None:
         step = self._recipe.global_step + 1  # counted once it is done
         if step % self._recipe._log_every_n_steps:
             return
-        entropy, correct = compute()
-        labels = targets != self._ignore_index
-        sums = torch.stack([x.sum(dtype=entropy.dtype) for x in (correct, entropy, labels)])
+        values = {"nll": batch.nll, "z_loss": batch.z_loss}
+        if not values.keys() >= set(self._metrics):
+            values["entropy"], values["accuracy"] = batch.statistics()
+        labels = batch.targets != self._ignore_index
+        tokens = *(values[name] for name in self._metrics), labels
+        sums = torch.stack([x.sum(dtype=batch.nll.dtype) for x in tokens])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
         self._sums = self._sums + sums if step == self._step else sums

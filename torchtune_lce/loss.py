@@ -1,9 +1,10 @@
 """The loss as torchtune's recipes use it: bound to a model once, then called with hidden states and targets."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,16 @@ from torchtune_lce.sft_loss import SFTLoss
 from torchtune_lce.tensor_parallel import local_rows
 
 RECIPES = Path(__file__).parent / "recipes"
+
+
+class Batch(NamedTuple):
+    """What ``after_batch`` is given; nothing has a gradient."""
+
+    targets: Tensor  # [B, S] or [N]
+    nll: Tensor  # [B S] or [N]: cross-entropy of each token, before label smoothing and z-loss; 0 where ignored
+    z_loss: Tensor  # the same shape: the loss's z_loss times the squared log-sum-exp
+    # Entropy and accuracy, which the logits are computed once more for.
+    statistics: Callable[[], TokenStatistics]
 
 
 class LinearCrossEntropyLoss(SFTLoss, nn.Module):
@@ -40,6 +51,8 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         workspace_mib: the most memory in MiB that an implementation may use beyond gradients and O(N + V).
         z_loss: this times the squared log-sum-exp is added to each token's loss, which keeps the logits from drifting.
         label_smoothing: see :func:`torchtune_lce.linear_cross_entropy`.
+        metrics: names out of :data:`torchtune_lce.options.METRICS`, or one of them: what this package's recipes log of
+            each step's labels, beside its loss.
         check_targets: check the range of every batch's targets on a GPU too, which stalls it, not only the first one's.
 
     Raises:
@@ -56,6 +69,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         workspace_mib: int = 128,
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
+        metrics: Sequence[str] | str = (),
         check_targets: bool = False,
     ):
         super().__init__()
@@ -71,14 +85,14 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         validation.check_reduction(reduction)
         implementations.check_name(impl)
         self.impl = impl
+        self.metrics = validation.check_metrics(metrics)
         self.reduction = reduction
         self.check_targets = check_targets
         self.tp_enabled = False
         # Entries of the tokenizer, where the recipe knows them: for the message about targets that name no row.
         self.tokenizer_size: int | None = None
-        # Called after each loss that has gradients, with a function that computes this batch's statistics, and with its
-        # targets: whoever listens decides whether they are worth it. See live_feedback.
-        self.after_batch: Callable[[Callable[[], TokenStatistics], Tensor], None] | None = None
+        # Called after each loss that has gradients: whoever listens decides what is worth it. See live_feedback.
+        self.after_batch: Callable[[Batch], None] | None = None
         # Neither is a Module, so nothing of the model is registered here: the loss has no parameters and no state.
         self._skipped = None
         self._projection = None
@@ -185,10 +199,19 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
             "low_rank": None if adapter is None else output_adapter.low_rank(adapter, outputs),
         }
         settings = {"reduction": self.reduction, "shift": 0, "impl": self.impl, "return_lse": False}
-        loss = compute(outputs, weight, targets, bias, **settings, **beside)
-        if self.after_batch is not None and torch.is_grad_enabled():
-            # Here FSDP2 has the weight gathered already, and dropout on the output has been drawn.
-            self.after_batch(partial(compute_token_statistics, outputs, weight, targets, bias, **beside), targets)
+        operands = outputs, weight, targets, bias
+        if self.after_batch is None or not torch.is_grad_enabled():
+            return compute(*operands, **settings, **beside)
+
+        @torch.no_grad()
+        def statistics() -> TokenStatistics:
+            return compute_token_statistics(*operands, **beside)
+
+        terms = []
+        loss = compute(*operands, **settings, **beside, observe=lambda *values: terms.extend(values))
+        nll, lse = terms
+        # Here FSDP2 has the weight gathered already, and dropout on the output has been drawn.
+        self.after_batch(Batch(targets, nll, self._options.z_loss * lse.square(), statistics))
         return loss
 
     def _bound_loss(

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+# Figures of a batch that a recipe can log, see live_feedback.
+METRICS = ("accuracy", "entropy", "nll", "z_loss")
+
 
 @dataclass(frozen=True)
 class Options:

@@ -1,8 +1,11 @@
-"""Entropy and accuracy of each token's prediction, without gradient, in one bounded pass over the vocabulary.
+"""Entropy and accuracy of each token's prediction, in one bounded pass over the vocabulary.
 
 No implementation of the loss has them at hand, so this computes the logits once more: 2 N D V operations, a third of
 what the loss and its gradients take without filtering. Plain PyTorch, on any device, which it never waits for: that is
 why ignored tokens are computed too.
+
+The gradient of the entropy H by a token's logits z, with its softmax p, is -p_v (log p_v + H). A second pass makes it,
+of the tokens in use.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -73,6 +76,111 @@ def _(hidden, weight, bias, low, up, scale, softcap, workspace_mib):
     return values[0], hidden.new_empty(hidden.shape[0], dtype=torch.int64), *values[1:]
 
 
+torch.library.define(
+    "torchtune_lce::entropy",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor? scale, Tensor targets, "
+    "Tensor largest, Tensor total, Tensor disorder, int ignore_index, float? softcap, int workspace_mib) -> Tensor",
+)
+
+
+@torch.library.impl("torchtune_lce::entropy", "default")
+def _entropy(
+    hidden, weight, bias, low, up, scale, targets, largest, total, disorder, ignore_index, softcap, workspace_mib
+):
+    """Of each token, [N], 0 where ignored, from what :class:`Predictions` of all entries say."""
+    return (total.log() + disorder / total).where(targets != ignore_index, 0)
+
+
+@torch.library.register_fake("torchtune_lce::entropy")
+def _(hidden, weight, bias, low, up, scale, targets, largest, total, disorder, ignore_index, softcap, workspace_mib):
+    return torch.empty_like(total)
+
+
+torch.library.define(
+    "torchtune_lce::entropy_backward",
+    "(Tensor d_entropy, Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor? scale, "
+    "Tensor targets, Tensor largest, Tensor total, Tensor disorder, int ignore_index, float? softcap, "
+    "int workspace_mib, bool[] needs) "
+    "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_low, Tensor d_up, Tensor d_scale)",
+)
+
+
+@torch.library.impl("torchtune_lce::entropy_backward", "default")
+@without_autocast
+def _entropy_backward(
+    d_entropy,
+    hidden,
+    weight,
+    bias,
+    low,
+    up,
+    scale,
+    targets,
+    largest,
+    total,
+    disorder,
+    ignore_index,
+    softcap,
+    workspace_mib,
+    needs,
+):
+    """Gradients by the six operands, empty where ``needs`` has no True."""
+    more_blocks = (scale is not None) + (softcap is not None)
+    rows, kept, _, chunk = chunked.in_use(hidden, weight, targets, ignore_index, workspace_mib, more_blocks)
+    largest, total = largest[rows], total[rows]
+    factor, mean = d_entropy[rows] / total, disorder[rows] / total
+
+    def by_logits(logits, start):
+        # With e as above, log p + H = log e + disorder / total; and an entry that cannot be has no gradient.
+        e = logits.sub_(largest[:, None]).exp_()
+        gradient = torch.special.entr(e)
+        return gradient.sub_(e.mul_(mean[:, None])).mul_(factor[:, None])
+
+    return chunked.walk_gradients(hidden, weight, bias, low, up, scale, rows, kept, chunk, softcap, needs, by_logits)
+
+
+@torch.library.register_fake("torchtune_lce::entropy_backward")
+def _(
+    d_entropy,
+    hidden,
+    weight,
+    bias,
+    low,
+    up,
+    scale,
+    targets,
+    largest,
+    total,
+    disorder,
+    ignore_index,
+    softcap,
+    workspace_mib,
+    needs,
+):
+    tensors = (hidden, weight, bias, low, up, scale)
+    return tuple(x.new_empty(x.shape) if need else hidden.new_empty(0) for need, x in zip(needs, tensors, strict=True))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ignore_index, softcap, workspace_mib = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.settings = ignore_index, softcap, workspace_mib
+
+
+def _differentiate(ctx, d_entropy):
+    needs = ctx.needs_input_grad[:6]
+    gradients = torch.ops.torchtune_lce.entropy_backward(d_entropy, *ctx.saved_tensors, *ctx.settings, needs)
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 7
+
+
+def _refuse_second_derivative(ctx, *_):
+    raise RuntimeError("the entropy of linear_token_statistics has no second derivative (create_graph=True)")
+
+
+torch.library.register_autograd("torchtune_lce::entropy", _differentiate, setup_context=_setup_context)
+torch.library.register_autograd("torchtune_lce::entropy_backward", _refuse_second_derivative)
+
+
 def token_statistics(
     hidden: Tensor,
     weight: Tensor,
@@ -82,11 +190,23 @@ def token_statistics(
     low_rank: LowRank | None = None,
     shard: "VocabularyShard | None" = None,
 ) -> tuple[Tensor, Tensor]:
-    """Entropy and whether the target is the most likely entry, both [N]; 0 and False where ignored."""
-    tensors = (x if x is None else x.detach() for x in (hidden, weight, bias, *(low_rank or (None, None, None))))
-    found = Predictions(*torch.ops.torchtune_lce.predictions(*tensors, options.softcap, options.workspace_mib))
+    """Entropy and whether the target is the most likely entry, both [N]; 0 and False where ignored.
+
+    The entropy has gradients by the operands, but with a ``shard``, whose rows are only some of the vocabulary's.
+    """
+    operands = hidden, weight, bias, *(low_rank or (None, None, None))
+    constants = [x if x is None else x.detach() for x in operands]
+    found = Predictions(*torch.ops.torchtune_lce.predictions(*constants, options.softcap, options.workspace_mib))
     if shard is not None:
-        found = shard.merge_predictions(found)
-    valid = targets != options.ignore_index
-    entropy = found.total.log() + found.disorder / found.total
-    return entropy.where(valid, 0), (found.place == targets) & valid
+        found, operands = shard.merge_predictions(found), constants
+    entropy = torch.ops.torchtune_lce.entropy(
+        *operands,
+        targets,
+        found.largest,
+        found.total,
+        found.disorder,
+        options.ignore_index,
+        options.softcap,
+        options.workspace_mib,
+    )
+    return entropy, (found.place == targets) & (targets != options.ignore_index)

@@ -1,7 +1,7 @@
 """Every complaint about the arguments of the public functions: which one, what was expected, what came."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from torchtune_lce.options import Options
+from torchtune_lce.options import METRICS, Options
 
 HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TARGET_DTYPES = (torch.int64, torch.int32)
@@ -46,6 +46,15 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
 
+def check_metrics(metrics: Sequence[str] | str) -> tuple[str, ...]:
+    """The names, each once. A command line gives a plain string for one, and omegaconf a sequence of its own."""
+    if isinstance(metrics, str):
+        metrics = (metrics,)
+    if not isinstance(metrics, Sequence) or any(name not in METRICS for name in metrics):
+        raise ValueError(f"metrics must be names out of {', '.join(METRICS)}, got {metrics!r}")
+    return tuple(dict.fromkeys(metrics))
+
+
 def check_shift(shift: int) -> None:
     _check_integer("shift", shift)
     if shift < 0:
@@ -64,8 +73,12 @@ def check_ignore_index(ignore_index: int, targets: Tensor) -> None:
 
 def check_no_tangents(impl: str, *tensors: Tensor | None) -> None:
     """Raises RuntimeError under forward-mode differentiation, where a custom operator would pass for a constant."""
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    if has_tangents(*tensors):
         raise RuntimeError(f"impl={impl!r} has no forward-mode derivative (torch.func.jvp); set impl='reference'")
+
+
+def has_tangents(*tensors: Tensor | None) -> bool:
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def check_plain(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
