@@ -609,6 +609,63 @@ def test_vocabularies_must_be_the_same():
         compute(student, teacher, labels, "Forward")
 
 
+@pytest.mark.parametrize("first", ["student", "teacher"])
+def test_models_of_unlike_vocabularies_are_not_bound(first):
+    """The second one of them, which is then as it was; another pair takes a release."""
+    student, teacher = build_model(tied=False), build_teacher()
+    teacher.output = torch.nn.Linear(96, VOCABULARY - 12)
+    loss = LinearForwardKLLoss()
+    binds = {"student": lambda: loss.set_model_output(student), "teacher": lambda: loss.set_teacher_output(teacher)}
+    binds.pop(first)()
+    (second,) = binds
+    rows = {"student": VOCABULARY, "teacher": VOCABULARY - 12}
+    with pytest.raises(
+        ValueError, match=rf"same vocabulary, got a {second} .* {rows[second]} rows, and {rows[first]} "
+    ):
+        binds[second]()
+    models = {"student": student, "teacher": teacher}
+    tokens = torch.randint(VOCABULARY, (1, 5))
+    assert models[second](tokens).shape[-1] == rows[second]
+    assert models[first](tokens).shape[-1] != rows[first]
+    loss.release()
+    binds[second]()
+    loss.release()
+
+
+@pytest.mark.parametrize("layout", ["sparse", "mkldnn", "nested"])
+@pytest.mark.parametrize("of", ["student", "teacher"])
+def test_a_head_that_is_not_dense_is_refused(of, layout):
+    heads = dict(zip(("student", "teacher"), make_heads(bias=False, trained=("hidden",))[:2], strict=True))
+    weight = heads[of].weight
+    converted = {
+        "sparse": weight.to_sparse,
+        "mkldnn": weight.to_mkldnn,
+        "nested": lambda: torch.nested.nested_tensor([weight]),
+    }
+    heads[of] = Head(of, heads[of].hidden, converted[layout]())
+    with pytest.raises(TypeError, match=rf"^{of}_weight must be a dense tensor \(torch.strided\), got .*{layout}"):
+        compute(*heads.values(), torch.zeros(TOKENS, dtype=torch.int64), "Forward")
+
+
+@pytest.mark.parametrize("of", ["student", "teacher"])
+def test_no_features_are_refused(of):
+    *heads, labels = make_heads(bias=False)
+    empty = [Head(head.name, head.hidden[..., :0], head.weight[:, :0]) if head.name == of else head for head in heads]
+    with pytest.raises(ValueError, match=rf"{of}_weight must have shape \[V, D\] .* got \[3001, 0\]"):
+        compute(*empty, labels, "Forward")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_meta(impl):
+    """What a planner of memory asks: no data, no autocast."""
+    student, teacher, labels = make_heads(device="meta")
+    loss = compute(student, teacher, labels, "Symmetric", impl)
+    assert loss.is_meta
+    for gradient, tensor in zip(gradients(loss, student), (student.hidden, student.weight, student.bias), strict=True):
+        assert gradient.is_meta
+        assert gradient.shape == tensor.shape
+
+
 def test_quantised_head_is_refused():
     student, teacher, labels = make_heads(bias=False)
     weight = to_nf4(torch.randn(64, WIDTH * 8), block_size=64, scaler_block_size=1)

@@ -14,6 +14,7 @@ from tiny_models import (
     stock_recipe,
     train,
 )
+from torchtune import config
 
 from torchtune_lce import LinearCrossEntropyLoss, LinearForwardKLLoss
 
@@ -169,6 +170,32 @@ def test_one_loss_of_each_kind_is_refused(runs, loss, kd_loss):
         train(our_recipe(DISTILLATION), cfg)
     for component in (loss, kd_loss, "loss=torchtune_lce.LinearCrossEntropyLoss"):
         assert component in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("loss", "kd_loss", "message"),
+    [
+        (OUR_LOSS, OUR_LOSS, "kd_loss must compare student and teacher, .* got torchtune_lce.LinearCrossEntropyLoss$"),
+        (OURS["Reverse"], OURS["Forward"], "loss must be a loss of labels, .* got torchtune_lce.LinearReverseKLLoss,"),
+    ],
+    ids=["cross-entropy twice", "divergence twice"],
+)
+def test_losses_in_the_wrong_place_are_refused_before_anything_is_loaded(runs, loss, kd_loss, message):
+    cfg = runs.config(overrides=[f"loss._component_={loss}", f"kd_loss._component_={kd_loss}"])
+    cfg.checkpointer.checkpoint_files = ["missing.pt"]
+    with pytest.raises(ValueError, match=f"^{message}"):
+        train(our_recipe(DISTILLATION), cfg)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused_when_bound(runs, tmp_path):
+    cfg = runs.config()
+    cfg.teacher_model.vocab_size = 600
+    teacher = config.instantiate(cfg.teacher_model)
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
+    cfg.teacher_checkpointer.checkpoint_dir = str(tmp_path)
+    recipe = our_recipe(DISTILLATION)(cfg=cfg)
+    with pytest.raises(ValueError, match="same vocabulary, got a teacher whose output has 600 rows, and 512 "):
+        recipe.setup(cfg=cfg)
 
 
 def test_stock_recipe_names_ours(runs):

@@ -246,9 +246,20 @@ def test_the_line_for_an_own_copy_of_a_recipe_suffices(runs):
     assert_equal_steps(logged_losses(Path(cfg.output_dir)), runs.stock(FULL)[0])
 
 
-def test_reduction_must_be_mean(runs):
-    with pytest.raises(ValueError, match=r"loss.reduction must be mean in a torchtune recipe.* got sum"):
-        runs.ours(FULL, overrides=["loss.reduction=sum"])
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("loss.reduction=sum", "loss.reduction must be mean in a torchtune recipe.* got sum"),
+        (
+            "loss._component_=torchtune_lce.LinearForwardKLLoss",
+            "loss must be a loss of labels, .*, got torchtune_lce.LinearForwardKLLoss, .* that is a kd_loss",
+        ),
+    ],
+    ids=["reduction", "a kd_loss"],
+)
+def test_refused_before_anything_is_loaded(runs, setting, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        runs.ours(FULL, overrides=[setting, "checkpointer.checkpoint_files=[missing.pt]"])
 
 
 def test_targets_beyond_the_head_name_the_tokenizer(runs):

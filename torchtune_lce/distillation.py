@@ -11,7 +11,7 @@ from torchtune_lce.divergence import Head, Shares, check_head, check_impl, diver
 from torchtune_lce.model_output import skip_output_layer
 from torchtune_lce.options import Options
 from torchtune_lce.output_adapter import Adapter, low_rank
-from torchtune_lce.projection import Projection
+from torchtune_lce.projection import Projection, output_rows
 
 
 class _BoundModel:
@@ -20,6 +20,7 @@ class _BoundModel:
     def __init__(self, model: nn.Module, before: "_BoundModel | None"):
         # It refuses what has no such projection, and all is then as it was.
         self.projection = Projection(model)
+        self.rows = output_rows(model)
         if before is not None:
             # Before the output layer is skipped: it may be the same model.
             before.release()
@@ -50,16 +51,27 @@ class _LinearKLLoss(nn.Module):
         """Make the student return hidden states and use its output projection from now on. After FSDP2, if it is used.
 
         Raises:
-            TypeError, ValueError: a model whose output is not one matrix (and bias), with what to do instead. The model
-                is then as it was.
+            TypeError, ValueError: a model whose output is not one matrix (and bias, and adapter), or has not as many
+                rows as the teacher's that is bound, with what to do instead. The model is then as it was.
         """
+        self._check_rows(model, "student", self._teacher)
         self._student = _BoundModel(model, self._student)
         self._first_batch = True
 
     def set_teacher_output(self, model: nn.Module) -> None:
         """The same for the teacher, whose output projection gets no gradient, trainable or not."""
+        self._check_rows(model, "teacher", self._student)
         self._teacher = _BoundModel(model, self._teacher)
         self._first_batch = True
+
+    def _check_rows(self, model: nn.Module, name: str, other: "_BoundModel | None") -> None:
+        rows = output_rows(model)
+        if other is not None and rows != other.rows:
+            raise ValueError(
+                f"student and teacher must have the same vocabulary, got a {name} whose output has {rows} rows, and "
+                f"{other.rows} in the other's: take models with equal outputs, or release() the loss before it gets "
+                "another pair"
+            )
 
     def release(self) -> None:
         """Undo both: student and teacher give logits again. Harmless when nothing is bound."""

@@ -141,6 +141,7 @@ def check_head(head: Head) -> None:
                 f"{name}_{what} must be a plain tensor, got {type(tensor).__name__}: divergences take no output "
                 "projection that is quantised or split by tensor parallelism"
             )
+        validation.check_dense(f"{name}_{what}", tensor)
         if tensor.device != hidden.device:
             raise ValueError(
                 f"{name}_{what} must be on the device of {name}_hidden, {hidden.device}, got {tensor.device}"
@@ -149,8 +150,10 @@ def check_head(head: Head) -> None:
             raise TypeError(f"{name}_{what} must have the dtype of {name}_hidden, {hidden.dtype}, got {tensor.dtype}")
     if hidden.dtype not in HIDDEN_DTYPES:
         raise TypeError(f"{name}_hidden must be one of {_names(HIDDEN_DTYPES)}, got {hidden.dtype}")
-    if weight.ndim != 2 or not weight.shape[0]:
-        raise ValueError(f"{name}_weight must have shape [V, D], got {list(weight.shape)}")
+    if weight.ndim != 2 or not weight.numel():
+        raise ValueError(
+            f"{name}_weight must have shape [V, D] with a row and a feature at least, got {list(weight.shape)}"
+        )
     if hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
         hint = ": those are logits, call set_model_output and set_teacher_output again"
         raise ValueError(
@@ -166,6 +169,7 @@ def check_head(head: Head) -> None:
 def _check_labels(student: Head, teacher: Head, labels: Tensor) -> None:
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor, got a {type(labels).__name__}{_chunks(labels)}")
+    validation.check_dense("labels", labels)
     if labels.dtype not in TARGET_DTYPES:
         raise TypeError(f"labels must be one of {_names(TARGET_DTYPES)}, got {labels.dtype}")
     for name, tensor in (("labels", labels), ("teacher_hidden", teacher.hidden)):

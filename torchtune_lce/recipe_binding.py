@@ -18,17 +18,14 @@ class BindsLossToModel:
     """
 
     def setup(self, cfg: DictConfig) -> None:
+        # Before anything is loaded.
+        _check(cfg, "loss", config.instantiate(cfg.loss))
         super().setup(cfg)
         loss = uncompiled(self._loss_fn)
         if not hasattr(loss, "set_model_output"):
             return
         self._loss_fn = _compiled_its_own_way(self._loss_fn)
         if isinstance(loss, LinearCrossEntropyLoss):
-            if loss.reduction != "mean":
-                raise ValueError(
-                    "loss.reduction must be mean in a torchtune recipe, which multiplies the loss by the number of "
-                    f"tokens, got {loss.reduction}"
-                )
             loss.tokenizer_size = getattr(self._tokenizer, "vocab_size", None)
             live_feedback.attach(self, cfg, loss)
         # After torchtune has sharded the model. torchtune main has done this already, and once more changes nothing.
@@ -44,7 +41,8 @@ class BindsLossesToModels(BindsLossToModel):
 
     def setup(self, cfg: DictConfig) -> None:
         # Before anything is loaded, and before torchtune compares settings that our losses do not have.
-        ours = {name: hasattr(config.instantiate(cfg[name]), "set_model_output") for name in ("loss", "kd_loss")}
+        losses = {name: config.instantiate(cfg[name]) for name in ("loss", "kd_loss")}
+        ours = {name: hasattr(loss, "set_model_output") for name, loss in losses.items()}
         if len(set(ours.values())) == 2:
             alone, other = sorted(ours, key=ours.get, reverse=True)
             raise ValueError(
@@ -53,12 +51,36 @@ class BindsLossesToModels(BindsLossToModel):
                 "loss=torchtune_lce.LinearCrossEntropyLoss and kd_loss=torchtune_lce.LinearForwardKLLoss "
                 "(or LinearReverseKLLoss, LinearSymmetricKLLoss)"
             )
+        for name, loss in losses.items():
+            _check(cfg, name, loss)
         super().setup(cfg)
         if not ours["kd_loss"]:
             return
         self._kd_loss_fn = _compiled_its_own_way(self._kd_loss_fn)
         self._kd_loss_fn.set_model_output(self._model)
         self._kd_loss_fn.set_teacher_output(self._teacher_model)
+
+
+def _check(cfg: DictConfig, name: str, loss: nn.Module) -> None:
+    """Raises ValueError for a loss of hidden states that a recipe cannot call as its ``name``."""
+    if not hasattr(loss, "set_model_output"):
+        return
+    component, compares_models = cfg[name]._component_, hasattr(loss, "set_teacher_output")
+    if name == "loss" and compares_models:
+        raise ValueError(
+            "loss must be a loss of labels, such as torchtune_lce.LinearCrossEntropyLoss, "
+            f"got {component}, which compares two models: that is a kd_loss, of the knowledge_distillation recipes"
+        )
+    if name == "kd_loss" and not compares_models:
+        raise ValueError(
+            "kd_loss must compare student and teacher, as torchtune_lce.LinearForwardKLLoss, LinearReverseKLLoss and "
+            f"LinearSymmetricKLLoss do, got {component}"
+        )
+    if isinstance(loss, LinearCrossEntropyLoss) and loss.reduction != "mean":
+        raise ValueError(
+            "loss.reduction must be mean in a torchtune recipe, which multiplies the loss by the number of tokens, "
+            f"got {loss.reduction}"
+        )
 
 
 def _compiled_its_own_way(loss: nn.Module) -> nn.Module:

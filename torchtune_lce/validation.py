@@ -94,11 +94,16 @@ def check_plain(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | 
                 f"{name} must be a plain tensor, got {type(tensor).__name__}: its data is not the matrix that it "
                 "shows. Unshard or dequantise it first (torchtune_lce.LinearCrossEntropyLoss does it for FSDP2)"
             )
-        if tensor.layout != torch.strided or tensor.is_nested:
-            kind = "nested" if tensor.is_nested else str(tensor.layout)
-            raise TypeError(f"{name} must be a dense tensor (torch.strided), got {kind}")
+        check_dense(name, tensor)
         if tensor.device != hidden.device:
             raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raises TypeError for a layout of which no implementation can take rows."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout)
+        raise TypeError(f"{name} must be a dense tensor (torch.strided), got {kind}")
 
 
 def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
