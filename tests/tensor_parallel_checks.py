@@ -245,7 +245,7 @@ def _check_token_statistics(mesh) -> None:
         softcap = None if masked else 30.0  # a capped logit is finite
         loss, _ = _bound(mesh, problem, impl="chunked", softcap=softcap)
         found = []
-        loss.after_batch = lambda batch, found=found: found.append(batch.statistics())
+        loss.after_batch.append(lambda batch, found=found: found.append(batch.statistics()))
         loss(problem.hidden, problem.targets)
         hidden, weight, bias = (x.double() for x in (problem.hidden, problem.weight, problem.bias))
         expected = linear_token_statistics(hidden, weight, problem.targets, bias, softcap=softcap)

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from tiny_models import FULL, LORA, STOCK_LOSS, build_model, our_recipe, recipe_config, train, write_assets
+from torchtune.modules.peft import DoRALinear, LoRALinear
 from torchtune.training.metric_logging import DiskLogger
 
 from torchtune_lce import filtering, recipe_runs
 from torchtune_lce.live_feedback import LossStatistics
 from torchtune_lce.loss import LinearCrossEntropyLoss
+from torchtune_lce.plan.loss_memory import OutputAdapter, Problem, loss_memory
 from torchtune_lce.recipe_runs import OUR_LOSS
 
 KEYS = {"kept_fraction", "largest_dropped_mass"}
@@ -32,6 +34,8 @@ def test_recipes_log_what_ran(assets, tmp_path, method):
     _, silent = run(assets, tmp_path / "silent", method, "loss.impl=reference")
     assert [record.pop("impl_is_reference") for record in records] == [1, 1]
     for asked, unasked in zip(records, silent, strict=True):
+        # Float32 logits of a few dozen tokens by 512 entries, five times at the worst.
+        assert 1e-5 < asked.pop("loss_memory_planned") < 1e-2
         assert asked.keys() == unasked.keys(), "torchtune's own"
         assert asked["loss"] == unasked["loss"]
 
@@ -59,7 +63,7 @@ def test_the_kernels_tell_what_they_kept(assets, tmp_path, device):
     statistics.log_dict({"loss": 3.0}, step=7)
     step, logged = logger.records.pop()
     assert step == 7
-    assert logged.keys() == {"loss", "impl_is_cce"} | KEYS
+    assert logged.keys() == {"loss", "impl_is_cce", "loss_memory_planned"} | KEYS
     kept, tiles = sum(record.tiles for record in expected).tolist()
     assert expected[0].kept_fraction != expected[1].kept_fraction
     assert logged["kept_fraction"] == kept / tiles
@@ -104,12 +108,34 @@ def test_nothing_is_attached_where_nobody_asks(assets, tmp_path):
     recipe, _ = run(assets, tmp_path / "silent", FULL)
     assert not recipe._loss_fn._forward_hooks
     assert not recipe._loss_fn._forward_pre_hooks
-    assert recipe._loss_fn.after_batch is None
+    assert not recipe._loss_fn.after_batch
     assert type(recipe._metric_logger) is DiskLogger
     # torchtune's own loss has nothing to tell, and its recipe runs on.
     _, records = run(assets, tmp_path / "stock", FULL, "log_loss_stats=True", loss=STOCK_LOSS)
     assert records
     assert not [key for record in records for key in record if key.startswith(("impl_is_", "token_"))]
+
+
+@pytest.mark.parametrize("kind", [None, LoRALinear, DoRALinear])
+def test_memory_is_that_of_the_largest_batch(kind):
+    model = build_model(tied=False)
+    if kind is not None:
+        model.output = kind(64, 512, rank=4, alpha=8, dropout=0.1)
+        model.output.weight.requires_grad_(False)
+        model.output.initialize_dora_magnitude() if kind is DoRALinear else None
+    logger, loss = Logger(), LinearCrossEntropyLoss(impl="chunked", workspace_mib=1)
+    loss.set_model_output(model)
+    statistics = LossStatistics(logger, loss)
+    for length in (7, 900, 30):
+        loss(torch.randn(2, length, 64, requires_grad=True), torch.randint(512, (2, length))).backward()
+    with torch.no_grad():
+        loss(torch.randn(2, 5000, 64), torch.randint(512, (2, 5000)))
+    statistics.log_dict({}, step=1)
+    adapter = None if kind is None else OutputAdapter(4, True, kind is DoRALinear)
+    problem = Problem(1800, 64, 512, itemsize=4, trained_head=kind is None, workspace_mib=1, adapter=adapter)
+    assert logger.records[0][1]["loss_memory_planned"] == loss_memory("chunked", problem).peak / 2**30
+    statistics.log_dict({}, step=2)
+    assert "loss_memory_planned" not in logger.records[1][1]
 
 
 def test_no_key_ends_in_loss():
@@ -123,5 +149,5 @@ def test_no_key_ends_in_loss():
     loss(model(tokens), tokens).backward()
     statistics.log_dict({}, step=1)
     ((_, logged),) = logger.records
-    assert logged == {"impl_is_reference": 1}
+    assert logged.keys() == {"impl_is_reference", "loss_memory_planned"}
     assert not [key for key in logged.keys() | KEYS if key.endswith("loss")]

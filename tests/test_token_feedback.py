@@ -152,7 +152,7 @@ def test_of_the_very_logits_that_the_loss_saw():
     loss = LinearCrossEntropyLoss(impl="chunked", softcap=5.0, label_smoothing=0.1, z_loss=0.3)
     loss.set_model_output(model)
     found = []
-    loss.after_batch = lambda batch: found.append((batch, batch.statistics()))
+    loss.after_batch.append(lambda batch: found.append((batch, batch.statistics())))
     torch.manual_seed(4)
     loss(hidden, targets)
     with torch.no_grad():

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import Tensor
 
-from torchtune_lce import filtering
+from torchtune_lce import filtering, output_adapter
 from torchtune_lce.loss import Batch, LinearCrossEntropyLoss
+from torchtune_lce.plan.loss_memory import OutputAdapter, Problem, loss_memory
 
 LOSS_SETTING = "log_loss_stats"
 # What each of the loss's metrics is called in the log, where a name that ends in `loss` would be taken for the loss.
@@ -48,7 +49,9 @@ class AddsToRecords:
 class LossStatistics(AddsToRecords):
     """Each record gets what the loss did since the one before.
 
-    ``impl_is_<name>`` is 1 for the implementation that ran: loggers take numbers alone. Where it filters gradients,
+    ``impl_is_<name>`` is 1 for the implementation that ran: loggers take numbers alone. ``loss_memory_planned`` is what
+    the largest batch was to take in it, in GiB as torchtune logs memory, by the formulas of ``tune-lce plan``: the
+    allocator's peak would have to be reset to measure it, which is torchtune's to do. Where it filters gradients,
     ``kept_fraction`` is that of the softmax's tiles that the gradients were made of, and ``largest_dropped_mass``
     bounds the softmax mass that was left out of any token's; see :mod:`torchtune_lce.filtering`. Both are collected on
     the device and read only when torchtune logs, which waits for the device anyway. On several devices they are those
@@ -57,13 +60,16 @@ class LossStatistics(AddsToRecords):
 
     def __init__(self, logger, loss: LinearCrossEntropyLoss):
         super().__init__(logger, self._take)
+        self._workspace_mib = loss.workspace_mib
         self._impl: str | None = None
         self._records: list[filtering.FilterRecord] = []
         self._recording = None
         self._tiles: Tensor | None = None  # [2] int64: kept and all
         self._dropped: Tensor | None = None  # float32
+        self._planned: int | None = None  # bytes
         loss.register_forward_pre_hook(self._begin)
         loss.register_forward_hook(self._end, always_call=True)
+        loss.after_batch.append(self._plan)
 
     def _begin(self, loss: LinearCrossEntropyLoss, inputs: tuple) -> None:
         self._collect()
@@ -75,6 +81,10 @@ class LossStatistics(AddsToRecords):
         if self._recording is not None:
             self._recording.__exit__(None, None, None)
             self._recording = None
+
+    def _plan(self, batch: Batch) -> None:
+        planned = loss_memory(self._impl, _problem(batch, self._workspace_mib)).peak
+        self._planned = max(planned, self._planned or 0)
 
     def _collect(self) -> None:
         """Adds up what the calls before have left, their backward included, without waiting for the device."""
@@ -94,8 +104,27 @@ class LossStatistics(AddsToRecords):
             found["kept_fraction"] = kept / max(tiles, 1)
         if self._dropped is not None:
             found["largest_dropped_mass"] = self._dropped.item()
-        self._tiles = self._dropped = None
+        if self._planned is not None:
+            found["loss_memory_planned"] = self._planned / 2**30
+        self._tiles = self._dropped = self._planned = None
         return found
+
+
+def _problem(batch: Batch, workspace_mib: int) -> Problem:
+    vocabulary, features = batch.weight.shape
+    layer, adapter = batch.adapter, None
+    if layer is not None:
+        dropout = getattr(layer.dropout, "p", 0.0) > 0
+        adapter = OutputAdapter(layer.lora_a.out_features, dropout, output_adapter.is_dora(layer))
+    return Problem(
+        tokens=batch.targets.numel(),
+        features=features,
+        vocabulary=vocabulary,
+        itemsize=batch.hidden.itemsize,
+        trained_head=batch.weight.requires_grad,
+        workspace_mib=workspace_mib,
+        adapter=adapter,
+    )
 
 
 class BatchStatistics:
@@ -112,7 +141,7 @@ class BatchStatistics:
         self._ignore_index = loss.ignore_index
         self._step: int | None = None
         self._sums: Tensor | None = None  # of that step: one for each metric, and the number of labels
-        loss.after_batch = self._add
+        loss.after_batch.append(self._add)
 
     def of_step(self, step: int) -> dict[str, float]:
         """NaN for a step without labels, as torchtune's loss is."""

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +22,11 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 class Batch(NamedTuple):
-    """What ``after_batch`` is given; nothing has a gradient."""
+    """What ``after_batch`` is given. Figures have no gradient."""
 
+    hidden: Tensor  # [B, S, D] or [N, D]
+    weight: Tensor  # [V, D], of tensor parallelism this rank's rows
+    adapter: output_adapter.Adapter | None
     targets: Tensor  # [B, S] or [N]
     nll: Tensor  # [B S] or [N]: cross-entropy of each token, before label smoothing and z-loss; 0 where ignored
     z_loss: Tensor  # the same shape: the loss's z_loss times the squared log-sum-exp
@@ -92,7 +94,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         # Entries of the tokenizer, where the recipe knows them: for the message about targets that name no row.
         self.tokenizer_size: int | None = None
         # Called after each loss that has gradients: whoever listens decides what is worth it. See live_feedback.
-        self.after_batch: Callable[[Batch], None] | None = None
+        self.after_batch: list[Callable[[Batch], None]] = []
         # Neither is a Module, so nothing of the model is registered here: the loss has no parameters and no state.
         self._skipped = None
         self._projection = None
@@ -101,6 +103,10 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
     @property
     def ignore_index(self) -> int:
         return self._options.ignore_index
+
+    @property
+    def workspace_mib(self) -> int:
+        return self._options.workspace_mib
 
     def set_model_output(self, model: nn.Module) -> None:
         """Make the model return hidden states and use its output projection from now on. After FSDP2, if that is used.
@@ -200,7 +206,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         }
         settings = {"reduction": self.reduction, "shift": 0, "impl": self.impl, "return_lse": False}
         operands = outputs, weight, targets, bias
-        if self.after_batch is None or not torch.is_grad_enabled():
+        if not self.after_batch or not torch.is_grad_enabled():
             return compute(*operands, **settings, **beside)
 
         @torch.no_grad()
@@ -211,7 +217,9 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         loss = compute(*operands, **settings, **beside, observe=lambda *values: terms.extend(values))
         nll, lse = terms
         # Here FSDP2 has the weight gathered already, and dropout on the output has been drawn.
-        self.after_batch(Batch(targets, nll, self._options.z_loss * lse.square(), statistics))
+        batch = Batch(outputs, weight, adapter, targets, nll, self._options.z_loss * lse.square(), statistics)
+        for listen in self.after_batch:
+            listen(batch)
         return loss
 
     def _bound_loss(
