@@ -224,9 +224,32 @@ def test_vmap_over_targets(impl, device):
     assert mapped.isnan().tolist() == [False, True]
 
 
+def by_grad(loss, hidden):
+    return torch.func.grad(loss)(hidden)
+
+
+def by_vjp(loss, hidden):
+    value, pull = torch.func.vjp(loss, hidden)
+    return pull(torch.ones_like(value))[0]
+
+
+def by_jacrev(loss, hidden):
+    return torch.func.jacrev(loss)(hidden)
+
+
+def by_grad_of_each(loss, hidden):
+    """Of a batch of one."""
+    return torch.vmap(torch.func.grad(loss))(hidden[None])[0]
+
+
+def by_grad_of_all(loss, hidden):
+    return torch.func.grad(lambda batch: torch.vmap(loss)(batch).sum())(hidden[None])[0]
+
+
+@pytest.mark.parametrize("differentiate", [by_grad, by_vjp, by_jacrev, by_grad_of_each, by_grad_of_all])
 @pytest.mark.parametrize("impl", EACH)
-def test_func_grad(impl, device):
-    """It needs a loss that autograd differentiates itself; the operators say no."""
+def test_gradients_of_torch_func(impl, differentiate, device):
+    """They need a loss that autograd differentiates itself; the operators say which impl is one."""
     hidden, weight, targets = (x.detach() for x in make_inputs(device))
 
     def loss(states):
@@ -234,10 +257,18 @@ def test_func_grad(impl, device):
 
     if impl == "reference":
         expected = torch.func.grad(lambda x: plain(x, weight, targets))(hidden)
-        torch.testing.assert_close(torch.func.grad(loss)(hidden), expected, **TOLERANCE)
+        torch.testing.assert_close(differentiate(loss, hidden), expected, **TOLERANCE)
     else:
-        with pytest.raises(RuntimeError, match="functorch transforms"):
-            torch.func.grad(loss)(hidden)
+        with pytest.raises(RuntimeError, match=rf"^impl='{impl}' has no derivative by torch.func .* impl='reference'"):
+            differentiate(loss, hidden)
+
+
+@pytest.mark.parametrize("impl", EACH)
+def test_constant_under_a_transform(impl, device):
+    """What is not differentiated needs no derivative."""
+    hidden, weight, targets = (x.detach() for x in make_inputs(device))
+    gradient = torch.func.grad(lambda x: x.sum() * linear_cross_entropy(hidden, weight, targets, impl=impl))(weight)
+    torch.testing.assert_close(gradient, plain(hidden, weight, targets).expand_as(weight), **TOLERANCE)
 
 
 @pytest.mark.parametrize("impl", EACH)

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torchao.dtypes.nf4tensor import to_nf4
 
-from torchtune_lce import linear_cross_entropy, validation
+from torchtune_lce import LinearCrossEntropyLoss, linear_cross_entropy, validation
 from torchtune_lce.functional import compute
 from torchtune_lce.implementations import NAMES
 from torchtune_lce.options import Options
@@ -59,6 +59,8 @@ BAD = {
     "softcap-nan": ({"softcap": float("nan")}, ValueError, "softcap", "finite number > 0", "nan"),
     "softcap-word": ({"softcap": "30"}, ValueError, "softcap", "finite number > 0", "'30'"),
     "softcap-bool": ({"softcap": True}, ValueError, "softcap", "finite number > 0", "True"),
+    "softcap-inf-in-float32": ({"softcap": 1e39}, ValueError, "softcap", "finite", "torch.float32", "1e+39"),
+    "return-lse-word": ({"return_lse": "no"}, TypeError, "return_lse", "True or False", "'no'"),
     "eps-one": ({"filter_eps": 1.0}, ValueError, "filter_eps", "'auto', None", "[0, 1)", "1.0"),
     "eps-negative": ({"filter_eps": -1e-3}, ValueError, "filter_eps", "[0, 1)", "-0.001"),
     "eps-nan": ({"filter_eps": float("nan")}, ValueError, "filter_eps", "[0, 1)", "nan"),
@@ -119,6 +121,27 @@ def test_message(bad):
     changed, error, *said = BAD[bad]
     with pytest.raises(error, match="^" + ".*".join(map(re.escape, said))):
         linear_cross_entropy(**arguments(**changed))
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_softcap_that_is_finite_in_float64_alone(impl):
+    wide = {name: x.double() for name, x in arguments().items() if name != "targets"}
+    capped, plain = (linear_cross_entropy(**arguments(**wide), softcap=softcap, impl=impl) for softcap in (1e39, None))
+    torch.testing.assert_close(capped, plain)
+
+
+@pytest.mark.parametrize("flag", ["yes", 1, None])
+def test_flag_of_the_module(flag):
+    with pytest.raises(TypeError, match=f"^check_targets must be True or False, got {flag!r}"):
+        LinearCrossEntropyLoss(check_targets=flag)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shift", [3, 4, 2**70])
+def test_shift_past_the_end_leaves_nothing(shift, reduction):
+    loss, lse = linear_cross_entropy(**arguments(), shift=shift, reduction=reduction, return_lse=True)
+    assert not loss.any()
+    assert torch.equal(lse, torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize("workspace_mib", [0, -1, 1.5, None])

@@ -106,7 +106,7 @@ def divergence(
         compute = _reference
     else:
         compute = partial(chunked_divergence.total, fused=impl == "torch_compile")
-        validation.check_no_tangents(impl, *student.operands)
+        validation.check_transforms(impl, *student.operands)
     total, count = compute(student, teacher, labels.reshape(-1), shares, ignore_index, workspace_mib)
     return total / count.clamp(min=1) if normalize else total
 

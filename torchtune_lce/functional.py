@@ -13,6 +13,7 @@ from torchtune_lce.autocast import cast_inputs
 from torchtune_lce.label_smoothing import smooth, with_logit_sums
 from torchtune_lce.low_rank import LowRank
 from torchtune_lce.options import Options
+from torchtune_lce.reference import accumulation_dtype
 from torchtune_lce.token_statistics import token_statistics
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ def compute_token_statistics(
     validation.check_tensors(hidden, weight, targets, bias)
     hidden, weight, bias = cast_inputs(hidden, weight, bias)
     validation.check_same_dtype(hidden, weight, bias)
+    validation.check_softcap(options.softcap, accumulation_dtype(hidden.dtype))
     validation.check_ignore_index(options.ignore_index, targets)
     if shift:
         targets = _align(targets, shift, options.ignore_index)
@@ -204,18 +206,20 @@ def compute(
     """
     validation.check_options(options)
     validation.check_reduction(reduction)
+    validation.check_flag("return_lse", return_lse)
     validation.check_shift(shift)
     validation.check_plain(hidden, weight, targets, bias)
     validation.check_tensors(hidden, weight, targets, bias)
     hidden, weight, bias = cast_inputs(hidden, weight, bias)
     validation.check_same_dtype(hidden, weight, bias)
+    validation.check_softcap(options.softcap, accumulation_dtype(hidden.dtype))
     validation.check_ignore_index(options.ignore_index, targets)
     scaled = low_rank is not None and low_rank.scale is not None
     name, token_losses = implementations.choose(impl, hidden, implementations.beyond_kernels(options, scaled))
     if low_rank is not None:
         token_losses = partial(token_losses, low_rank=low_rank)
     if name not in implementations.MADE_OF_TORCH:
-        validation.check_no_tangents(name, hidden, weight, bias, *(low_rank or ()))
+        validation.check_transforms(name, hidden, weight, bias, *(low_rank or ()))
     if options.label_smoothing and name in implementations.CCE_PRESETS:
         token_losses = with_logit_sums(token_losses, low_rank)
     vocabulary = weight.shape[0]
@@ -261,7 +265,8 @@ def _align(targets: Tensor, shift: int, ignore_index: int) -> Tensor:
 def _restore(values: Tensor, shape: torch.Size, shift: int) -> Tensor:
     """Per-token values back at their targets; the positions rolled round are shifted off, so they hold 0."""
     values = values.reshape(shape)
-    return values.roll(shift, -1) if shift and values.ndim else values
+    # All of them are, where the shift is at least as long as the axis.
+    return values.roll(shift, -1) if shift and values.ndim and shift < shape[-1] else values
 
 
 def _reduce(nll: Tensor, labels: Tensor, shape: torch.Size, reduction: str, shift: int, ignore_index: int) -> Tensor:

@@ -85,6 +85,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         )
         validation.check_options(self._options)
         validation.check_reduction(reduction)
+        validation.check_flag("check_targets", check_targets)
         implementations.check_name(impl)
         self.impl = impl
         self.metrics = validation.check_metrics(metrics)

@@ -55,6 +55,17 @@ def check_metrics(metrics: Sequence[str] | str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(metrics))
 
 
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_softcap(softcap: float | None, dtype: torch.dtype) -> None:
+    """Raises ValueError for one that is no finite number in ``dtype``, that of the logits."""
+    if softcap is not None and softcap > torch.finfo(dtype).max:
+        raise ValueError(f"softcap must be None or a finite number > 0 in {dtype}, that of the logits, got {softcap!r}")
+
+
 def check_shift(shift: int) -> None:
     _check_integer("shift", shift)
     if shift < 0:
@@ -71,10 +82,21 @@ def check_ignore_index(ignore_index: int, targets: Tensor) -> None:
         )
 
 
-def check_no_tangents(impl: str, *tensors: Tensor | None) -> None:
-    """Raises RuntimeError under forward-mode differentiation, where a custom operator would pass for a constant."""
+def check_transforms(impl: str, *tensors: Tensor | None) -> None:
+    """Raises RuntimeError where torch differentiates by other means than backward, which custom operators do not know.
+
+    Under forward mode one would pass for a constant; under torch.func torch's own complaint is about an autograd
+    function that the caller never wrote. That one is left to torch in compiled code, which cannot ask.
+    """
     if has_tangents(*tensors):
         raise RuntimeError(f"impl={impl!r} has no forward-mode derivative (torch.func.jvp); set impl='reference'")
+    if torch.compiler.is_compiling():
+        return
+    wrapped = (x for tensor in tensors if tensor is not None for x in _wrapped(tensor))
+    if any(map(functorch.is_gradtrackingtensor, wrapped)):
+        raise RuntimeError(
+            f"impl={impl!r} has no derivative by torch.func (grad, vjp, jacrev); set impl='reference', or call backward"
+        )
 
 
 def has_tangents(*tensors: Tensor | None) -> bool:
