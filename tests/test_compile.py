@@ -1,12 +1,15 @@
 """Under torch.compile and other tracers: no graph break, the same numbers, operators that keep torch's own rules."""
 
+import itertools
+from functools import partial
+
 import pytest
 import torch
 import torch._dynamo.testing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from torchtune_lce import linear_cross_entropy
+from torchtune_lce import compiled, linear_cross_entropy
 from torchtune_lce.kernels import autograd  # noqa: F401, defines the operators
 
 TOKENS, VOCABULARY, WIDTH = 70, 300, 24
@@ -37,8 +40,8 @@ def test_one_graph_with_the_same_numbers(impl, reduction, device):
         return (loss * 3).sum() + lse.mean()
 
     hidden, weight, targets = make_inputs(device)
-    compiled = torch.compile(loss_and_lse, fullgraph=True, backend="aot_eager")
-    ours = torch.autograd.grad(compiled(hidden, weight, targets), (hidden, weight))
+    traced = torch.compile(loss_and_lse, fullgraph=True, backend="aot_eager")
+    ours = torch.autograd.grad(traced(hidden, weight, targets), (hidden, weight))
     eager = torch.autograd.grad(loss_and_lse(hidden, weight, targets), (hidden, weight))
     for graph, plain in zip(ours, eager, strict=True):
         torch.testing.assert_close(graph, plain, rtol=1e-5, atol=1e-7)
@@ -50,12 +53,12 @@ def test_dynamic_shapes_compile_once(impl, smoothing, device):
         return linear_cross_entropy(*inputs, impl=impl, label_smoothing=smoothing)
 
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
+    traced = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
     compilations = []
     # Three row blocks of any configuration, and more: torch takes an axis of length 1 for a constant.
     for tokens, ignored in ((270, 9), (281, 0), (430, 60)):
         inputs = make_inputs(device, tokens, ignored)
-        loss = compiled(*inputs)
+        loss = traced(*inputs)
         assert torch.equal(loss, run(*inputs))
         loss.backward()
         compilations.append(counter.frame_count)
@@ -112,12 +115,64 @@ def test_a_trace_checks_targets_in_later_calls(impl, tracer, device):
     assert traced(hidden, weight, bad).isnan().nonzero().flatten().tolist() == [10, 20]
 
 
+@pytest.fixture
+def counted_compilations(monkeypatch):
+    """Of ``impl="torch_compile"``, whose graphs run as they are: what is counted is that there is one for each call."""
+    counter = torch._dynamo.testing.CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    compiled._compiled.cache_clear()
+    yield counter
+    compiled._compiled.cache_clear()
+
+
+VARIANTS = list(itertools.product((torch.float32, torch.bfloat16, torch.float64), (None, 9.0), (False, True)))
+
+
+def run_variants(device):
+    for dtype, softcap, with_bias in VARIANTS:
+        hidden, weight, targets = make_inputs(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = weight[:, 0] if with_bias else None
+        linear_cross_entropy(hidden, weight, targets, bias, softcap=softcap, impl="torch_compile")
+
+
+def test_every_variant_is_compiled(counted_compilations, device):
+    """Twelve in one process; torch's own limit for a function is eight, past which it runs uncompiled."""
+    limit = torch._dynamo.config.cache_size_limit
+    for _ in range(2):
+        run_variants(device)
+        assert counted_compilations.frame_count == len(VARIANTS)
+    assert torch._dynamo.config.cache_size_limit == limit
+
+
+@torch._dynamo.config.patch(accumulated_cache_size_limit=2)
+def test_a_variant_too_many_is_refused(counted_compilations, device):
+    # By a class of Dynamo's that has changed its name.
+    with pytest.raises(Exception, match="fullgraph|one_graph"):
+        run_variants(device)
+
+
+def test_a_caller_that_compiles_takes_torch_compile_in(counted_compilations, device):
+    """Into his one graph, whatever was called before."""
+
+    def loss(*inputs):
+        return linear_cross_entropy(*inputs, impl="torch_compile")
+
+    inputs = make_inputs(device)
+    alone = loss(*inputs)
+    counter = torch._dynamo.testing.CompileCounter()
+    traced = torch.compile(loss, fullgraph=True, backend=counter)
+    for _ in range(2):
+        torch.testing.assert_close(traced(*inputs), alone)
+    assert counter.frame_count == counted_compilations.frame_count == 1
+
+
 def test_an_impl_that_cannot_run_says_so_when_compiled_too(device):
     hidden, weight, targets = make_inputs(device)
-    compiled = torch.compile(lambda *inputs: linear_cross_entropy(*inputs, impl="fast"), backend="eager")
+    traced = torch.compile(lambda *inputs: linear_cross_entropy(*inputs, impl="fast"), backend="eager")
     # Dynamo wraps what is raised while it traces; the sentence is in it.
     with pytest.raises(torch._dynamo.exc.TorchDynamoException, match="impl must be one of auto"):
-        compiled(hidden, weight, targets)
+        traced(hidden, weight, targets)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,11 @@ from torchtune_lce.options import Options
 
 @cache
 def _compiled():
-    """Compiled at the first call, once a process: importing the package must not start a compiler."""
-    return torch.compile(reference.token_losses, dynamic=True)
+    """Compiled at the first call, once a process: importing the package must not start a compiler.
+
+    As one whole, so that torch raises where it would run a variant without compiling it.
+    """
+    return torch.compile(reference.token_losses, dynamic=True, fullgraph=True)
 
 
 def token_losses(
@@ -25,4 +28,12 @@ def token_losses(
     low_rank: LowRank | None = None,
 ):
     """Same contract as :func:`torchtune_lce.reference.token_losses`; the logits are held once, in the input dtype."""
-    return _compiled()(hidden, weight, bias, targets, options, low_rank)
+    arguments = hidden, weight, bias, targets, options, low_rank
+    if torch.compiler.is_compiling():
+        # The caller's compiler fuses it.
+        return reference.token_losses(*arguments)
+    config = torch._dynamo.config
+    # A variant for each dtype, softcap, bias or none, frozen weight or not: eight, torch's limit for a function, are
+    # soon too few, and past them it would run uncompiled. The names are those of torch 2.6, aliases later.
+    with config.patch(cache_size_limit=config.accumulated_cache_size_limit):
+        return _compiled()(*arguments)
