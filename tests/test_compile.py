@@ -9,7 +9,7 @@ import torch._dynamo.testing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from torchtune_lce import compiled, linear_cross_entropy
+from torchtune_lce import compiled, filtering, linear_cross_entropy
 from torchtune_lce.kernels import autograd  # noqa: F401, defines the operators
 
 TOKENS, VOCABULARY, WIDTH = 70, 300, 24
@@ -81,6 +81,17 @@ def test_exports_with_any_number_of_tokens(impl, device):
     )
     inputs = make_inputs(device, tokens=300)
     torch.testing.assert_close(exported.module()(*inputs), Loss()(*inputs), rtol=1e-6, atol=0)
+
+
+def test_recording_has_no_compiled_calls(device):
+    def loss(*inputs):
+        return linear_cross_entropy(*inputs, impl="cce")
+
+    traced = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    with filtering.recording() as records:
+        for call in (loss, traced, traced):
+            call(*make_inputs(device)).backward()
+    assert len(records) == 1
 
 
 @pytest.mark.parametrize("impl", TRACED)

@@ -40,7 +40,11 @@ _records: ContextVar[list[FilterRecord] | None] = ContextVar("torchtune_lce_filt
 
 @contextmanager
 def recording() -> Iterator[list[FilterRecord]]:
-    """Collects a :class:`FilterRecord` for each ``cce`` call made inside, in their order."""
+    """Collects a :class:`FilterRecord` for each ``cce`` call made inside, in their order.
+
+    Not for calls in code that torch.compile took down: its graph holds the kernels alone. The recipes leave the loss
+    module out of what they compile, so it has its records.
+    """
     records: list[FilterRecord] = []
     token = _records.set(records)
     try:
