@@ -1,6 +1,7 @@
 """``impl="torch_compile"``: the reference, fused by torch.compile."""
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 
 import torch
 from torch import Tensor
@@ -10,13 +11,29 @@ from torchtune_lce.low_rank import LowRank
 from torchtune_lce.options import Options
 
 
-@cache
-def _compiled():
-    """Compiled at the first call, once a process: importing the package must not start a compiler.
+def compiled_always(function: Callable) -> Callable:
+    """The function under torch.compile, which raises where it would run a variant of it without compiling it.
 
-    As one whole, so that torch raises where it would run a variant without compiling it.
+    A variant is a dtype, a softcap, a bias or none, a frozen weight or not: torch's limit for a function, eight in a
+    process, is soon passed, so its limit for all of them together holds.
     """
-    return torch.compile(reference.token_losses, dynamic=True, fullgraph=True)
+    # As one whole, or torch would only warn.
+    compiled = torch.compile(function, dynamic=True, fullgraph=True)
+
+    @wraps(function)
+    def run(*arguments):
+        config = torch._dynamo.config
+        # By their names in torch 2.6, which later ones know too.
+        with config.patch(cache_size_limit=config.accumulated_cache_size_limit):
+            return compiled(*arguments)
+
+    return run
+
+
+@cache
+def _compiled() -> Callable:
+    """Compiled at the first call, once a process: importing the package must not start a compiler."""
+    return compiled_always(reference.token_losses)
 
 
 def token_losses(
@@ -28,12 +45,6 @@ def token_losses(
     low_rank: LowRank | None = None,
 ):
     """Same contract as :func:`torchtune_lce.reference.token_losses`; the logits are held once, in the input dtype."""
-    arguments = hidden, weight, bias, targets, options, low_rank
-    if torch.compiler.is_compiling():
-        # The caller's compiler fuses it.
-        return reference.token_losses(*arguments)
-    config = torch._dynamo.config
-    # A variant for each dtype, softcap, bias or none, frozen weight or not: eight, torch's limit for a function, are
-    # soon too few, and past them it would run uncompiled. The names are those of torch 2.6, aliases later.
-    with config.patch(cache_size_limit=config.accumulated_cache_size_limit):
-        return _compiled()(*arguments)
+    # A caller that compiles fuses it himself.
+    run = reference.token_losses if torch.compiler.is_compiling() else _compiled()
+    return run(hidden, weight, bias, targets, options, low_rank)

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from torchtune_lce.compiled import compiled_always
 from torchtune_lce.reference import accumulation_dtype
 
 
@@ -25,7 +26,7 @@ class Steps:
 def steps(fused: bool) -> Steps:
     """Compiled when first called, once a process."""
     functions = (of_rows, statistics, gradient)
-    return Steps(*(torch.compile(function, dynamic=True) if fused else function for function in functions))
+    return Steps(*(compiled_always(function) if fused else function for function in functions))
 
 
 def of_rows(
