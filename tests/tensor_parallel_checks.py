@@ -40,6 +40,8 @@ def check_vocabulary_parallel(mesh: DeviceMesh, impls: tuple[str, ...]) -> None:
         _check_far_apart(mesh)
         _check_no_labels(mesh)
         _check_token_statistics(mesh)
+        # In the interpreter the kernels take seconds for each of its cases.
+        _check_masked_rank(mesh, impls if mesh.device_type == "cuda" else ("reference", "chunked"))
         _check_autocast(mesh)
         _check_tied(mesh)
         _check_collectives(mesh)
@@ -254,6 +256,35 @@ def _check_token_statistics(mesh) -> None:
         assert torch.equal(correct, expected.correct)
         # Of equal ones the first, wherever the others are.
         assert correct[0, :4].tolist() == [True, False, False, not masked]
+
+
+def _check_masked_rank(mesh, impls: tuple[str, ...]) -> None:
+    """-inf as the bias of all rows of one rank: no share in any gradient, and an infinite loss for a target there."""
+    last = -(-RAGGED // mesh.size()) * (mesh.size() - 1)
+    for impl, target_there, smoothing in itertools.product(impls, (False, True), (0.0, 0.1)):
+        problem = _problem(bias=True)
+        problem.bias[last:] = -torch.inf
+        valid = problem.targets != -100
+        problem.targets[valid] = problem.targets[valid].clamp(max=last - 1)
+        if target_there:
+            problem.targets[0, :2] = last
+        case = f"masked rank, {impl}, target there {target_there}, label_smoothing {smoothing}"
+        settings = {"reduction": "none", "label_smoothing": smoothing}
+        expected, gradients = _expected(problem, **settings)
+        loss, model = _bound(mesh, problem, impl=impl, **settings)
+        hidden = problem.hidden.clone().requires_grad_()
+        actual = loss(hidden, problem.targets)
+        _backward(actual, problem.upstream)
+        lost = expected == torch.inf
+        # Smoothing has each token aim at the masked rows too.
+        assert lost.sum() == (valid.sum() if smoothing else 2 * target_there), case
+        assert torch.equal(actual == torch.inf, lost), case
+        torch.testing.assert_close(actual[~lost].double(), expected[~lost], rtol=2e-6, atol=0, msg=case)
+        _assert_close(hidden.grad, gradients["hidden"], f"{case}, hidden")
+        _assert_close(model.output.weight.grad, gradients["weight"], f"{case}, weight")
+        bias_gradient = model.output.bias.grad.full_tensor()
+        _assert_close(bias_gradient[:last], gradients["bias"][:last], f"{case}, bias")
+        assert bias_gradient.isfinite().all(), case
 
 
 def _check_autocast(mesh) -> None:

@@ -49,8 +49,10 @@ class VocabularyShard:
             place = place.clamp(0, self.rows - 1).where(valid, -1)
             if self.sums_hidden:
                 hidden = _SumGradients.apply(hidden, group)
+            bias, beyond = _apart_from_all_masked(bias, options)
             nll, lse, *sums = local(hidden, weight, bias, place, replace(options, ignore_index=-1))
-            return *_Merge.apply(nll, lse, valid, owned, group), *(_Sum.apply(part, group) for part in sums)
+            merged = _Merge.apply(nll + beyond, lse, valid, owned, group)
+            return *merged, *(_Sum.apply((part - beyond).where(valid, 0), group) for part in sums)
 
         return run
 
@@ -109,6 +111,19 @@ def local_rows(name: str, tensor: DTensor) -> tuple[Tensor, VocabularyShard]:
         )
     start = mesh.get_local_rank() * most
     return tensor.to_local(), VocabularyShard(mesh, start, min(most, vocabulary - start), vocabulary)
+
+
+def _apart_from_all_masked(bias: Tensor | None, options: Options) -> tuple[Tensor | None, Tensor | float]:
+    """A bias [rows] that leaves this rank some softmax, and what losses of targets here lack by it: inf, or else 0.
+
+    Where -inf masks every row here, the local softmax would be NaN, and so would the gradients by it, though its share
+    in the whole is zero. A finite bias far below all others' has the same share.
+    """
+    if bias is None or options.softcap is not None:  # a capped logit is finite
+        return bias, 0.0
+    all_masked = bias.isneginf().all()
+    # Not the least number: implementations scale logits by log2(e).
+    return bias.masked_fill(all_masked, torch.finfo(bias.dtype).min / 4), torch.where(all_masked, torch.inf, 0.0)
 
 
 class _SumGradients(torch.autograd.Function):
