@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from distributed_processes import relative_error
 from sharding_checks import check_collectives
 from tiny_models import VOCABULARY, build_model
 from torch import nn
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torchtune.modules.peft import DoRALinear, LoRALinear
 from torchtune.training import get_shard_conditions, shard_model
 
-from torchtune_lce import LinearCrossEntropyLoss
+from torchtune_lce import LinearCrossEntropyLoss, skip_output_layer
 
 RANKS = 2
 MICRO_BATCHES = 2
@@ -26,6 +27,7 @@ def check_two_processes(rank: int) -> None:
     ):
         _check_gradients(rank, head, own_group, reshard)
     _check_bound_before_sharding()
+    _check_data_parallel(rank)
     check_collectives(init_device_mesh("cpu", (RANKS,)))
 
 
@@ -107,3 +109,21 @@ def _check_bound_before_sharding() -> None:
     hidden = model(tokens)
     with pytest.raises(TypeError, match="is a DTensor .*: apply FSDP2 before set_model_output"):
         loss(hidden, targets)
+
+
+def _check_data_parallel(rank: int) -> None:
+    """DistributedDataParallel is refused; what the refusal says to do works."""
+    loss = LinearCrossEntropyLoss(impl="chunked")
+    single = build_model(tied=False)
+    loss.set_model_output(single)
+    for other in range(RANKS):
+        tokens, targets = _batches(other)[0]
+        (loss(single(tokens), targets) / RANKS).backward()
+    model = nn.parallel.DistributedDataParallel(build_model(tied=False))
+    with pytest.raises(TypeError, match="got DistributedDataParallel around one: shard it with FSDP2"):
+        loss.set_model_output(model)
+    skip_output_layer(model.module)
+    tokens, targets = _batches(rank)[0]
+    loss(model(tokens), targets, weight=model.module.output.weight).backward()
+    for (name, parameter), expected in zip(model.named_parameters(), single.parameters(), strict=True):
+        assert relative_error(parameter.grad, expected.grad) < 1e-6, name

@@ -17,6 +17,12 @@ def find_decoder(model: nn.Module) -> TransformerDecoder:
     Raises TypeError, saying what to do instead, for a model that torchtune did not build.
     """
     model = uncompiled(model)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise TypeError(
+            "model must be one that torchtune built, got DistributedDataParallel around one: shard it with FSDP2 "
+            "(torch.distributed.fsdp.fully_shard) instead, or call skip_output_layer(model.module) and the loss as "
+            "loss(hidden, targets, weight=model.module.output.weight)"
+        )
     decoder = getattr(model, "decoder", model)
     if not isinstance(decoder, TransformerDecoder):
         raise TypeError(
