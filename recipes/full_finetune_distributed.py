@@ -11,6 +11,7 @@ import sys
 from omegaconf import DictConfig
 from torchtune import config
 
+from torchtune_lce.process_group import require_launcher
 from torchtune_lce.recipe_binding import BindsLossToModel
 from torchtune_lce.stock_recipes import load_stock_recipe
 
@@ -24,6 +25,8 @@ class FullFinetuneRecipeDistributed(BindsLossToModel, stock.FullFinetuneRecipeDi
 @config.parse
 def recipe_main(cfg: DictConfig) -> None:
     """Entry point; reads the config and then the command line, as torchtune's does."""
+    # torchtune's own joins the processes itself, but asks the device for bfloat16 first.
+    require_launcher()
     config.log_config(recipe_name="FullFinetuneRecipeDistributed", cfg=cfg)
     recipe = FullFinetuneRecipeDistributed(cfg=cfg)
     recipe.setup(cfg=cfg)

@@ -1,5 +1,6 @@
 """Our distributed recipes beside torchtune's own, all really run on two processes: same losses, same checkpoints."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -26,8 +27,6 @@ from tiny_models import (
     train,
     write_chats,
 )
-
-from torchtune_lce.process_group import join_processes
 
 # Both losses sum the same float32 products in another order; over three steps up to 4e-7 was seen.
 ROUNDING = 1.5e-6
@@ -228,11 +227,25 @@ def test_launched_as_a_user_does(runs, command, recipe, method, name):
     assert runs.losses(f"launched {name}") == pytest.approx(runs.losses(name)[:1], rel=ROUNDING)
 
 
-def test_without_a_launcher_says_so(monkeypatch):
+@pytest.mark.parametrize(
+    "method",
+    [
+        FULL_DISTRIBUTED,
+        LORA_DISTRIBUTED,
+        DISTILLATION_DISTRIBUTED,
+        "qat_distributed",
+        "qat_lora_finetune_distributed",
+    ],
+)
+def test_without_a_launcher_says_so(method, monkeypatch, tmp_path):
+    """Before anything of the config is looked at."""
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "config.yaml"
+    path.write_text("device: cpu\ndtype: no such one\n")
+    monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(path)])
     with pytest.raises(RuntimeError, match="give `tune run` --nproc_per_node"):
-        join_processes(OmegaConf.create({"device": "cpu"}))
+        importlib.import_module(f"torchtune_lce.recipes.{method}").recipe_main()
 
 
 def test_a_tied_head_under_tensor_parallelism_equals_one_device(runs):
