@@ -324,6 +324,8 @@ def test_step_of_a_distillation_on_a_cpu(distillation_assets, loss):
     step = plan.step(loss, rows, sequence)
     assert step.peak == pytest.approx(measured, rel=0.1)
     assert step.peak == step.at_teacher or not ours
+    cfg.teacher_model.max_seq_len = cfg.model.max_seq_len // 2
+    assert Planner(cfg, torch.float32).max_seq_len == cfg.model.max_seq_len // 2
 
 
 def measured_peak(recipe, rows: int, sequence: int) -> int:
@@ -436,7 +438,7 @@ def test_largest_batch_and_longest_sequence_are_those_that_fit(loss):
     assert length % 256 == 0
     assert plan.step(loss, 2, length).peak <= memory < plan.step(loss, 2, length + 256).peak
     assert plan.most_rows(loss, 1024, 2**20) == 0
-    assert plan.longest(loss, 1, 2**60) == plan.decoder.max_seq_len
+    assert plan.longest(loss, 1, 2**60) == plan.max_seq_len
 
 
 # --- command line ---
@@ -549,6 +551,7 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, capsys, text, message):
         (["batch_size=abc"], "batch_size must be a whole number of at least 1, got 'abc'"),
         (["gradient_accumulation_steps=0"], "gradient_accumulation_steps must be a whole number of at least 1, got 0"),
         (["tokenizer.max_seq_len=long"], "tokenizer.max_seq_len must be a whole number of at least 1, got 'long'"),
+        (["batch_size=${rows}"], "--config: lce/llama3_2/1B_lora_single_device: Interpolation key 'rows' not found"),
         (["loss.workspace_mib=abc"], "loss.workspace_mib must be an int, got 'abc'"),
         (["model.lora_rankk=1"], "model: torchtune.models.llama3_2.lora_llama3_2_1b cannot be built: "),
         (["--losses", "all"], "--losses takes stock"),

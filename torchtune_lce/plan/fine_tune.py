@@ -1,6 +1,7 @@
 """Which configs are planned, and with which settings; every other one is refused with a sentence."""
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from torchtune_lce import config_reading, registry, validation
 from torchtune_lce.compare import runs
@@ -22,6 +23,10 @@ def check(name: str, config: DictConfig, devices: int | None) -> None:
     """
     if devices is not None and devices < 1:
         raise CommandError(f"--nproc_per_node must be at least 1, got {devices}")
+    try:
+        OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise CommandError(f"--config: {name}: {' '.join(str(error).split())}") from error
     recipe = registry.find_recipe(name)
     other = _method_of_file(config) if recipe is None else recipe.name.removeprefix("lce_")
     if other is not None and not other.startswith(_PLANNED):

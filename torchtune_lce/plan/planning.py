@@ -63,6 +63,12 @@ class Planner:
         divergence = next(kind for kind in ("Forward", "Reverse", "Symmetric") if kind in name)
         return Distillation(divergence, _head_weight(self.teacher).shape[1], workspace)
 
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens of a row that the model takes, and the teacher if there is one."""
+        models = [self.decoder] if self.teacher is None else [self.decoder, self.teacher]
+        return min(model.max_seq_len for model in models)
+
     def obstacle(self, loss: str) -> str | None:
         """Why there is no plan for this loss with such a config, or None."""
         if self.teacher is not None and loss not in PLANNED:
@@ -112,7 +118,7 @@ class Planner:
 
     def longest(self, loss: str, rows: int, memory: float) -> int:
         """The longest sequence, in steps of 256, of which so many rows fit, within the model's own limit; or 0."""
-        most = self.decoder.max_seq_len // _SEQUENCE_STEP
+        most = self.max_seq_len // _SEQUENCE_STEP
         fits = _largest(lambda steps: self.step(loss, rows, steps * _SEQUENCE_STEP).peak <= memory, most)
         return fits * _SEQUENCE_STEP
 

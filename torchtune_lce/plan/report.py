@@ -48,7 +48,7 @@ def show(
     sequence, why = _sequence(config, sequence)
     rows = config.batch_size
     planner = Planner(config, dtype, devices or 1)
-    most = planner.decoder.max_seq_len
+    most = planner.max_seq_len
     if not 1 <= sequence <= most:
         raise CommandError(f"--sequence-length must be from 1 to {most}, the model's own limit, got {sequence}")
     kinds, left_out = _planned([choice.loss for choice in choices], planner, named is not None)
@@ -147,7 +147,7 @@ def _loss_table(planner: Planner, kinds: list[str], rows: int, sequence: int, li
         cells = [_gib(step.loss.peak), f"{step.share:.0%}", _gib(step.peak)]
         if limit is not None:
             longest = planner.longest(kind, rows, limit)
-            of_the_model = " (the model's)" if longest + 256 > planner.decoder.max_seq_len else ""
+            of_the_model = " (the model's)" if longest + 256 > planner.max_seq_len else ""
             cells += [f"{planner.most_rows(kind, sequence, limit):,}", f"{longest:,}{of_the_model}"]
         grid.add_row(kind, *cells)
     return grid
