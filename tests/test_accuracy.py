@@ -142,6 +142,31 @@ def test_what_runs_on_a_cpu():
     assert unable["cce"] == "needs a CUDA card"
 
 
+def test_the_picture_tells_everything_apart(tmp_path, monkeypatch):
+    """Every name of the legend in colours of its own, its lines short enough to leave the labels legible."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure) or save(figure, path))
+    errors, filtered = Errors(1e-3, 1e-3, 1e-3), Errors(0.0, 1e-2, 1e-2)
+    names = [name for name in implementations.NAMES if name != "auto"]
+    rows = [Row("random", "bfloat16", "PyTorch", errors), Row("random", "bfloat16", "strictest filter", filtered)]
+    rows += [Row("random", "bfloat16", name, errors, errors) for name in names]
+    title = "device NVIDIA H100 80GB HBM3, " * 8 + "commit " + "0123456789" * 4
+    report.draw(rows, title, tmp_path / "x.png")
+    (figure,) = figures
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["PyTorch", "strictest filter", *names]
+    lines, dots = legend.legend_handles[:2], legend.legend_handles[2:]
+    for line, label in zip(lines, legend.get_texts(), strict=False):
+        assert line.get_window_extent().x1 < label.get_window_extent().x0
+    colours = [tuple(line.get_color()) for line in lines] + [tuple(dot.get_facecolor()[0]) for dot in dots]
+    assert len(set(colours)) == len(names) + 2
+    assert figure._suptitle.get_window_extent().x1 < figure.bbox.x1
+    assert "0123456789" * 2 not in figure._suptitle.get_text()
+
+
 def test_nan_fails():
     errors, wrong = Errors(0.0, 0.0, 0.0), Errors(0.0, 0.0, float("nan"))
     assert Row("x", "float32", "a", errors, errors).passed

@@ -1,5 +1,6 @@
 """``tune-lce`` is torchtune's command line with our names; ``tune run`` takes our recipes by path."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -172,6 +173,16 @@ def shell(folder: Path, *command: str) -> str:
     result = subprocess.run(list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
+
+
+def test_torchaos_notice_is_kept_off_the_screen_and_nothing_else(caplog):
+    command = "import torchtune_lce.cli, logging; logging.getLogger('torchao').warning('matters')"
+    told = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stderr
+    assert "matters" in told
+    assert "Skipping import" not in told
+    logging.getLogger("torchao").warning("Skipping import of cpp extensions due to incompatible torch version 1 for 2")
+    logging.getLogger("torchao").warning("Skipping import of cpp extensions due to TORCHAO_FORCE")
+    assert [record.getMessage()[-5:] for record in caplog.records] == ["FORCE"]
 
 
 def test_tune_run_takes_our_recipe_by_path_from_any_folder(tiny_config, tmp_path):

@@ -113,7 +113,7 @@ def test_a_distillation_keeps_the_options_that_its_loss_has():
 
 def test_a_loss_that_cannot_run_is_refused_and_left_out_of_the_usual_ones(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(CommandError, match="--losses: cce needs a CUDA card, hidden is on cpu; take 'chunked'"):
+    with pytest.raises(CommandError, match="--losses: cce needs a CUDA card, not cpu; take 'chunked'"):
         losses.select("stock,cce", "cpu", torch.float32)
     usual = [choice.name for choice in losses.select(None, "cpu", torch.float32)]
     assert usual == ["stock", "chunked", "torch_compile"]
@@ -551,6 +551,15 @@ def test_exit_status_and_files(tmp_path, monkeypatch, capsys, status, code):
     assert [row["status"] for row in written["rows"]] == ["ok", status]
     assert written["about"]["overrides"] == ["device=cpu", "dtype=fp32"]
     assert (tmp_path / "out" / session.PICTURE).exists()
+    document = (tmp_path / "out" / session.TABLE).read_text()
+    for line in (f"torch {torch.__version__}", "`tune-lce ", "| loss | tokens/s | spread |", "within a run"):
+        assert line in document
+    if commit := written["about"]["commit"]:
+        assert f"commit {commit}" in document
+    (last,) = (line for line in document.splitlines() if line.startswith("| chunked |"))
+    assert ("| 2.0000 |" in last) == (status == "ok")
+    assert (f"| {status} |" in last) == (status != "ok")
+    assert {line.count("|") for line in document.splitlines() if line.startswith("|")} == {10}
 
 
 @pytest.mark.slow

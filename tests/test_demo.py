@@ -285,7 +285,7 @@ def demo(*arguments):
 def test_cce_without_a_card_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET")
     assert demo("--impl", "cce", "--output", str(tmp_path / "demo")) == 2
-    assert "--impl: impl='cce' needs a CUDA card, hidden is on cpu; set impl='chunked'" in capsys.readouterr().err
+    assert "--impl: impl='cce' needs a CUDA card, not cpu; set impl='chunked'" in capsys.readouterr().err
     assert not (tmp_path / "demo").exists()
 
 

@@ -90,7 +90,7 @@ except RuntimeError as error:
         timeout=120,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("impl='cce' needs a CUDA card, hidden is on cpu; set impl='chunked'")
+    assert run.stdout.startswith("impl='cce' needs a CUDA card, not cpu; set impl='chunked'")
 
 
 def needed(system: dict[str, str]) -> set[str]:

@@ -107,10 +107,10 @@ def test_public_function_says_it(caplog):
 
 # Where, and what stands in the way of the Triton kernels there.
 OBSTACLES = {
-    "cpu": (CPU, torch.float32, {}, "needs a CUDA card, hidden is on cpu"),
+    "cpu": (CPU, torch.float32, {}, "needs a CUDA card, not cpu"),
     "cpu-interpreter-bf16": (CPU, torch.bfloat16, {"interpret": True}, "cannot take bfloat16 in Triton's interpreter"),
     "cpu-interpreter-float64": (CPU, torch.float64, {"interpret": True}, "does not take float64"),
-    "mps": (MPS, torch.float16, {}, "needs a CUDA card, hidden is on mps"),
+    "mps": (MPS, torch.float16, {}, "needs a CUDA card, not mps"),
     "no-triton": (
         CUDA,
         torch.bfloat16,

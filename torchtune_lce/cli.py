@@ -1,8 +1,19 @@
 """``tune-lce``: torchtune's command line, which also knows this package's recipes and configs by name."""
 
+# ruff: noqa: E402
 import argparse
+import logging
 import re
 from collections.abc import Callable
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    """False for torchao's notice, at every command, that its C++ extensions were built for another torch."""
+    return not record.getMessage().startswith("Skipping import of cpp extensions due to incompatible torch version")
+
+
+# Before torchtune, which imports torchao.
+logging.getLogger("torchao").addFilter(_matters)
 
 from torchtune._cli.tune import TuneCLIParser
 

@@ -129,14 +129,12 @@ def obstacle(impl: str, device: torch.device, dtype: torch.dtype, beyond: str | 
         return "does not take float64; set impl='chunked', 'torch_compile' or 'reference'"
     if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
-            return (
-                "needs a CUDA card, hidden is on cpu; set impl='chunked' (TRITON_INTERPRET=1 runs it slowly, for tests)"
-            )
+            return "needs a CUDA card, not cpu; set impl='chunked' (TRITON_INTERPRET=1 runs it slowly, for tests)"
         if dtype == torch.bfloat16:
             return "cannot take bfloat16 in Triton's interpreter, whose bfloat16 products are wrong; set impl='chunked'"
         return None
     if device.type != "cuda":
-        return f"needs a CUDA card, hidden is on {device.type}; set impl='chunked'"
+        return f"needs a CUDA card, not {device.type}; set impl='chunked'"
     if torch.version.hip:
         return "has not been run on ROCm; set impl='torch_compile' or 'chunked'"
     capability = torch.cuda.get_device_capability(device)

@@ -1,12 +1,16 @@
 """What ``tune-lce accuracy`` prints and leaves behind: a Markdown table and a picture."""
 
 import math
+import re
+import textwrap
 from pathlib import Path
 
 from torchtune_lce.accuracy.measure import QUANTITIES, Row
 
 _HEADINGS = {"loss": "losses", "hidden": "gradient of hidden", "weight": "gradient of weight"}
-_LEAST = 1e-17  # has a place on a logarithmic axis
+# Lines for what the implementations are measured by, dots in colours of their own for those.
+_LINES = (("black", "solid"), ("0.55", "dashed"))
+_DOT_DISTANCE = 0.055
 
 
 def table(rows: list[Row]) -> list[str]:
@@ -48,16 +52,25 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
 
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
     kinds = list(dict.fromkeys(row.data for row in rows))
-    names = list(dict.fromkeys(row.name for row in rows))
+    yardsticks = list(dict.fromkeys(row.name for row in rows if row.allowed is None))
+    names = list(dict.fromkeys(row.name for row in rows if row.allowed is not None))
     # Without pyplot: no display is touched and no global state stays behind.
     figure = Figure(figsize=(13, 1 + 3 * len(dtypes)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=8, x=0.01, ha="left")
+    short = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28}\b", r"\1", title)  # a commit
+    figure.suptitle(textwrap.fill(short, 170), fontsize=8, x=0.01, ha="left")
     grid = figure.subplots(len(dtypes), len(QUANTITIES), squeeze=False)
     for dtype, axes in zip(dtypes, grid, strict=True):
         for quantity, axis in zip(QUANTITIES, axes, strict=True):
+            for index, name in enumerate(yardsticks):
+                places, heights = _points(rows, dtype, name, kinds, quantity)
+                colour, style = _LINES[index]
+                left, right = [place - 0.33 for place in places], [place + 0.33 for place in places]
+                axis.hlines(heights, left, right, color=colour, linestyle=style, label=name, zorder=1)
             for index, name in enumerate(names):
-                _draw_one(axis, [row for row in rows if (row.dtype, row.name) == (dtype, name)], kinds, quantity, index)
+                places, heights = _points(rows, dtype, name, kinds, quantity)
+                places = [place + _DOT_DISTANCE * (index - (len(names) - 1) / 2) for place in places]
+                axis.scatter(places, heights, s=22, color=f"C{index}", label=name, zorder=2)
             axis.set_yscale("log")
             axis.set_xticks(range(len(kinds)), kinds)
             axis.set_xlim(-0.5, len(kinds) - 0.5)
@@ -70,16 +83,8 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
     figure.savefig(path)
 
 
-def _draw_one(axis, rows: list[Row], kinds: list[str], quantity: str, index: int) -> None:
-    """One implementation: a dash for PyTorch, else a dot beside those of the others."""
-    values = {row.data: getattr(row.errors, quantity) for row in rows}
-    if not values:
-        return
-    name = rows[0].name
-    places = [kinds.index(kind) for kind in values]
-    heights = [max(value, _LEAST) if math.isfinite(value) else math.nan for value in values.values()]
-    if rows[0].allowed is None:
-        axis.scatter(places, heights, marker="_", s=2500, linewidth=2, color=f"C{index}", label=name, zorder=1)
-    else:
-        shifted = [place - 0.2 + 0.05 * index for place in places]
-        axis.scatter(shifted, heights, s=22, color=f"C{index}", label=name, zorder=2)
+def _points(rows: list[Row], dtype: str, name: str, kinds: list[str], quantity: str) -> tuple[list[int], list[float]]:
+    """Places and heights of one name's errors; no height where there is none on a logarithmic axis."""
+    found = {row.data: getattr(row.errors, quantity) for row in rows if (row.dtype, row.name) == (dtype, name)}
+    heights = [value if math.isfinite(value) and value > 0 else math.nan for value in found.values()]
+    return [kinds.index(kind) for kind in found], heights

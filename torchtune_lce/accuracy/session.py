@@ -25,9 +25,8 @@ def examine(output: Path, command: str, device: torch.device | None = None, shap
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     output = output_folder.claim(output, MARKER, "an earlier report's")
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    setting = environment.describe(device)
     about = [
-        ", ".join(f"{name} {value}" for name, value in setting.items() if value),
+        environment.in_words(environment.describe(device)),
         f"`{command}`, {shape.tokens} tokens, {shape.hidden} features, {shape.vocab:,} entries.",
     ]
     console.print("\n".join(about))

@@ -28,6 +28,11 @@ def describe(device: torch.device) -> dict[str, str | None]:
     }
 
 
+def in_words(setting: dict[str, str | None]) -> str:
+    """What :func:`describe` found, in one line."""
+    return ", ".join(f"{name} {value}" for name, value in setting.items() if value)
+
+
 def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)

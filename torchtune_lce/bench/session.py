@@ -54,7 +54,7 @@ def bench(plan: Plan) -> bool:
     console = _console()
     plan.output.mkdir(parents=True, exist_ok=True)
     setting = environment.describe(plan.device)
-    console.print(", ".join(f"{name} {value}" for name, value in setting.items() if value))
+    console.print(environment.in_words(setting))
     candidates = _able(console, plan)
     results = {**setting, "command": plan.command, "dtype": _name(plan.dtype), "flops": FLOPS_FORMULA}
     results |= {"data": [], "floors": [], "cases": []}

@@ -56,7 +56,7 @@ class LossChoice:
 def parse(text: str) -> list[LossChoice]:
     """``stock,stock@2,cce_compiled`` and the like; raises CommandError for an unknown name, or one that comes twice."""
     choices = []
-    for name in text.split(","):
+    for name in map(str.strip, text.split(",")):
         loss, marked, seed = name.partition(SEED)
         kind = loss.removesuffix(COMPILED)
         if kind not in KINDS or (marked and not seed.isdecimal()):

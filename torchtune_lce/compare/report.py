@@ -65,12 +65,12 @@ def rows(outcomes: dict[str, Outcome]) -> list[dict]:
     return found
 
 
-def table(outcomes: dict[str, Outcome], on_card: bool) -> Table:
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    grid.add_column("loss", no_wrap=True)
+def cells(outcomes: dict[str, Outcome], on_card: bool) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a line of text for each loss; one that has no result has its status alone beside its name."""
     told = any(outcome.result and outcome.result.kept_fraction is not None for outcome in outcomes.values())
     memory = ("peak GiB\nallocated", "peak GiB\nreserved") if on_card else ("peak GiB\nresident",)
-    for heading in (
+    headings = [
+        "loss",
         "tokens/s",
         "spread",
         "speed\nx first",
@@ -80,27 +80,62 @@ def table(outcomes: dict[str, Outcome], on_card: bool) -> Table:
         "mean of\nlast tenth",
         "largest\ndifference",
         *(("tiles\nkept",) if told else ()),
-    ):
-        grid.add_column(heading, justify="right", no_wrap=True)
+    ]
+    lines = []
     for row in rows(outcomes):
         if row["status"] != OK:
-            grid.add_row(row["loss"], row["status"])
+            lines.append([row["loss"], row["status"]])
             continue
         reserved = (_gib(row["peak_reserved_bytes"]),) if on_card else ()
-        grid.add_row(
-            row["loss"],
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['tokens_per_second_spread']:,.0f}",
-            _number(row["speed_to_first"], ".2f"),
-            _gib(row["peak_allocated_bytes"]),
-            *reserved,
-            _number(row["memory_to_first"], ".2f"),
-            f"{row['final_loss']:.4f}",
-            f"{row['mean_loss_of_last_tenth']:.4f}",
-            _number(row["largest_difference"], ".1e"),
-            *((_number(row["kept_fraction"], ".3f"),) if told else ()),
+        lines.append(
+            [
+                row["loss"],
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['tokens_per_second_spread']:,.0f}",
+                _number(row["speed_to_first"], ".2f"),
+                _gib(row["peak_allocated_bytes"]),
+                *reserved,
+                _number(row["memory_to_first"], ".2f"),
+                f"{row['final_loss']:.4f}",
+                f"{row['mean_loss_of_last_tenth']:.4f}",
+                _number(row["largest_difference"], ".1e"),
+                *((_number(row["kept_fraction"], ".3f"),) if told else ()),
+            ]
         )
+    return headings, lines
+
+
+def table(outcomes: dict[str, Outcome], on_card: bool) -> Table:
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    (loss, *numbers), lines = cells(outcomes, on_card)
+    grid.add_column(loss, no_wrap=True)
+    for heading in numbers:
+        grid.add_column(heading, justify="right", no_wrap=True)
+    for line in lines:
+        grid.add_row(*line)
     return grid
+
+
+def notes(outcomes: dict[str, Outcome], runs_at_once: int) -> list[str]:
+    """What the table's figures are, and how far apart seeds are."""
+    said = [
+        "tokens/s: tokens with a label, of one device, median without the warm-up; spread: interquartile range of the "
+        "steps, the scatter within a run, not between runs."
+    ]
+    if runs_at_once > 1:
+        said.append(f"{runs_at_once} runs at once: not a speed to compare.")
+    for loss, (lowest, highest) in seed_spread(outcomes).items():
+        said.append(f"{loss}, by its seeds: mean of last tenth from {lowest:.4f} to {highest:.4f}")
+    return said
+
+
+def document(outcomes: dict[str, Outcome], about: list[str], on_card: bool, runs_at_once: int) -> str:
+    """Markdown: ``about`` says what was compared and on what, the command and the commit among it."""
+    headings, lines = cells(outcomes, on_card)
+    padded = [line + [""] * (len(headings) - len(line)) for line in lines]
+    grid = [[heading.replace("\n", " ") for heading in headings], ["---"] + ["---:"] * (len(headings) - 1), *padded]
+    written = [f"| {' | '.join(line)} |" for line in grid]
+    return "\n\n".join(["# Comparison", *about, "\n".join(written), *notes(outcomes, runs_at_once)]) + "\n"
 
 
 def _ratio(value: int | None, other: int | None) -> float | None:

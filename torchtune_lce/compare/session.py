@@ -25,7 +25,8 @@ from torchtune_lce.errors import CommandError
 from torchtune_lce.model_output import find_decoder
 from torchtune_lce.random_weights import meta_model
 
-MARKER, DATA, RESULTS, PICTURE = ".tune-lce-compare", "data", "compare.json", "compare.png"
+MARKER, DATA = ".tune-lce-compare", "data"
+RESULTS, TABLE, PICTURE = "compare.json", "compare.md", "compare.png"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def compare(settings: Settings) -> bool:
     output = output_folder.claim(settings.output, MARKER, "an earlier comparison's")
     console = Console(highlight=False, markup=False, soft_wrap=True)
     about = environment.describe(torch.device(config.device))
-    console.print(", ".join(f"{name} {value}" for name, value in about.items() if value))
+    console.print(environment.in_words(about))
     console.print(f"{settings.config}, {recipe}; everything is written to {output}")
     if settings.demo_data:
         config = with_demo_data(console, settings, config, output)
@@ -94,13 +95,9 @@ def compare(settings: Settings) -> bool:
     ahead = on_card and settings.jobs == 1
     run_all(console, waiting, settings.jobs, settings.fresh, ahead, on_outcome)
     show(console, report.table(outcomes, on_card))
-    console.print(
-        "tokens/s: tokens with a label, of one device, median without the warm-up; spread: interquartile range."
-        + f" {settings.jobs} runs at once: not a speed to compare." * (settings.jobs > 1)
-    )
-    for loss, (lowest, highest) in report.seed_spread(outcomes).items():
-        console.print(f"{loss}, by its seeds: mean of last tenth from {lowest:.4f} to {highest:.4f}")
-    console.print(f"Written: {output / RESULTS}, {output / PICTURE}")
+    for note in report.notes(outcomes, settings.jobs):
+        console.print(note)
+    console.print(f"Written: {output / RESULTS}, {output / TABLE}, {output / PICTURE}")
     return all(outcome.status in (OK, OUT_OF_MEMORY) for outcome in outcomes.values())
 
 
@@ -217,5 +214,13 @@ def write(
         "demo_data_sequence": settings.sequence if settings.demo_data else None,
     }
     report.write_json(outcomes, {"about": document}, output / RESULTS)
+    said = [
+        environment.in_words(about),
+        f"`{settings.command}`",
+        f"{recipe}, {settings.devices or 1} device(s), batch {config.batch_size} x "
+        f"{document['gradient_accumulation_steps']}, {config.dtype}, {settings.steps} steps, the first "
+        f"{settings.warmup} of them warm-up.",
+    ]
+    (output / TABLE).write_text(report.document(outcomes, said, on_card, settings.jobs), encoding="utf-8")
     title = f"{settings.config}, {recipe}, {about['device']}, batch {config.batch_size}, {config.dtype}"
     report.draw(outcomes, title, on_card, output / PICTURE)
