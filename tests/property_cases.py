@@ -73,11 +73,15 @@ def calls(draw, impl: str, device: torch.device) -> Call:
     width = draw(st.sampled_from((17, 33, 1)) | st.integers(1, 37))
     ignore_index = draw(st.sampled_from((-100, -1, 0, vocabulary - 1, vocabulary, 2**31 - 1)))
     softcap = draw(st.none() | st.floats(0.3, 60))
+    smoothing = draw(st.sampled_from((0.0, 0.0, 0.1, 1.0)))
     chosen = Settings(
         ignore_index=ignore_index,
         reduction=draw(st.sampled_from(("mean", "sum", "none"))),
         softcap=softcap,
         shift=draw(st.sampled_from((0, 0, 1, 2, 9))) if tokens else 0,
+        z_loss=draw(st.sampled_from((0.0, 0.0, 1e-3, 0.2))),
+        # The kernels refuse it with a softcap.
+        label_smoothing=0.0 if softcap is not None and impl.startswith("cce") else smoothing,
     )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
 

@@ -84,6 +84,15 @@ BEYOND_KERNELS = {"smoothed and capped": {"label_smoothing": 0.2, "softcap": 1.5
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 def test_loss_and_gradients_are_torchtunes(impl, kind, dropout, case):
+    assert_torchtunes(impl, kind, dropout, case)
+
+
+def test_compiled_they_are_too():
+    """The case that has most of it: what torch.compile compiles is the reference, of which LoRA is a part of DoRA."""
+    assert_torchtunes("torch_compile", "DoRA", 0.4, "smoothed and capped")
+
+
+def assert_torchtunes(impl, kind, dropout, case):
     """In float64, with the dropout of the same seed; every other case with a frozen base, as recipes have it."""
     frozen = case in ("plain", "z-loss")
     output = make_output(kind, dropout=dropout, use_bias=not frozen).double()

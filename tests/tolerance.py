@@ -20,6 +20,8 @@ class Settings:
     reduction: str = "mean"
     softcap: float | None = None
     shift: int = 0
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,13 @@ class Plain:
     results: dict[str, Tensor]  # loss, lse, and gradients by the name of their input
     logits: Tensor  # [M, V], before the softcap
     d_logits: Tensor  # [M, V], gradient by them
-    d_nll: Tensor  # [M], gradient by a token's loss
+    d_nll: Tensor  # [M], gradient by a token's cross-entropy
     d_lse: Tensor  # [M]
+    d_sum: Tensor  # [M], by the sum of its logits
+    d_token: Tensor  # [M], by its loss, which is made of these three
     hidden: Tensor  # [M, D]
     nll: Tensor  # [M]
+    token_losses: Tensor  # [M]
     labels: Tensor  # [M]
     rows: Tensor  # [M], where these tokens stand in the flattened hidden
 
@@ -70,15 +75,18 @@ def plain_torch(
     capped = logits if settings.softcap is None else settings.softcap * torch.tanh(logits / settings.softcap)
     nll = F.cross_entropy(capped, labels, ignore_index=settings.ignore_index, reduction="none")
     lse = capped.logsumexp(-1).masked_fill(labels == settings.ignore_index, 0)
-    for tensor in (logits, nll, lse):
+    logit_sum = capped.sum(-1).masked_fill(labels == settings.ignore_index, 0)
+    smoothing = settings.label_smoothing
+    losses = (1 - smoothing) * nll + smoothing * (lse - logit_sum / logits.shape[1]) + settings.z_loss * lse.square()
+    for tensor in (logits, nll, lse, logit_sum, losses):
         tensor.retain_grad()
 
     lost = (targets.shape[-1] - shape[-1], 0) if settings.shift else ()
     results = {
         "loss": {
-            "none": F.pad(nll.reshape(shape), lost),
-            "sum": nll.sum(),
-            "mean": nll.sum() / (labels != settings.ignore_index).sum().clamp(min=1),
+            "none": F.pad(losses.reshape(shape), lost),
+            "sum": losses.sum(),
+            "mean": losses.sum() / (labels != settings.ignore_index).sum().clamp(min=1),
         }[settings.reduction],
         "lse": F.pad(lse.reshape(shape), lost),
     }
@@ -86,9 +94,10 @@ def plain_torch(
     torch.autograd.backward([result for result, _ in pulled], [g.to(result.dtype) for result, g in pulled])
     # Not every leaf is reached: an upstream of zeros for a result without tokens reaches none.
     grads = {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in leaves.items()}
-    d_logits, d_nll, d_lse = (torch.zeros_like(x) if x.grad is None else x.grad for x in (logits, nll, lse))
+    by_tensor = (torch.zeros_like(x) if x.grad is None else x.grad for x in (logits, nll, lse, logit_sum, losses))
     results = {name: result.detach() for name, result in results.items()} | grads
-    return Plain(results, logits.detach(), d_logits, d_nll, d_lse, states.detach(), nll.detach(), labels, rows)
+    values = states.detach(), nll.detach(), losses.detach()
+    return Plain(results, logits.detach(), *by_tensor, *values, labels, rows)
 
 
 def allowances(
@@ -135,15 +144,23 @@ def allowances(
     error += eps * exact.d_nll.abs()[:, None] * F.one_hot(target[:, 0], capped.shape[1]) * slope
     # Where the softcap is saturated the slope itself is rounding noise.
     before_slope = softmax * d_softmax + exact.d_nll.abs()[:, None] * F.one_hot(target[:, 0], capped.shape[1])
-    error += before_slope * d_slope
+    uniform = exact.d_sum.abs()[:, None]
+    error += (before_slope + uniform) * d_slope
+    # A log-sum-exp's gradient, which the z-loss makes of it, and the sum of those that belong to the softmax.
+    z_gradient = 2 * settings.z_loss * exact.d_token.abs()
+    d_lse_rounded = d_lse + by_rounded[:, 0]
+    parts = z_gradient * d_lse_rounded + 4 * eps * (exact.d_nll.abs() + exact.d_lse.abs() + z_gradient)
+    error += softmax * slope * parts[:, None] + 4 * eps * slope * uniform
 
     dropped = torch.zeros_like(softmax)
     if filter_eps is not None:
         # The implementation compares its own rounded softmax.
         dropped = (softmax * d_softmax * slope).where(softmax < filter_eps * (1 + 2**-8), 0)
     tokens, vocabulary = softmax.shape
-    by_hidden = error + sum_error(vocabulary, wide) * exact.d_logits.abs() + (dropped if "hidden" in filtered else 0)
-    by_weight = error + sum_error(tokens, wide) * exact.d_logits.abs() + (dropped if "weight" in filtered else 0)
+    # The uniform part may be summed on its own.
+    summed = exact.d_logits.abs() + uniform * slope
+    by_hidden = error + sum_error(vocabulary, wide) * summed + (dropped if "hidden" in filtered else 0)
+    by_weight = error + sum_error(tokens, wide) * summed + (dropped if "weight" in filtered else 0)
     # Rounded to the inputs' dtype for the product, and a piece of the sum rounded to it once more.
     twice = 2**0.5 * rounding(exact.d_logits, dtype)
     # In place of what is dropped comes as much of the dropped rows' mean, which may point elsewhere, and which is told
@@ -155,14 +172,30 @@ def allowances(
         "weight": by_weight.T @ hidden + independent_errors(twice.T, hidden),
         "bias": by_weight.sum(0) + independent_errors(twice.T, torch.ones_like(hidden[:, :1]))[:, 0],
     }
+    if settings.label_smoothing:
+        # Rounded on its own too, and so is what it is added to.
+        parts = {
+            "hidden": uniform * weight.sum(0),
+            "weight": (uniform * hidden).sum(0),
+            "bias": uniform.sum(),
+        }
+        bounds = {name: bound + 2 * rounding(parts[name], dtype) for name, bound in bounds.items()}
     bounds["hidden"] = _scatter(bounds["hidden"], exact.rows, exact.results["hidden"])
     for name in exact.results.keys() & bounds.keys():
         bounds[name] = bounds[name] + rounding(exact.results[name], dtype)
     d_nll = d_nll + moved.gather(-1, target)[:, 0]
-    total = d_nll.sum() + sum_error(tokens, wide) * exact.nll.abs().sum()
+    d_loss = d_nll
+    if settings.label_smoothing or settings.z_loss:
+        lse = capped.logsumexp(-1).abs()
+        d_sum = (d_logit + rounded + sum_error(vocabulary, wide) * magnitude).sum(-1)
+        share, z_loss = settings.label_smoothing, settings.z_loss
+        d_loss = (1 - share) * d_nll + share * (d_lse_rounded + d_sum / vocabulary) + 2 * z_loss * lse * d_lse_rounded
+        size = exact.nll.abs() + lse + share * capped.mean(-1).abs() + z_loss * lse.square()
+        d_loss = d_loss + 4 * eps * size
+    total = d_loss.sum() + sum_error(tokens, wide) * exact.token_losses.abs().sum()
     kept = (exact.labels != settings.ignore_index).sum().clamp(min=1)
     shift = min(settings.shift, exact.results["lse"].shape[-1]) if exact.results["lse"].ndim else 0
-    per_token = {"none": _at_targets(d_nll, exact, shift), "sum": total, "mean": total / kept}
+    per_token = {"none": _at_targets(d_loss, exact, shift), "sum": total, "mean": total / kept}
     bounds["loss"] = per_token[settings.reduction]
     bounds["lse"] = _at_targets(d_lse + by_rounded[:, 0], exact, shift)
     return bounds
