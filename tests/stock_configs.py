@@ -1,12 +1,13 @@
 """Every config of the installed torchtune that trains with cross-entropy, and the output projection of its model.
 
-    python tests/stock_configs.py     writes docs/models.md
+    python tests/stock_configs.py     writes docs/models.md and the table in README.md
 
 Models are built as torchtune's recipes build them, but on the meta device: no data, no memory.
 """
 
 import json
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -32,11 +33,42 @@ from vision_models import import_vision_models
 
 FOLDER = Path(torchtune.__file__).parent.parent / "recipes" / "configs"
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+README = Path(__file__).parent.parent / "README.md"
+# Between these stands the README's table.
+MARKS = "<!-- which models -->\n", "<!-- end -->\n"
 RECIPES = Path(__file__).parent.parent / "recipes"
 OVERRIDE = "loss=torchtune_lce.LinearCrossEntropyLoss"
+KD_OVERRIDE = "kd_loss=torchtune_lce.LinearForwardKLLoss"
 STOCK_LOSS = "torchtune.modules.loss.CEWithChunkedOutputLoss"
 # By its own header; torchtune's list of configs leaves it out.
 UNLISTED = {"dev/8B_full_experimental": "full_finetune_distributed"}
+# Rows of the README's table, by the packages of torchtune.models.
+FAMILIES = {
+    "llama2": "Llama 2, Code Llama",
+    "code_llama2": "Llama 2, Code Llama",
+    "llama3": "Llama 3, 3.1, 3.2, 3.3",
+    "llama3_1": "Llama 3, 3.1, 3.2, 3.3",
+    "llama3_2": "Llama 3, 3.1, 3.2, 3.3",
+    "llama3_3": "Llama 3, 3.1, 3.2, 3.3",
+    "llama3_2_vision": "Llama 3.2 Vision",
+    "gemma": "Gemma, Gemma 2",
+    "gemma2": "Gemma, Gemma 2",
+    "mistral": "Mistral",
+    "phi3": "Phi 3, Phi 4",
+    "phi4": "Phi 3, Phi 4",
+    "qwen2": "Qwen 2, Qwen 2.5",
+    "qwen2_5": "Qwen 2, Qwen 2.5",
+}
+# Its columns: what begins a config's method, the first that does; else its recipe tells.
+METHODS = {
+    "full": "full",
+    "lora": "LoRA",
+    "qlora": "QLoRA",
+    "dora": "DoRA, QDoRA",
+    "qdora": "DoRA, QDoRA",
+    "qat_full": "QAT",
+    "qat_lora": "QAT with LoRA †",
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +88,21 @@ class Subject:
     @property
     def method(self) -> str:
         return self.config.partition("/")[2].partition("_")[2]
+
+    @property
+    def family(self) -> str:
+        return FAMILIES[written(self.config)["model"]["_component_"].split(".")[2]]
+
+    @property
+    def distils(self) -> bool:
+        return "knowledge" in self.recipe
+
+    @property
+    def kind(self) -> str:
+        """Column of the README's table."""
+        if self.distils:
+            return "distillation"
+        return next(kind for start, kind in METHODS.items() if self.method.startswith(start))
 
     @property
     def has_our_recipe(self) -> bool:
@@ -98,8 +145,9 @@ def written(config: str) -> dict:
 
 
 def load(subject: Subject) -> DictConfig:
-    """Its config with the loss overridden as on the command line."""
-    return _merge_yaml_and_cli_args(Namespace(**written(subject.config)), [OVERRIDE])
+    """Its config with the loss overridden as on the command line, both losses where it distils."""
+    overrides = [OVERRIDE, KD_OVERRIDE] if subject.distils else [OVERRIDE]
+    return _merge_yaml_and_cli_args(Namespace(**written(subject.config)), overrides)
 
 
 def build(subject: Subject) -> nn.Module:
@@ -180,7 +228,7 @@ def page(table: dict[Subject, Head]) -> str:
     """docs/models.md."""
     projections, distillations = {}, []
     for subject, head in sorted(table.items(), key=lambda item: item[0].config):
-        if "knowledge" not in subject.recipe:
+        if not subject.distils:
             shape = f"{head.rows} × {head.width}, {'tied' if head.tied else 'its own'}"
             methods = projections.setdefault((subject.model, shape), {"whole": [], "adapters": [], "nothing": []})
             methods[head.trained].append(_cell(subject))
@@ -192,6 +240,7 @@ def page(table: dict[Subject, Head]) -> str:
         count=len({subject.config for subject in table}),
         version=version("torchtune"),
         override=OVERRIDE,
+        kd_override=KD_OVERRIDE,
         models="\n".join(
             _row(model, shape, *(", ".join(names) for names in methods.values()))
             for (model, shape), methods in sorted(projections.items())
@@ -218,10 +267,16 @@ name as torchtune's, by `tune run torchtune_lce/recipes/<recipe>.py` or `tune-lc
 
 `qat_full` rounds the head as torchtune does: hidden states to 8 bits, the weight to 4. All others leave it as it is.
 
+† The recipe of these configs needs torchao 0.11 or older with torchtune 0.6.1, whose LoRA layer for it does not know
+what newer ones call their settings. Our recipe then raises a RuntimeError that says so, before anything is loaded;
+torchtune's own fails on an AssertionError without a message, once its checkpoint is loaded. Here the models were built
+and bound without the recipe.
+
 ## Distillation
 
-Both models bind; the student is trained with LoRA and its head is frozen. These recipes need two overrides, the one
-above and `kd_loss=torchtune_lce.LinearForwardKLLoss`.
+These recipes need two overrides, the one above and `{kd_override}`. Both losses were
+bound to both models as our recipe binds them, and called: each model returned hidden states, the loss had a gradient by
+the student's, and no head got one. The student is trained with LoRA, its head frozen; the teacher is not trained.
 
 | Config | Student's projection | Teacher's |
 |---|---|---|
@@ -234,8 +289,29 @@ def _row(*cells: str) -> str:
 
 
 def _cell(subject: Subject) -> str:
-    return subject.method + ("" if subject.has_our_recipe else " *")
+    dagger = " †" if subject.method == "qat_lora" else ""
+    return subject.method + dagger + ("" if subject.has_our_recipe else " *")
+
+
+def table() -> str:
+    """The README's: how many configs there are of each family and method."""
+    found = [subject for subject in subjects() if subject.part == "model"]
+    counts = Counter((subject.family, subject.kind) for subject in found)
+    kinds = [*dict.fromkeys(METHODS.values()), "distillation"]
+    families = dict.fromkeys(FAMILIES.values())
+    rows = [_row(family, *(str(counts[family, kind] or "") for kind in kinds)) for family in families]
+    assert counts.total() == len(found)
+    return "\n".join([_row("", *kinds), _row("---", *["---:"] * len(kinds)), *rows, ""])
+
+
+def readme_table() -> str:
+    """What stands in its place in README.md now."""
+    start, end = MARKS
+    return README.read_text(encoding="utf-8").partition(start)[2].partition(end)[0]
 
 
 if __name__ == "__main__":
     PAGE.write_text(page({subject: described(model) for subject, model in models()}))
+    start, end = MARKS
+    written_now = README.read_text(encoding="utf-8")
+    README.write_text(written_now.replace(f"{start}{readme_table()}{end}", f"{start}{table()}{end}"), encoding="utf-8")

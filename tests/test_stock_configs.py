@@ -2,7 +2,7 @@
 
 import re
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import pytest
@@ -21,7 +21,9 @@ from stock_configs import (
     load,
     models,
     page,
+    readme_table,
     subjects,
+    table,
     written,
 )
 from torch import Tensor, nn
@@ -29,7 +31,7 @@ from torchtune import config
 from torchtune._recipe_registry import get_all_recipes
 from torchtune.config._utils import _merge_yaml_and_cli_args
 
-from torchtune_lce import LinearCrossEntropyLoss
+from torchtune_lce import LinearCrossEntropyLoss, LinearForwardKLLoss
 
 RECIPES = {
     "lora_finetune_single_device": 41,
@@ -90,15 +92,70 @@ def bind(model: nn.Module) -> Bound:
     )
 
 
+@dataclass
+class Distilled:
+    """What happened when two losses took two models, the student's first."""
+
+    outputs: tuple[torch.Size, torch.Size]
+    loss: Tensor
+    gradient: torch.Size
+    heads_with_gradient: int
+    released: tuple[torch.Size, torch.Size]
+
+
+def distil(subject: Subject, student: nn.Module, teacher: nn.Module) -> Distilled:
+    """The two losses of its config, bound and called as the recipe does."""
+    cfg = load(subject)
+    loss, kd_loss = config.instantiate(cfg.loss), config.instantiate(cfg.kd_loss)
+    assert type(loss) is LinearCrossEntropyLoss
+    assert type(kd_loss) is LinearForwardKLLoss
+    decoders = [decoder_of(model) for model in (student, teacher)]
+    hidden, teacher_hidden = (
+        torch.empty(1, 4, next(decoder.norm.parameters()).shape[0], dtype=torch.bfloat16, device="meta")
+        for decoder in decoders
+    )
+    hidden.requires_grad_()
+    labels = torch.empty(1, 4, dtype=torch.int64, device="meta")
+    loss.set_model_output(student)
+    kd_loss.set_model_output(student)
+    kd_loss.set_teacher_output(teacher)
+    outputs = decoders[0].unembed(hidden), decoders[1].unembed(teacher_hidden)
+    mixed = kd_loss(*outputs, labels) + loss(outputs[0], labels)
+    mixed.backward()
+    kd_loss.release()
+    loss.release()
+    heads = [
+        part for decoder in decoders for part in (decoder.tok_embeddings, decoder.output) if isinstance(part, nn.Module)
+    ]
+    return Distilled(
+        outputs=tuple(output.shape for output in outputs),
+        loss=mixed.detach(),
+        gradient=hidden.grad.shape,
+        heads_with_gradient=sum(p.grad is not None for head in heads for p in head.parameters()),
+        released=(decoders[0].unembed(hidden).shape, decoders[1].unembed(teacher_hidden).shape),
+    )
+
+
 @pytest.fixture(scope="module")
-def bound() -> dict[Subject, Bound]:
-    results = {}
-    found = {}
+def everything() -> tuple[dict[Subject, Bound], dict[str, Distilled]]:
+    """Of each subject, and of each config that distils."""
+    results, found, pairs = {}, {}, {}
     for subject, model in models():
         if id(model) not in results:
             results = {id(model): bind(model)}
         found[subject] = results[id(model)]
-    return found
+        if subject.distils:
+            pairs.setdefault(subject.config, {})[subject] = model
+    distilled = {}
+    for name, pair in pairs.items():
+        models_ = {subject.part: model for subject, model in pair.items()}
+        distilled[name] = distil(next(iter(pair)), models_["model"], models_["teacher_model"])
+    return found, distilled
+
+
+@pytest.fixture(scope="module")
+def bound(everything) -> dict[Subject, Bound]:
+    return everything[0]
 
 
 def test_no_config_is_missed():
@@ -122,7 +179,8 @@ def test_the_loss_takes_it(subject, bound):
     stock = written(subject.config)
     overridden = OmegaConf.to_container(cfg, resolve=False)
     assert overridden.keys() == stock.keys()
-    assert {key for key in stock if stock[key] != overridden[key]} == {"loss"}
+    changed = {"loss", "kd_loss"} if subject.distils else {"loss"}
+    assert {key for key in stock if stock[key] != overridden[key]} == changed
 
     model = bound[subject]
     head = model.head
@@ -140,6 +198,23 @@ def test_the_loss_takes_it(subject, bound):
         assert head.trained == ("nothing" if frozen else "whole")
 
 
+@pytest.mark.parametrize("subject", [s for s in subjects() if s.distils and s.part == "model"], ids=lambda s: s.config)
+def test_distillation_takes_both_models(subject, everything):
+    bound, distilled = everything
+    student, teacher = (bound[replace(subject, part=part)].head for part in ("model", "teacher_model"))
+    result = distilled[subject.config]
+    assert result.outputs == ((1, 4, student.width), (1, 4, teacher.width))
+    assert student.width < teacher.width, "they differ, so neither was taken for the other"
+    assert student.rows == teacher.rows
+    assert student.trained == teacher.trained == "nothing"
+    assert result.heads_with_gradient == 0
+    assert result.loss.is_meta
+    assert result.loss.shape == ()
+    assert result.loss.dtype == torch.float32
+    assert result.gradient == (1, 4, student.width)
+    assert result.released == ((1, 4, student.rows), (1, 4, teacher.rows))
+
+
 def test_a_setting_of_the_loss_before_is_left_out_with_a_tilde():
     had = Namespace(loss={"_component_": STOCK_LOSS, "num_output_chunks": 16})
     with pytest.raises(TypeError, match="num_output_chunks"):
@@ -152,3 +227,11 @@ def test_a_setting_of_the_loss_before_is_left_out_with_a_tilde():
 def test_the_page_is_up_to_date(bound):
     expected = page({subject: model.head for subject, model in bound.items()})
     assert PAGE.read_text() == expected, "run `python tests/stock_configs.py`"
+
+
+@pytest.mark.skipif(version("torchtune") != "0.6.1", reason="the table tells about the release")
+def test_the_readmes_table_is_up_to_date():
+    assert readme_table() == table(), "run `python tests/stock_configs.py`"
+    assert table().count("\n") <= 12
+    numbers = [int(cell) for cell in re.findall(r"(?<=\| )\d+(?= \|)", table())]
+    assert sum(numbers) == len({subject.config for subject in subjects()})
