@@ -1,26 +1,35 @@
 """Meshes of four processes: a vocabulary split over ranks, FSDP2 in its kinds, both at once; and two cards."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from distillation_checks import check_distillation
-from distributed_processes import spawn
+from distributed_processes import spawn, train_all
 from sharding_checks import check_collectives, check_sharded
 from tensor_parallel_checks import check_vocabulary_parallel, check_with_fsdp
+from tiny_models import FULL_DISTRIBUTED, OUR_LOSS, STOCK_LOSS, logged_losses, recipe_config, write_assets
 from torch.distributed.device_mesh import init_device_mesh
 from torchtune_main_checks import check_context_parallel, check_sequence_parallel, check_sequence_parallel_with_fsdp
 
 FSDP2_RUNS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 
+# What docs/distributed.md has one add to a bundled config for tensor parallelism.
+SPLIT = (
+    "tensor_parallel_dim=2",
+    "tensor_parallel_plan._component_=torchtune.models.llama3.base_llama_tp_plan",
+    "optimizer.fused=False",
+)
 
-def check_four_processes(rank: int) -> None:
+
+def check_four_processes(rank: int, recipes: list) -> None:
     flat = init_device_mesh("cpu", (4,))
     square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     # On a machine with a card they are compiled for it.
     kernels = ("cce", "cce_exact") if os.environ.get("TRITON_INTERPRET") == "1" else ()
     check_vocabulary_parallel(square["tp"], ("reference", "chunked", *kernels))
-    check_vocabulary_parallel(flat, ("chunked", *kernels))
+    check_vocabulary_parallel(flat, ("chunked", *(kernels and ("cce_kahan_full_c", "cce_exact"))))
     if FSDP2_RUNS_ON_CPU:
         check_with_fsdp(square)
         check_sharded(flat, square)
@@ -28,6 +37,8 @@ def check_four_processes(rank: int) -> None:
         check_sequence_parallel_with_fsdp(square)
         check_context_parallel(flat)
     check_sequence_parallel(square["tp"])
+    if FSDP2_RUNS_ON_CPU:
+        train_all(rank, recipes)
 
 
 def check_two_cards(rank: int) -> None:
@@ -42,9 +53,26 @@ def check_two_cards(rank: int) -> None:
     check_context_parallel(mesh)
 
 
-def test_four_processes():
+def recipes_on_two_axes(folder: Path) -> list:
+    """torchtune's full recipe with its own loss, then ours: tensor parallelism over two ranks, FSDP2 over two."""
+    write_assets(folder / "assets")
+    steps = "max_steps_per_epoch=2", "gradient_accumulation_steps=1", "optimizer.foreach=True"  # as on a card
+    configs = [
+        recipe_config(
+            folder / "assets", folder / loss, FULL_DISTRIBUTED, tied=False, loss=loss, overrides=(*SPLIT, *steps)
+        )
+        for loss in (STOCK_LOSS, OUR_LOSS)
+    ]
+    return [(cfg.loss._component_ == OUR_LOSS, FULL_DISTRIBUTED, cfg) for cfg in configs]
+
+
+def test_four_processes(tmp_path):
     """All cases in one spawn: starting the processes costs more than most of what they do."""
-    spawn(check_four_processes, 4)
+    spawn(check_four_processes, 4, recipes_on_two_axes(tmp_path))
+    if FSDP2_RUNS_ON_CPU:
+        stock, ours = (logged_losses(tmp_path / loss) for loss in (STOCK_LOSS, OUR_LOSS))
+        assert len(set(stock)) == 2
+        assert ours == pytest.approx(stock, rel=1.5e-6)
 
 
 @pytest.mark.gpu
