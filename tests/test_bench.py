@@ -128,6 +128,8 @@ def test_files_hold_one_batch_or_several_by_name(tmp_path):
     assert torch.equal(val.weight, weight)
     for wrong in (
         {"a": (hidden, weight)},
+        {"a": (hidden[None], weight, targets[None])},
+        {"a": 1},
         {"a": (hidden, weight[:, :3], targets)},
         {"a": (hidden, weight, targets + 9)},
         {"a": (hidden, weight, targets - 9)},

@@ -33,27 +33,41 @@ def test_on_a_card_the_kernels_are_taken():
     assert "impl 'auto' takes 'cce'" in text
 
 
-def test_a_wrong_gradient_is_noticed(monkeypatch):
+def scaled(by_loss: float, by_gradient: float):
+    """``chunked`` with its losses, and apart from that its gradient by hidden, off by a factor."""
     right = implementations._TORCH_IMPLS["chunked"]
 
-    class Wrong(torch.autograd.Function):
+    class Scaled(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, hidden):
-            return hidden.clone()
+        def forward(ctx, x, forwards, backwards):
+            ctx.factor = backwards
+            return x * forwards
 
         @staticmethod
         def backward(ctx, gradient):
-            return gradient * 1.001
+            return gradient * ctx.factor, None, None
 
     def wrong(hidden, *others):
-        return right(Wrong.apply(hidden), *others)
+        losses, lse = right(Scaled.apply(hidden, 1, by_gradient), *others)
+        return Scaled.apply(losses, by_loss, 1), lse
 
-    monkeypatch.setitem(implementations._TORCH_IMPLS, "chunked", wrong)
+    return wrong
+
+
+def test_a_wrong_gradient_is_noticed(monkeypatch):
+    monkeypatch.setitem(implementations._TORCH_IMPLS, "chunked", scaled(1, 1.001))
     outcome = selftest.run("chunked", torch.device("cpu"), torch.float32)
     assert not outcome.passed
     well, text = shown()
     assert not well
     assert "FAILED" in text
+
+
+@pytest.mark.parametrize(("by_loss", "by_gradient"), [(1, 1), (1.01, 1), (1, 1.03)])
+def test_in_bfloat16_a_few_percent_are_noticed(monkeypatch, by_loss, by_gradient):
+    monkeypatch.setitem(implementations._TORCH_IMPLS, "chunked", scaled(by_loss, by_gradient))
+    outcome = selftest.run("chunked", torch.device("cpu"), torch.bfloat16)
+    assert outcome.passed == (by_loss == by_gradient == 1), outcome
 
 
 def test_versions_that_fit_are_not_complained_about():

@@ -70,8 +70,10 @@ def file_batches(path: Path, dtype: torch.dtype, device: torch.device) -> list[B
 
 def _checked_batch(path: Path, name: str, tensors: object, dtype: torch.dtype, device: torch.device) -> Batch:
     wanted = f"--file: {path}: {name!r} must be a tuple of tensors hidden [N, D], weight [V, D] and targets [N]"
-    if not isinstance(tensors, (tuple, list)) or [getattr(x, "ndim", None) for x in tensors] != [2, 2, 1]:
-        raise BenchError(wanted)
+    if not isinstance(tensors, (tuple, list)) or not all(isinstance(x, Tensor) for x in tensors):
+        raise BenchError(f"{wanted}, got a {type(tensors).__name__}")
+    if [x.ndim for x in tensors] != [2, 2, 1]:
+        raise BenchError(f"{wanted}, got {', '.join(str(list(x.shape)) for x in tensors)}")
     hidden, weight, targets = tensors
     if hidden.shape[1] != weight.shape[1] or hidden.shape[0] != targets.shape[0] or not weight.numel():
         raise BenchError(f"{wanted}, got {list(hidden.shape)}, {list(weight.shape)}, {list(targets.shape)}")

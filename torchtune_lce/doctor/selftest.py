@@ -8,8 +8,8 @@ import torch
 from torchtune_lce import linear_cross_entropy
 
 TOKENS, VOCABULARY, WIDTH = 384, 5003, 256
-# Beyond torch's own error in the same dtype, in its eps: sums of a few hundred terms in another order, and what the
-# filter leaves out of a softmax as flat as this one's.
+# Beyond torch's own error in the same dtype, in float32's eps, in which sums are taken: a few hundred terms in another
+# order. Nothing is filtered here: a tile of so flat a softmax has entries over the threshold.
 _EPS_BEYOND_TORCH = 4
 
 
@@ -24,8 +24,10 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        slack = _EPS_BEYOND_TORCH * torch.finfo(self.dtype).eps
-        return all(error <= 2 * self.torch_errors[name] + slack for name, error in self.errors.items())
+        slack = dict.fromkeys(self.errors, _EPS_BEYOND_TORCH * torch.finfo(torch.float32).eps)
+        for gradient in ("dE", "dC"):  # one more rounding to the dtype
+            slack[gradient] += torch.finfo(self.dtype).eps / 2
+        return all(error <= 2 * self.torch_errors[name] + slack[name] for name, error in self.errors.items())
 
 
 def run(impl: str, device: torch.device, dtype: torch.dtype) -> Outcome:
