@@ -46,6 +46,7 @@ def check_vocabulary_parallel(mesh: DeviceMesh, impls: tuple[str, ...]) -> None:
         _check_tied(mesh)
         _check_collectives(mesh)
         _check_refusals(mesh)
+        _check_second_derivative(mesh)
 
 
 def check_with_fsdp(mesh: DeviceMesh) -> None:
@@ -372,6 +373,15 @@ def _check_refusals(mesh) -> None:
         loss(DTensor.from_local(problem.hidden, mesh, [Partial()]), problem.targets)
     with pytest.raises(ValueError, match=rf"in \[0, {RAGGED}\)"):
         loss(problem.hidden, problem.targets + RAGGED)
+
+
+def _check_second_derivative(mesh) -> None:
+    """Refused: silence would leave the other ranks' rows out of it."""
+    problem = _problem()
+    hidden = problem.hidden.clone().requires_grad_()
+    loss, _ = _bound(mesh, problem, impl="reference")
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.autograd.grad(loss(hidden, problem.targets), hidden, create_graph=True)
 
 
 def _check_gradients_with_fsdp(mesh, tied: bool, own_group: list[str], reshard: bool) -> None:

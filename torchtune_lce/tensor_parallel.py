@@ -173,6 +173,11 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_nll: Tensor, d_lse: Tensor):
+        # Only create_graph has a backward record itself; what it would record here knows nothing of other ranks.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a loss over a vocabulary that tensor parallelism splits has no second derivative (create_graph=True)"
+            )
         share, valid, owned = ctx.saved_tensors
         d_own = d_nll.where(owned, 0)
         return d_own, ((d_nll + d_lse) * share - d_own).where(valid, 0), None, None, None
