@@ -51,14 +51,13 @@ TRAINED = {
 def with_adapter(head: Head, kind: str | None, trained=()) -> Head:
     if kind is None:
         return head
-    dtype = head.hidden.dtype
-    wide = torch.promote_types(dtype, torch.float32)
+    where, wide = head.hidden[:0], torch.promote_types(head.hidden.dtype, torch.float32)
     scale = None
     if kind == "DoRA":
-        scale = 1 + 0.1 * torch.randn(ENTRIES, dtype=wide)
+        scale = 1 + 0.1 * torch.randn(ENTRIES, dtype=wide, device=where.device)
         scale[7] = 0  # by which nothing may be divided
-    low = torch.randn(head.hidden[..., 0].numel(), RANK).to(dtype)
-    adapter = {"low": low, "up": (torch.randn(ENTRIES, RANK) / 3).to(dtype), "scale": scale}
+    low = torch.randn(head.hidden[..., 0].numel(), RANK).to(where)
+    adapter = {"low": low, "up": (torch.randn(ENTRIES, RANK) / 3).to(where), "scale": scale}
     for name, tensor in adapter.items():
         if tensor is not None:
             tensor.requires_grad_(name in trained)
@@ -100,6 +99,14 @@ def test_float64(impl, name, pair, trained):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_as_accurate_as_torchtune(dtype, pair, trained):
     assert_heads_as_accurate("chunked", "Symmetric", make_adapted(pair, trained, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("trained", [ADAPTER, ("weight", "bias", *ADAPTER)], ids=["adapter", "all"])
+@pytest.mark.parametrize("pair", ["LoRA, none", "DoRA, LoRA"])
+@pytest.mark.parametrize("impl", ["chunked", "torch_compile"])
+def test_as_accurate_as_torchtune_on_a_card(impl, pair, trained):
+    assert_heads_as_accurate(impl, "Symmetric", make_adapted(pair, trained, torch.bfloat16, device="cuda"))
 
 
 @pytest.mark.parametrize("trained", [ADAPTER, ("weight", "bias", *ADAPTER)], ids=["adapter", "all"])
