@@ -229,13 +229,14 @@ def test_compiled_call_answers_a_bad_target_with_nan(impl, ignore_index):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("ignore_index", [-100, 0])
 @pytest.mark.parametrize("impl", ["chunked", "cce", "cce_exact", "reference", "torch_compile"])
-def test_bad_target_on_a_card_is_nan(impl):
+def test_bad_target_on_a_card_is_nan(impl, ignore_index):
     hidden = torch.randn(300, 64, device="cuda", requires_grad=True)
     weight = torch.randn(1000, 64, device="cuda", requires_grad=True)
     targets = torch.randint(0, 1000, (300,), device="cuda")
     targets[[7, 150, 299]] = torch.tensor([1000, -1, 2**40], device="cuda")
-    loss = linear_cross_entropy(hidden, weight, targets, reduction="none", impl=impl)
+    loss = linear_cross_entropy(hidden, weight, targets, reduction="none", impl=impl, ignore_index=ignore_index)
     loss.sum().backward()
     assert loss.isnan().nonzero().flatten().tolist() == [7, 150, 299]
     assert hidden.grad.isnan().any(-1).nonzero().flatten().tolist() == [7, 150, 299]
