@@ -108,7 +108,8 @@ def _forward(
     activity = None if eps is None else _empty_activity(tokens, weight.shape[0], config, hidden.device)
     row_lse = torch.zeros_like(rows, dtype=torch.float32)
     target_logit = torch.zeros_like(row_lse)
-    for piece in _pieces(tokens, _forward_bytes(operands, config), workspace_mib, config):
+    workspace = workspace_mib * 2**20 - (activity.words.nbytes if activity else 0)
+    for piece in _pieces(tokens, _forward_bytes(operands), workspace, config):
         blocks = slice(piece.start // config.row_block, triton.cdiv(piece.stop, config.row_block))
         used = (count - piece.start).clamp(0, piece.stop - piece.start)
         row_lse[piece], target_logit[piece] = lse_and_target_logit(
@@ -240,7 +241,7 @@ def _backward(
     # The sums of the hidden states' gradient over strips may take half of the workspace; past that it is made by pieces
     # of tokens, in a pass of its own.
     strip_bytes = 4 * _tile_bytes(hidden, config) // config.row_block
-    pieces = _pieces(rows.numel(), max(2 * _sum_bytes(hidden), strip_bytes), workspace_mib, config)
+    pieces = _pieces(rows.numel(), max(2 * _sum_bytes(hidden), strip_bytes), workspace_mib * 2**20, config)
     everything = slice(0, rows.numel())
     if len(pieces) == 1 or not need_hidden and pieces:
         run(everything, wanted)
@@ -369,12 +370,10 @@ def _empty_activity(tokens: int, vocabulary: int, config: Config, device: torch.
     )
 
 
-def _forward_bytes(operands: Operands, config: Config) -> int:
-    """Workspace that a token takes in the forward: its states in order, a phase's statistics, its share of the bits."""
+def _forward_bytes(operands: Operands) -> int:
+    """Workspace that a token takes in the forward, beside its bits: its states in order, and a phase's statistics."""
     states = (x for x in (operands.hidden, operands.low) if x is not None)
-    statistics = 2 * 4 * (MOST_TILES + 1)
-    bits = triton.cdiv(operands.weight.shape[0], 8 * config.row_block)
-    return sum(x.shape[1] * x.element_size() for x in states) + statistics + bits
+    return sum(x.shape[1] * x.element_size() for x in states) + 2 * 4 * (MOST_TILES + 1)
 
 
 def _sum_bytes(hidden: Tensor) -> int:
@@ -418,10 +417,10 @@ def _division(
     return min(max(left // _tile_bytes(hidden, config), 2 * row_blocks), (columns + 1) * row_blocks), copies
 
 
-def _pieces(tokens: int, bytes_a_token: int, workspace_mib: int, config: Config) -> list[slice]:
+def _pieces(tokens: int, bytes_a_token: int, workspace: int, config: Config) -> list[slice]:
     """As few slices of whole row blocks as fit the workspace, at least one block each, equal to within a block."""
     row_blocks = triton.cdiv(tokens, config.row_block)
-    fitting = max(workspace_mib * 2**20 // bytes_a_token // config.row_block, 1)
+    fitting = max(workspace // bytes_a_token // config.row_block, 1)
     pieces = triton.cdiv(row_blocks, fitting)
     starts = [row_blocks * piece // pieces * config.row_block for piece in range(pieces)]
     return [slice(*ends) for ends in itertools.pairwise([*starts, tokens])]

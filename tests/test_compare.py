@@ -552,7 +552,7 @@ def test_exit_status_and_files(tmp_path, monkeypatch, capsys, status, code):
     assert written["about"]["overrides"] == ["device=cpu", "dtype=fp32"]
     assert (tmp_path / "out" / session.PICTURE).exists()
     document = (tmp_path / "out" / session.TABLE).read_text()
-    for line in (f"torch {torch.__version__}", "`tune-lce ", "| loss | tokens/s | spread |", "within a run"):
+    for line in (f"torch {torch.__version__}", "`tune-lce", "| loss | tokens/s | spread |", "within a run"):
         assert line in document
     if commit := written["about"]["commit"]:
         assert f"commit {commit}" in document

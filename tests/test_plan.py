@@ -235,7 +235,7 @@ def test_workspace_holds_the_kernels_tiles_and_lists(trained, tokens, vocabulary
     rows = tokens
     if not trained:
         per_token = max(2 * autograd._sum_bytes(hidden), 4 * autograd._tile_bytes(hidden, config) // config.row_block)
-        rows = max(piece.stop - piece.start for piece in autograd._pieces(tokens, per_token, 128, config))
+        rows = max(piece.stop - piece.start for piece in autograd._pieces(tokens, per_token, 128 * 2**20, config))
     tiles, copies = autograd._division(operands, not trained, rows, 128, config)
     assert not copies
     all_tiles = -(-rows // 128) * -(-vocabulary // 128)
