@@ -98,9 +98,9 @@ def _tile_statistics(
             tl.reshape(below, (ROW_BLOCK, WORD_BITS, WORDS)), 0, 1 << tl.arange(0, WORD_BITS)[None, :, None]
         )
         words += row_block.to(tl.int64) * words_stride + entry_tile * WORDS
-        # Triton 3.2's interpreter widens sums, and stores as many bytes as they have.
-        kept = tl.reduce(tl.sum(bits, 1), 0, bitwise_or).to(tl.int32)
-        tl.store(words + tl.arange(0, WORDS), kept)
+        # Triton 3.2's interpreter holds, and stores, eight bytes of such a sum until it is told to make four of them.
+        own = tl.sum(bits, 1).to(tl.int64).to(tl.int32)
+        tl.store(words + tl.arange(0, WORDS), tl.reduce(own, 0, bitwise_or))
         dropped = tl.sum(tl.where(below, powers, 0.0), 1)
         tl.store(statistics + tokens_stride + tokens, peak + tl.log(dropped), mask=token_mask)
     tl.store(statistics + tokens, peak + tl.log(total), mask=token_mask)
