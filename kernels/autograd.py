@@ -27,6 +27,7 @@ from torchtune_lce.kernels.tail import tail_bytes, tail_direction
 from torchtune_lce.kernels.tuning import Config, config_for
 from torchtune_lce.low_rank import LowRank
 from torchtune_lce.options import Options
+from torchtune_lce.validation import is_readable
 
 
 def token_losses(filtering: Filtering) -> Callable:
@@ -292,7 +293,8 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(hidden, weight, bias, low, up, rows, labels, count, row_lse, words)
     ctx.settings = softcap, *settings
     ctx.record = None
-    if not torch.compiler.is_compiling():
+    # A trace has no calls to tell of.
+    if is_readable(rows):
         ctx.record = open_record(rows.numel(), rows.device)
         if ctx.record and words.numel():
             ctx.record.dropped_mass[rows] = dropped_mass

@@ -35,6 +35,13 @@ def peaked(device, tokens=150, vocabulary=700, width=32, dtype=torch.float32):
     return hidden.to(device, dtype), weight.to(device, dtype), targets.to(device)
 
 
+def require_copy_engine(device):
+    """The interpreter plays a card that has one, where Triton has descriptors."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    if not tuning.has_tma(capability):
+        pytest.skip("no copy engine, or a Triton that knows none")
+
+
 def softmax_of(hidden, weight):
     return torch.softmax(hidden.double() @ weight.double().T, -1)
 
@@ -315,8 +322,7 @@ def test_blocks_by_the_copy_engine_change_nothing(device, dtype, filtered, monke
     hidden[50] = torch.nan
     weight *= 0.5
     config = tuning.config_for(device, dtype)
-    if device.type == "cuda" and not config.tma:
-        pytest.skip("this card has no copy engine")
+    require_copy_engine(device)
     blocks = []
     run_backward = autograd.run_backward
 
@@ -346,8 +352,7 @@ def test_hidden_states_without_room_for_a_copy(device, dtype, all_used, monkeypa
         targets[5:90] = -100
         hidden[50] = torch.nan
     config = tuning.config_for(device, dtype)
-    if device.type == "cuda" and not config.tma:
-        pytest.skip("this card has no copy engine")
+    require_copy_engine(device)
     monkeypatch.setattr(autograd, "config_for", lambda *_: dataclasses.replace(config, tma=True))
     copied = gradients(hidden, weight, targets, impl="cce_exact")
     division = autograd._division
@@ -365,8 +370,8 @@ def test_logit_gradients_in_the_unwritten_weight_gradient(device, impl, tma, dty
     """The same gradients as with a workspace that has room for all: nothing is overwritten before it is read."""
     monkeypatch.setattr(plan, "DENSE_FRACTION", 0.0)
     config = tuning.config_for(device, dtype)
-    if device.type == "cuda" and tma and not config.tma:
-        pytest.skip("this card has no copy engine")
+    if tma:
+        require_copy_engine(device)
     monkeypatch.setattr(autograd, "config_for", lambda *_: dataclasses.replace(config, tma=tma))
     tokens, vocabulary = 2 * config.row_block + 5, 23 * config.entry_tile - 5
     hidden, weight, targets = peaked(device, tokens, vocabulary, width=104, dtype=dtype)
@@ -393,6 +398,7 @@ def test_rows_padded_for_alignment(device, impl, monkeypatch):
     """Their strides suit the copy engine; a copy of them, rows next to each other, would not."""
     config = tuning.config_for(device, torch.float16)
     if device.type == "cpu":
+        require_copy_engine(device)
         monkeypatch.setattr(autograd, "config_for", lambda *_: dataclasses.replace(config, tma=True))
     hidden, weight, targets = peaked(device, tokens=70, vocabulary=300, width=48, dtype=torch.float16)
     padded, cut = (hidden, weight), (hidden[:, :41].contiguous(), weight[:, :41].contiguous())
@@ -420,6 +426,7 @@ def test_a_weight_smaller_than_a_tile(device, impl, monkeypatch):
     """Its gradient has no room for any logit gradients."""
     config = tuning.config_for(device, torch.float16)
     if device.type == "cpu":
+        require_copy_engine(device)
         monkeypatch.setattr(autograd, "config_for", lambda *_: dataclasses.replace(config, tma=True))
     hidden, weight, targets = peaked(device, tokens=50, vocabulary=20, width=16, dtype=torch.float16)
     ours, wanted = gradients(hidden, weight, targets, impl=impl), gradients(hidden, weight, targets, impl="reference")
@@ -574,8 +581,7 @@ def test_loss_of_a_token_does_not_depend_on_its_neighbours(device):
 def test_descriptor_path_equals_pointer_path(device, dtype, monkeypatch):
     """Ragged tokens, entries and features; rows of whole 16 bytes, as descriptors need."""
     hidden, weight, targets = peaked(device, tokens=77, vocabulary=333, width=40, dtype=dtype)
-    if device.type == "cuda" and not tuning.has_tma(torch.cuda.get_device_capability(device)):
-        pytest.skip("this card has no copy engine")
+    require_copy_engine(device)
     results = {}
     for tma in (False, True):
         config = dataclasses.replace(tuning.config_for(device, dtype), tma=tma)

@@ -232,6 +232,7 @@ def test_kernels_read_by_the_copy_engine_beside_an_adapter(needs, device, monkey
 
     config = tuning.config_for(device, torch.float16)
     if device.type == "cpu":
+        pytest.importorskip("triton.tools.tensor_descriptor")
         monkeypatch.setattr(autograd, "config_for", lambda *_: dataclasses.replace(config, tma=True))
     rows = {"hidden": 70, "weight": 300, "low": 70, "up": 300}
     widths = {"hidden": 48, "weight": 48, "low": 20, "up": 20}
