@@ -422,12 +422,13 @@ def _small_checks(monkeypatch):
 
 @pytest.mark.usefixtures("_small_checks")
 def test_results_are_written_as_documented(plan, tmp_path, capsys):
+    shape = Shape(40, 32, 100)
     torch.save({"saved": (torch.randn(40, 16), torch.randn(90, 16), torch.randint(90, (40,)))}, tmp_path / "x.pt")
     # Compilers take their time: what the ratios are to is full logits here without one.
     baseline = Candidate(losses.BASELINE, losses.CANDIDATES["eager_full"].build)
     candidates = [losses.CANDIDATES["cce"], losses.CANDIDATES["chunked"], baseline]
     names = [candidate.name for candidate in candidates]
-    sources = [session.Source("random", TINY), session.Source("file", path=tmp_path / "x.pt")]
+    sources = [session.Source("random", shape), session.Source("file", path=tmp_path / "x.pt")]
     assert session.bench(plan(candidates, sources))
 
     results = json.loads((tmp_path / "results" / session.RESULTS).read_text())
@@ -444,7 +445,7 @@ def test_results_are_written_as_documented(plan, tmp_path, capsys):
     assert len(cases) == len(wanted)
     for case in cases:
         assert case["status"] == "ok"
-        assert case["shape"] == vars(TINY if case["data"] == "random" else Shape(40, 16, 90))
+        assert case["shape"] == vars(shape if case["data"] == "random" else Shape(40, 16, 90))
         assert case["forward_ms"] > 0
         assert case["forward_recording_ms"] > 0
         assert case["forward_backward_ms"] > 0
@@ -560,6 +561,7 @@ def tune_lce(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.usefixtures("_small_checks")
 @pytest.mark.usefixtures("_small_checks")
 def test_check_only_runs_anywhere(tune_lce):
     names = ("cce", "chunked", "reference", "eager_full", "torchtune_main")
