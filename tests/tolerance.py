@@ -77,7 +77,12 @@ def plain_torch(
     lse = capped.logsumexp(-1).masked_fill(labels == settings.ignore_index, 0)
     logit_sum = capped.sum(-1).masked_fill(labels == settings.ignore_index, 0)
     smoothing = settings.label_smoothing
-    losses = (1 - smoothing) * nll + smoothing * (lse - logit_sum / logits.shape[1]) + settings.z_loss * lse.square()
+    losses = nll
+    # Not nothing times what may be infinite.
+    if smoothing:
+        losses = (1 - smoothing) * losses + smoothing * (lse - logit_sum / logits.shape[1])
+    if settings.z_loss:
+        losses = losses + settings.z_loss * lse.square()
     for tensor in (logits, nll, lse, logit_sum, losses):
         tensor.retain_grad()
 
