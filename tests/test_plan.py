@@ -572,7 +572,7 @@ def test_losses_that_do_not_take_the_output_are_left_out(capsys):
     planned = [line.split()[0] for line in printed.splitlines() if re.match(r" \w+ +\d+\.\d\d +\d+% ", line)]
     assert planned == ["stock", "stock_compiled", "torch_compile", "chunked"]
     assert "cce does not take DoRA on the output; chunked does." in printed
-    assert "main_compiled is measured without an adapter on the output" in printed
+    assert "main_compiled has no formula for an adapter on the output" in printed
     assert run("--config", TINY, "--losses", "stock,cce", *dora) == 2
     assert capsys.readouterr().err == "tune-lce plan: --losses: cce does not take DoRA on the output; chunked does\n"
 

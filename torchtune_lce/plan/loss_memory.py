@@ -107,7 +107,7 @@ def obstacle(loss: str, adapter: OutputAdapter | None) -> str | None:
     """Why there is no plan for this loss with such an output, or None."""
     base = loss.removesuffix("_compiled")
     if adapter is not None and base == "main":
-        return "is measured without an adapter on the output (apply_lora_to_output: False)"
+        return "has no formula for an adapter on the output (apply_lora_to_output: False)"
     if adapter is not None and adapter.scaled and base in implementations.CCE_PRESETS:
         return "does not take DoRA on the output; chunked does"
     return None
