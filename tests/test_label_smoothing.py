@@ -357,3 +357,16 @@ def test_kernels_refuse_a_softcap_and_auto_takes_chunked(device):
     assert torch.equal(
         linear_cross_entropy(**tensors, **settings), linear_cross_entropy(**tensors, **settings, impl="chunked")
     )
+
+
+@pytest.mark.parametrize("impl", ["cce", "chunked"])
+def test_ignored_tokens_stay_nothing_beside_a_bad_weight(impl, device):
+    hidden = torch.randn(9, 16, device=device, requires_grad=True)
+    weight, targets = torch.randn(40, 16, device=device), torch.randint(0, 40, (9,), device=device)
+    weight[3, 1] = torch.nan
+    targets[::2] = -100
+    losses = linear_cross_entropy(hidden, weight, targets, label_smoothing=0.1, reduction="none", impl=impl)
+    (gradient,) = torch.autograd.grad(losses.sum(), hidden)
+    assert not losses[::2].any()
+    assert not gradient[::2].any()
+    assert losses[1::2].isnan().all()

@@ -95,7 +95,8 @@ def _row_products(hidden, row, valid, workspace_mib):
     """
     wide = row.double()
     parts = [_used(*piece).double() @ wide for piece in _pieces(workspace_mib, hidden, valid)]
-    return torch.cat(parts).to(row.dtype)
+    # Nothing times what may be NaN would not be nothing.
+    return torch.cat(parts).to(row.dtype).where(valid, 0)
 
 
 @torch.library.register_fake("torchtune_lce::row_products")
@@ -119,8 +120,8 @@ def _row_products_backward(d_products, hidden, row, valid, workspace_mib, needs)
     d_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
     d_row = torch.zeros_like(row) if need_row else row.new_empty(0)
     if need_hidden:
-        for d_part, d_piece in _pieces(workspace_mib, d_hidden, d_products):
-            d_part.copy_(d_piece[:, None] * row)
+        for d_part, used, d_piece in _pieces(workspace_mib, d_hidden, valid, d_products):
+            d_part.copy_(_used(d_piece[:, None] * row, used))
     if need_row:
         for part, used, d_piece in _pieces(workspace_mib, hidden, valid, d_products):
             d_row += d_piece @ _used(part, used).to(row.dtype)
