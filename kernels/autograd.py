@@ -262,26 +262,9 @@ def _backward(
 
 
 @torch.library.register_fake("torchtune_lce::cut_cross_entropy_backward")
-def _(
-    d_nll,
-    d_lse,
-    hidden,
-    weight,
-    bias,
-    low,
-    up,
-    rows,
-    labels,
-    count,
-    row_lse,
-    words,
-    softcap,
-    filter_hidden,
-    filter_weight,
-    needs,
-    workspace_mib,
-):
-    operands = hidden, weight, bias, low, up
+def _(d_nll, d_lse, *arguments):
+    operands, needs = arguments[:5], arguments[-2]
+    hidden = operands[0]
     gradients = (x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in zip(operands, needs, strict=True))
     return *gradients, hidden.new_empty(2, dtype=torch.int64)
 

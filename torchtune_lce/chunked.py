@@ -153,25 +153,10 @@ def walk_gradients(hidden, weight, bias, low, up, scale, rows, kept, chunk, soft
 
 
 @torch.library.register_fake("torchtune_lce::chunked_backward")
-def _(
-    d_nll,
-    d_lse,
-    d_sums,
-    hidden,
-    weight,
-    bias,
-    low,
-    up,
-    scale,
-    targets,
-    lse,
-    ignore_index,
-    softcap,
-    workspace_mib,
-    needs,
-):
-    tensors = (hidden, weight, bias, low, up, scale)
-    return tuple(x.new_empty(x.shape) if need else hidden.new_empty(0) for need, x in zip(needs, tensors, strict=True))
+def _(d_nll, d_lse, d_sums, *arguments):
+    operands, needs = arguments[:6], arguments[-1]
+    hidden = operands[0]
+    return tuple(x.new_empty(x.shape) if need else hidden.new_empty(0) for need, x in zip(needs, operands, strict=True))
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -140,25 +140,10 @@ def _entropy_backward(
 
 
 @torch.library.register_fake("torchtune_lce::entropy_backward")
-def _(
-    d_entropy,
-    hidden,
-    weight,
-    bias,
-    low,
-    up,
-    scale,
-    targets,
-    largest,
-    total,
-    disorder,
-    ignore_index,
-    softcap,
-    workspace_mib,
-    needs,
-):
-    tensors = (hidden, weight, bias, low, up, scale)
-    return tuple(x.new_empty(x.shape) if need else hidden.new_empty(0) for need, x in zip(needs, tensors, strict=True))
+def _(d_entropy, *arguments):
+    operands, needs = arguments[:6], arguments[-1]
+    hidden = operands[0]
+    return tuple(x.new_empty(x.shape) if need else hidden.new_empty(0) for need, x in zip(needs, operands, strict=True))
 
 
 def _setup_context(ctx, inputs, output) -> None:
