@@ -1,5 +1,6 @@
 """What every test stands on: the interpreter without a card, quiet threads, seeds, and poisoned fresh memory."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 # Before torch starts its thread pool: the tensors here are small, and workers or child processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 import torch
+from filelock import FileLock  # which torch itself needs
 
 if not torch.cuda.is_available():
     # Triton reads it when the kernels are defined, so it is set before anything imports them.
@@ -36,16 +39,51 @@ def device() -> torch.device:
     return torch.device("cpu" if INTERPRETED else "cuda")
 
 
+@pytest.fixture
+def products_term_by_term(device, monkeypatch):
+    """Products whose bits do not depend on where in a block a row stands, as those of a card do not.
+
+    The interpreter's are numpy's, so a BLAS library's: on AVX2 a row's bits there change with its place and with the
+    number of rows. Elementwise operations, and sums and exponentials of blocks of one shape, keep theirs everywhere.
+    """
+    if device.type != "cpu":
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+    def create_dot(builder, a, b, d, *precision):
+        wide = d.data.dtype
+        total = np.zeros_like(d.data)
+        for k in range(a.data.shape[-1]):
+            total += a.data[:, k, None].astype(wide) * b.data[None, k, :].astype(wide)
+        return interpreter.TensorHandle(total + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
-def _memory_given_back():
-    """What one test leaves in the allocator's cache would be missing in other processes on the same card."""
+def _precision_as_it_was():
+    """torchtune's recipes allow TF32 for the rest of the process, and the next test's float32 would be rounded."""
+    precision = torch.get_float32_matmul_precision()
     yield
-    if torch.cuda.is_available():
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.fixture(autouse=True)
+def _share_the_card(request, tmp_path_factory):
+    """Many workers share one card: large tests take turns, and none leaves memory in its allocator's cache."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    large = request.node.get_closest_marker("large") is not None
+    # The parent folder is the same for all workers.
+    turn = FileLock(tmp_path_factory.getbasetemp().parent / "large.lock") if large else contextlib.nullcontext()
+    with turn:
+        yield
         torch.cuda.empty_cache()
 
 

@@ -99,12 +99,13 @@ PER_TOKEN = ("loss", "lse")
         ("cce", torch.float16, SMALL),
         ("cce_exact", torch.float32, SMALL),
         *(
-            pytest.param(impl, dtype, LARGE, marks=pytest.mark.gpu)
+            pytest.param(impl, dtype, LARGE, marks=[pytest.mark.gpu, pytest.mark.large])
             for impl in ("cce", "cce_exact")
             for dtype in (torch.bfloat16, torch.float16, torch.float32)
         ),
     ],
 )
+@pytest.mark.usefixtures("products_term_by_term")
 def test_a_token_does_not_see_its_batch(impl, dtype, size, device):
     """Its loss and log-sum-exp are the same bits in any company, in any place, and with any workspace."""
     inputs = make_inputs(device, dtype, **size)

@@ -566,6 +566,7 @@ def test_a_frozen_input_leaves_the_other_gradient_as_it_is(device, frozen):
     assert torch.equal(alone, both["weight" if frozen == "hidden" else "hidden"])
 
 
+@pytest.mark.usefixtures("products_term_by_term")
 def test_loss_of_a_token_does_not_depend_on_its_neighbours(device):
     hidden, weight, targets = peaked(device)
 
