@@ -5,6 +5,7 @@ import socket
 from collections.abc import Callable
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.tensor._random
@@ -18,11 +19,17 @@ TIMEOUT = timedelta(seconds=120)
 
 
 def spawn(function: Callable, ranks: int, *arguments, backend: str = "gloo") -> None:
-    """``function(rank, *arguments)`` in `ranks` processes of one process group; raises what one of them raised."""
+    """``function(rank, *arguments)`` in `ranks` processes of one process group; raises what one of them raised.
+
+    Ranks of gloo alone see no card: torchtune's recipes put some tensors on one wherever there is one.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_run, args=(ranks, port, backend, function, arguments), nprocs=ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        if backend == "gloo":
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        torch.multiprocessing.spawn(_run, args=(ranks, port, backend, function, arguments), nprocs=ranks)
 
 
 def _run(rank: int, ranks: int, port: int, backend: str, function: Callable, arguments: tuple) -> None:

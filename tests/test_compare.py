@@ -187,7 +187,7 @@ def test_rows_are_full_and_made_once(tmp_path):
         DemoData(rows=500_000, sequence=32, vocabulary=320).make(tmp_path, sources)
 
 
-def test_random_weights_fit_the_recipes_model():
+def test_random_weights_fit_the_recipes_model(device):
     model = {
         "_component_": "torchtune.models.gemma2.lora_gemma2",
         **dict(lora_attn_modules=["q_proj"], lora_rank=2, lora_alpha=4),
@@ -204,18 +204,18 @@ def test_random_weights_fit_the_recipes_model():
     assert all("lora" in name for name in missing)
     other = RandomWeights(model, seed=1).load_checkpoint()["model"]
     assert not torch.equal(other["tok_embeddings.weight"], state["tok_embeddings.weight"])
-    again = random_state_dict(OmegaConf.create(model), torch.bfloat16)
+    again = random_state_dict(OmegaConf.create(model), torch.bfloat16, device)
     assert all(torch.equal(again[name], state[name]) for name in state)
     # Gemma's scales are offsets from 1: an untrained one does nothing.
     assert torch.equal(state["norm.rms_norm.scale"], torch.zeros(32, dtype=torch.bfloat16))
     assert state["tok_embeddings.weight"].float().std().item() == pytest.approx(32**-0.5, rel=0.05)
 
 
-def test_late_layers_repeat_the_matrices_of_early_ones():
+def test_late_layers_repeat_the_matrices_of_early_ones(device):
     model = {"_component_": BUILDER, **SIZES, "num_layers": 11}
     state = RandomWeights(model).load_checkpoint()["model"]
     assert torchtune_config.instantiate(OmegaConf.create(model)).load_state_dict(state)
-    own = random_state_dict(OmegaConf.create(model), torch.bfloat16)
+    own = random_state_dict(OmegaConf.create(model), torch.bfloat16, device)
     query, scale = "layers.{}.attn.q_proj.weight", "layers.{}.sa_norm.scale"
     for layer in range(8):
         assert torch.equal(state[query.format(layer)], own[query.format(layer)])

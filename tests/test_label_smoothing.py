@@ -226,8 +226,8 @@ def test_derivatives_of_the_sums():
     torch.library.opcheck(torch.ops.torchtune_lce.row_sum.default, (arguments[0],))
 
 
-def test_vmap():
-    tensors, targets = make_tensors("cpu")
+def test_vmap(device):
+    tensors, targets = make_tensors(device)
 
     def loss(hidden):
         settings = {"label_smoothing": SMOOTHING, "impl": "cce"}
