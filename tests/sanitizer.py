@@ -1,32 +1,405 @@
 """The kernels under NVIDIA's compute-sanitizer: `python tests/sanitizer.py` on a machine with a card.
 
 memcheck looks for reads and writes out of bounds, initcheck for reads of memory that nothing wrote, racecheck for
-hazards in shared memory. Each runs the same small calls twice, with descriptor and with pointer loads in the forward.
-Before, a kernel with a fault of each of the first two kinds must be found out, or the verdict would mean nothing.
+hazards in shared memory. Each runs the same small calls in every dtype, with descriptor and with pointer loads. Before,
+the calls run without a tool: that compiles the kernels, checks every result against plain PyTorch in float64, and lists
+which value of every flag of every kernel was met; a flag that was never on, or never off, is not clean. Under the
+tools every result must have the same bits again. A kernel with a fault of each of the three kinds must be found out.
 The last line is the verdict, and the exit status is 0 only for `clean`.
 """
 
 import argparse
+import importlib
+import inspect
+import json
 import os
+import pkgutil
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
 TOOLS = ("memcheck", "initcheck", "racecheck")
 PATHS = ("descriptor", "pointer")
+DTYPES = ("bfloat16", "float16", "float32")
 # Faults made on purpose, by the tool that must see them.
-CONTROLS = {"memcheck": "past the end", "initcheck": "never written"}
+CONTROLS = {"memcheck": "past the end", "initcheck": "never written", "racecheck": "no barrier"}
 LOGS = Path(tempfile.gettempdir()) / "torchtune-lce-sanitizer"
 ROOT = Path(__file__).parent.parent
 # Where the tools print that an access happened.
 PLACE = re.compile(r"^=========\s+at (.+?)\+0x", re.MULTILINE)
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
+
+# A kernel's flag in a dtype, and a value that it had.
+Met = set[tuple[str, str, bool]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One small call. Sizes are in units of the configuration's blocks, plus a rest; a token more is another block."""
+
+    name: str
+    tokens: tuple[int, int] = (2, 9)  # row blocks and a rest
+    vocabulary: tuple[int, int] = (8, 8)  # entry tiles and a rest
+    width: int | None = 72  # None: what the backward's products divide evenly
+    impl: str = "cce"
+    bias: bool = False
+    rank: int = 0
+    softcap: float | None = None
+    with_lse: bool = False
+    ignored: bool = False
+    workspace_mib: int = 128
+    frozen: tuple[str, ...] = ()
+    paths: tuple[str, ...] = PATHS
+    narrow: bool = False  # blocks for cards with 100 KiB of shared memory a program
+
+
+CALLS = (
+    Call("sparse, even", width=None, ignored=True),
+    Call("sparse, everything", bias=True, rank=8, softcap=20.0, with_lse=True),
+    # In 1 MiB, with rows that are 16 bytes apart and no room for a copy of the hidden states.
+    Call("sparse strips", vocabulary=(14, 8), impl="cce_kahan_full_c", ignored=True, workspace_mib=1),
+    Call(
+        "dense strips",
+        tokens=(3, 100),
+        vocabulary=(14, 8),
+        width=264,
+        impl="cce_exact",
+        bias=True,
+        softcap=20.0,
+        with_lse=True,
+        workspace_mib=1,
+    ),
+    Call("adapter alone", vocabulary=(4, 8), impl="cce_exact", rank=24, frozen=("hidden", "weight"), ignored=True),
+    Call("frozen hidden, whole tiles", vocabulary=(4, 0), width=None, impl="cce_exact", frozen=("hidden",)),
+    Call("frozen weight, rows of no whole 16 bytes", width=70, frozen=("weight",), paths=("descriptor",)),
+    Call("one of everything", tokens=(0, 1), vocabulary=(0, 1), width=16, bias=True, paths=("descriptor",)),
+    Call("narrow blocks", paths=("pointer",), narrow=True),
+)
+
+# What cannot be met: kernel, flag (None for all of it), value, and the dtypes in which it cannot.
+IMPOSSIBLE = (
+    ("_backward_kernel", "GRADIENT_TMA", True, ("float32",), "the copy engine takes logit gradients of 16 bits alone"),
+    ("_pair_kernel", "PAIRED", True, ("float32",), "a forward's tile of float32 is as wide as a backward's"),
+)
+WITHOUT_COPY_ENGINE = (
+    ("_descriptor_kernel", None, None, DTYPES, "sm90 and newer alone have a copy engine"),
+    ("_backward_kernel", "HIDDEN_TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
+    ("_backward_kernel", "WEIGHT_TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
+    ("_backward_kernel", "GRADIENT_TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
+)
+IN_INTERPRETER = (
+    *WITHOUT_COPY_ENGINE,
+    ("_pair_kernel", "PAIRED", False, DTYPES, "the interpreter has one configuration"),
+)
+
+
+@dataclass
+class Coverage:
+    """Of each kernel: its flags, True and False where they were met; and the most strips of a launch, by kind."""
+
+    flags: dict[str, dict[str, set[bool]]] = field(default_factory=dict)
+    strips: Counter[str] = field(default_factory=Counter)
+
+    def note(self, kernel: str, arguments: dict) -> None:
+        """One launch. A launch whose strips are none leaves at once: it shows nothing of its flags."""
+        if "strips" in arguments:
+            first, end, _ = arguments["strips"].tolist()
+            kind = "output" if arguments["first_slot_factor"] else "dense" if arguments["DENSE"] else "sparse"
+            self.strips[kind] = max(self.strips[kind], end - first)
+            if end <= first:
+                return
+        if "sparse_strips" in arguments and not arguments["sparse_strips"][1].item():
+            return
+        for name, value in arguments.items():
+            if isinstance(value, bool) and name.isupper():
+                self.flags.setdefault(kernel, {}).setdefault(name, set()).add(value)
+        self.flags.setdefault(kernel, {})
+
+    def add(self, other: "Coverage") -> None:
+        for kernel, flags in other.flags.items():
+            own = self.flags.setdefault(kernel, {})
+            for flag, values in flags.items():
+                own.setdefault(flag, set()).update(values)
+        self.strips |= other.strips
+
+    def to_json(self) -> str:
+        flags = {kernel: {flag: sorted(met) for flag, met in flags.items()} for kernel, flags in self.flags.items()}
+        return json.dumps({"flags": flags, "strips": self.strips})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Coverage":
+        read = json.loads(text)
+        flags = {kernel: {flag: set(met) for flag, met in flags.items()} for kernel, flags in read["flags"].items()}
+        return cls(flags, Counter(read["strips"]))
+
+
+def missing(coverage: Coverage, dtype: str, impossible: Iterable[tuple]) -> list[str]:
+    """What no launch met: kernels, and values of flags, but for what is impossible."""
+    excused = {(kernel, flag, value) for kernel, flag, value, dtypes, _ in impossible if dtype in dtypes}
+    lost = []
+    for kernel in kernel_names():
+        flags = coverage.flags.get(kernel)
+        if flags is None and (kernel, None, None) not in excused:
+            lost.append(f"{kernel} was never launched in {dtype}")
+        for flag, met in (flags or {}).items():
+            for value in {True, False} - met:
+                if (kernel, flag, value) not in excused:
+                    lost.append(f"{kernel}: {flag} was never {value} in {dtype}")
+    return lost
+
+
+def table(coverage: dict[str, Coverage]) -> str:
+    """Every kernel's flags, and their values in each dtype: + on, - off."""
+    rows = {(kernel, flag) for met in coverage.values() for kernel, flags in met.flags.items() for flag in flags}
+    lines = [f"{'kernel':20}{'flag':14}" + "".join(f"{dtype:>10}" for dtype in coverage)]
+    for kernel, flag in sorted(rows):
+        values = (met.flags.get(kernel, {}).get(flag, set()) for met in coverage.values())
+        shown = ("".join("+" if value else "-" for value in sorted(met, reverse=True)) for met in values)
+        lines.append(f"{kernel:20}{flag:14}" + "".join(f"{text:>10}" for text in shown))
+    for kernel in kernel_names():
+        if not any(kernel == name for name, _ in rows) and any(kernel in met.flags for met in coverage.values()):
+            lines.append(f"{kernel:20}(no flags)")
+    for kind in sorted({kind for met in coverage.values() for kind in met.strips}):
+        numbers = "".join(f"{met.strips[kind]:>10}" for met in coverage.values())
+        lines.append(f"{'most strips':20}{kind:14}" + numbers)
+    return "\n".join(lines)
+
+
+def kernel_names() -> list[str]:
+    """As the source names them: a tool's process would be slower for an import."""
+    sources = sorted((ROOT / "kernels").glob("*.py"))
+    return [name for path in sources for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE)]
+
+
+class Watched:
+    """A kernel whose launches are noted."""
+
+    def __init__(self, kernel, name: str, coverage: Coverage) -> None:
+        self.kernel, self.name, self.coverage = kernel, name, coverage
+        self.parameters = list(inspect.signature(kernel.fn).parameters)
+
+    def __getitem__(self, grid) -> Callable:
+        def launch(*positional, **named):
+            arguments = dict(zip(self.parameters, positional, strict=False)) | named
+            self.coverage.note(self.name, {name: arguments[name] for name in self.parameters})
+            return self.kernel[grid](*positional, **named)
+
+        return launch
+
+
+class watching:
+    """While it lasts, launches of all kernels are noted in the coverage that it gives."""
+
+    def __enter__(self) -> Coverage:
+        import torchtune_lce.kernels as kernels
+
+        coverage, self.own = Coverage(), []
+        for module in pkgutil.iter_modules(kernels.__path__, "torchtune_lce.kernels."):
+            module = importlib.import_module(module.name)
+            for name in set(kernel_names()) & set(vars(module)):
+                self.own.append((module, name, getattr(module, name)))
+                setattr(module, name, Watched(getattr(module, name), name, coverage))
+        return coverage
+
+    def __exit__(self, *_) -> None:
+        for module, name, kernel in self.own:
+            setattr(module, name, kernel)
+
+
+def use_blocks(path: str, narrow: bool) -> None:
+    """Sets the configuration that calls take: with pointer loads that of a card without a copy engine."""
+    from torchtune_lce.kernels import tuning
+
+    own = getattr(tuning._cuda_config, "of_the_card", tuning._cuda_config)
+
+    def config(capability, dtype, precision):
+        return own((8, 6) if narrow else (8, 0) if path == "pointer" else capability, dtype, precision)
+
+    config.of_the_card = own
+    tuning._cuda_config = config
+
+
+def operands(call: Call, dtype, device) -> tuple[dict, "object"]:
+    """hidden, weight and what else the call has, and targets: made on the host, since a tool watches the card.
+
+    Two thirds of the vocabulary have next to no probability, so that their tiles are dropped.
+    """
+    import torch
+
+    from torchtune_lce.kernels.tuning import config_for
+
+    config = config_for(device, dtype)
+    tokens = call.tokens[0] * config.row_block + call.tokens[1]
+    vocabulary = call.vocabulary[0] * config.entry_tile + call.vocabulary[1]
+    width = call.width or config.features
+    torch.manual_seed(0)
+    leaves = {"hidden": torch.randn(tokens, width), "weight": torch.randn(vocabulary, width) * 2 / width**0.5}
+    alive = vocabulary // 3 or 1
+    leaves["hidden"][:, 0] = 2
+    leaves["weight"][alive:, 0] = -7
+    if call.bias:
+        leaves["bias"] = torch.randn(vocabulary)
+    if call.rank:
+        leaves["low"] = torch.randn(tokens, call.rank) / 4
+        leaves["up"] = torch.randn(vocabulary, call.rank) / 4
+    targets = torch.randint(0, alive, (tokens,))
+    if call.ignored:
+        targets[1::4] = -100
+    leaves = {name: leaf.to(dtype).to(device) for name, leaf in leaves.items()}
+    return leaves, targets.to(device)
+
+
+def make_call(call: Call, leaves: dict, targets) -> dict:
+    """Loss, lse and the gradients of what is not frozen."""
+    import torch
+
+    from torchtune_lce.functional import compute
+    from torchtune_lce.low_rank import LowRank
+    from torchtune_lce.options import Options
+
+    wanted = {name: leaf.requires_grad_() for name, leaf in leaves.items() if name not in call.frozen}
+    loss, lse = compute(
+        leaves["hidden"],
+        leaves["weight"],
+        targets,
+        leaves.get("bias"),
+        options=Options(softcap=call.softcap, workspace_mib=call.workspace_mib, filter_eps=2**-12),
+        reduction="sum",
+        shift=0,
+        impl=call.impl,
+        return_lse=True,
+        low_rank=LowRank(leaves["low"], leaves["up"], None) if call.rank else None,
+    )
+    gradients = torch.autograd.grad(loss + lse.sum() if call.with_lse else loss, list(wanted.values()))
+    results = {"loss": loss, "lse": lse} | dict(zip(wanted, gradients, strict=True))
+    return {name: result.detach().cpu() for name, result in results.items()}
+
+
+def check(call: Call, leaves: dict, targets, results: dict) -> None:
+    """Against plain PyTorch in float64."""
+    import torch
+    import torch.nn.functional as F
+
+    exact = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
+    logits = F.linear(exact["hidden"], exact["weight"], exact.get("bias"))
+    if call.rank:
+        logits = logits + exact["low"] @ exact["up"].T
+    if call.softcap:
+        logits = call.softcap * torch.tanh(logits / call.softcap)
+    loss = F.cross_entropy(logits, targets, reduction="sum")
+    lse = logits.logsumexp(-1).where(targets != -100, 0)
+    names = [name for name in leaves if name not in call.frozen]
+    wanted = torch.autograd.grad(loss + lse.sum() if call.with_lse else loss, [exact[name] for name in names])
+    for name, right in {"loss": loss, "lse": lse, **dict(zip(names, wanted, strict=True))}.items():
+        right = right.detach().cpu()
+        # Roomy, for what 16 bits round and the filter leaves out: a tile that was lost or doubled is more.
+        error = (results[name].double() - right).norm() / right.norm().clamp(min=1e-6)
+        if not error < (1e-3 if name in ("loss", "lse") else 0.05):
+            raise AssertionError(f"{call.name}: {name} is {error.item():.2g} off")
+
+
+def run_calls(path: str, dtype_name: str, calls: Iterable[Call], compare: dict | None = None) -> dict:
+    """The results of each call by its name: checked, or with `compare`, what another process had, of the same bits."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results = {}
+    for call in calls:
+        begin = time.perf_counter()
+        if device.type == "cuda":
+            use_blocks(path, call.narrow)
+        leaves, targets = operands(call, getattr(torch, dtype_name), device)
+        results[call.name] = make_call(call, leaves, targets)
+        if compare is None:
+            check(call, leaves, targets, results[call.name])
+        else:
+            for name, value in results[call.name].items():
+                if not torch.equal(value, compare[call.name][name]):
+                    raise AssertionError(f"{call.name}: {name} has other bits than without the tool")
+        print(f"{call.name}: {time.perf_counter() - begin:.1f} s", flush=True)
+    return results
+
+
+def calls_of(path: str, share: int, shares: int) -> list[Call]:
+    """Every `shares`-th call of a path: several processes compile faster than one."""
+    return [call for call in CALLS if path in call.paths][share::shares]
+
+
+def run_control(fault: str) -> None:
+    """A kernel with a fault."""
+    import torch
+
+    if fault == "no barrier":
+        _race(torch.zeros(128, dtype=torch.int32, device="cuda"))
+        torch.cuda.synchronize()
+        return
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _planted_kernel(source, target, offset, BLOCK: tl.constexpr):
+        place = tl.arange(0, BLOCK)
+        tl.store(target + offset + place, tl.load(source + place) + 1)
+
+    source = torch.empty(1024, device="cuda")
+    if fault == "past the end":
+        source.zero_()
+    target = torch.zeros(1024, device="cuda")
+    _planted_kernel[(1,)](source, target, 1024 * 1024 if fault == "past the end" else 0, BLOCK=1024)
+    torch.cuda.synchronize()
+
+
+# Each thread reads what a thread two warps away wrote, without a barrier between: Triton would put one there.
+RACE = """
+.version 7.0
+.target sm_80
+.address_size 64
+.visible .entry _planted_kernel(.param .u64 target) {
+    .reg .u32 %r<8>;
+    .reg .u64 %rd<4>;
+    .shared .align 4 .b8 values[512];
+    mov.u32 %r1, %tid.x;
+    shl.b32 %r2, %r1, 2;
+    mov.u32 %r3, values;
+    add.u32 %r4, %r3, %r2;
+    st.shared.u32 [%r4], %r1;
+    xor.b32 %r5, %r2, 256;
+    add.u32 %r6, %r3, %r5;
+    ld.shared.u32 %r7, [%r6];
+    ld.param.u64 %rd1, [target];
+    mul.wide.u32 %rd2, %r1, 4;
+    add.s64 %rd3, %rd1, %rd2;
+    st.global.u32 [%rd3], %r7;
+    ret;
+}
+"""
+
+
+def _race(target) -> None:
+    """Launches RACE in torch's context, by the driver alone: it compiles PTX itself."""
+    import ctypes
+
+    driver = ctypes.CDLL("libcuda.so.1")
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    pointer = ctypes.c_uint64(target.data_ptr())
+    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(pointer))
+
+    def call(name: str, *values) -> None:
+        if status := getattr(driver, name)(*values):
+            raise RuntimeError(f"{name} failed with CUDA's error {status}")
+
+    call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(RACE.encode()))
+    call("cuModuleGetFunction", ctypes.byref(function), module, ctypes.c_char_p(b"_planted_kernel"))
+    call("cuLaunchKernel", function, *map(ctypes.c_uint, (1, 1, 1, 128, 1, 1, 0)), None, arguments, None)
 
 
 @dataclass(frozen=True)
@@ -37,6 +410,7 @@ class Finding:
     returncode: int
     log: Path
     places: Counter[str] = field(default_factory=Counter)  # kernels that it named, as far as it printed them
+    last: str = ""  # line of the process itself
 
     @property
     def clean(self) -> bool:
@@ -44,7 +418,9 @@ class Finding:
 
     def __str__(self) -> str:
         if self.errors is None or (self.returncode and not self.errors):
-            return f"did not run to its end (status {self.returncode}), see {self.log}"
+            why = "timed out" if self.returncode == 124 else f"status {self.returncode}"
+            last = f", its last line: {self.last}" if self.last else ""
+            return f"did not run to its end ({why}), see {self.log}{last}"
         named = "".join(f", {count} in {place}" for place, count in self.places.most_common(5))
         return "clean" if self.clean else f"{self.errors} errors{named}, see {self.log}"
 
@@ -53,101 +429,6 @@ def errors_in(output: str) -> int | None:
     """The number in compute-sanitizer's summary; the largest, since it counts again what it did not print."""
     found = SUMMARY.findall(output)
     return max(map(int, found)) if found else None
-
-
-def run_calls(path: str) -> None:
-    """Small calls that meet every flag of the kernels, each checked against plain PyTorch."""
-    import torch
-    import torch.nn.functional as F
-
-    from torchtune_lce.functional import compute
-    from torchtune_lce.kernels import tuning
-    from torchtune_lce.low_rank import LowRank
-    from torchtune_lce.options import Options
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if path == "pointer":
-        tuning.has_tma = lambda capability: False
-        tuning._cuda_config.cache_clear()
-    dtypes = (torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float16,)
-    # Ragged in all three. In a workspace of 1 MiB of several strips, the first of which have their logit gradients in
-    # the weight's gradient, and without room for a copy of the hidden states; and one of everything.
-    for tokens, vocabulary, width in ((500, 3000, 264), (1, 1, 16)):
-        for dtype in dtypes:
-            for bias, rank, softcap, impl, with_lse, ignored, workspace_mib in (
-                (False, 0, None, "cce", False, True, 128),
-                (True, 0, 10.0, "cce", True, True, 1),
-                (True, 0, None, "cce_exact", True, False, 1),
-                (False, 8, None, "cce", True, True, 128),
-                (True, 24, 10.0, "cce_exact", False, True, 1),
-            ):
-                torch.manual_seed(0)
-                hidden = torch.randn(tokens, width, dtype=dtype, device=device)
-                weight = torch.randn(vocabulary, width, dtype=dtype, device=device) / 2
-                targets = torch.randint(0, vocabulary, (tokens,), device=device)
-                # A block of confident tokens, so that tiles are dropped.
-                hidden[: tokens // 2] = weight[targets[: tokens // 2]] * 3
-                if ignored:
-                    targets[1::4] = -100
-                leaves = {"hidden": hidden, "weight": weight}
-                if bias:
-                    leaves["bias"] = torch.randn(vocabulary, dtype=dtype, device=device)
-                if rank:
-                    leaves["low"] = torch.randn(tokens, rank, dtype=dtype, device=device) / 4
-                    leaves["up"] = torch.randn(vocabulary, rank, dtype=dtype, device=device) / 4
-                for leaf in leaves.values():
-                    leaf.requires_grad_()
-                loss, lse = compute(
-                    hidden,
-                    weight,
-                    targets,
-                    leaves.get("bias"),
-                    options=Options(softcap=softcap, workspace_mib=workspace_mib),
-                    reduction="sum",
-                    shift=0,
-                    impl=impl,
-                    return_lse=True,
-                    low_rank=LowRank(leaves["low"], leaves["up"], None) if rank else None,
-                )
-                gradients = torch.autograd.grad(loss + lse.sum() if with_lse else loss, list(leaves.values()))
-                exact = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
-                logits = F.linear(exact["hidden"], exact["weight"], exact.get("bias"))
-                if rank:
-                    logits = logits + exact["low"] @ exact["up"].T
-                if softcap:
-                    logits = softcap * torch.tanh(logits / softcap)
-                nll = F.cross_entropy(logits, targets, reduction="sum")
-                exact_lse = logits.logsumexp(-1).where(targets != -100, 0)
-                wanted = torch.autograd.grad(nll + exact_lse.sum() if with_lse else nll, list(exact.values()))
-                called = f"{impl}, {tokens} x {width} x {vocabulary}, rank {rank}, {dtype}"
-                if not torch.allclose(loss.double(), nll, rtol=1e-3, atol=1e-3):
-                    raise AssertionError(f"the loss is {loss.item()}, not {nll.item()}: {called}")
-                for name, gradient, right in zip(leaves, gradients, wanted, strict=True):
-                    # Roomy, for what 16 bits round and the filter leaves out: a tile that was lost or doubled is more.
-                    error = (gradient.double() - right).norm() / right.norm().clamp(min=1e-6)
-                    if not error < 0.05:
-                        raise AssertionError(f"the gradient of {name} is {error.item():.2g} off: {called}")
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def run_control(fault: str) -> None:
-    """A kernel with a fault."""
-    import torch
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def add_one(source, target, offset, BLOCK: tl.constexpr):
-        place = tl.arange(0, BLOCK)
-        tl.store(target + offset + place, tl.load(source + place) + 1)
-
-    source = torch.empty(1024, device="cuda")
-    if fault == "past the end":
-        source.zero_()
-    target = torch.zeros(1024, device="cuda")
-    add_one[(1,)](source, target, 1024 * 1024 if fault == "past the end" else 0, BLOCK=1024)
-    torch.cuda.synchronize()
 
 
 def find_sanitizer() -> str:
@@ -159,62 +440,206 @@ def find_sanitizer() -> str:
     return found
 
 
-def examine(tool: str, arguments: list[str], log: Path, timeout: int) -> Finding:
+def filters(tool: str) -> list[str]:
+    """Options under which a tool watches our kernels alone. initcheck has to see what torch's kernels write.
+
+    The planted one stands in the middle: were only the first or the last option heard, it would not be found.
+    """
+    if tool == "initcheck":
+        return []
+    names = kernel_names()
+    names.insert(len(names) // 2, "_planted_kernel")
+    return [option for name in names for option in ("--kernel-regex", f"kns={name}")]
+
+
+def run_limited(command: list[str], environment: dict[str, str], log: Path, timeout: float) -> int:
+    """The status of a process and its children, 124 where they were killed for the time."""
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            return process.wait(max(timeout, 1))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return 124
+
+
+def examine(tool: str, arguments: list[str], log: Path, timeout: float) -> Finding:
     """One process under one tool. Every allocation of its own, or torch's cache would hide where they end."""
     command = [find_sanitizer(), "--tool", tool, "--target-processes", "application-only", "--error-exitcode", "99"]
-    command += ["--print-limit", "1000", sys.executable, __file__, *arguments]
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
-    with log.open("w") as output:
-        try:
-            status = subprocess.run(
-                command, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=timeout
-            ).returncode
-        except subprocess.TimeoutExpired:
-            status = 124
+    command += ["--print-limit", "1000", *filters(tool), sys.executable, __file__, *arguments]
+    environment = child_environment() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    status = run_limited(command, environment, log, timeout)
     text = log.read_text(errors="replace")
-    return Finding(errors_in(text), status, log, Counter(PLACE.findall(text)))
+    return Finding(errors_in(text), status, log, Counter(PLACE.findall(text)), last_line(text))
+
+
+def last_line(output: str) -> str:
+    """The last that is not the tool's."""
+    own = [line for line in output.splitlines() if line.strip() and not line.startswith("=========")]
+    return own[-1] if own else ""
+
+
+def child_environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The calls of a process."""
+
+    path: str
+    dtype: str
+    share: int
+    shares: int
+
+    def __str__(self) -> str:
+        part = f", part {self.share + 1} of {self.shares}" if self.shares > 1 else ""
+        return f"{self.path} loads, {self.dtype}{part}"
+
+    def file(self, logs: Path, kind: str) -> Path:
+        return logs / f"{kind.format(f'{self.path}-{self.dtype}-{self.share}')}"
+
+    def arguments(self, logs: Path) -> list[str]:
+        which = ["--calls", self.path, "--dtype", self.dtype, "--share", str(self.share), "--shares", str(self.shares)]
+        return [*which, "--logs", str(logs)]
+
+
+def run_unit(unit: Unit, logs: Path, under_tool: bool) -> None:
+    """In a process of its own: the calls, whose results and coverage the first run leaves for those under a tool."""
+    import torch
+
+    calls = calls_of(unit.path, unit.share, unit.shares)
+    expected = unit.file(logs, "results-{}.pt")
+    if under_tool:
+        run_calls(unit.path, unit.dtype, calls, torch.load(expected))
+        return
+    with watching() as coverage:
+        torch.save(run_calls(unit.path, unit.dtype, calls), expected)
+    unit.file(logs, "coverage-{}.json").write_text(coverage.to_json())
+
+
+class Examination:
+    """All processes of a verdict, as many at once as there are processors, within a time."""
+
+    def __init__(self, tools: Iterable[str], logs: Path, seconds: float, shares: int) -> None:
+        self.tools, self.logs, self.shares = tools, logs, shares
+        self.begin = time.monotonic()
+        self.end = self.begin + seconds
+        self.well = True
+        self.coverage = defaultdict(Coverage)
+
+    def say(self, text: str) -> None:
+        print(f"{time.monotonic() - self.begin:4.0f} s  {text}", flush=True)
+
+    def fail(self, text: str) -> None:
+        self.well = False
+        self.say(text)
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def compile(self, unit: Unit) -> Finding:
+        log = unit.file(self.logs, "calls-{}.log")
+        status = run_limited(
+            [sys.executable, __file__, *unit.arguments(self.logs)], child_environment(), log, self.left
+        )
+        return Finding(0, status, log, last=last_line(log.read_text(errors="replace")))
+
+    def watch(self, tool: str, unit: Unit) -> Finding:
+        log = unit.file(self.logs, tool + "-{}.log")
+        return examine(tool, [*unit.arguments(self.logs), "--under-tool"], log, self.left)
+
+    def control(self, tool: str) -> Finding:
+        return examine(tool, ["--control", CONTROLS[tool]], self.logs / f"{tool}-control.log", self.left)
+
+    def finished(self, kind: str, unit: Unit | None, finding: Finding, seconds: float) -> None:
+        if unit is None:
+            seen = bool(finding.errors)
+            self.well &= seen
+            verdict = "found" if seen else f"NOT FOUND: {finding}"
+            self.say(f"{kind}, a fault on purpose ({CONTROLS[kind]}): {verdict} ({seconds:.0f} s)")
+        else:
+            self.well &= finding.clean
+            self.say(f"{kind}, {unit}: {finding} ({seconds:.0f} s)")
+        if kind == "calls" and finding.clean:
+            self.coverage[unit.dtype].add(Coverage.from_json(unit.file(self.logs, "coverage-{}.json").read_text()))
+
+    def run(self) -> bool:
+        units = [Unit(*of, share, self.shares) for of in PATHS_AND_DTYPES for share in range(self.shares)]
+        with ThreadPoolExecutor(os.cpu_count()) as together:
+            running: dict[Future, tuple] = {}
+
+            def start(kind: str, unit: Unit | None, function: Callable, *arguments) -> None:
+                def timed() -> tuple[Finding, float]:
+                    begin = time.monotonic()
+                    return function(*arguments), time.monotonic() - begin
+
+                running[together.submit(timed)] = kind, unit
+
+            for unit in units:
+                start("calls", unit, self.compile, unit)
+            for tool in self.tools:
+                start(tool, None, self.control, tool)
+            compiling = len(units)
+            while running:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    kind, unit = running.pop(future)
+                    finding, seconds = future.result()
+                    self.finished(kind, unit, finding, seconds)
+                    if kind != "calls":
+                        continue
+                    if finding.clean:
+                        # The slowest first.
+                        for tool in reversed(self.tools):
+                            start(tool, unit, self.watch, tool, unit)
+                    compiling -= 1
+                    if not compiling:
+                        self.judge_coverage()
+        return self.well
+
+    def judge_coverage(self) -> None:
+        print(table({dtype: self.coverage[dtype] for dtype in DTYPES}), flush=True)
+        for kernel, flag, value, dtypes, why in IMPOSSIBLE:
+            print(f"not asked for: {kernel}, {flag} {value} in {', '.join(dtypes)}: {why}", flush=True)
+        for dtype in DTYPES:
+            for lost in missing(self.coverage[dtype], dtype, IMPOSSIBLE):
+                self.fail(lost)
+            for kind in ("sparse", "output", "dense"):
+                # Sums over strips; one is enough in the weight's gradient, since others come after it.
+                least = 1 if kind == "output" else 2
+                if self.coverage[dtype].strips[kind] < least:
+                    self.fail(f"no launch had {least} {kind} strips in {dtype}")
+
+
+PATHS_AND_DTYPES = [(path, dtype) for dtype in DTYPES for path in PATHS]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--logs", type=Path, default=LOGS, help="folder for what the tools print")
-    parser.add_argument("--timeout", type=int, default=500, help="seconds for each process")
+    parser.add_argument("--timeout", type=int, default=470, help="seconds for all of it")
+    parser.add_argument("--shares", type=int, default=2, help="processes that the calls of a dtype are divided among")
     parser.add_argument("--calls", choices=PATHS, help="only make the calls, without a tool")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of --calls")
+    parser.add_argument("--share", type=int, default=0, help="which share of --calls, from 0")
+    parser.add_argument("--under-tool", action="store_true", help="compare --calls with what they gave before")
     parser.add_argument("--control", choices=list(CONTROLS.values()), help="only make this fault, without a tool")
     arguments = parser.parse_args()
+    arguments.logs.mkdir(parents=True, exist_ok=True)
     if arguments.calls:
-        run_calls(arguments.calls)
+        unit = Unit(arguments.calls, arguments.dtype, arguments.share, arguments.shares)
+        run_unit(unit, arguments.logs, arguments.under_tool)
         return 0
     if arguments.control:
         run_control(arguments.control)
         return 0
-    arguments.logs.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-
-    def call(path: str) -> None:
-        subprocess.run([sys.executable, __file__, "--calls", path], check=True, env=environment)
-
-    def watch(tool: str, path: str) -> Finding:
-        return examine(tool, ["--calls", path], arguments.logs / f"{tool}-{path}.log", arguments.timeout)
-
-    def control(tool: str) -> Finding:
-        return examine(tool, ["--control", CONTROLS[tool]], arguments.logs / f"{tool}-control.log", arguments.timeout)
-
-    with ThreadPoolExecutor() as together:
-        # Compiled here, so that the tools watch the kernels alone; and the calls must be right without them.
-        list(together.map(call, PATHS))
-        controls = {tool: together.submit(control, tool) for tool in arguments.tools if tool in CONTROLS}
-        found = {(tool, path): together.submit(watch, tool, path) for tool in arguments.tools for path in PATHS}
-        well = True
-        for tool, finding in controls.items():
-            seen = bool(finding.result().errors)
-            verdict = "found" if seen else f"NOT FOUND, see {finding.result().log}"
-            print(f"{tool}, a fault on purpose: {verdict}", flush=True)
-            well &= seen
-        for (tool, path), finding in found.items():
-            print(f"{tool}, {path} loads: {finding.result()}", flush=True)
-            well &= finding.result().clean
+    find_sanitizer()
+    well = Examination(arguments.tools, arguments.logs, arguments.timeout, arguments.shares).run()
     print("clean" if well else "NOT clean")
     return 0 if well else 1
 

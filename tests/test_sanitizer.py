@@ -1,5 +1,8 @@
-"""The verdict of tests/sanitizer.py: it reads the tools' summaries, and a run without one is not clean."""
+"""tests/sanitizer.py: its calls meet every flag, it reads the tools' summaries, and a run without one is not clean."""
 
+import os
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,7 +31,7 @@ def test_reads_the_summary(output, errors):
     [
         (0, 0, True, "clean"),
         (3, 99, False, "3 errors, see a.log"),
-        (None, 124, False, "did not run to its end (status 124), see a.log"),
+        (None, 124, False, "did not run to its end (timed out), see a.log"),
         (0, 1, False, "did not run to its end (status 1), see a.log"),
     ],
 )
@@ -50,3 +53,56 @@ def test_names_the_kernels(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     finding = sanitizer.examine("initcheck", [], tmp_path / "log", 10)
     assert str(finding) == f"3 errors, 2 in _tail_kernel, 1 in add_one, see {tmp_path / 'log'}"
+
+
+@pytest.fixture(scope="module", params=["float16", "float32"])
+def met(request):
+    """(dtype, flags met by the calls, but for those whose size is for a card's strips)."""
+    with sanitizer.watching() as coverage:
+        calls = [call for call in sanitizer.CALLS if "strips" not in call.name and not call.narrow]
+        sanitizer.run_calls("descriptor", request.param, calls)
+    return request.param, coverage
+
+
+def test_the_calls_meet_every_flag_of_every_kernel(met):
+    """And give PyTorch's results: `run_calls` compares them. The rest is for cards, each with its reason."""
+    dtype, coverage = met
+    assert sanitizer.missing(coverage, dtype, sanitizer.IN_INTERPRETER) == []
+    # Nothing stands among what cannot be met there that is met.
+    assert len(sanitizer.missing(coverage, dtype, ())) == len(sanitizer.IN_INTERPRETER)
+
+
+def test_a_flag_that_was_never_on_is_missed(met):
+    dtype, coverage = met
+    less = sanitizer.Coverage.from_json(coverage.to_json())
+    less.flags["_backward_kernel"]["HAS_TAIL"] = {False}
+    del less.flags["_merge_kernel"]
+    assert sorted(sanitizer.missing(less, dtype, sanitizer.IN_INTERPRETER)) == [
+        f"_backward_kernel: HAS_TAIL was never True in {dtype}",
+        f"_merge_kernel was never launched in {dtype}",
+    ]
+    assert "HAS_TAIL" in sanitizer.table({dtype: less})
+
+
+def test_other_bits_than_without_the_tool_are_an_error(met):
+    dtype, _ = met
+    (call,) = (call for call in sanitizer.CALLS if call.name == "one of everything")
+    results = sanitizer.run_calls("descriptor", dtype, [call])
+    sanitizer.run_calls("descriptor", dtype, [call], results)
+    results[call.name]["weight"][0, 0] += 1
+    with pytest.raises(AssertionError, match="one of everything: weight has other bits"):
+        sanitizer.run_calls("descriptor", dtype, [call], results)
+
+
+def test_a_process_past_its_time_ends_with_its_children(tmp_path):
+    """A tool is the parent of what it watches: killed alone, it would leave that on the card."""
+    code = (
+        "import subprocess, sys\nchild = subprocess.Popen(['sleep', '60'])\nprint(child.pid, flush=True)\nchild.wait()"
+    )
+    log = tmp_path / "log"
+    assert sanitizer.run_limited([sys.executable, "-c", code], dict(os.environ), log, 2) == 124
+    child = Path(f"/proc/{log.read_text().strip()}")
+    begin = time.monotonic()
+    while child.exists() and (child / "stat").read_text().split()[2] != "Z":
+        assert time.monotonic() - begin < 10
+        time.sleep(0.05)
