@@ -312,7 +312,8 @@ def run_calls(path: str, dtype_name: str, calls: Iterable[Call], compare: dict |
     """The results of each call by its name: checked, or with `compare`, what another process had, of the same bits."""
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    device = torch.device("cpu" if interpreted else "cuda")
     results = {}
     for call in calls:
         begin = time.perf_counter()
