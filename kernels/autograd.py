@@ -349,7 +349,8 @@ def _activity_shape(tokens: int, vocabulary: int, config: Config) -> tuple[int, 
 def _empty_activity(tokens: int, vocabulary: int, config: Config, device: torch.device) -> Activity:
     row_blocks, words = _activity_shape(tokens, vocabulary, config)
     return Activity(
-        torch.empty((row_blocks, words), dtype=torch.int32, device=device),
+        # Zeros: rows of blocks without tokens in use are read too, where flat ones are marked.
+        torch.zeros((row_blocks, words), dtype=torch.int32, device=device),
         torch.empty(tokens, dtype=torch.float32, device=device),
         config.forward_entries,
     )
