@@ -4,7 +4,7 @@ Operators, so that torch.compile sees one opaque node each way and CUDA graphs c
 tensor's values on the host.
 """
 
-from __future__ import annotations  # torch 2.6 compiles nested functions, but not `Tensor | None`
+from __future__ import annotations  # torch 2.8 compiles nested functions, but not `Tensor | None`
 
 import functools
 import itertools

@@ -20,7 +20,7 @@ from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
 from torchtune_lce.kernels.operands import Gradients, Operands, Places
 from torchtune_lce.kernels.plan import Plan
 from torchtune_lce.kernels.primitives import grid_barrier
-from torchtune_lce.kernels.tuning import Config, cooperative, programs, rank_block
+from torchtune_lce.kernels.tuning import LAUNCH, Config, programs, rank_block
 
 
 @triton.jit(do_not_specialize=["row_blocks_total", "first_slot_factor"])
@@ -488,7 +488,9 @@ def run_backward(
             PRECISION=config.precision,
             num_warps=config.warps,
             num_stages=config.backward_stages,
-            **cooperative(device),
+            # Starts only when all of the grid fits, as its barrier needs.
+            launch_cooperative_grid=True,
+            **LAUNCH,
         )
 
     hidden_blocks = weight_blocks = by_row

@@ -353,7 +353,7 @@ def hidden_gradient_tile(
         alone = tl.arange(0, 16) == 0
         left = tl.where(alone[None, :], missing[:, None], 0.0).to(dtype)
         right = tl.where(alone[:, None], tl.load(tail + d, mask=d < features, other=0.0)[None, :], 0.0).to(dtype)
-        # In float32 too: Triton 3.2 cannot compile this one in three parts.
+        # Exact in float32 too: it is one step alone.
         total = tl.dot(left, right, total, input_precision="ieee")
     steps = (end - begin) * STEPS
     # One step ahead, as in the weight's gradient.

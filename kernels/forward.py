@@ -20,7 +20,7 @@ from torch import Tensor
 from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
 from torchtune_lce.kernels.operands import Operands
 from torchtune_lce.kernels.primitives import LOG2_E, add_low_rank, bitwise_or, softcapped, tile_coordinates
-from torchtune_lce.kernels.tuning import Config, config_for, programs
+from torchtune_lce.kernels.tuning import LAUNCH, Config, config_for, programs
 
 WORD_BITS = tl.constexpr(32)
 
@@ -98,9 +98,7 @@ def _tile_statistics(
             tl.reshape(below, (ROW_BLOCK, WORD_BITS, WORDS)), 0, 1 << tl.arange(0, WORD_BITS)[None, :, None]
         )
         words += row_block.to(tl.int64) * words_stride + entry_tile * WORDS
-        # Triton 3.2's interpreter holds, and stores, eight bytes of such a sum until it is told to make four of them.
-        own = tl.sum(bits, 1).to(tl.int64).to(tl.int32)
-        tl.store(words + tl.arange(0, WORDS), tl.reduce(own, 0, bitwise_or))
+        tl.store(words + tl.arange(0, WORDS), tl.reduce(tl.sum(bits, 1), 0, bitwise_or))
         dropped = tl.sum(tl.where(below, powers, 0.0), 1)
         tl.store(statistics + tokens_stride + tokens, peak + tl.log(dropped), mask=token_mask)
     tl.store(statistics + tokens, peak + tl.log(total), mask=token_mask)
@@ -451,9 +449,10 @@ def lse_and_target_logit(
             PRECISION=config.precision,
             num_warps=config.warps,
             num_stages=config.forward_stages,
+            **LAUNCH,
         )
         _merge_kernel[(triton.cdiv(running.numel(), 64),)](
-            statistics, running, count, tokens, running.numel(), width, TILES=16, BLOCK=64
+            statistics, running, count, tokens, running.numel(), width, TILES=16, BLOCK=64, **LAUNCH
         )
     # After the phases, which write whole words.
     _target_kernel[(triton.cdiv(tokens, config.sample),)](
@@ -480,6 +479,7 @@ def lse_and_target_logit(
         PRECISION=config.precision,
         num_warps=4,
         num_stages=config.forward_stages,
+        **LAUNCH,
     )
     if activity:
         _mark_flat_row_blocks(activity, running, count, config.row_block)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchtune_lce.kernels.forward import WORD_BITS, Activity
-from torchtune_lce.kernels.tuning import Config, programs
+from torchtune_lce.kernels.tuning import LAUNCH, Config, programs
 
 # Past this share of kept tiles the rest is computed too: blocks copied in order beat tiles gathered by row.
 DENSE_FRACTION = 0.6
@@ -311,6 +311,7 @@ def _strips(
         ROW_BLOCK=config.row_block,
         SEARCH=columns.bit_length() + 1,
         BLOCK=128,
+        **LAUNCH,
     )
     return strip_first, ranges
 
@@ -345,6 +346,7 @@ def _pairs(union: Tensor, before: Tensor, rows: Lines, strip_first: Tensor, conf
         union.numel(),
         PAIRED=paired,
         BLOCK=1024,
+        **LAUNCH,
     )
     return pairs, torch.cat([index.view(columns, row_blocks)[:, 0], total])
 
@@ -360,6 +362,7 @@ def _order(activity: Activity, count: Tensor, vocabulary: int, config: Config) -
         vocabulary,
         ROW_BLOCK=config.row_block,
         WORDS=activity.tile // WORD_BITS.value,
+        **LAUNCH,
     )
     # 16-bit keys halve the passes of the radix sort; past 32,767 row blocks the order is coarser, not wrong.
     return counts.clamp_(max=32767).to(torch.int16).sort(descending=True, stable=True).indices
@@ -381,6 +384,7 @@ def _kept(
         ROW_BLOCK=config.row_block,
         TILE=config.entry_tile,
         WORDS=activity.tile // WORD_BITS.value,
+        **LAUNCH,
     )
     return kept
 
@@ -389,6 +393,6 @@ def _lines(kept: Tensor, ids: Tensor, rank: Tensor, by_row: bool) -> Lines:
     columns, row_blocks = kept.shape
     other, slot = torch.empty((2, columns * row_blocks), dtype=torch.int32, device=kept.device)
     _list_kernel[(triton.cdiv(kept.numel(), 1024),)](
-        kept, ids, rank, other, slot, row_blocks, columns, kept.numel(), BY_ROW=by_row, BLOCK=1024
+        kept, ids, rank, other, slot, row_blocks, columns, kept.numel(), BY_ROW=by_row, BLOCK=1024, **LAUNCH
     )
     return Lines(other, slot)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchtune_lce.kernels.operands import Operands, Places
 from torchtune_lce.kernels.plan import Plan
 from torchtune_lce.kernels.primitives import LOG2_E, RANK_DEPTH, add_low_rank, softcapped
-from torchtune_lce.kernels.tuning import Config, programs
+from torchtune_lce.kernels.tuning import LAUNCH, Config, programs
 
 
 @triton.jit(do_not_specialize=["row_blocks_total"])
@@ -163,6 +163,7 @@ def tail_direction(
         PRECISION=config.precision,
         num_warps=4,
         num_stages=config.forward_stages,
+        **LAUNCH,
     )
     mass = masses.sum().clamp(min=torch.finfo(torch.float32).tiny)
     return sums.sum(0) / mass, None if low is None else low_sums.sum(0) / mass

@@ -6,6 +6,9 @@ from functools import cache
 
 import torch
 
+# Options of every launch. From 3.10 on Triton contracts multiply-adds only where it is told to: other bits.
+LAUNCH = {"enable_fp_fusion": True}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -37,14 +40,8 @@ def is_interpreted() -> bool:
 
 
 def has_tma(capability: tuple[int, int]) -> bool:
-    """Whether card and Triton offer host-made tensor descriptors."""
-    if capability < (9, 0):
-        return False
-    try:
-        import triton.tools.tensor_descriptor  # noqa: F401
-    except ModuleNotFoundError:
-        return False
-    return True
+    """Whether the card has the copy engine that host-made tensor descriptors are for."""
+    return capability >= (9, 0)
 
 
 def config_for(device: torch.device, dtype: torch.dtype) -> Config:
@@ -55,7 +52,7 @@ def config_for(device: torch.device, dtype: torch.dtype) -> Config:
 
 
 def _allows_tf32() -> bool:
-    """torch's setting for products of float32, by its newer name where there is one: the older one then raises."""
+    """torch's setting for products of float32: its newer name is torch 2.9's, beside which the older one raises."""
     matmul = torch.backends.cuda.matmul
     if not hasattr(matmul, "fp32_precision"):
         return matmul.allow_tf32
@@ -73,9 +70,7 @@ def _cuda_config(capability: tuple[int, int], dtype: torch.dtype, precision: str
         return Config(128, 128, 128, 128, 64, 32, 32, 8, 8, 3, 3, tma=False, precision="ieee")
     if capability < (9, 0):
         return Config(128, 128, 256, 256, 64, 32, 32, 8, 8, 3, 3, tma=False, precision="ieee")
-    # Without descriptors, Triton 3.2 has no room for deeper steps: its loops' buffers do not share memory.
-    depth = 64 if tma else 32
-    return Config(128, 128, 256, 256, 64, depth, depth, 8, 8, 3, 3, tma=tma, precision="ieee")
+    return Config(128, 128, 256, 256, 64, 64, 64, 8, 8, 3, 3, tma=tma, precision="ieee")
 
 
 def rank_block(rank: int) -> int:
@@ -88,14 +83,3 @@ def programs(device: torch.device) -> int:
     if device.type == "cpu":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def cooperative(device: torch.device) -> dict[str, bool]:
-    """Launch option under which a grid starts only when all of it fits, as a grid barrier needs.
-
-    Triton before 3.3 has no such option; there one program a multiprocessor fits whenever it has the card alone.
-    """
-    from triton.backends.nvidia.compiler import CUDAOptions
-
-    name = "launch_cooperative_grid"
-    return {name: True} if device.type == "cuda" and name in CUDAOptions.__dataclass_fields__ else {}

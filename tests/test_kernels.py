@@ -620,6 +620,28 @@ def test_tf32_by_torchs_newer_setting(matmul, everything, allowed, monkeypatch):
     assert tuning._allows_tf32() is allowed
 
 
+def test_every_launch_asks_for_contracted_multiply_adds(device, monkeypatch):
+    """Triton's default is about to change, and with it the bits."""
+    asked = {}
+    kernels = type(forward._merge_kernel)
+    at_grid = kernels.__getitem__
+
+    def recorded(kernel, grid):
+        def launch(*arguments, **options):
+            asked.setdefault(kernel.fn.__name__, set()).add(options.get("enable_fp_fusion"))
+            return at_grid(kernel, grid)(*arguments, **options)
+
+        return launch
+
+    monkeypatch.setattr(kernels, "__getitem__", recorded)
+    gradients(*peaked(device))
+    main = {"_backward_kernel", "_merge_kernel", "_target_kernel", "_tail_kernel"}
+    of_plan = {"_strip_kernel", "_pair_kernel", "_count_kernel", "_tile_kernel", "_list_kernel"}
+    assert asked.keys() - {"_pointer_kernel", "_descriptor_kernel"} == main | of_plan
+    assert asked.keys() & {"_pointer_kernel", "_descriptor_kernel"}
+    assert set().union(*asked.values()) == {True}
+
+
 def test_phases_cover_the_vocabulary_once():
     for vocabulary in (1, 63, 64, 65, 1000, 64 * 594, 300_001):
         covered = [tile for first, width in forward.phases(vocabulary, 64) for tile in range(first, first + width)]
