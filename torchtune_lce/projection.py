@@ -94,13 +94,13 @@ class Projection:
         """Whether FSDP2 keeps the weight gathered from the holder's forward to its backward.
 
         torchtune has the root let go of its parameters after forward: they would be gathered again for the loss at
-        once, so it has to keep them from now on. Older torch never lets a root do that, and has no such method.
+        once, so it has to keep them from now on.
         """
         if not self._fsdp or self._holder in _made_to_keep:
             return False
         if getattr(self._owner.weight, "device_mesh", None) != self._shards_mesh:
             return True
-        if self._is_root and hasattr(self._holder, "set_reshard_after_forward"):
+        if self._is_root:
             self._holder.set_reshard_after_forward(False, recurse=False)
             _made_to_keep.add(self._holder)
         return False
