@@ -149,14 +149,14 @@ def run_variants(device):
 
 def test_every_variant_is_compiled(counted_compilations, device):
     """Twelve in one process; torch's own limit for a function is eight, past which it runs uncompiled."""
-    limit = torch._dynamo.config.cache_size_limit
+    limit = torch._dynamo.config.recompile_limit
     for _ in range(2):
         run_variants(device)
         assert counted_compilations.frame_count == len(VARIANTS)
-    assert torch._dynamo.config.cache_size_limit == limit
+    assert torch._dynamo.config.recompile_limit == limit
 
 
-@torch._dynamo.config.patch(accumulated_cache_size_limit=2)
+@torch._dynamo.config.patch(accumulated_recompile_limit=2)
 def test_a_variant_too_many_is_refused(counted_compilations, device):
     # By a class of Dynamo's that has changed its name.
     with pytest.raises(Exception, match="fullgraph|limit"):

@@ -23,8 +23,7 @@ def compiled_always(function: Callable) -> Callable:
     @wraps(function)
     def run(*arguments):
         config = torch._dynamo.config
-        # By their names in torch 2.6, which later ones know too.
-        with config.patch(cache_size_limit=config.accumulated_cache_size_limit):
+        with config.patch(recompile_limit=config.accumulated_recompile_limit):
             return compiled(*arguments)
 
     return run
