@@ -15,7 +15,7 @@ def is_available(device_type: str) -> bool:
 def cast_inputs(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast, what F.linear would do to its inputs."""
     device = tensors[0].device.type
-    # Autocast knows no meta device; asked which ones it knows, older compilers break their graph.
+    # Autocast knows no meta device; asked which ones it knows, the compiler of torch 2.8 breaks its graph.
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)

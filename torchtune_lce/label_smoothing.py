@@ -8,7 +8,7 @@ With smoothing e the target's one-hot becomes (1 - e) one-hot + e / V (Szegedy e
 So the uniform part is exact, whatever an implementation leaves out of its gradients, and costs O(N D + V D).
 """
 
-from __future__ import annotations  # torch 2.6 compiles nested functions, but not `Tensor | None`
+from __future__ import annotations  # torch 2.8 compiles nested functions, but not `Tensor | None`
 
 import torch
 from torch import Tensor
