@@ -2,7 +2,7 @@
 
     python tests/matrix.py --index-url URL --write
 
-Torch is taken as a CPU build (`torch==2.6.0+cpu`), so that no pair pulls gigabytes of CUDA libraries: give
+Torch is taken as a CPU build (`torch==2.8.0+cpu`), so that no pair pulls gigabytes of CUDA libraries: give
 ``--index-url`` where pip's own index has none, or ``--allow-cuda`` to take what there is. A pair that cannot be
 installed is a row that says so. ``--write`` puts the rows into docs/matrix.md.
 """
@@ -35,8 +35,8 @@ class Pair:
 
 
 PAIRS = (
-    # What torch 2.6 came with; its Triton's interpreter fails on loop bounds with newer NumPy.
-    Pair("oldest", "3.10", "2.6.0", ("triton==3.2.0", "torchao==0.9.0", "numpy<2.4")),
+    # What torch 2.8 came with; before 3.7.1 Triton's interpreter fails on loop bounds with newer NumPy.
+    Pair("oldest", "3.11", "2.8.0", ("triton==3.4.0", "torchao==0.15.0", "numpy<2.4")),
     Pair("newest", "3.11", "2.13.0", ("triton>=3.7.1", "torchao==0.15.0")),
     # Not one row with the pair above: CPU builds of torch are not to be had for every Python.
     Pair("newest Python", "3.13", "2.13.0", ("triton>=3.7.1", "torchao==0.15.0")),

@@ -79,7 +79,7 @@ def test_versions_that_fit_are_not_complained_about():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"torch": "2.5.1"}, "torch must be 2.6 or newer, got 2.5.1"),
+        ({"torch": "2.7.1"}, "torch must be 2.8 or newer, got 2.7.1"),
         ({"torchtune": None}, "torchtune must be 0.6.1 or newer, got None"),
         ({"torchao": "0.12.0"}, "torchao 0.9 to 0.15 other than 0.12, got 0.12.0"),
         ({"torchao": "0.18.0"}, "torchao 0.9 to 0.15 other than 0.12, got 0.18.0"),

@@ -6,9 +6,9 @@ import pytest
 
 def test_asks_for_builds_without_cuda():
     oldest = matrix.PAIRS[0]
-    assert matrix.torch_requirement(oldest, allow_cuda=False, system="Linux") == "torch==2.6.0+cpu"
-    assert matrix.torch_requirement(oldest, allow_cuda=True, system="Linux") == "torch==2.6.0"
-    assert matrix.torch_requirement(oldest, allow_cuda=False, system="Darwin") == "torch==2.6.0"
+    assert matrix.torch_requirement(oldest, allow_cuda=False, system="Linux") == "torch==2.8.0+cpu"
+    assert matrix.torch_requirement(oldest, allow_cuda=True, system="Linux") == "torch==2.8.0"
+    assert matrix.torch_requirement(oldest, allow_cuda=False, system="Darwin") == "torch==2.8.0"
 
 
 @pytest.mark.parametrize(

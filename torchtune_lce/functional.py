@@ -1,6 +1,7 @@
 """The public function: validate, pick the implementation, shift and reduce."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -235,7 +236,7 @@ def compute(
         outside = validation.out_of_range(labels, vocabulary, options.ignore_index)
         if options.ignore_index == 0:
             # What stands in for a bad label, 0, must not be ignored.
-            labels, options = labels.where(labels != 0, -1), options.with_ignore_index(-1)
+            labels, options = labels.where(labels != 0, -1), replace(options, ignore_index=-1)
         labels = labels.where(~outside, 0)
         # A factor, not a replacement: the NaN then reaches the gradients too.
         poison = torch.ones_like(labels, dtype=torch.float32).masked_fill_(outside, torch.nan)

@@ -25,17 +25,6 @@ class Options:
     z_loss: float = 0.0
     label_smoothing: float = 0.0
 
-    def with_ignore_index(self, ignore_index: int) -> "Options":
-        """The same with another one; dataclasses.replace is beyond torch 2.6's compiler."""
-        return Options(
-            ignore_index=ignore_index,
-            softcap=self.softcap,
-            filter_eps=self.filter_eps,
-            workspace_mib=self.workspace_mib,
-            z_loss=self.z_loss,
-            label_smoothing=self.label_smoothing,
-        )
-
     def resolved_filter_eps(self, dtype: torch.dtype) -> float | None:
         """The threshold in force for gradients in ``dtype``.
 

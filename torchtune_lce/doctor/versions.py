@@ -23,8 +23,8 @@ def complaints(versions: dict[str, str | None]) -> list[str]:
     """A sentence for each version that does not fit, with what to do."""
     result = []
     torch, torchtune, torchao = (_parsed(versions[name]) for name in ("torch", "torchtune", "torchao"))
-    if torch is None or torch < Version("2.6"):
-        result.append(f"torch must be 2.6 or newer, got {versions['torch']}: pip install -U torch")
+    if torch is None or torch < Version("2.8"):
+        result.append(f"torch must be 2.8 or newer, got {versions['torch']}: pip install -U torch")
     if torchtune is None or torchtune < Version("0.6.1"):
         result.append(f"torchtune must be 0.6.1 or newer, got {versions['torchtune']}: pip install -U torchtune")
     elif torchtune < Version("0.7.dev0") and (
