@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from torchtune_lce import cli, implementations
+from torchtune_lce import cli, implementations, tune_parser
 from torchtune_lce.bench import correctness, environment, losses, measure, probe, session, text, timing, yardstick
 from torchtune_lce.bench.data import Batch, file_batches, random_batch
 from torchtune_lce.bench.errors import BenchError
@@ -630,7 +630,7 @@ def test_data_and_shapes_of_the_command_line(monkeypatch, tmp_path):
     arguments += ["--tokens", "4096", "--hidden", "1024"]
     for data in ("trained", "random:8192x4096x128256", "probe:llama3_2_1b", "file"):
         arguments += ["--data", data]
-    args = cli.TuneLCEParser()._parser.parse_args(arguments)
+    args = tune_parser.TuneLCEParser()._parser.parse_args(arguments)
     assert command.read_sources(args) == [
         session.Source("trained", Shape(4096, 1024, 256_000)),
         session.Source("random", Shape(8192, 4096, 128_256)),

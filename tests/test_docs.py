@@ -24,10 +24,10 @@ from torchtune.config._utils import _get_component_from_path
 import torchtune_lce
 from torchtune_lce import config_reading, registry
 from torchtune_lce.bench import command as bench
-from torchtune_lce.cli import TuneLCEParser
 from torchtune_lce.compare import losses
 from torchtune_lce.compare import runs as compare_runs
 from torchtune_lce.compare.session import check_demo_data
+from torchtune_lce.tune_parser import TuneLCEParser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

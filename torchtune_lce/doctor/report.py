@@ -33,10 +33,17 @@ def show(console: Console | None = None) -> bool:
     """Prints everything; whether the versions fit and every self-test passed."""
     console = console or Console(highlight=False, soft_wrap=True)
     found = versions.installed()
-    console.print("  ".join(f"{name} {number or 'not installed'}" for name, number in found.items()))
-    complaints = versions.complaints(found)
+    main_branch = versions.is_main_branch()
+    numbers = {name: "not installed" if number is None else number or "''" for name, number in found.items()}
+    if main_branch:
+        numbers["torchtune"] += " (its main branch)"
+    console.print("  ".join(f"{name} {number}" for name, number in numbers.items()))
+    complaints = versions.complaints(found, main_branch)
+    error = versions.import_error()
+    if error is not None:
+        complaints.append(versions.of_import(found, error, bool(complaints)))
     for complaint in complaints:
-        console.print(f"[red]{complaint}[/red]")
+        console.print(complaint, style="red", markup=False)
     passed = [examine(console, device, dtype) for device, dtype in devices()]
     well = not complaints and all(passed)
     console.print("All is well." if well else "[red]Not all is well: see above.[/red]")
