@@ -17,7 +17,7 @@ from torchtune.modules.model_fusion import DeepFusionModel, EarlyFusionModel, Fu
 from torchtune.modules.peft import LoRALinear, QATLoRALinear
 from torchtune_main import as_on_main
 
-from torchtune_lce import LinearCrossEntropyLoss, skip_output_layer
+from torchtune_lce import LinearCrossEntropyLoss, LinearForwardKLLoss, skip_output_layer
 
 EMBED_DIM = SIZES["embed_dim"]
 
@@ -90,15 +90,39 @@ def test_copy_of_a_skipped_model_uses_its_own_norm(tokens):
     assert model(tokens).any()
 
 
-def test_compiled_model(tokens):
-    """Also after it has been compiled for logits."""
-    model = build_model()
-    compiled = torch.compile(model, backend="eager")
-    logits = compiled(tokens)
-    handle = skip_output_layer(compiled)
-    assert torch.equal(compiled(tokens), model.norm(hidden_before_norm(model, tokens)))
-    handle.restore()
+@pytest.mark.parametrize("on_main", [False, True], ids=["0.6.1", "main"])
+def test_compiled_model_sees_every_switch(tokens, on_main):
+    """Compiled before binding; bound, in and out of logits(), released and bound again, each as uncompiled."""
+    torch.compiler.reset()
+    model = as_on_main(build_model()) if on_main else build_model()
+    logits = model(tokens)
+    hidden = model.norm(hidden_before_norm(model, tokens))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    loss = LinearCrossEntropyLoss()
     torch.testing.assert_close(compiled(tokens), logits)
+    for _ in range(2):
+        loss.set_model_output(compiled)
+        torch.testing.assert_close(compiled(tokens), hidden)
+        with loss.logits():
+            torch.testing.assert_close(compiled(tokens), logits)
+        torch.testing.assert_close(compiled(tokens), hidden)
+        loss.release()
+        torch.testing.assert_close(compiled(tokens), logits)
+
+
+def test_model_compiled_while_skipped(tokens):
+    """And within a function that is compiled around it."""
+    torch.compiler.reset()
+    model = build_model()
+    logits = model(tokens)
+    handle = skip_output_layer(model)
+    hidden = model(tokens)
+    doubled = torch.compile(lambda tokens: 2 * model(tokens), backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(doubled(tokens), 2 * hidden)
+        handle.restore()
+        torch.testing.assert_close(doubled(tokens), 2 * logits)
+        handle = skip_output_layer(model)
 
 
 def hidden_before_norm(model, tokens):
@@ -310,6 +334,86 @@ def test_failed_binding_keeps_the_earlier_one(tokens, targets):
     with pytest.raises(TypeError):
         loss.set_model_output(nn.Linear(2, 2))
     assert loss(model(tokens), targets).isfinite()
+
+
+# ---- logits() and generation
+
+
+def test_logits_within(tokens, targets):
+    model = build_model()
+    logits, attributes = model(tokens), set(vars(model))
+    loss, second = LinearCrossEntropyLoss(), LinearCrossEntropyLoss()
+    with loss.logits():
+        assert torch.equal(model(tokens), logits)
+    for each in (loss, second):
+        each.set_model_output(model)
+    expected = loss(model(tokens), targets)
+    with loss.logits(), second.logits(), loss.logits():
+        assert torch.equal(model(tokens), logits)
+    with loss.logits():
+        with second.logits():
+            pass
+        assert torch.equal(model(tokens), logits)
+        with pytest.raises(
+            ValueError, match=r"those are logits: leave `with loss.logits\(\)`, or call set_model_output"
+        ):
+            loss(logits, targets)
+    assert torch.equal(loss(model(tokens), targets), expected)
+    with pytest.raises(KeyError), loss.logits():
+        raise KeyError
+    assert torch.equal(loss(model(tokens), targets), expected)
+    with loss.logits():
+        loss.release()
+    assert torch.equal(model(tokens), logits)
+    second.release()
+    assert set(vars(model)) == attributes
+
+
+def test_distillation_gives_logits_of_both_models(tokens):
+    models = build_model(), build_model(seed=3)
+    logits = [model(tokens) for model in models]
+    loss = LinearForwardKLLoss()
+    loss.set_model_output(models[0])
+    loss.set_teacher_output(models[1])
+    with loss.logits():
+        assert all(torch.equal(model(tokens), each) for model, each in zip(models, logits, strict=True))
+    assert all(model(tokens).shape[-1] == EMBED_DIM for model in models)
+
+
+def generated(model, tokens, **settings):
+    torch.manual_seed(3)
+    return generate(model, tokens, max_generated_tokens=3, top_k=5, **settings)
+
+
+BOUND_MODELS = {
+    "0.6.1": lambda: build_model(),
+    "main": lambda: as_on_main(build_model()),
+    "compiled": lambda: torch.compile(build_model(), backend="eager"),
+    "fusion": lambda: DeepFusionModel(build_model(tied=False), nn.Identity()),
+    "cached": lambda: with_caches(build_model()),
+}
+
+
+def with_caches(model):
+    model.setup_caches(batch_size=2, dtype=torch.float32, decoder_max_seq_len=16)
+    return model
+
+
+@pytest.mark.parametrize("kind", BOUND_MODELS)
+def test_generation_while_bound(kind, tokens):
+    """Refused in a sentence, and stock's within logits()."""
+    model = BOUND_MODELS[kind]()
+    expected = generated(model, tokens)
+    if kind == "cached":
+        model.reset_caches()
+    loss = LinearCrossEntropyLoss()
+    loss.set_model_output(model)
+    for settings in ({}, {"custom_generate_next_token": lambda *args, **kwargs: pytest.fail("sampled hidden states")}):
+        with pytest.raises(RuntimeError, match=r"returns hidden states, .* generate within `with loss.logits\(\):`"):
+            generated(model, tokens, **settings)
+    with loss.logits():
+        actual = generated(model, tokens)
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
 # ---- FSDP2

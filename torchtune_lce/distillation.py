@@ -1,5 +1,7 @@
 """Knowledge distillation losses as torchtune's recipes use them: bound to student and teacher once, then called."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
@@ -25,6 +27,7 @@ class _BoundModel:
             # Before the output layer is skipped: it may be the same model.
             before.release()
         self._skipped = skip_output_layer(model)
+        self.logits = self._skipped.logits
 
     def release(self) -> None:
         self.projection.release()
@@ -79,6 +82,14 @@ class _LinearKLLoss(nn.Module):
             if bound is not None:
                 bound.release()
         self._student = self._teacher = None
+
+    @contextmanager
+    def logits(self) -> Iterator[None]:
+        """``with loss.logits():`` student and teacher give logits, compiled or not, to generate or to evaluate with."""
+        with ExitStack() as stack:
+            for bound in filter(None, (self._student, self._teacher)):
+                stack.enter_context(bound.logits())
+            yield
 
     def __getstate__(self) -> dict:
         """What a copy or a pickle takes; of a bound loss there is none, for it would hold two more models."""

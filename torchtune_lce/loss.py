@@ -1,7 +1,8 @@
 """The loss as torchtune's recipes use it: bound to a model once, then called with hidden states and targets."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,6 +130,15 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
             self._skipped.restore()
             self._projection = self._skipped = None
 
+    @contextmanager
+    def logits(self) -> Iterator[None]:
+        """``with loss.logits():`` the bound model gives logits, compiled or not, to generate or to evaluate with."""
+        if self._skipped is None:
+            yield
+            return
+        with self._skipped.logits():
+            yield
+
     def __getstate__(self) -> dict:
         """What a copy or a pickle takes; of a bound loss there is none, for it would hold and train a second model."""
         if self._projection is not None:
@@ -243,7 +253,10 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
 
     def _check_width(self, outputs: Tensor, weight: Tensor) -> None:
         if weight.ndim == 2 and outputs.shape[-1:] != weight.shape[1:]:
-            hint = ": those are logits, call set_model_output again" if outputs.shape[-1:] == weight.shape[:1] else ""
+            given_logits = outputs.shape[-1:] == weight.shape[:1]
+            hint = (
+                ": those are logits: leave `with loss.logits()`, or call set_model_output again" if given_logits else ""
+            )
             raise ValueError(
                 f"outputs must be hidden states of shape [..., {weight.shape[1]}] to match weight, "
                 f"got {list(outputs.shape)}{hint}"

@@ -1,7 +1,11 @@
 """Make a torchtune model return the hidden states that its output projection would have taken."""
 
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 
+import torchtune.generation
 from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
@@ -30,13 +34,18 @@ def find_decoder(model: nn.Module) -> TransformerDecoder:
             f"got {type(model).__name__}; for any other model call the loss as "
             "loss(hidden, targets, weight=projection.weight)"
         )
-    if not _has_switch(decoder) and _function(decoder.unembed) not in (TransformerDecoder.unembed, _final_norm):
+    check_unembed(decoder)
+    return decoder
+
+
+def check_unembed(decoder: TransformerDecoder) -> None:
+    """Raises TypeError, saying what to do instead, for a decoder that ends in something of its own."""
+    if not _has_switch(decoder) and _function(decoder.unembed) not in (TransformerDecoder.unembed, _unembed):
         raise TypeError(
             f"model must end as torchtune's decoders do, in norm and output, but this {type(decoder).__name__} has its "
             "own unembed; make it return the hidden states yourself and call the loss as "
             "loss(hidden, targets, weight=projection.weight)"
         )
-    return decoder
 
 
 def skip_output_layer(model: nn.Module) -> "SkippedOutputLayer":
@@ -59,20 +68,83 @@ class SkippedOutputLayer:
 
     def __init__(self, decoder: TransformerDecoder):
         self._decoder = decoder
-        if _has_switch(decoder):
-            decoder.skip_output_layer = True
-        else:
-            # A bound function lands in the instance's __dict__ and wins over the class; a module there (decoder.norm
-            # itself) would be registered, would change the checkpoint, and would be ignored. Bound rather than a
-            # closure, so that a deep copy of the model normalises with its own weights.
-            decoder.unembed = MethodType(_final_norm, decoder)
+        self._restored = False
+        _refuse_to_sample()
+        _skip(decoder)
 
     def restore(self) -> None:
         """The model returns logits again. Harmless when called twice."""
-        if _has_switch(self._decoder):
-            self._decoder.skip_output_layer = False
-        else:
-            vars(self._decoder).pop("unembed", None)
+        self._restored = True
+        _restore(self._decoder)
+
+    @contextmanager
+    def logits(self) -> Iterator[None]:
+        """Within it the model returns logits; behind it whatever it returned before, unless it was restored."""
+        skipped = _is_skipped(self._decoder)
+        _restore(self._decoder)
+        try:
+            yield
+        finally:
+            if skipped and not self._restored:
+                _skip(self._decoder)
+
+
+def _skip(decoder: TransformerDecoder) -> None:
+    if _has_switch(decoder):
+        decoder.skip_output_layer = True
+        return
+    # A bound function lands in the instance's __dict__ and wins over the class; a module there (decoder.norm itself)
+    # would be registered, would change the checkpoint, and would be ignored. Bound rather than a closure, so that a
+    # deep copy of the model normalises with its own weights.
+    decoder.unembed = MethodType(_unembed, decoder)
+    decoder._returns_hidden_states = True
+
+
+def _restore(decoder: TransformerDecoder) -> None:
+    if _has_switch(decoder):
+        decoder.skip_output_layer = False
+        return
+    for name in ("unembed", "_returns_hidden_states"):
+        vars(decoder).pop(name, None)
+
+
+def _is_skipped(decoder: TransformerDecoder) -> bool:
+    return getattr(decoder, "skip_output_layer", False) or vars(decoder).get("_returns_hidden_states", False)
+
+
+def _unembed(decoder: TransformerDecoder, hidden: Tensor) -> Tensor:
+    # True wherever this is bound, and read all the same: what torch.compile made of a bound function stays in use, in
+    # torch 2.11 at least, once that is taken away, but not once an attribute that it read is.
+    if decoder._returns_hidden_states:
+        return decoder.norm(hidden)
+    return TransformerDecoder.unembed(decoder, hidden)
+
+
+def _refuse_to_sample() -> None:
+    """torchtune's generation takes hidden states for logits: from now on it refuses a model that returns them.
+
+    Nothing in the model's own call tells generation from validation, whose arguments and gradient mode are the same.
+    """
+    for module in (torchtune.generation._generation, torchtune.generation):
+        if not hasattr(module.generate_next_token, "_refuses_hidden_states"):
+            module.generate_next_token = _refusing(module.generate_next_token)
+
+
+def _refusing(generate_next_token: Callable) -> Callable:
+    # generate() takes its first token from this function even where it is given another one for the rest.
+    @functools.wraps(generate_next_token)
+    def checked(model: nn.Module, *args, **kwargs):
+        inner = uncompiled(model)
+        if _is_skipped(getattr(inner, "decoder", inner)):
+            raise RuntimeError(
+                f"model must return logits to generate from, but this {type(inner).__name__} is bound to a loss and "
+                "returns hidden states, which would be taken for logits: generate within `with loss.logits():`, or "
+                "after loss.release() (after restore(), where skip_output_layer was called)"
+            )
+        return generate_next_token(model, *args, **kwargs)
+
+    checked._refuses_hidden_states = True
+    return checked
 
 
 def _has_switch(decoder: TransformerDecoder) -> bool:
@@ -83,7 +155,3 @@ def _has_switch(decoder: TransformerDecoder) -> bool:
 def _function(method):
     """What a bound method calls; whatever else stands in its place."""
     return getattr(method, "__func__", method)
-
-
-def _final_norm(decoder: TransformerDecoder, hidden: Tensor) -> Tensor:
-    return decoder.norm(hidden)
