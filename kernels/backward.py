@@ -19,7 +19,7 @@ from torchtune_lce.kernels.backward_tiles import (
 from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
 from torchtune_lce.kernels.operands import Gradients, Operands, Places
 from torchtune_lce.kernels.plan import Plan
-from torchtune_lce.kernels.primitives import grid_barrier
+from torchtune_lce.kernels.primitives import ADAPTER_STAGES, grid_barrier
 from torchtune_lce.kernels.tuning import LAUNCH, Config, programs, rank_block
 
 
@@ -231,6 +231,7 @@ def _backward_kernel(
                             BLOCK_K,
                             EVEN_D,
                             PRECISION,
+                            None,
                         )
                 if NEED_UP:
                     if (chunk >= weight_chunks) & (chunk < bias_chunk):
@@ -261,6 +262,7 @@ def _backward_kernel(
                             BLOCK_K,
                             False,
                             PRECISION,
+                            ADAPTER_STAGES,
                         )
                 if NEED_BIAS:
                     if chunk == bias_chunk:
@@ -324,6 +326,7 @@ def _backward_kernel(
                             BLOCK_K,
                             EVEN_D,
                             PRECISION,
+                            None,
                         )
                 if NEED_LOW:
                     if chunk >= hidden_chunks:
@@ -368,6 +371,7 @@ def _backward_kernel(
                             BLOCK_K,
                             False,
                             PRECISION,
+                            ADAPTER_STAGES,
                         )
             # Items differ in length, so whoever is done takes the next one: who computes it changes no bit of it.
             item = workers + tl.atomic_add(taken + strip, 1, sem="relaxed", scope="gpu")

@@ -199,8 +199,12 @@ def weight_gradient_tile(
     BLOCK_K: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """d_weight[entries of the column, chunk of features] = sum over the column's kept tiles of gradient^T @ hidden."""
+    """d_weight[entries of the column, chunk of features] = sum over the column's kept tiles of gradient^T @ hidden.
+
+    STAGES of the loop's pipeline: None for the launch's own, and ADAPTER_STAGES for an adapter's matrix.
+    """
     STEPS: tl.constexpr = ROW_BLOCK // BLOCK_K
     d = chunk * FEATURES + tl.arange(0, FEATURES)
     within = tl.arange(0, BLOCK_K)
@@ -212,7 +216,7 @@ def weight_gradient_tile(
     first_place = tl.load(others, mask=steps > 0, other=0) * ROW_BLOCK
     slot = tl.load(slots, mask=steps > 0, other=first_id) - first_id
     token = tl.load(rows + tl.minimum(first_place + within, tokens_total - 1), mask=within < steps * BLOCK_K, other=0)
-    for step in range(0, steps):
+    for step in tl.range(0, steps, num_stages=STAGES):
         token_in_tile = step % STEPS * BLOCK_K + within
         if GRADIENT_TMA:
             gradient = gradient_rows.load([slot * ROW_BLOCK + step % STEPS * BLOCK_K, 0])
@@ -312,6 +316,7 @@ def hidden_gradient_tile(
     BLOCK_K: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Adds gradient @ weight over this strip's tiles of a row block to the running sum, which the last strip rounds.
 
@@ -361,7 +366,7 @@ def hidden_gradient_tile(
     first_entry = column * TILE
     entry = tl.load(entries + first_entry + tl.arange(0, BLOCK_K))
     slot = tl.load(slots, mask=steps > 0, other=first_id) - first_id
-    for step in range(0, steps):
+    for step in tl.range(0, steps, num_stages=STAGES):
         entry_in_tile = step % STEPS * BLOCK_K + tl.arange(0, BLOCK_K)
         if GRADIENT_TMA:
             gradient = gradient_columns.load([slot * ROW_BLOCK, step % STEPS * BLOCK_K])

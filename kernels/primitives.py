@@ -9,6 +9,9 @@ IS_INTERPRETED = tl.constexpr(is_interpreted())
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Depth of products over an adapter's rank, the least that tl.dot takes: addresses of deeper ones spill.
 RANK_DEPTH = tl.constexpr(16)
+# Of loops over products with an adapter's matrix, which are not pipelined: Triton 3.6 gives tiles that narrow, where
+# they are not copied asynchronously, one buffer for a product still in flight, and its sums come out wrong on sm90.
+ADAPTER_STAGES = tl.constexpr(1)
 
 
 @triton.jit
