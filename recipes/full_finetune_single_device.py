@@ -18,7 +18,7 @@ stock = load_stock_recipe("full_finetune_single_device")
 
 
 class FullFinetuneRecipeSingleDevice(BindsLossToModel, stock.FullFinetuneRecipeSingleDevice):
-    """torchtune's recipe; only the loss is bound to the model."""
+    """torchtune's recipe; the loss is bound to the model, and a step without labels is left out."""
 
 
 @config.parse

@@ -21,7 +21,7 @@ stock = load_stock_recipe("knowledge_distillation_distributed")
 
 
 class KDRecipeDistributed(BindsLossesToModels, stock.KDRecipeDistributed):
-    """torchtune's recipe; only the losses are bound to the models."""
+    """torchtune's recipe; the losses are bound to the models, and a step without labels is left out."""
 
 
 @config.parse

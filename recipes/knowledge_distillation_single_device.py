@@ -19,7 +19,7 @@ stock = load_stock_recipe("knowledge_distillation_single_device")
 
 
 class KDRecipeSingleDevice(BindsLossesToModels, stock.KDRecipeSingleDevice):
-    """torchtune's recipe; only the losses are bound to the models."""
+    """torchtune's recipe; the losses are bound to the models, and a step without labels is left out."""
 
 
 @config.parse

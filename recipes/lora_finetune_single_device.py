@@ -18,7 +18,7 @@ stock = load_stock_recipe("lora_finetune_single_device")
 
 
 class LoRAFinetuneRecipeSingleDevice(BindsLossToModel, stock.LoRAFinetuneRecipeSingleDevice):
-    """torchtune's recipe; only the loss is bound to the model."""
+    """torchtune's recipe; the loss is bound to the model, and a step without labels is left out."""
 
 
 @config.parse

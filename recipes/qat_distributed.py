@@ -19,7 +19,7 @@ stock = load_stock_recipe("qat_distributed")
 
 
 class QATRecipeDistributed(BindsLossToModel, stock.QATRecipeDistributed):
-    """torchtune's recipe; only the loss is bound to the model."""
+    """torchtune's recipe; the loss is bound to the model, and a step without labels is left out."""
 
 
 @config.parse

@@ -43,6 +43,8 @@ class Case:
     overrides: tuple[str, ...] = ()
     equals: str | None = None
     loss: str = OUR_LOSS
+    # The batches of both ranks, in turn, as rows of one: E has no label, another letter has its own.
+    rows: str | None = None
 
 
 def _cases() -> dict[str, Case]:
@@ -95,10 +97,21 @@ def _cases() -> dict[str, Case]:
             cases[" ".join([head, *overrides])] = Case(
                 DISTILLATION_DISTRIBUTED, tied, overrides, equals=f"stock {head}"
             )
-    cases["a rank without labels"] = Case(FULL_DISTRIBUTED, True, ("batch_size=1", "shuffle=False"))
+    cases["a rank without labels"] = Case(FULL_DISTRIBUTED, True, ("batch_size=1", "shuffle=False"), rows="Ea" * 6)
+    for name, method, overrides in EMPTY_STEPS:
+        overrides = ("batch_size=1", "shuffle=False", "gradient_accumulation_steps=1", *overrides)
+        # Both ranks, the other one and the first have no label; the third of these steps is not there to compare.
+        cases[f"{name}, no empty step"] = Case(method, True, overrides, rows="abEcdE")
+        cases[f"{name}, an empty step"] = Case(method, True, overrides, rows="abEcEEdE")
     return cases
 
 
+EMPTY_STEPS = [
+    ("full", FULL_DISTRIBUTED, ("clip_grad_norm=0.1",)),
+    ("in backward", FULL_DISTRIBUTED, ("optimizer_in_bwd=True",)),
+    ("lora", LORA_DISTRIBUTED, ()),
+    ("distillation", DISTILLATION_DISTRIBUTED, ()),
+]
 CASES = _cases()
 COMPARED = [name for name, case in CASES.items() if case.equals]
 
@@ -111,10 +124,6 @@ class Runs:
         self.assets = folder / "assets"
         self._folder = folder
         write_distillation_assets(self.assets)
-        # Truncated questions, whose answers are lost: with shuffle off, rank 0's rows.
-        question = "Say nothing at all. " * 20
-        chats = [(question, "nothing"), ("Say one", "one, of course")] * 6
-        self.unlabelled = write_chats(self.assets / "unlabelled.jsonl", chats)
         spawn(train_all, 2, [self._prepared(name, case) for name, case in CASES.items()], backend=backend)
 
     def output(self, name: str) -> Path:
@@ -134,12 +143,17 @@ class Runs:
             return distillation_config(*where, tied=tied, divergence="Forward", ours=ours, overrides=overrides)
         return recipe_config(*where, tied=tied, loss=loss, overrides=overrides)
 
+    def data(self, rows: str) -> Path:
+        # E: a truncated question, whose answer is lost.
+        chats = [("Say nothing at all. " * 20, "nothing") if row == "E" else (f"Say {row}", row * 9) for row in rows]
+        return write_chats(self.assets / f"{rows}.jsonl", chats)
+
     def _prepared(self, name: str, case: Case) -> tuple:
         cfg = self.config(name, case.method, tied=case.tied, overrides=case.overrides, loss=case.loss)
         if "lora on the output" in name:
             del cfg.model["tie_word_embeddings"]
-        if name == "a rank without labels":
-            cfg.dataset.data_files = str(self.unlabelled)
+        if case.rows:
+            cfg.dataset.data_files = str(self.data(case.rows))
         return case.loss == OUR_LOSS, case.method, cfg
 
 
@@ -261,7 +275,7 @@ def test_a_tied_head_under_tensor_parallelism_equals_one_device(runs):
 def test_a_rank_without_labels_leaves_the_other_ranks_numbers(runs):
     """One process with both ranks' rows in each batch is the reference: torchtune's own loss divides 0 by 0."""
     cfg = runs.config("one process", FULL, tied=True, overrides=["batch_size=2", "shuffle=False"])
-    cfg.dataset.data_files = str(runs.unlabelled)
+    cfg.dataset.data_files = str(runs.data(CASES["a rank without labels"].rows))
     recipe = train(our_recipe(FULL), cfg)
     labelled = [any(label != -100 for label in row["labels"][1:]) for row in recipe._dataloader.dataset]
     assert labelled == [False, True] * 6
@@ -271,3 +285,13 @@ def test_a_rank_without_labels_leaves_the_other_ranks_numbers(runs):
     ours, single = runs.saved("a rank without labels"), runs.saved("one process")
     for key in single:
         torch.testing.assert_close(ours[key], single[key], rtol=1e-4, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("name", [name for name, _, _ in EMPTY_STEPS])
+def test_a_step_without_labels_on_any_rank_is_as_if_it_were_not_there(runs, name):
+    """To the bit, and so are the steps after it, which momentum would have moved; one rank alone takes part as ever."""
+    without, with_one = f"{name}, no empty step", f"{name}, an empty step"
+    assert len(set(runs.losses(without))) == STEPS
+    assert runs.losses(with_one) == runs.losses(without)
+    expected, weights = runs.saved(without), runs.saved(with_one)
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)

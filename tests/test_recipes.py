@@ -2,13 +2,16 @@
 
 import logging
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_distillation import distillation_config, write_distillation_assets
 from tiny_models import (
+    DISTILLATION,
     FULL,
     LORA,
     OUR_LOSS,
@@ -220,6 +223,70 @@ def test_batch_without_labels_trains_on(runs):
     assert len(losses) == 5
     assert losses[-1] < losses[0]
     assert all(torch.isfinite(tensor).all() for tensor in saved(Path(cfg.output_dir)).values())
+
+
+EMPTY = ("Say nothing at all. " * 20, "nothing")  # truncated: the answer is lost
+ANSWERED = [("Say one", "one, of course"), ("Say two", "two and a half"), ("Say three", "three"), ("Say four", "4, 5")]
+ONE_BY_ONE = ["batch_size=1", "shuffle=False", "max_steps_per_epoch=2"]
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "kept", "with_empty_steps"),
+    [
+        (FULL, ["clip_grad_norm=0.1"], "ab", "EaEEb"),
+        (FULL, ["optimizer_in_bwd=True"], "ab", "aEb"),
+        (LORA, ["gradient_accumulation_steps=2"], "EabE", "EaEEEEbE"),
+        (DISTILLATION, ["gradient_accumulation_steps=2"], "abEc", "EEabEEEc"),
+    ],
+    ids=["clipping", "optimizer in backward", "accumulation", "distillation"],
+)
+def test_a_step_without_labels_is_as_if_it_were_not_there(runs, caplog, method, overrides, kept, with_empty_steps):
+    """To the bit, weights and optimizer: neither momentum nor decay moves them, and the schedule waits."""
+    overrides = [*ONE_BY_ONE, "gradient_accumulation_steps=1", *overrides]
+    expected, lines = _trained_on(runs, method, kept, overrides)
+    assert len(lines) == len(set(lines)) == 2
+    caplog.clear()
+    trained, lines_with_empty_steps = _trained_on(runs, method, with_empty_steps, overrides)
+    assert lines_with_empty_steps == lines
+    assert "nan" not in "".join(lines)
+    for found, wanted in zip(_tensors(trained), _tensors(expected), strict=True):
+        assert torch.equal(found, wanted)
+    said = [record for record in caplog.records if "has no label" in record.message]
+    assert len(said) == 1
+    assert said[0].levelno == logging.WARNING
+
+
+def test_micro_batches_left_over_by_an_epoch_are_of_the_next_ones_first_step(runs):
+    """As torchtune has it; so the second epoch's first step has a label, and the first one's has none."""
+    overrides = [*ONE_BY_ONE, "gradient_accumulation_steps=2", "epochs=2", "max_steps_per_epoch=null"]
+    _, lines = _trained_on(runs, FULL, "EEa", overrides)
+    assert len(lines) == 1
+    assert "nan" not in lines[0]
+
+
+def _trained_on(runs, method, rows, overrides):
+    """A recipe that was run on these rows, E one without labels; what it logged, but for the time it took."""
+    chats = [EMPTY if row == "E" else ANSWERED["abcd".index(row)] for row in rows]
+    data = write_chats(runs.assets / f"{rows}.jsonl", chats)
+    overrides = [*overrides, f"dataset.data_files={data}"]
+    if method == DISTILLATION:
+        write_distillation_assets(runs.assets)
+        where = runs.assets, runs.output(), method
+        cfg = distillation_config(*where, tied=True, divergence="Forward", ours=True, overrides=overrides)
+    else:
+        cfg = runs.config(method, overrides=overrides)
+    recipe = train(our_recipe(method), cfg)
+    log = (Path(cfg.output_dir) / "steps.txt").read_text()
+    return recipe, re.sub(r"tokens_per_second_per_gpu:\S+", "", log).splitlines()
+
+
+def _tensors(recipe) -> list[torch.Tensor]:
+    """Every weight, and every state of the optimizer."""
+    optimizer = recipe._optim_ckpt_wrapper if getattr(recipe, "_optimizer_in_bwd", False) else recipe._optimizer
+    state = torch.utils._pytree.tree_leaves(optimizer.state_dict())
+    states = [leaf for leaf in state if isinstance(leaf, torch.Tensor)]
+    assert states
+    return [*recipe._model.parameters(), *states]
 
 
 def test_a_loss_without_set_model_output_is_left_alone(runs):

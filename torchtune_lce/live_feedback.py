@@ -144,7 +144,6 @@ class BatchStatistics:
         loss.after_batch.append(self._add)
 
     def of_step(self, step: int) -> dict[str, float]:
-        """NaN for a step without labels, as torchtune's loss is."""
         if step != self._step:
             return {}
         means = (self._sums[:-1] / self._sums[-1]).tolist()

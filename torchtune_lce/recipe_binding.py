@@ -1,4 +1,4 @@
-"""The one thing that a torchtune 0.6.1 recipe lacks: it never tells a loss which model it belongs to."""
+"""What a torchtune 0.6.1 recipe lacks: it tells no loss its model, and leaves no step without labels out."""
 
 import os
 
@@ -7,6 +7,7 @@ from torch import nn
 from torchtune import config
 
 from torchtune_lce import live_feedback
+from torchtune_lce.empty_steps import SkipsEmptySteps
 from torchtune_lce.loss import LinearCrossEntropyLoss
 from torchtune_lce.model_output import uncompiled
 
@@ -30,6 +31,7 @@ class BindsLossToModel:
             live_feedback.attach(self, cfg, loss)
         # After torchtune has sharded the model. torchtune main has done this already, and once more changes nothing.
         self._loss_fn.set_model_output(self._model)
+        self._dataloader = SkipsEmptySteps(self)
 
 
 class BindsLossesToModels(BindsLossToModel):
