@@ -10,6 +10,7 @@ torchtune 0.6.1's needs torchao 0.11 or older.
 import importlib.metadata
 import sys
 
+import torchtune.modules.loss
 from omegaconf import DictConfig
 from packaging.version import Version
 from torchtune import config
@@ -22,20 +23,28 @@ stock = load_stock_recipe("qat_lora_finetune_distributed")
 
 
 class QATLoRAFinetuneRecipeDistributed(BindsLossToModel, stock.QATLoRAFinetuneRecipeDistributed):
-    """torchtune's recipe; only the loss is bound to the model.
+    """torchtune's recipe; the loss is bound to the model, and a step without labels is left out.
 
     Raises RuntimeError for a torchao whose settings torchtune 0.6.1's layers do not know; there, torchtune's own recipe
     fails on a bare assertion once its checkpoint is loaded.
     """
 
     def __init__(self, cfg: DictConfig):
-        torchtune, torchao = (importlib.metadata.version(name) for name in ("torchtune", "torchao"))
-        if Version(torchtune) < Version("0.7") and Version(torchao) >= Version("0.12"):
-            raise RuntimeError(
-                f"LoRA with quantisation-aware training of torchtune {torchtune} needs torchao 0.11 or older, got "
-                f"{torchao}: pip install torchao==0.11.0, or fine-tune without LoRA by qat_distributed"
-            )
+        check_torchao()
         super().__init__(cfg=cfg)
+
+
+def check_torchao() -> None:
+    """Raises RuntimeError for torchtune's release with a torchao that its layers do not know."""
+    # Main's version is no help: built from its repository it is 0.0.0, or empty.
+    if hasattr(torchtune.modules.loss, "SFTLoss"):
+        return
+    release, torchao = (importlib.metadata.version(name) for name in ("torchtune", "torchao"))
+    if Version(torchao) >= Version("0.12"):
+        raise RuntimeError(
+            f"LoRA with quantisation-aware training of torchtune {release} needs torchao 0.11 or older, got "
+            f"{torchao}: pip install torchao==0.11.0, or fine-tune without LoRA by qat_distributed"
+        )
 
 
 @config.parse

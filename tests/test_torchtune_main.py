@@ -2,6 +2,10 @@
 test_many_ranks.py."""
 
 import importlib
+import importlib.metadata
+import inspect
+import logging
+import re
 import sys
 
 import pytest
@@ -10,6 +14,7 @@ import torchtune.modules.loss
 from omegaconf import OmegaConf
 from tiny_models import VOCABULARY, build_model
 from torch import Tensor, nn
+from torchtune import config
 from torchtune.modules.model_fusion import DeepFusionModel
 from torchtune_main import MainRecipe, SFTLoss, as_on_main
 
@@ -126,3 +131,78 @@ def test_a_batch_without_labels_trains_on(with_interface):
     value.backward()
     assert value == 0
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none", "mean"])
+def test_another_reduction_is_warned_of_at_binding(with_interface, caplog, reduction):
+    """Main's recipes multiply by the number of tokens whatever it is; ours refuse it."""
+    loss = with_interface(SFTLoss)(reduction=reduction)
+    model = as_on_main(build_model())
+    loss.set_model_output(model)
+    loss.set_model_output(model)
+    said = [record for record in caplog.records if "reduction" in record.message]
+    assert len(said) == (reduction != "mean")
+    for record in said:
+        assert record.levelno == logging.WARNING
+        assert f"got {reduction}" in record.message
+
+
+def test_metrics_that_nobody_logs_are_said_once(with_interface, caplog):
+    with_interface(SFTLoss)
+    cfg = settings(OURS)
+    cfg.loss.metrics = ["accuracy", "nll"]
+    MainRecipe(SFTLoss, as_on_main(build_model()), cfg).train(batches(2))
+    (said,) = [record for record in caplog.records if "metrics" in record.message]
+    assert said.levelno == logging.WARNING
+    assert "accuracy, nll" in said.message
+    assert "torchtune_lce/recipes/" in said.message
+
+
+def test_metrics_that_somebody_takes_are_not(caplog):
+    loss = torchtune_lce.LinearCrossEntropyLoss(metrics="nll")
+    loss.after_batch.append(lambda batch: None)
+    model = build_model()
+    loss.set_model_output(model)
+    [(tokens, labels)] = batches(1)
+    loss(model(tokens), labels)
+    assert not [record for record in caplog.records if "metrics" in record.message]
+
+
+@pytest.mark.parametrize("name", ["num_output_chunks", "mask_ignored_tokens"])
+@pytest.mark.parametrize(
+    "component",
+    ["LinearCrossEntropyLoss", "LinearForwardKLLoss", "LinearReverseKLLoss", "LinearSymmetricKLLoss"],
+)
+def test_settings_of_torchtunes_own_loss_say_what_takes_their_place(component, name):
+    with pytest.raises(TypeError) as error:
+        config.instantiate(OmegaConf.create({"_component_": f"torchtune_lce.{component}", name: 8}))
+    message = str(error.value)
+    assert message.startswith(f"{component} takes no {name}, got 8: ")
+    assert f"~loss.{name}" in message or f"~kd_loss.{name}" in message
+    assert ("workspace_mib" in message) == (name == "num_output_chunks")
+    assert name not in inspect.signature(getattr(torchtune_lce, component)).parameters
+
+
+def test_a_kl_loss_in_place_of_the_loss_says_so():
+    recipe = MainRecipe(SFTLoss, as_on_main(build_model()), settings("torchtune_lce.LinearForwardKLLoss"))
+    message = "LinearForwardKLLoss compares two models .* as loss set torchtune_lce.LinearCrossEntropyLoss"
+    with pytest.raises(TypeError, match=message):
+        recipe.train(batches(1))
+
+
+@pytest.mark.parametrize("version", ["", "0.0.0", "0.7.0", None])
+def test_qat_lora_under_main_asks_for_no_older_torchao(version, monkeypatch):
+    """Main's own version says nothing, and its torchao is 0.18 or newer."""
+    recipe = importlib.import_module("torchtune_lce.recipes.qat_lora_finetune_distributed")
+    found = {"torchtune": version, "torchao": "0.18.0"}
+    monkeypatch.setattr(importlib.metadata, "version", found.get)
+    monkeypatch.setattr(torchtune.modules.loss, "SFTLoss", SFTLoss, raising=False)
+    recipe.check_torchao()
+
+
+@pytest.mark.parametrize("version", ["0.12.0", "0.15.0"])
+def test_qat_lora_of_the_release_asks_for_an_older_torchao(version, monkeypatch):
+    recipe = importlib.import_module("torchtune_lce.recipes.qat_lora_finetune_distributed")
+    monkeypatch.setattr(importlib.metadata, "version", {"torchtune": "0.6.1", "torchao": version}.get)
+    with pytest.raises(RuntimeError, match=re.escape(f"got {version}: pip install torchao==0.11.0")):
+        recipe.check_torchao()

@@ -10,6 +10,7 @@ from torchtune.utils import get_logger, log_rank_zero
 
 from torchtune_lce import validation
 from torchtune_lce.divergence import Head, Shares, check_head, check_impl, divergence
+from torchtune_lce.foreign_settings import refuses_settings_of_torchtune
 from torchtune_lce.model_output import skip_output_layer
 from torchtune_lce.options import Options
 from torchtune_lce.output_adapter import Adapter, low_rank
@@ -101,7 +102,7 @@ class _LinearKLLoss(nn.Module):
         self,
         student_hidden: Tensor,  # [B, S, D] or [N, D]
         teacher_hidden: Tensor,  # [B, S, E] or [N, E]
-        labels: Tensor,  # [B, S] or [N]; only whether they are ignore_index matters
+        labels: Tensor | None = None,  # [B, S] or [N], required; only whether they are ignore_index matters
         normalize: bool = True,
     ) -> Tensor:
         """The divergence of the two bound models: the mean over the tokens in use, their sum without ``normalize``.
@@ -110,6 +111,13 @@ class _LinearKLLoss(nn.Module):
             RuntimeError: student or teacher is not bound.
             TypeError, ValueError: an argument of the wrong type, shape, dtype or device, by name.
         """
+        if labels is None:
+            # As a recipe calls its loss of labels.
+            name = type(self).__name__
+            raise TypeError(
+                f"{name} compares two models and takes student_hidden, teacher_hidden and labels, got no labels: it is "
+                "a kd_loss, of the knowledge_distillation recipes; as loss set torchtune_lce.LinearCrossEntropyLoss"
+            )
         if self._student is None or self._teacher is None:
             raise RuntimeError(self._unbound_message())
         trains = torch.is_grad_enabled()
@@ -207,6 +215,7 @@ class LinearForwardKLLoss(_LinearKLLoss):
         TypeError, ValueError: a setting that is not accepted, by name.
     """
 
+    @refuses_settings_of_torchtune
     def __init__(self, ignore_index: int = -100, impl: str = "auto", workspace_mib: int = 128):
         super().__init__(Shares(1.0, 0.0), ignore_index, impl, workspace_mib)
 
@@ -214,6 +223,7 @@ class LinearForwardKLLoss(_LinearKLLoss):
 class LinearReverseKLLoss(_LinearKLLoss):
     """KL(student || teacher), as torchtune's ``ReverseKLLoss`` defines it; else as :class:`LinearForwardKLLoss`."""
 
+    @refuses_settings_of_torchtune
     def __init__(self, ignore_index: int = -100, impl: str = "auto", workspace_mib: int = 128):
         super().__init__(Shares(0.0, 1.0), ignore_index, impl, workspace_mib)
 
@@ -223,6 +233,7 @@ class LinearSymmetricKLLoss(_LinearKLLoss):
     else as :class:`LinearForwardKLLoss`.
     """
 
+    @refuses_settings_of_torchtune
     def __init__(
         self, sym_kd_ratio: float = 0.5, ignore_index: int = -100, impl: str = "auto", workspace_mib: int = 128
     ):

@@ -1,5 +1,6 @@
 """The loss as torchtune's recipes use it: bound to a model once, then called with hidden states and targets."""
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torchtune.utils import get_logger, log_rank_zero
 
 from torchtune_lce import implementations, output_adapter, validation
+from torchtune_lce.foreign_settings import refuses_settings_of_torchtune
 from torchtune_lce.functional import TokenStatistics, compute, compute_token_statistics
 from torchtune_lce.model_output import skip_output_layer
 from torchtune_lce.options import Options
@@ -62,6 +64,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         TypeError, ValueError: a setting that no implementation accepts, by name.
     """
 
+    @refuses_settings_of_torchtune
     def __init__(
         self,
         ignore_index: int = -100,
@@ -101,6 +104,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         self._skipped = None
         self._projection = None
         self._first_batch = True
+        self._warned = set()
 
     @property
     def ignore_index(self) -> int:
@@ -122,6 +126,11 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         self._projection = projection
         self._skipped = skip_output_layer(model)
         self._first_batch = True
+        if self.reduction != "mean":
+            self._warn_once(
+                "loss.reduction must be mean in a torchtune recipe, which multiplies the loss by the number of tokens, "
+                f"got {self.reduction}: right only in a loop of your own that expects it"
+            )
 
     def release(self) -> None:
         """Undo set_model_output: the model gives logits again. Harmless when nothing is bound."""
@@ -210,6 +219,12 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
             if self._first_batch:
                 self._say_which(outputs, weight, adapter)
                 self._first_batch = False
+        if self.metrics and not self.after_batch and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._warn_once(
+                f"loss.metrics ({', '.join(self.metrics)}) are not logged here: only this package's recipes log them, "
+                "and the key log_loss_stats too. Use `tune run torchtune_lce/recipes/<recipe>.py`, or take them in "
+                "loss.after_batch"
+            )
         beside = {
             "options": self._options,
             "shard": shard,
@@ -280,6 +295,11 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
             f"Linear cross-entropy runs impl '{name}' (set: '{self.impl}') on {outputs.device.type} "
             f"in {outputs.dtype}, output projection {list(weight.shape)}{beside}.",
         )
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            log_rank_zero(get_logger(), message, level=logging.WARNING)
 
     def apply_compile_strategy(self, *args, **kwargs) -> "LinearCrossEntropyLoss":
         """Nothing is left to compile: every implementation is either a kernel or compiles itself, once."""
