@@ -9,12 +9,14 @@ from distributed_processes import spawn
 from fsdp_checks import RANKS, check_two_processes
 from tiny_models import SIZES, VOCABULARY, build_model
 from torch import nn
+from torch.nn.utils import prune
 from torchao.dtypes.nf4tensor import to_nf4
 from torchtune.generation import generate
 from torchtune.models.llama2._component_builders import llama2_classifier
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.model_fusion import DeepFusionModel, EarlyFusionModel, FusionEmbedding
 from torchtune.modules.peft import LoRALinear, QATLoRALinear
+from torchtune.training import get_act_offloading_ctx_manager
 from torchtune_main import as_on_main
 
 from torchtune_lce import LinearCrossEntropyLoss, LinearForwardKLLoss, skip_output_layer
@@ -414,6 +416,143 @@ def test_generation_while_bound(kind, tokens):
     with loss.logits():
         actual = generated(model, tokens)
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+
+
+# ---- what is done to the head
+
+
+def with_forward_hook(model):
+    model.output.register_forward_hook(lambda module, inputs, output: output / 2)
+
+
+def with_pre_hook(model):
+    model.output.register_forward_pre_hook(lambda module, inputs: (inputs[0] / 2,))
+
+
+def with_backward_hook(model):
+    model.output.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] / 2,))
+
+
+def with_own_forward(model):
+    model.output.forward = lambda hidden: hidden @ model.output.weight.T / 2
+
+
+CHANGED_HEADS = {
+    "forward hook": (with_forward_hook, "model.output has a hook .* remove it"),
+    "pre-hook": (with_pre_hook, "model.output has a hook .* remove it"),
+    "backward hook": (with_backward_hook, "model.output has a hook .* remove it"),
+    "prune": (
+        lambda model: prune.l1_unstructured(model.output, "weight", amount=0.5),
+        "model.output has a hook .*L1Unstructured of torch.nn.utils.prune.* remove it",
+    ),
+    "weight_norm": (
+        lambda model: torch.nn.utils.weight_norm(model.output),
+        "model.output has a hook .*WeightNorm of torch.nn.utils.weight_norm.* remove it",
+    ),
+    "spectral_norm": (
+        lambda model: torch.nn.utils.spectral_norm(model.output),
+        "model.output has a hook .*SpectralNorm",
+    ),
+    "own forward": (with_own_forward, "model.output has its own forward"),
+}
+CHANGED_LATER = {
+    "replaced": (
+        lambda model: setattr(model, "output", nn.Linear(EMBED_DIM, VOCABULARY)),
+        "model.output is another module than set_model_output found: call set_model_output again",
+    ),
+    "adapter": (
+        lambda model: setattr(model, "output", lora_output()),
+        "model.output is another module than set_model_output found: call set_model_output again",
+    ),
+    "own unembed": (lambda model: setattr(model, "unembed", lambda hidden: hidden / 2), "has its own unembed"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("change", CHANGED_HEADS)
+def test_changed_head_is_refused(change):
+    apply, message = CHANGED_HEADS[change]
+    model = build_model(tied=False)
+    apply(model)
+    attributes = set(vars(model))
+    with pytest.raises(TypeError, match=message):
+        LinearCrossEntropyLoss().set_model_output(model)
+    assert set(vars(model)) == attributes
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("change", CHANGED_HEADS | CHANGED_LATER)
+def test_head_changed_after_binding_is_refused(change, targets):
+    apply, message = (CHANGED_HEADS | CHANGED_LATER)[change]
+    model = build_model(tied=False)
+    loss = LinearCrossEntropyLoss(impl="reference")
+    loss.set_model_output(model)
+    hidden = torch.randn(2, 7, EMBED_DIM)
+    assert loss(hidden, targets).isfinite()
+    apply(model)
+    with pytest.raises(TypeError, match=message):
+        loss(hidden, targets)
+
+
+def test_changed_tied_or_adapted_head_is_refused(targets):
+    """Where the hook is not on model.output itself, or the weight is another module's."""
+    tied, adapted, moved = build_model(), with_output(lora_output()), build_model()
+    hidden = torch.randn(2, 7, EMBED_DIM)
+    losses = []
+    for model in (tied, adapted, moved):
+        losses.append(LinearCrossEntropyLoss(impl="reference"))
+        losses[-1].set_model_output(model)
+    tied.output.linear.register_forward_hook(lambda module, inputs, output: output / 2)
+    adapted.output.lora_b.register_forward_hook(lambda module, inputs, output: output / 2)
+    moved.output.tied_module = nn.Embedding(VOCABULARY, EMBED_DIM)
+    for loss, message in zip(
+        losses, ("output.linear has a hook", "output.lora_b has a hook", "another module"), strict=True
+    ):
+        with pytest.raises(TypeError, match=message):
+            loss(hidden, targets)
+
+
+def reparametrised(model):
+    torch.nn.utils.parametrizations.weight_norm(model.output)
+    nn.init.uniform_(model.output.parametrizations.weight.original0, 0.5, 2)
+
+
+def half(module, inputs, output):
+    return output / 2
+
+
+HONOURED = {
+    "parametrised": reparametrised,
+    "pruned for good": lambda model: prune.remove(prune.l1_unstructured(model.output, "weight", amount=0.5), "weight"),
+    "compiled": lambda model: model.output.compile(backend="eager"),
+    "hook on the norm": lambda model: model.norm.register_forward_hook(half),
+    "activation offloading": lambda model: get_act_offloading_ctx_manager(model, True),
+}
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["before binding", "after"])
+@pytest.mark.parametrize(
+    "change",
+    # torchtune makes its streams as it puts its hooks on the head.
+    [pytest.param(name, marks=pytest.mark.gpu if name == "activation offloading" else ()) for name in HONOURED],
+)
+def test_change_that_is_honoured(change, later, tokens, targets):
+    """Loss and gradients are the model's own, twice."""
+    model = build_model(tied=False).double()
+    loss = LinearCrossEntropyLoss(impl="reference")
+    if later:
+        loss.set_model_output(model)
+    HONOURED[change](model)
+    if not later:
+        loss.set_model_output(model)
+    with loss.logits():
+        expected = F.cross_entropy(model(tokens).flatten(0, 1).double(), targets.flatten())
+    expected_gradients = torch.autograd.grad(expected, list(model.parameters()))
+    for _ in range(2):
+        actual = loss(model(tokens), targets)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+        for one, other in zip(torch.autograd.grad(actual, list(model.parameters())), expected_gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
 # ---- FSDP2

@@ -14,12 +14,16 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchtune.modules.peft import DoRALinear, LoRALinear, QATLoRALinear
 from torchtune.modules.tied_linear import TiedLinear
 
-from torchtune_lce.model_output import find_decoder, uncompiled
+from torchtune_lce.model_output import check_unembed, find_decoder, uncompiled
 from torchtune_lce.output_adapter import Adapter, is_dora
 
 _counter = itertools.count()
 # Roots that let go of their parameters after forward until a projection had them keep them.
 _made_to_keep = weakref.WeakSet()
+# Who puts hooks on a head that leave its product as it is, or that the loss stands in for: FSDP2 gathers the weight,
+# tensor parallelism splits it, torchtune opts the head out of offloading.
+_KNOWN_HOOKS = ("torch.distributed.", "torchtune.training.")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class Projection:
@@ -31,8 +35,10 @@ class Projection:
 
     def __init__(self, model: nn.Module):
         model, decoder = uncompiled(model), find_decoder(model)
+        self._decoder = decoder
         self._output = decoder.output
         self._owner = _owner(self._output)
+        _check_untouched(self._output)
         _check_covers_vocabulary(output_rows(model), _embedding_rows(model, decoder))
         for tensor in self._tensors():
             # Sharded is what FSDP2 parameters are between two forwards; inside one they are checked again.
@@ -66,6 +72,7 @@ class Projection:
         Weight and bias are DTensors where tensor parallelism splits them, on its mesh alone. FSDP2 gathers them once
         more for the backward, unless that will not read them: then ``read_in_backward`` spares it.
         """
+        self._check_as_bound()
         trains = torch.is_grad_enabled()
         shown, made = hidden, []
         if self._stays_gathered():
@@ -89,6 +96,16 @@ class Projection:
             # No backward will do it.
             self._holder.reshard()
         return result
+
+    def _check_as_bound(self) -> None:
+        """Raises TypeError for whatever happened to the head since that this projection does not compute."""
+        check_unembed(self._decoder)
+        if self._decoder.output is not self._output or _owner(self._output) is not self._owner:
+            raise TypeError(
+                "model.output is another module than set_model_output found: call set_model_output again after "
+                "whatever replaces it, an adapter or a tied embedding"
+            )
+        _check_untouched(self._output)
 
     def _stays_gathered(self) -> bool:
         """Whether FSDP2 keeps the weight gathered from the holder's forward to its backward.
@@ -194,6 +211,38 @@ def _owner(output) -> nn.Module:
         "model.output must be a torch.nn.Linear, or torchtune's TiedLinear, LoRALinear or DoRALinear, "
         f"got {type(output).__name__}; for another kind of output call the loss as loss(hidden, targets, weight=...)"
     )
+
+
+def _check_untouched(output) -> None:
+    """Raises TypeError for what the output does when it is called and the loss, which reads its weight, would not do.
+
+    Parametrisations are no such thing: reading the weight applies them.
+    """
+    for name, module in _passed_by(output):
+        if "forward" in vars(module):
+            raise TypeError(
+                f"model.{name} has its own forward, set on this one {type(module).__name__}: remove it, since the loss "
+                "reads the weight and would pass it by, or keep torch.nn.CrossEntropyLoss"
+            )
+        for hook in itertools.chain.from_iterable(getattr(module, kind).values() for kind in _HOOKS):
+            origin = getattr(hook, "__module__", None) or ""
+            if not origin.startswith(_KNOWN_HOOKS):
+                what = getattr(hook, "__qualname__", type(hook).__name__)
+                raise TypeError(
+                    f"model.{name} has a hook ({what} of {origin}), and the loss, which reads the weight, would pass "
+                    "it by: remove it (prune.remove, remove_weight_norm, remove_spectral_norm of torch.nn.utils make "
+                    "theirs permanent; torch.nn.utils.parametrizations are honoured), or keep torch.nn.CrossEntropyLoss"
+                )
+
+
+def _passed_by(output) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that the model calls for its logits and the loss does not, with their names in the model."""
+    if isinstance(output, TiedLinear):
+        yield "output.linear", output.linear
+        return
+    yield "output", output
+    if isinstance(output, Adapter):
+        yield "output.lora_b", output.lora_b
 
 
 def _is_fake_quantised(output) -> bool:
