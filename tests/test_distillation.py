@@ -580,7 +580,7 @@ BAD = {
         TypeError,
         "student_weight must have the dtype .*float16, got .*float32",
     ),
-    "integers": ({1: torch.zeros(2, 7, 96).long()}, TypeError, "teacher_weight must have the dtype .*int64"),
+    "integers": ({1: torch.zeros(2, 7, 96).long()}, TypeError, "teacher_hidden must be one of float32, .*int64"),
     "device": (
         {1: torch.zeros(2, 7, 96, device="meta")},
         ValueError,

@@ -10,20 +10,20 @@ An adapter on either output (:class:`torchtune_lce.low_rank.LowRank`) joins the 
 - Weight trained: chunks of the vocabulary, so that each row of the weight's gradient is one sum, rounded once. The
   logits are computed twice, for softmax over the whole vocabulary and then for the gradients.
 
+Logits are never rounded to the dtype of the hidden states; their gradient is, once.
+
 A custom operator: how many tokens are in use decides its shapes, which a compiler cannot know.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torchtune_lce.autocast import without_autocast
-from torchtune_lce.chunked import chunk_logits
-from torchtune_lce.divergence_steps import steps
-from torchtune_lce.low_rank import LowRank
+from torchtune_lce.divergence_steps import steps, summary
 from torchtune_lce.reference import accumulation_dtype
+from torchtune_lce.wide_products import add_product, wide_logits
 
 if TYPE_CHECKING:
     from torchtune_lce.divergence import Head, Shares
@@ -120,12 +120,8 @@ def _by_tokens(student, teacher, rows, shares, workspace, fused, needs):
     dtype = student.hidden.dtype
     wide = accumulation_dtype(dtype)
     vocabulary = student.weight.shape[0]
-    # Three quarters hold both logits of a piece, the rest what some of its tokens need in the accumulation dtype, which
-    # is up to four blocks at once.
-    piece = workspace * 3 // 4 // (vocabulary * (dtype.itemsize + teacher.hidden.itemsize))
-    # A product takes as long for some tokens more: whole tiles.
-    piece = piece // 64 * 64 or max(piece, 1)
-    block = max(workspace // 4 // (vocabulary * wide.itemsize * 4), 1)
+    teacher_wide = accumulation_dtype(teacher.hidden.dtype)
+    piece, block = tokens_at_once(workspace, vocabulary, wide.itemsize, teacher_wide.itemsize)
     loss = student.hidden.new_zeros((), dtype=wide)
     d_hidden, d_low, d_up, d_scale = (
         x.new_zeros(x.shape, dtype=kind) if need else None
@@ -137,14 +133,16 @@ def _by_tokens(student, teacher, rows, shares, workspace, fused, needs):
         )
     )
     for used in rows.split(piece):
-        piece_loss, d_logits, piece_d_scale = _piece(student, teacher, used, block, shares, fused, any(needs))
+        piece_loss, d_logits, piece_d_scale = _piece(
+            student, teacher, used, block, shares, workspace // 4, fused, any(needs)
+        )
         loss += piece_loss
         if needs.hidden:
             d_hidden[used] = d_logits @ student.weight
         if needs.low:
             d_low[used] = d_logits @ student.up
         if needs.up:
-            d_up += d_logits.T @ student.low[used]
+            add_product(d_up, d_logits.T, student.low[used], workspace // 4)
         if needs.scale:
             d_scale += piece_d_scale
         # Before the next piece is made.
@@ -154,45 +152,65 @@ def _by_tokens(student, teacher, rows, shares, workspace, fused, needs):
     return loss, Operands(d_hidden, None, None, d_low, None if d_up is None else d_up.to(dtype), d_scale)
 
 
-def _piece(student, teacher, used, block, shares, fused, need_gradient):
-    """The sum over the tokens ``used``; in place of the student's logits its gradient by them, without their scale; and
-    that by the scale, if there is one.
+def tokens_at_once(workspace: int, vocabulary: int, itemsize: int, teacher_itemsize: int) -> tuple[int, int]:
+    """Tokens of a piece, and of a block among them. Item sizes are those of the accumulation dtypes.
+
+    Three quarters of the workspace hold both logits of a piece, the rest what some of its tokens need, which is up to
+    four blocks at once; before that, and after, what is widened for products.
     """
-    logits, teacher_logits = _whole_rows(student, used), _whole_rows(teacher, used)
-    loss = logits.new_zeros((), dtype=accumulation_dtype(logits.dtype))
+    piece = workspace * 3 // 4 // (vocabulary * (itemsize + teacher_itemsize))
+    block = workspace // 4 // (vocabulary * itemsize * 4)
+    # A product takes as long for some tokens more: whole tiles.
+    return piece // 32 * 32 or max(piece, 1), max(block, 1)
+
+
+def _piece(student, teacher, used, block, shares, workspace, fused, need_gradient):
+    """The sum over the tokens ``used``, its gradient by the student's logits without their scale, in the dtype of the
+    hidden states; and that by the scale, if there is one.
+    """
+    everything = slice(None)
+    logits = wide_logits(_in_use(student, used), everything, workspace, scaled=False)
+    teacher_logits = wide_logits(_in_use(teacher, used), everything, workspace, scaled=False)
+    loss = logits.new_zeros(())
     d_scale = None if student.scale is None else torch.zeros_like(student.scale)
     for parts in zip(logits.split(block), teacher_logits.split(block), strict=True):
         part_loss, part_d_scale = steps(fused).of_rows(*parts, student.scale, teacher.scale, *shares, need_gradient)
         loss += part_loss
         if part_d_scale is not None:
             d_scale += part_d_scale
-    return loss, logits, d_scale
+    return loss, _rounded(logits, student.hidden.dtype, teacher_logits), d_scale
 
 
-def _whole_rows(operands, used):
-    """Logits of the tokens ``used`` before their scale, in the dtype of the hidden states."""
-    logits = F.linear(operands.hidden[used], operands.weight, operands.bias)
-    return logits if operands.low is None else logits.addmm_(operands.low[used], operands.up.T)
+def _rounded(d_logits, dtype, memory):
+    """In ``dtype``, in ``memory``, which has its shape, and whose values are not needed any more."""
+    if d_logits.dtype == dtype:
+        return d_logits
+    return memory.view(dtype)[:, : d_logits.shape[1]].copy_(d_logits)
 
 
 def _by_vocabulary(student, teacher, rows, shares, workspace, fused, needs):
     """The sum, and gradients, None where not needed."""
     dtype = student.hidden.dtype
     wide = accumulation_dtype(dtype)
-    # Both logits and three blocks made of them; the last chunk's gradient, or a product before it is widened.
+    # Both logits and three blocks made of them, and the last chunk's gradient; while logits are made, what is widened
+    # for their products is in place of those.
     bytes_per_entry = rows.numel() * (5 * wide.itemsize + max(dtype.itemsize, teacher.hidden.itemsize))
     vocabulary = student.weight.shape[0]
     chunk = min(vocabulary, max(workspace // max(bytes_per_entry, 1), 64))
     kept, kept_teacher = _in_use(student, rows), _in_use(teacher, rows)
-    numbers = [
-        torch.full(rows.shape, start, dtype=wide, device=rows.device) for start in (-torch.inf, -torch.inf, 0, 0)
-    ]
+
+    def both_logits(part, scaled):
+        logits = wide_logits(kept, part, workspace // 4, scaled)
+        return logits, wide_logits(kept_teacher, part, workspace // 4).to(wide)
+
+    sums = [torch.full(rows.shape, x, dtype=wide, device=rows.device) for x in (-torch.inf, 0, -torch.inf, 0, 0, 0)]
     for start in range(0, vocabulary, chunk):
-        both = (_chunk(operands, start, chunk, wide) for operands in (kept, kept_teacher))
-        numbers = steps(fused).statistics(*both, *shares, numbers)
-    lse, teacher_lse, mean_logit, mean_gap = numbers
-    reverse = mean_gap - lse + teacher_lse
-    loss = (shares[0] * (lse - mean_logit) + shares[1] * reverse).sum()
+        both = both_logits(slice(start, start + chunk), scaled=True)
+        sums = steps(fused).statistics(*both, *shares, sums)
+        # Before the next chunk is made.
+        del both
+    normalizers, cross_entropy, reverse = summary(*sums)
+    loss = (shares[0] * cross_entropy + shares[1] * reverse).sum()
 
     d_kept, d_kept_low = (
         torch.zeros_like(x, dtype=wide) if need else None
@@ -210,9 +228,9 @@ def _by_vocabulary(student, teacher, rows, shares, workspace, fused, needs):
     mean = 1 / max(rows.numel(), 1)
     for start in range(0, vocabulary, chunk):
         part = slice(start, start + chunk)
-        both = _chunk(kept, start, chunk, wide, scaled=False), _chunk(kept_teacher, start, chunk, wide)
+        both = both_logits(part, scaled=False)
         scale = None if kept.scale is None else kept.scale[part]
-        d_logits, by_entry, by_scale = steps(fused).gradient(*both, scale, lse, teacher_lse, reverse, *shares, dtype)
+        d_logits, by_entry, by_scale = steps(fused).gradient(*both, scale, normalizers, reverse, *shares, dtype)
         # Before more is made.
         del both
         if needs.bias:
@@ -220,9 +238,9 @@ def _by_vocabulary(student, teacher, rows, shares, workspace, fused, needs):
         if needs.scale:
             d_scale[part] = by_scale * mean
         if needs.hidden:
-            d_kept += d_logits @ student.weight[part]
+            add_product(d_kept, d_logits, student.weight[part], workspace // 4)
         if needs.low:
-            d_kept_low += d_logits @ student.up[part]
+            add_product(d_kept_low, d_logits, student.up[part], workspace // 4)
         for gradient, states in ((d_weight, kept.hidden), (d_up, kept.low)):
             if gradient is not None:
                 torch.addmm(gradient[part], d_logits.T, states, beta=0, alpha=mean, out=gradient[part])
@@ -240,15 +258,6 @@ def _in_use(operands, rows):
     if rows.numel() == operands.hidden.shape[0]:
         return operands
     return operands._replace(hidden=operands.hidden[rows], low=None if operands.low is None else operands.low[rows])
-
-
-def _chunk(operands, start, chunk, dtype, scaled=True):
-    """Logits of the entries [start, start + chunk), without their scale unless ``scaled``."""
-    hidden, weight, bias, low, up, scale = operands
-    low_rank = None
-    if low is not None:
-        low_rank = LowRank(low.to(accumulation_dtype(hidden.dtype)), up, scale if scaled else None)
-    return chunk_logits(hidden, weight, bias, low_rank, start, chunk, None).to(dtype)
 
 
 torch.library.define(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchtune_lce import chunked_divergence, validation
-from torchtune_lce.autocast import cast_inputs
+from torchtune_lce.autocast import cast_inputs, without_autocast
 from torchtune_lce.low_rank import LowRank
 from torchtune_lce.reference import accumulation_dtype, full_logits
 from torchtune_lce.validation import HIDDEN_DTYPES, TARGET_DTYPES
@@ -35,7 +35,8 @@ class Shares:
 
 @dataclass(frozen=True)
 class Head:
-    """One of the two models at its end: ``hidden`` [..., D], ``weight`` [V, D] and ``bias`` [V], of one dtype.
+    """One of the two models at its end: ``hidden`` [..., D], ``weight`` [V, D] and ``bias`` [V], of one dtype, or
+    under autocast of any.
 
     ``low_rank``, of as many tokens as ``hidden``, is a part of the projection beside ``weight``.
     """
@@ -102,6 +103,8 @@ def divergence(
             f"{list(student.weight.shape)} and {list(teacher.weight.shape)}"
         )
     student, teacher = student.flat(), teacher.without_gradient().flat()
+    for head in (student, teacher):
+        _check_same_dtype(head)
     if impl == "reference":
         compute = _reference
     else:
@@ -114,9 +117,7 @@ def divergence(
 def _reference(student: Head, teacher: Head, labels: Tensor, shares: Shares, ignore_index: int, _: int):
     """Plain PyTorch with both full logits."""
     log_student, log_teacher = (
-        full_logits(head.hidden, head.weight, head.bias, head.low_rank)
-        .to(accumulation_dtype(student.hidden.dtype))
-        .log_softmax(-1)
+        _full_logits(*head.operands).to(accumulation_dtype(student.hidden.dtype)).log_softmax(-1)
         for head in (student, teacher)
     )
     losses = torch.zeros_like(log_student[:, 0])
@@ -128,8 +129,19 @@ def _reference(student: Head, teacher: Head, labels: Tensor, shares: Shares, ign
     return losses.where(valid, 0).sum(), valid.sum()
 
 
+@without_autocast
+def _full_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, *low_rank: Tensor | None) -> Tensor:
+    """[N, V], of operands widened before the product, since its result would be rounded."""
+    wide = accumulation_dtype(hidden.dtype)
+    hidden, weight, bias, *low_rank = (x if x is None else x.to(wide) for x in (hidden, weight, bias, *low_rank))
+    return full_logits(hidden, weight, bias, None if low_rank[0] is None else LowRank(*low_rank))
+
+
 def check_head(head: Head) -> None:
-    """Raises TypeError or ValueError, by name, for tensors of the wrong type, shape, dtype or device."""
+    """Raises TypeError or ValueError, by name, for tensors of the wrong type, shape, dtype or device.
+
+    Whether their dtypes are equal is another question: autocast may make them so.
+    """
     hidden, weight, name = head.hidden, head.weight, head.name
     for what, tensor in (("hidden", hidden), ("weight", weight), ("bias", head.bias)):
         if tensor is None and what == "bias":
@@ -146,10 +158,8 @@ def check_head(head: Head) -> None:
             raise ValueError(
                 f"{name}_{what} must be on the device of {name}_hidden, {hidden.device}, got {tensor.device}"
             )
-        if tensor.dtype != hidden.dtype:
-            raise TypeError(f"{name}_{what} must have the dtype of {name}_hidden, {hidden.dtype}, got {tensor.dtype}")
-    if hidden.dtype not in HIDDEN_DTYPES:
-        raise TypeError(f"{name}_hidden must be one of {_names(HIDDEN_DTYPES)}, got {hidden.dtype}")
+        if tensor.dtype not in HIDDEN_DTYPES:
+            raise TypeError(f"{name}_{what} must be one of {_names(HIDDEN_DTYPES)}, got {tensor.dtype}")
     if weight.ndim != 2 or not weight.numel():
         raise ValueError(
             f"{name}_weight must have shape [V, D] with a row and a feature at least, got {list(weight.shape)}"
@@ -164,6 +174,15 @@ def check_head(head: Head) -> None:
         raise ValueError(
             f"{name}_bias must have shape [{weight.shape[0]}] to match {name}_weight, got {list(head.bias.shape)}"
         )
+
+
+def _check_same_dtype(head: Head) -> None:
+    for what, tensor in (("weight", head.weight), ("bias", head.bias)):
+        if tensor is not None and tensor.dtype != head.hidden.dtype:
+            raise TypeError(
+                f"{head.name}_{what} must have the dtype of {head.name}_hidden, {head.hidden.dtype}, got "
+                f"{tensor.dtype}: cast one of them, or call under torch.autocast"
+            )
 
 
 def _check_labels(student: Head, teacher: Head, labels: Tensor) -> None:

@@ -2,6 +2,9 @@
 
 q is the student's softmax, p the teacher's. The loss is forward_share times the forward divergence -Σ p log q, plus
 reverse_share times the reverse one, Σ q (log q - log p).
+
+Logits may share a large value. So they are taken relative to the largest of their token, the student's to its own and
+the teacher's to its own, and no log-sum-exp is ever added to that.
 """
 
 from collections.abc import Callable
@@ -67,29 +70,65 @@ def of_rows(
 
 
 def statistics(
-    logits: Tensor, teacher_logits: Tensor, forward_share: float, reverse_share: float, before: tuple[Tensor, ...]
-):
-    """Four numbers a token, [N], over the entries seen ``before`` and those of a chunk, [N, n]: both log-sum-exps, the
-    mean of the student's logits under p, and the mean of their difference from the teacher's under q.
+    logits: Tensor, teacher_logits: Tensor, forward_share: float, reverse_share: float, before: list[Tensor]
+) -> list[Tensor]:
+    """Six numbers a token, [N], over the entries seen ``before`` and those of a chunk, [N, n], in whose place others
+    are written: the student's peak, which is the largest logit, and total Σ exp(logit - peak); the teacher's; the
+    student's logits summed with the weights of the teacher's total; and the logits' differences, student less teacher,
+    with the weights of the student's. Logits in the latter two are those less their peaks.
     """
-    lse_before, teacher_lse_before, mean_logit, mean_gap = before
-    lse = torch.logaddexp(lse_before, logits.logsumexp(-1))
-    teacher_lse = torch.logaddexp(teacher_lse_before, teacher_logits.logsumexp(-1))
-    if forward_share:
-        here = (teacher_logits - teacher_lse[:, None]).exp_().mul_(logits).sum(-1)
-        mean_logit = mean_logit * (teacher_lse_before - teacher_lse).exp() + here
+    peak, total, teacher_peak, teacher_total, logit_sum, gap_sum = before
+    peak, base, shrunk, rise = _raised(peak, logits)
+    teacher_peak, teacher_base, teacher_shrunk, teacher_rise = _raised(teacher_peak, teacher_logits)
+    logits.sub_(base[:, None])
+    teacher_logits.sub_(teacher_base[:, None])
+    # First of all: a peak that rises from that of a masked chunk rises as far as a number can.
+    total, teacher_total = total * shrunk, teacher_total * teacher_shrunk
+    logit_sum = logit_sum * teacher_shrunk - teacher_total * rise
+    gap_sum = gap_sum * shrunk - total * (rise - teacher_rise)
+    exponentials = logits.exp()
+    total = total + exponentials.sum(-1)
     if reverse_share:
-        here = (logits - lse[:, None]).exp_().mul_(logits - teacher_logits).sum(-1)
-        mean_gap = mean_gap * (lse_before - lse).exp() + here
-    return lse, teacher_lse, mean_logit, mean_gap
+        gap_sum = gap_sum + exponentials.mul_(logits - teacher_logits).sum(-1)
+    # Before another is made.
+    del exponentials
+    exponentials = teacher_logits.exp()
+    teacher_total = teacher_total + exponentials.sum(-1)
+    if forward_share:
+        logit_sum = logit_sum + exponentials.mul_(logits).sum(-1)
+    return [peak, total, teacher_peak, teacher_total, logit_sum, gap_sum]
+
+
+def _raised(before: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
+    """The peak over more ``logits``; what to subtract from them, which is finite; the factor of sums of exponentials
+    relative to the peak ``before``; and how far the latter lay below.
+    """
+    peak = torch.maximum(before, logits.amax(-1))
+    base, base_before = _finite(peak), _finite(before)
+    return peak, base, (before - base).exp(), base - base_before
+
+
+def _finite(peak: Tensor) -> Tensor:
+    """Infinities stay in the logits that they are subtracted from, or they would become NaN."""
+    return peak.where(peak.isfinite(), 0)
+
+
+def summary(
+    peak: Tensor, total: Tensor, teacher_peak: Tensor, teacher_total: Tensor, logit_sum: Tensor, gap_sum: Tensor
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """What :func:`gradient` subtracts from the logits of either, two numbers each; the forward and the reverse
+    divergence. From what :func:`statistics` found over the whole vocabulary; [N] all of them.
+    """
+    log_total, log_teacher_total = total.log(), teacher_total.log()
+    normalizers = _finite(peak), log_total, _finite(teacher_peak), log_teacher_total
+    return normalizers, log_total - logit_sum / teacher_total, gap_sum / total - log_total + log_teacher_total
 
 
 def gradient(
     logits: Tensor,
     teacher_logits: Tensor,
     scale: Tensor | None,
-    lse: Tensor,
-    teacher_lse: Tensor,
+    normalizers: tuple[Tensor, ...],
     reverse: Tensor,
     forward_share: float,
     reverse_share: float,
@@ -98,9 +137,11 @@ def gradient(
     """Gradient by a chunk of the student's logits, [N, n] in ``dtype``, its sum over the tokens, [n], and the gradient
     by ``scale`` [n], the factors that the student's logits lack; the latter two not rounded.
 
-    ``reverse`` [N] is the reverse divergence over the whole vocabulary. Five blocks with the two that come in.
+    ``normalizers`` and ``reverse`` are :func:`summary`'s. Five blocks with the two that come in.
     """
-    log_q, log_p = _scaled(logits, scale) - lse[:, None], teacher_logits - teacher_lse[:, None]
+    base, log_total, teacher_base, log_teacher_total = (x[:, None] for x in normalizers)
+    log_q = (_scaled(logits, scale) - base).sub_(log_total)
+    log_p = (teacher_logits - teacher_base).sub_(log_teacher_total)
     gap = log_q - log_p if reverse_share else None
     d_logits = _by_logits(log_q.exp_(), log_p.exp_(), gap, reverse, forward_share, reverse_share)
     # Before another is made.

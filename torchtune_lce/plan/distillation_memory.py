@@ -6,12 +6,13 @@ stock: the logits of both models, 2bNV, until both losses are known. Kept for th
 make of them in float32: softmaxes, log-softmaxes and their products' masks, 9NV for the forward divergence, 13NV for
 the reverse one, 22NV for both; and the cross-entropy's log-softmax, 4NV.
 ours: the divergence is over before the cross-entropy begins, and keeps the gradient of the student's hidden states,
-bND. Its workspace holds both logits of a piece of tokens and, of some of them, three or four blocks in float32.
+bND. Its workspace holds both logits of a piece of tokens in float32 and, of some of them, three or four blocks more.
 """
 
 from dataclasses import dataclass
 
 from torchtune_lce import implementations
+from torchtune_lce.chunked_divergence import tokens_at_once
 from torchtune_lce.plan.loss_memory import CHUNKS, LossMemory, Problem, loss_memory
 
 _STOCK_KEEPS = {"Forward": 9, "Reverse": 13, "Symmetric": 22}
@@ -56,9 +57,8 @@ def _stock(problem: Problem, distillation: Distillation) -> LossMemory:
 def _pieces(problem: Problem, distillation: Distillation) -> int:
     """What torchtune_lce/chunked_divergence.py holds of a piece of tokens, and of a block among these."""
     workspace, wide = distillation.workspace_mib * 2**20, max(problem.itemsize, 4)
-    piece = workspace * 3 // 4 // (problem.vocabulary * 2 * problem.itemsize)
-    piece = min(piece // 64 * 64 or max(piece, 1), problem.tokens)
-    block = min(max(workspace // 4 // (problem.vocabulary * wide * 4), 1), piece)
+    piece, block = (min(tokens, problem.tokens) for tokens in tokens_at_once(workspace, problem.vocabulary, wide, wide))
+    block = min(block, piece)
     states = piece * (problem.features + distillation.teacher_features) * problem.itemsize
     blocks = _BLOCKS[distillation.divergence] * block * problem.vocabulary * wide
-    return 2 * piece * problem.vocabulary * problem.itemsize + blocks + states
+    return 2 * piece * problem.vocabulary * wide + blocks + states
