@@ -255,6 +255,22 @@ def test_targets_out_of_range_on_the_first_batch(model, hidden, targets):
     assert loss._first_batch
 
 
+def test_targets_of_minus_100_are_blamed_on_the_ignore_index():
+    """As torch and torchtune's data sets mark what is ignored, where the loss is told that 0 does."""
+    hidden, weight, targets = torch.randn(3, 8), torch.randn(512, 8), torch.tensor([-100, 3, -100])
+    for loss in (
+        lambda: LinearCrossEntropyLoss(ignore_index=0, impl="chunked")(hidden, targets, weight),
+        lambda: linear_cross_entropy(hidden, weight, targets, ignore_index=0, impl="chunked"),
+    ):
+        with pytest.raises(ValueError, match=r"ignore_index \(0\) .* got 2 outside, .* -100 is torch's mark") as error:
+            loss()
+        assert str(error.value).endswith("of what is ignored: set ignore_index=-100, or mark such targets with 0")
+    with pytest.raises(ValueError, match=r"to -5$"):
+        LinearCrossEntropyLoss(impl="chunked")(hidden, torch.tensor([-100, 3, -5]), weight)
+    with pytest.raises(ValueError, match=r"-100 is torch's mark .* a larger tokenizer$"):
+        LinearCrossEntropyLoss(ignore_index=0, impl="chunked")(hidden, torch.tensor([-100, 3, 512]), weight)
+
+
 @pytest.mark.parametrize(
     ("shape", "said"),
     [((), r"\[V, 64\] .*, got \[\]"), ((64,), r"\[V, 64\] .*, got \[64\]"), ((1, 9, 64), r"\[V, 64\] .*, got \[1,")]

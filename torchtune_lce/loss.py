@@ -278,13 +278,9 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
             )
 
     def _check_range(self, targets: Tensor, rows: int) -> None:
-        try:
-            validation.check_range(targets, rows, self.ignore_index)
-        except ValueError as error:
-            tokenizer = "" if self.tokenizer_size is None else f", which has {self.tokenizer_size} entries"
-            raise ValueError(
-                f"{error}. The model's output has {rows} rows; the usual cause is a larger tokenizer{tokenizer}"
-            ) from None
+        tokenizer = "" if self.tokenizer_size is None else f", which has {self.tokenizer_size} entries"
+        cause = f". The model's output has {rows} rows; the usual cause is a larger tokenizer{tokenizer}"
+        validation.check_range(targets, rows, self.ignore_index, cause)
 
     def _say_which(self, outputs: Tensor, weight: Tensor, adapter: output_adapter.Adapter | None) -> None:
         name = self._implementation(outputs, adapter)

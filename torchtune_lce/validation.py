@@ -174,15 +174,26 @@ def is_readable(tensor: Tensor) -> bool:
     return not any(functorch.is_batchedtensor(wrapped) for wrapped in _wrapped(tensor))
 
 
-def check_range(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Raises ValueError for a target outside [0, V) that is not ignore_index; reads the tensor: a GPU synchronises."""
+def check_range(targets: Tensor, vocabulary: int, ignore_index: int, if_too_large: str = "") -> None:
+    """Raises ValueError for a target outside [0, V) that is not ignore_index; reads the tensor: a GPU synchronises.
+
+    ``if_too_large`` ends the message where a target is V or more.
+    """
     outside = targets[out_of_range(targets, vocabulary, ignore_index)]
-    if outside.numel():
-        raise ValueError(
-            f"targets must be ignore_index ({ignore_index}) or in [0, {vocabulary}), the rows of weight; "
-            f"got {outside.numel()} outside, the first {outside[0].item()}, "
-            f"from {outside.min().item()} to {outside.max().item()}"
+    if not outside.numel():
+        return
+    said = (
+        f"targets must be ignore_index ({ignore_index}) or in [0, {vocabulary}), the rows of weight; "
+        f"got {outside.numel()} outside, the first {outside[0].item()}, "
+        f"from {outside.min().item()} to {outside.max().item()}"
+    )
+    if (outside == Options.ignore_index).any():
+        mark = Options.ignore_index
+        said += (
+            f". {mark} is torch's mark of what is ignored: set ignore_index={mark}, or mark such targets with "
+            f"{ignore_index}"
         )
+    raise ValueError(said + (if_too_large if (outside >= vocabulary).any() else ""))
 
 
 def out_of_range(targets: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
