@@ -1,8 +1,10 @@
 """What is installed: the package alone, with its kernels, recipes and configs, from the tree and by way of an sdist."""
 
+import argparse
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from torchtune_lce.tune_parser import TuneLCEParser
 
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("kernels", "recipes", "configs")
@@ -36,7 +40,7 @@ def wheels(tmp_path_factory) -> dict[str, Path]:
     """One built from the tree and one from its sdist, in a copy that holds no leftovers of other builds."""
     pytest.importorskip("build")
     folder = tmp_path_factory.mktemp("build")
-    leftovers = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "tune-lce-demo")
+    leftovers = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "tune-lce-*")
     shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=leftovers)
     built = {}
     # Without --wheel it makes an sdist, and the wheel out of that.
@@ -178,3 +182,13 @@ def imported(path: Path) -> list[str]:
 
 def is_short(module: str) -> bool:
     return module.partition(".")[0] in LINKED
+
+
+def test_git_ignores_what_the_commands_write_by_default():
+    parser = TuneLCEParser()._parser
+    commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction)).choices
+    helps = [action.help for command in commands.values() for action in command._actions if action.dest == "output"]
+    folders = [re.search(r"default: \./(\S+)$", text)[1] for text in helps]
+    assert len(folders) >= 4
+    ignored = (ROOT / ".gitignore").read_text().split()
+    assert not [folder for folder in folders if f"{folder}/" not in ignored]
