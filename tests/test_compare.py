@@ -38,6 +38,7 @@ from torchtune_lce.compare.demo_data import DemoData, TokenRows
 from torchtune_lce.compare.losses import LossChoice
 from torchtune_lce.compare.runs import Outcome, Run
 from torchtune_lce.errors import CommandError
+from torchtune_lce.plan import command as plan
 from torchtune_lce.random_weights import random_state_dict
 from torchtune_lce.recipe_runs import Result
 
@@ -136,6 +137,52 @@ def test_a_loss_that_cannot_run_is_refused_and_left_out_of_the_usual_ones(monkey
 def test_bad_configs_are_named(name, overrides, message):
     with pytest.raises(CommandError, match=message):
         runs.read_config(name, overrides)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--warmup", "-1"], "--warmup must be at least 0, got -1"),
+        (["--steps", "0", "--warmup", "0"], "--steps must be more than the --warmup of 0, got 0"),
+        (["--steps", "5"], "--steps must be more than the --warmup of 5, got 5"),
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--nproc_per_node", "0"], "--nproc_per_node must be at least 1, got 0"),
+        (["--sequence-length", "1"], "--sequence-length must be at least 2, got 1"),
+        (["--vocabulary", "258"], "--vocabulary must be at least 259, a byte's values and the special tokens, got 258"),
+        (["--losses", f"stock@{2**32}"], "--losses: a seed must be less than 4294967296, got 4294967296"),
+        (["seed=-1"], "seed must be null or a whole number from 0 to 4294967295, got -1"),
+        (["seed=abc"], "seed must be null or a whole number from 0 to 4294967295, got 'abc'"),
+    ],
+)
+def test_numbers_that_make_no_sense(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    options = ["--config", LORA_CONFIG, "--random-weights", "--demo-data", *arguments, "device=cpu", "dtype=fp32"]
+    args = parser.parse_args(["compare", *options])
+    with pytest.raises(SystemExit) as end:
+        args.func(args)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"tune-lce compare: {message}\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_of_a_distillation_must_have_one_vocabulary(tmp_path, monkeypatch, capsys):
+    """Told before anything is written, by plan and compare."""
+    monkeypatch.chdir(tmp_path)
+    sizes = ["teacher_model._component_=torchtune.models.qwen2_5.qwen2_5_7b_base", "device=cpu", "dtype=fp32"]
+    for name, module in (("plan", plan), ("compare", command)):
+        parser = argparse.ArgumentParser()
+        module.add_parser(parser.add_subparsers())
+        args = parser.parse_args([name, "--config", DISTILLATION_CONFIG, *sizes])
+        with pytest.raises(SystemExit) as end:
+            args.func(args)
+        assert end.value.code == 2
+        assert capsys.readouterr().err == (
+            f"tune-lce {name}: model and teacher_model must have the same vocabulary, got outputs of 151936 and of "
+            "152064 rows\n"
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_recipe_goes_with_the_config_and_the_devices(tmp_path):

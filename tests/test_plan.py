@@ -542,6 +542,10 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, capsys, text, message):
     ("arguments", "message"),
     [
         (["--memory", "80"], "--memory takes a number and one of GiB, G, GB, MiB, M, MB, as 80GiB; got '80'"),
+        (["--memory", "0GiB"], "--memory takes a number and one of GiB, G, GB, MiB, M, MB, as 80GiB; got '0GiB'"),
+        (["loss.bogus=1"], "loss: torchtune_lce.LinearCrossEntropyLoss got an unexpected keyword argument 'bogus'"),
+        (["loss.impl=CCE"], "loss.impl must be one of auto, cce,"),
+        (["loss.softcap=-1"], "loss.softcap must be None or a finite number > 0, got -1"),
         (["--nproc_per_node", "0"], "--nproc_per_node must be at least 1, got 0"),
         (
             ["--nproc_per_node", "2"],

@@ -3,15 +3,17 @@
 import argparse
 import re
 from collections.abc import Callable
+from functools import partial
 
 from torchtune._cli.tune import TuneCLIParser
 
-from torchtune_lce import registry
+from torchtune_lce import config_reading, registry
 from torchtune_lce.accuracy import command as accuracy
 from torchtune_lce.bench import command as bench
 from torchtune_lce.compare import command as compare
 from torchtune_lce.demo import command as demo
 from torchtune_lce.doctor import command as doctor
+from torchtune_lce.errors import CommandError
 from torchtune_lce.plan import command as plan
 
 DESCRIPTION = """\
@@ -48,8 +50,9 @@ class TuneLCEParser(TuneCLIParser):
         subparsers = next(action for action in self._parser._actions if isinstance(action, argparse._SubParsersAction))
         for parser in subparsers.choices.values():
             _rename_command(parser)
-        validate = subparsers.choices["validate"]
-        validate.set_defaults(func=_taking_names(validate.get_default("func")))
+        validate, run = subparsers.choices["validate"], subparsers.choices["run"]
+        validate.set_defaults(func=partial(_validate, validate))
+        run.set_defaults(func=partial(_run, run, run.get_default("func")))
         # Beyond torchtune's. Each module must be quick to import: all are, whatever the subcommand that runs.
         demo.add_parser(subparsers)
         bench.add_parser(subparsers)
@@ -69,11 +72,29 @@ def _rename_command(parser: argparse.ArgumentParser) -> None:
             setattr(holder, field, subcommand.sub("tune-lce ", text))
 
 
-def _taking_names(validate: Callable) -> Callable:
-    """torchtune's ``validate`` takes the path of a config only; ours also the name of a registered one."""
+def _validate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """torchtune's ``validate``, which takes the name of a registered config too, and looks at losses' settings."""
+    try:
+        config_reading.validate(config_reading.read(args.config.as_posix(), [], "config"))
+    except CommandError as error:
+        parser.error(str(error))
+    print("Config is well-formed!")
 
-    def validate_path_or_name(args: argparse.Namespace) -> None:
-        args.config = registry.find_config(args.config.as_posix()) or args.config
-        validate(args)
 
-    return validate_path_or_name
+def _run(parser: argparse.ArgumentParser, run: Callable, args: argparse.Namespace) -> None:
+    """torchtune's ``run``, once the config has been read: what is none ends in a sentence, not in a traceback."""
+    before, option, after = _split(args.recipe_args, "--config")
+    if option and not after:
+        parser.error("--config takes a name that `tune-lce ls` lists or the path of a YAML file, got nothing")
+    if option:
+        try:
+            config_reading.read(after[0], [*before, *after[1:]])
+        except CommandError as error:
+            parser.error(str(error))
+    run(args)
+
+
+def _split(words: list[str], word: str) -> tuple[list[str], bool, list[str]]:
+    """What stands before ``word``, whether it is there, and what stands after it."""
+    place = words.index(word) if word in words else len(words)
+    return words[:place], place < len(words), words[place + 1 :]

@@ -15,6 +15,7 @@ from torchtune_lce.demo import data, tokenizer
 from torchtune_lce.errors import CommandError
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+LEAST_VOCABULARY = 256 + len(_SPECIAL)  # every byte is an entry
 _ROWS, _TOKENIZER, _MADE = "rows.pt", "tokenizer", "made.json"
 
 

@@ -1,10 +1,12 @@
 """What a comparison needs besides for a distillation config: the loss that sees the teacher, for each choice."""
 
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from torchtune_lce import divergence
 from torchtune_lce.compare.losses import MAIN, STOCK, LossChoice
 from torchtune_lce.errors import CommandError
+from torchtune_lce.projection import output_rows
 
 _DIVERGENCES = ("Forward", "Reverse", "Symmetric")
 _STOCK = {name: f"torchtune.modules.loss.{name}KLWithChunkedOutputLoss" for name in _DIVERGENCES}
@@ -30,6 +32,15 @@ def check(config: DictConfig, choices: list[LossChoice]) -> None:
     if any(choice.kind == MAIN for choice in choices):
         raise CommandError(
             f"--losses: {MAIN} is a loss without a teacher, and the config distils; take {STOCK} or this package's"
+        )
+
+
+def check_vocabularies(student: nn.Module, teacher: nn.Module) -> None:
+    """Raises CommandError for models that no divergence can compare: their outputs have not as many rows."""
+    rows = output_rows(student), output_rows(teacher)
+    if rows[0] != rows[1]:
+        raise CommandError(
+            f"model and teacher_model must have the same vocabulary, got outputs of {rows[0]} and of {rows[1]} rows"
         )
 
 

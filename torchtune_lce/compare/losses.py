@@ -13,6 +13,7 @@ STOCK, MAIN, COMPILED, SEED = "stock", "main", "_compiled", "@"
 KINDS = (STOCK, MAIN, *implementations.NAMES)
 # Taken when none are named, as far as they can run.
 USUAL = (STOCK, "chunked", "torch_compile", "cce", "cce_exact")
+MOST_SEED = 2**32 - 1  # torchtune's
 _MAIN_LOSS = "torchtune_lce.compare.torchtune_main.ChunkedProjectionLoss"
 
 
@@ -64,6 +65,8 @@ def parse(text: str) -> list[LossChoice]:
                 f"--losses takes {', '.join(KINDS)}, each also with {COMPILED} for compile: True and with {SEED} and a "
                 f"number for a seed of its own; got {name!r}"
             )
+        if marked and int(seed) > MOST_SEED:
+            raise CommandError(f"--losses: a seed must be less than {MOST_SEED + 1}, got {seed}")
         choices.append(LossChoice(kind, kind != loss, int(seed) if marked else None))
     if len(set(choices)) < len(choices):
         raise CommandError(f"--losses must name each loss once, got {text}")

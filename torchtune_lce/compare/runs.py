@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from torchtune_lce import config_reading, recipe_runs, registry
 from torchtune_lce.compare import distillation
-from torchtune_lce.compare.losses import STOCK, LossChoice
+from torchtune_lce.compare.losses import MOST_SEED, STOCK, LossChoice
 from torchtune_lce.errors import CommandError
 from torchtune_lce.recipe_runs import LOG, Result
 
@@ -27,6 +27,8 @@ _RESERVED = (
     "resume_from_checkpoint",
 )
 _RESERVED_OF_LOSSES = ("loss", "loss._component_", "loss.impl", "kd_loss.impl")
+_NEEDED = ("model._component_", "loss._component_", "checkpointer.model_type")
+_TAKES = "--config must be one of a LoRA or full fine-tune or of a distillation"
 _CHECKPOINTERS = "torchtune_lce.compare.checkpointers."
 
 
@@ -48,6 +50,17 @@ def read_config(name: str, overrides: list[str]) -> DictConfig:
     return config_reading.read(name, overrides)
 
 
+def check(name: str, config: DictConfig) -> None:
+    """Raises CommandError for a config without what every run reads, or with settings that its losses do not take."""
+    config_reading.check_sections(name, config, _NEEDED, _TAKES)
+    config_reading.check_positive("batch_size", config.get("batch_size"))
+    config_reading.check_positive("gradient_accumulation_steps", config.get("gradient_accumulation_steps", 1))
+    seed = config.get("seed")
+    if seed is not None and (not isinstance(seed, int) or not 0 <= seed <= MOST_SEED):
+        raise CommandError(f"seed must be null or a whole number from 0 to {MOST_SEED}, got {seed!r}")
+    config_reading.check_settings(config, ("loss", "kd_loss"))
+
+
 def recipe_for(name: str, config: DictConfig, devices: int | None) -> str:
     """The name of torchtune's recipe that the config is for; ``devices`` None means one, without torchrun.
 
@@ -57,9 +70,7 @@ def recipe_for(name: str, config: DictConfig, devices: int | None) -> str:
     if recipe is not None:
         method = recipe.name.removeprefix("lce_")
         if method not in registry.CONFIG_SUFFIXES:
-            raise CommandError(
-                f"--config must be one of a LoRA or full fine-tune or of a distillation, {name} is for {method}"
-            )
+            raise CommandError(f"{_TAKES}, {name} is for {method}")
         if recipe.supports_distributed != (devices is not None):
             needs = "needs --nproc_per_node" if recipe.supports_distributed else "takes one device"
             raise CommandError(f"{name} is for torchtune's {method}, which {needs}")
@@ -67,7 +78,7 @@ def recipe_for(name: str, config: DictConfig, devices: int | None) -> str:
     if distillation.distils(config):
         method = "knowledge_distillation"
     else:
-        method = "lora_finetune" if "lora_rank" in config.model else "full_finetune"
+        method = "lora_finetune" if "lora_rank" in (config.get("model") or ()) else "full_finetune"
     return f"{method}_{'single_device' if devices is None else 'distributed'}"
 
 

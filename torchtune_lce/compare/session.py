@@ -17,10 +17,10 @@ from torchtune_lce import output_folder
 from torchtune_lce.bench import environment
 from torchtune_lce.bench.report import show
 from torchtune_lce.compare import distillation, losses, report, runs
-from torchtune_lce.compare.demo_data import DemoData
+from torchtune_lce.compare.demo_data import LEAST_VOCABULARY, DemoData
 from torchtune_lce.compare.queue import Queue
 from torchtune_lce.compare.runs import OK, OUT_OF_MEMORY, Outcome, Run
-from torchtune_lce.config_reading import training_dtype
+from torchtune_lce.config_reading import training_device, training_dtype
 from torchtune_lce.errors import CommandError
 from torchtune_lce.model_output import find_decoder
 from torchtune_lce.random_weights import meta_model
@@ -54,14 +54,12 @@ def compare(settings: Settings) -> bool:
 
     Raises CommandError if it cannot run; what the arguments alone can tell is told before anything is written.
     """
-    if settings.steps <= settings.warmup:
-        raise CommandError(f"--steps must be more than the --warmup of {settings.warmup}, got {settings.steps}")
-    if settings.jobs < 1:
-        raise CommandError(f"--jobs must be at least 1, got {settings.jobs}")
+    check_numbers(settings)
     config = runs.read_config(settings.config, settings.overrides)
     recipe = runs.recipe_for(settings.config, config, settings.devices)
-    dtype = training_dtype(config)
-    on_card = torch.device(config.device).type == "cuda"
+    runs.check(settings.config, config)
+    dtype, device = training_dtype(config), training_device(config)
+    on_card = device.type == "cuda"
     if on_card and not torch.cuda.is_available():
         raise CommandError(
             "the config's device is cuda, and there is none; give device=cpu dtype=fp32 behind the options"
@@ -71,9 +69,11 @@ def compare(settings: Settings) -> bool:
         distillation.check(config, choices)
     if settings.demo_data:
         check_demo_data(config, settings.vocabulary, settings.sequence)
+    if distillation.distils(config):
+        distillation.check_vocabularies(*(meta_model(config[section]) for section in ("model", "teacher_model")))
     output = output_folder.claim(settings.output, MARKER, "an earlier comparison's")
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    about = environment.describe(torch.device(config.device))
+    about = environment.describe(device)
     console.print(environment.in_words(about))
     console.print(f"{settings.config}, {recipe}; everything is written to {output}")
     if settings.demo_data:
@@ -99,6 +99,25 @@ def compare(settings: Settings) -> bool:
         console.print(note)
     console.print(f"Written: {output / RESULTS}, {output / TABLE}, {output / PICTURE}")
     return all(outcome.status in (OK, OUT_OF_MEMORY) for outcome in outcomes.values())
+
+
+def check_numbers(settings: Settings) -> None:
+    """Raises CommandError for a number of the command line that no comparison can have."""
+    for option, value, least in (
+        ("--warmup", settings.warmup, 0),
+        ("--jobs", settings.jobs, 1),
+        ("--nproc_per_node", settings.devices, 1),
+        ("--sequence-length", settings.sequence, 2),
+    ):
+        if value is not None and value < least:
+            raise CommandError(f"{option} must be at least {least}, got {value}")
+    if settings.steps <= settings.warmup:
+        raise CommandError(f"--steps must be more than the --warmup of {settings.warmup}, got {settings.steps}")
+    if settings.vocabulary < LEAST_VOCABULARY:
+        raise CommandError(
+            f"--vocabulary must be at least {LEAST_VOCABULARY}, a byte's values and the special tokens, got "
+            f"{settings.vocabulary}"
+        )
 
 
 def check_demo_data(config: DictConfig, vocabulary: int, sequence: int) -> None:

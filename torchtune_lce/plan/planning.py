@@ -9,7 +9,7 @@ from torch import nn
 from torchtune.modules.peft import get_adapter_params
 from torchtune.modules.tied_linear import TiedLinear
 
-from torchtune_lce.compare.distillation import distils
+from torchtune_lce.compare.distillation import check_vocabularies, distils
 from torchtune_lce.errors import CommandError
 from torchtune_lce.model_output import find_decoder
 from torchtune_lce.options import Options
@@ -36,6 +36,8 @@ class Planner:
         self.model = activations.build(config.model, dtype)
         self.decoder = find_decoder(self.model)
         self.teacher = activations.build(config.teacher_model, dtype) if distils(config) else None
+        if self.teacher is not None:
+            check_vocabularies(self.model, self.teacher)
         self._counted: dict[tuple[nn.Module, int], Activations] = {}  # of one row, by its length
         if self.teacher is not None and (not get_adapter_params(self.model) or self.adapter is not None):
             raise CommandError(

@@ -24,7 +24,7 @@ _UNITS = {"GiB": 2**30, "G": 2**30, "GB": 10**9, "MiB": 2**20, "M": 2**20, "MB":
 def parse_memory(text: str) -> float:
     """Bytes of ``80GiB`` and the like; raises CommandError for anything else."""
     found = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})", text)
-    if not found:
+    if not found or float(found[1]) == 0:
         raise CommandError(f"--memory takes a number and one of {', '.join(_UNITS)}, as 80GiB; got {text!r}")
     return float(found[1]) * _UNITS[found[2]]
 
