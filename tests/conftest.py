@@ -1,6 +1,7 @@
 """What every test stands on: the interpreter without a card, quiet threads, seeds, and poisoned fresh memory."""
 
 import contextlib
+import gc
 import os
 import sys
 from pathlib import Path
@@ -17,12 +18,16 @@ if not torch.cuda.is_available():
     # Triton reads it when the kernels are defined, so it is set before anything imports them.
     os.environ["TRITON_INTERPRET"] = "1"
 
+import interpreter
+
 import torchtune_lce
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PACKAGE = str(Path(torchtune_lce.__file__).parent) + os.sep
 # Neither zero nor a small index nor a mask of one bit: reads of it show.
 GARBAGE_BYTE = 0x5A
+
+interpreter.make_faster()
 
 
 def pytest_collection_modifyitems(items):
@@ -31,6 +36,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA card"))
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: torchtune's recipes collect garbage, half a second each time if among it all."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
