@@ -1,5 +1,7 @@
 """Processes that find each other as torchrun's do; a module of its own, since each of them imports what it runs."""
 
+import gc
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -9,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.tensor._random
+from interpreter import make_faster
 from tiny_models import our_recipe, stock_recipe, train
 from torchtune import training
 from torchtune.models.llama3_2._component_builders import llama3_2, lora_llama3_2
@@ -16,6 +19,10 @@ from torchtune.models.llama3_2._component_builders import llama3_2, lora_llama3_
 from torchtune_lce.stock_recipes import load_stock_recipe
 
 TIMEOUT = timedelta(seconds=120)
+# What every rank imports, for seconds: without a card once a session, by a process from which the ranks are forked.
+multiprocessing.set_forkserver_preload(
+    ["torchtune.training", "torchtune_lce.recipes.full_finetune_distributed", "torchtune_lce.loss", "pytest"]
+)
 
 
 def spawn(function: Callable, ranks: int, *arguments, backend: str = "gloo") -> None:
@@ -26,14 +33,21 @@ def spawn(function: Callable, ranks: int, *arguments, backend: str = "gloo") -> 
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
+    # With a card each rank starts from nothing: a process that has asked for cards leaves none to those forked from it.
+    start_method = "spawn" if torch.cuda.is_available() else "forkserver"
     with pytest.MonkeyPatch.context() as patch:
         if backend == "gloo":
             patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        torch.multiprocessing.spawn(_run, args=(ranks, port, backend, function, arguments), nprocs=ranks)
+        torch.multiprocessing.start_processes(
+            _run, args=(ranks, port, backend, function, arguments), nprocs=ranks, start_method=start_method
+        )
 
 
 def _run(rank: int, ranks: int, port: int, backend: str, function: Callable, arguments: tuple) -> None:
     torch.set_num_threads(1)
+    # torchtune's recipes collect garbage before they train: not among all that the imports have left.
+    gc.freeze()
+    make_faster()
     # What torchrun sets; torchtune and NCCL read it.
     os.environ |= {
         "RANK": str(rank),
