@@ -26,6 +26,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PACKAGE = str(Path(torchtune_lce.__file__).parent) + os.sep
 # Neither zero nor a small index nor a mask of one bit: reads of it show.
 GARBAGE_BYTE = 0x5A
+# Files whose tests share what one fixture has run in processes for seconds: in two workers it would run twice.
+ONE_WORKER = (
+    "test_distributed_recipes",
+    "test_import",
+    "test_packaging",
+    "test_qat_recipes",
+    "test_token_feedback",
+)
 
 interpreter.make_faster()
 
@@ -36,6 +44,21 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA card"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Tests are given out one by one, but those of a file in :data:`ONE_WORKER` together, and first."""
+    if config.getvalue("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if Path(file).stem in ONE_WORKER else nodeid
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_finish():
