@@ -477,11 +477,17 @@ def test_a_run_goes_on_past_what_is_wrong_absent_or_broken(plan, tmp_path, capsy
     candidates = [
         _planted("planted", "weight", float("nan")),
         Candidate("absent", lambda: fail, requires="no_such_module"),
+        # Its package is there, and what that needs is not.
+        Candidate("lame", lambda: __import__("no_such_dependency"), requires="json"),
         Candidate("broken", lambda: fail),
         losses.CANDIDATES["reference"],
     ]
     assert session.bench(plan(candidates, [session.Source("trained", TINY)]))
-    cases = json.loads((tmp_path / "results" / session.RESULTS).read_text())["cases"]
+    written = json.loads((tmp_path / "results" / session.RESULTS).read_text())
+    lame = "json cannot be imported: No module named 'no_such_dependency'"
+    assert written["left_out"] == {"absent": "no_such_module is not installed", "lame": lame}
+    cases = written["cases"]
+    assert {case["impl"] for case in cases} == {"planted", "broken", "reference"}
     status = {(case["impl"], case["frozen_weight"]): case["status"] for case in cases}
     assert status["planted", False].startswith("small random data: wrong: ")
     assert status["planted", True].startswith("small random data: wrong: ")
@@ -490,6 +496,7 @@ def test_a_run_goes_on_past_what_is_wrong_absent_or_broken(plan, tmp_path, capsy
     assert not any(case["forward_ms"] for case in cases if case["impl"] != "reference")
     printed = capsys.readouterr().out
     assert "absent is left out: no_such_module is not installed" in printed
+    assert f"lame is left out: {lame}" in printed
     assert "planted fails" in printed
 
 

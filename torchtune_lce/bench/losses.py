@@ -45,6 +45,11 @@ class Candidate:
             return f"{self.requires} is not installed"
         if self.cuda_only and device.type != "cuda":
             return "needs a CUDA card"
+        if self.requires:
+            try:
+                self.build()
+            except ImportError as error:
+                return f"{self.requires} cannot be imported: {' '.join(str(error).split())}"
         if self.compiles and device.type == "cpu" and not _has_cpp_compiler():
             return "torch.compile needs a C++ compiler, none was found"
         if self.ours:

@@ -96,8 +96,8 @@ def _number(value: float | None, style: str) -> str:
     return "" if value is None else format(value, style)
 
 
-def draw(cases: list[Case], ours: set[str], floors: list[dict], path: Path) -> None:
-    """Time with both gradients, with a frozen head, and peak memory of each batch, as a PNG."""
+def draw(cases: list[Case], ours: set[str], floors: list[dict], path: Path, left_out: dict[str, str]) -> None:
+    """Time with both gradients, with a frozen head, and peak memory of each batch, as a PNG; below, what is missing."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -119,6 +119,8 @@ def draw(cases: list[Case], ours: set[str], floors: list[dict], path: Path) -> N
             axis.axvline(floor["logits_gemm_ms"], color=_FLOOR_COLOUR, linestyle="--", linewidth=1)
             axis.set_xlabel("forward + backward, ms (dashed: the logits' product alone)")
         _draw_peaks(axes[2], both, ours)
+    if left_out:
+        figure.supxlabel("; ".join(f"{name} is left out: {why}" for name, why in left_out.items()), fontsize=8)
     figure.savefig(path)
 
 

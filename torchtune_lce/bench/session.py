@@ -55,9 +55,9 @@ def bench(plan: Plan) -> bool:
     plan.output.mkdir(parents=True, exist_ok=True)
     setting = environment.describe(plan.device)
     console.print(environment.in_words(setting))
-    candidates = _able(console, plan)
+    candidates, left_out = _able(console, plan)
     results = {**setting, "command": plan.command, "dtype": _name(plan.dtype), "flops": FLOPS_FORMULA}
-    results |= {"data": [], "floors": [], "cases": []}
+    results |= {"left_out": left_out, "data": [], "floors": [], "cases": []}
     refused = _refused(console, candidates, plan)
     for source in plan.sources:
         for batch in _batches(console, source, plan, results):
@@ -68,7 +68,7 @@ def bench(plan: Plan) -> bool:
                 results["cases"] += cases
                 report.show(console, report.table(cases))
                 ours = {candidate.name for candidate in plan.candidates if candidate.ours}
-                report.draw(results["cases"], ours, results["floors"], plan.output / PICTURE)
+                report.draw(results["cases"], ours, results["floors"], plan.output / PICTURE, left_out)
             report.write_json(results, plan.output / RESULTS)
             del batch, right  # before the next one is made
     report.write_json(results, plan.output / RESULTS)
@@ -142,18 +142,19 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _able(console: Console, plan: Plan) -> list[Candidate]:
-    """The candidates that can run here; says of the others why not."""
-    able = []
+def _able(console: Console, plan: Plan) -> tuple[list[Candidate], dict[str, str]]:
+    """The candidates that can run here, and why each other one cannot, which it also says."""
+    able, left_out = [], {}
     for candidate in plan.candidates:
         obstacle = candidate.obstacle(plan.device, plan.dtype)
         if obstacle:
             console.print(f"{candidate.name} is left out: {obstacle}")
+            left_out[candidate.name] = obstacle
         else:
             able.append(candidate)
     if not able:
         raise BenchError("none of the losses can run here")
-    return able
+    return able, left_out
 
 
 def _refused(console: Console, candidates: list[Candidate], plan: Plan) -> dict[str, str]:
