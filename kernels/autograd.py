@@ -76,7 +76,7 @@ torch.library.define(
     "torchtune_lce::cut_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor targets, int ignore_index, "
     "float? softcap, float? eps, bool filter_hidden, bool filter_weight, int workspace_mib) "
-    "-> (Tensor nll, Tensor lse, Tensor rows, Tensor labels, Tensor count, Tensor row_lse, "
+    "-> (Tensor nll, Tensor lse, Tensor rows, Tensor labels, Tensor count, Tensor row_total, "
     "Tensor words, Tensor dropped_mass)",
 )
 
@@ -99,21 +99,21 @@ def _forward(
 ):
     """nll and lse [N] float32, 0 where ignored; then what the backward needs.
 
-    rows [N] int64 lists the tokens in use first, count [1] int32 how many those are, labels and row_lse are in that
-    order. words and dropped_mass are an :class:`Activity`, the first in one row, both empty without eps.
+    rows [N] int64 lists the tokens in use first, count [1] int32 how many those are, labels and row_total [N, 2] are in
+    that order. The latter is the log-sum-exp in two parts, as in :class:`Places`. words and dropped_mass are an :class:`Activity`, the first in one row, both empty without eps.
     """
     operands = _operands(hidden, weight, bias, low, up, softcap)
     config = config_for(hidden.device, hidden.dtype)
     rows, labels, count = _compact(targets, ignore_index)
     tokens = rows.numel()
     activity = None if eps is None else _empty_activity(tokens, weight.shape[0], config, hidden.device)
-    row_lse = torch.zeros_like(rows, dtype=torch.float32)
-    target_logit = torch.zeros_like(row_lse)
+    row_total = hidden.new_zeros((tokens, 2), dtype=torch.float32)
+    target_logit = hidden.new_zeros(tokens, dtype=torch.float32)
     workspace = workspace_mib * 2**20 - (activity.words.nbytes if activity else 0)
     for piece in _pieces(tokens, _forward_bytes(operands), workspace, config):
         blocks = slice(piece.start // config.row_block, triton.cdiv(piece.stop, config.row_block))
         used = (count - piece.start).clamp(0, piece.stop - piece.start)
-        row_lse[piece], target_logit[piece] = lse_and_target_logit(
+        row_total[piece], target_logit[piece] = lse_and_target_logit(
             _taken(operands, rows[piece], used),
             labels[piece],
             used,
@@ -121,13 +121,17 @@ def _forward(
             math.log(eps) if activity else 0.0,
         )
     used = torch.arange(tokens, device=rows.device) < count
-    row_lse = row_lse.where(used, 0)
-    nll = torch.zeros_like(row_lse).scatter_(0, rows, (row_lse - target_logit).where(used, 0))
-    lse = torch.zeros_like(row_lse).scatter_(0, rows, row_lse)
+    row_total = row_total.where(used[:, None], 0)
+    peak, log_sum = row_total.unbind(1)
+    # The peak and the target's logit first: their difference is exact where it is small. A sum that the target is
+    # nearly alone in may round to just below it, and a loss is never negative.
+    row_nll = (peak - target_logit + log_sum).clamp(min=0)
+    nll = torch.zeros_like(target_logit).scatter_(0, rows, row_nll.where(used, 0))
+    lse = torch.zeros_like(target_logit).scatter_(0, rows, torch.maximum(peak + log_sum, target_logit).where(used, 0))
     if activity is None:
         nothing = [hidden.new_empty(0, dtype=dtype) for dtype in (torch.int32, torch.float32)]
-        return nll, lse, rows, labels, count, row_lse, *nothing
-    return nll, lse, rows, labels, count, row_lse, activity.words.view(-1), activity.dropped_mass
+        return nll, lse, rows, labels, count, row_total, *nothing
+    return nll, lse, rows, labels, count, row_total, activity.words.view(-1), activity.dropped_mass
 
 
 @torch.library.register_fake("torchtune_lce::cut_cross_entropy")
@@ -144,7 +148,7 @@ def _(hidden, weight, bias, low, up, targets, ignore_index, softcap, eps, filter
         empty(tokens, dtype=torch.int64),
         torch.empty_like(targets),
         empty(1, dtype=torch.int32),
-        empty(tokens),
+        empty(tokens, 2),
         # One row: with an axis of row blocks a compiler would compile anew where there is only one.
         empty(row_blocks * words, dtype=torch.int32),
         empty(tokens if eps is not None else 0),
@@ -154,7 +158,7 @@ def _(hidden, weight, bias, low, up, targets, ignore_index, softcap, eps, filter
 torch.library.define(
     "torchtune_lce::cut_cross_entropy_backward",
     "(Tensor? d_nll, Tensor? d_lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor rows, "
-    "Tensor labels, Tensor count, Tensor row_lse, Tensor words, float? softcap, "
+    "Tensor labels, Tensor count, Tensor row_total, Tensor words, float? softcap, "
     "bool filter_hidden, bool filter_weight, bool[] needs, int workspace_mib) "
     "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_low, Tensor d_up, Tensor tiles)",
 )
@@ -173,7 +177,7 @@ def _backward(
     rows,
     labels,
     count,
-    row_lse,
+    row_total,
     words,
     softcap,
     filter_hidden,
@@ -191,9 +195,9 @@ def _backward(
     if words.numel():
         words = words.view(_activity_shape(rows.numel(), weight.shape[0], config))
         recorded = Activity(words, None, config.forward_entries)
-    d_nll = torch.zeros_like(row_lse) if d_nll is None else d_nll[rows]
+    d_nll = row_total.new_zeros(rows.shape) if d_nll is None else d_nll[rows]
     d_lse = None if d_lse is None else d_lse[rows]
-    places = Places(rows, labels, count, row_lse, d_nll, d_lse)
+    places = Places(rows, labels, count, row_total, d_nll, d_lse)
     need_hidden, need_weight, need_bias, need_low, need_up = needs
     wanted = Gradients(
         hidden.new_zeros(hidden.shape) if need_hidden else None,
@@ -271,9 +275,9 @@ def _(d_nll, d_lse, *arguments):
 
 def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, bias, low, up, _, _, softcap, _, *settings = inputs
-    _, _, rows, labels, count, row_lse, words, dropped_mass = output
+    _, _, rows, labels, count, row_total, words, dropped_mass = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, low, up, rows, labels, count, row_lse, words)
+    ctx.save_for_backward(hidden, weight, bias, low, up, rows, labels, count, row_total, words)
     ctx.settings = softcap, *settings
     ctx.record = None
     # A trace has no calls to tell of.
@@ -359,7 +363,7 @@ def _empty_activity(tokens: int, vocabulary: int, config: Config, device: torch.
 def _forward_bytes(operands: Operands) -> int:
     """Workspace that a token takes in the forward, beside its bits: its states in order, and a phase's statistics."""
     states = (x for x in (operands.hidden, operands.low) if x is not None)
-    return sum(x.shape[1] * x.element_size() for x in states) + 2 * 4 * (MOST_TILES + 1)
+    return sum(x.shape[1] * x.element_size() for x in states) + 3 * 4 * (MOST_TILES + 1)
 
 
 def _sum_bytes(hidden: Tensor) -> int:

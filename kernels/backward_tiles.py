@@ -153,8 +153,9 @@ def logit_gradient_pair(
     upstream_softmax = upstream
     if HAS_D_LSE:
         upstream_softmax += tl.load(d_lse + place, mask=used, other=0.0)
-    base = tl.load(lse + place, mask=used, other=float("inf")) * LOG2_E
-    softmax = tl.exp2(logits * LOG2_E - base[:, None])
+    peak = tl.load(lse + 2 * place, mask=used, other=float("inf"))
+    log_sum = tl.load(lse + 2 * place + 1, mask=used, other=0.0) * LOG2_E
+    softmax = tl.exp2((logits - peak[:, None]) * LOG2_E - log_sum[:, None])
     softmax = tl.where((any_entry < entries_total)[None, :], softmax, 0.0)
     if HAS_TAIL:
         tile = tl.arange(0, WIDTH // TILE)

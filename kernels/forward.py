@@ -1,9 +1,9 @@
 """Log-sum-exp and target logit of every token from the same products, and which softmax entries the gradients need.
 
-The vocabulary is walked in phases of growing width. A phase's kernel leaves one log-sum-exp a token and vocabulary
-tile; :func:`_merge_kernel` folds them, in order, into the running one. What matters is decided against the running
-value of the phases before, a lower bound of the final one: the record can keep more than the threshold asks for, never
-less.
+The vocabulary is walked in phases of growing width. A phase's kernel leaves, a token and vocabulary tile, the largest
+logit and the sum of exponentials measured from it: one number for both would be rounded at the size of the logits.
+:func:`_merge_kernel` folds them, in order, into the running ones. What matters is decided against the running values of
+the phases before, a lower bound of the final ones: the record can keep more than the threshold asks for, never less.
 
 A threshold on single entries says nothing about their sum: where the softmax is flat, as in an untrained model, all of
 it lies in entries below any threshold. So the mass of the inactive entries is summed too, and a row block in which it
@@ -74,7 +74,7 @@ def _tile_statistics(
     ROW_BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """Stores one tile's log-sum-exp and, with RECORD, its activity bits and the log-sum-exp of what they leave out."""
+    """Stores one tile's peak and sum of exponentials and, with RECORD, its activity bits and the sum they leave out."""
     entries = entry_tile * ENTRIES + tl.arange(0, ENTRIES)
     if HAS_BIAS:
         logits += tl.load(bias + entries, mask=entries < entries_total, other=0.0).to(tl.float32)[None, :]
@@ -84,15 +84,18 @@ def _tile_statistics(
         logits = tl.where((entries < entries_total)[None, :], logits, float("-inf"))
 
     peak = tl.max(logits, 1)
+    tl.store(statistics + tokens, peak, mask=token_mask)
     # A row of -inf alone must not become -inf - -inf.
     peak = tl.where(peak == float("-inf"), 0.0, peak)
-    powers = tl.exp2(logits * LOG2_E - (peak * LOG2_E)[:, None])
+    # The difference first: it is exact where it is small, and the least finite number times log2(e) is -inf.
+    powers = tl.exp2((logits - peak[:, None]) * LOG2_E)
     total = tl.sum(powers, 1)
 
     if RECORD:
-        bound = tl.load(running + tokens, mask=token_mask, other=float("inf")) + log_eps
+        bound = tl.exp(tl.load(running + tokens, mask=token_mask, other=float("inf")) - peak + log_eps)
+        bound *= tl.load(running + tokens_stride + tokens, mask=token_mask, other=1.0)
         # `<` and not `>=`: a NaN must be kept, so that it reaches the gradients.
-        below = powers < tl.exp(bound - peak)[:, None]
+        below = powers < bound[:, None]
         WORDS: tl.constexpr = ENTRIES // WORD_BITS
         bits = tl.where(
             tl.reshape(below, (ROW_BLOCK, WORD_BITS, WORDS)), 0, 1 << tl.arange(0, WORD_BITS)[None, :, None]
@@ -100,8 +103,8 @@ def _tile_statistics(
         words += row_block.to(tl.int64) * words_stride + entry_tile * WORDS
         tl.store(words + tl.arange(0, WORDS), tl.reduce(tl.sum(bits, 1), 0, bitwise_or))
         dropped = tl.sum(tl.where(below, powers, 0.0), 1)
-        tl.store(statistics + tokens_stride + tokens, peak + tl.log(dropped), mask=token_mask)
-    tl.store(statistics + tokens, peak + tl.log(total), mask=token_mask)
+        tl.store(statistics + 2 * tokens_stride + tokens, dropped, mask=token_mask)
+    tl.store(statistics + tokens_stride + tokens, total, mask=token_mask)
 
 
 @triton.jit
@@ -254,7 +257,7 @@ def _pointer_kernel(
             entry_tile,
             bias,
             running,
-            statistics + column.to(tl.int64) * tokens_stride * (2 if RECORD else 1),
+            statistics + column.to(tl.int64) * tokens_stride * (3 if RECORD else 2),
             words,
             words_stride,
             tokens_stride,
@@ -344,7 +347,7 @@ def _descriptor_kernel(
             entry_tile,
             bias,
             running,
-            statistics + column.to(tl.int64) * tokens_stride * (2 if RECORD else 1),
+            statistics + column.to(tl.int64) * tokens_stride * (3 if RECORD else 2),
             words,
             words_stride,
             tokens_stride,
@@ -363,26 +366,39 @@ def _descriptor_kernel(
 
 # Whether the counts are multiples of 16 must not change how threads share the sums: a token's bits would depend on the
 # number of tokens.
-@triton.jit(do_not_specialize=["tokens_stride", "total_stride", "tiles"])
+@triton.jit(do_not_specialize=["tokens_stride", "tiles"])
 def _merge_kernel(
-    statistics, running, count, tokens_stride, total_stride, tiles, TILES: tl.constexpr, BLOCK: tl.constexpr
+    statistics, running, count, tokens_stride, tiles, RECORD: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """running[i] = log-sum-exp of itself and statistics[0:tiles, i], always in the order of the vocabulary."""
+    """Adds statistics[0:tiles, :, i] to running[:, i]: peak, sum and dropped sum, in the order of the vocabulary."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = (index < total_stride) & (index % tokens_stride < tl.load(count))
-    peak = tl.load(running + index, mask=mask, other=0.0)
-    total = tl.full((BLOCK,), 1.0, tl.float32)
+    mask = index < tl.load(count)
+    own = running + index
+    peak = tl.load(own, mask=mask, other=0.0)
+    total = tl.load(own + tokens_stride, mask=mask, other=0.0)
+    dropped = tl.zeros((BLOCK,), tl.float32)
+    if RECORD:
+        dropped = tl.load(own + 2 * tokens_stride, mask=mask, other=0.0)
     tile = tl.arange(0, TILES)
-    parts = statistics + tile[:, None].to(tl.int64) * total_stride + index[None, :]
+    tile_stride = tokens_stride * (3 if RECORD else 2)
+    parts = statistics + tile[:, None].to(tl.int64) * tile_stride + index[None, :]
     for first in range(0, tiles, TILES):
-        part = tl.load(parts, mask=(first + tile < tiles)[:, None] & mask[None, :], other=float("-inf"))
-        parts += TILES * total_stride
+        present = (first + tile < tiles)[:, None] & mask[None, :]
+        part = tl.load(parts, mask=present, other=float("-inf"))
         higher = tl.maximum(peak, tl.max(part, 0))
-        # A NaN passes the maxima by and reaches the total; -inf alone must not become -inf - -inf.
+        # A NaN passes the maxima by and reaches the totals; -inf alone must not become -inf - -inf.
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(peak - base) + tl.sum(tl.exp(part - base[None, :]), 0)
+        shrunk, share = tl.exp(peak - base), tl.exp(part - base[None, :])
+        total = total * shrunk + tl.sum(share * tl.load(parts + tokens_stride, mask=present, other=0.0), 0)
+        if RECORD:
+            left_out = tl.load(parts + 2 * tokens_stride, mask=present, other=0.0)
+            dropped = dropped * shrunk + tl.sum(share * left_out, 0)
+        parts += TILES * tile_stride
         peak = higher
-    tl.store(running + index, tl.where(peak == float("-inf"), peak + total, peak + tl.log(total)), mask=mask)
+    tl.store(own, peak, mask=mask)
+    tl.store(own + tokens_stride, total, mask=mask)
+    if RECORD:
+        tl.store(own + 2 * tokens_stride, dropped, mask=mask)
 
 
 def phases(vocabulary: int, tile: int) -> list[tuple[int, int]]:
@@ -406,16 +422,17 @@ def lse_and_target_logit(
     count: Tensor,  # [1] int32, rows in use, on the device
     activity: Activity | None,  # filled for these rows
     log_eps: float,
-) -> tuple[Tensor, Tensor]:  # log-sum-exp [N], target logit [N], float32; undefined past count
-    """Launches the forward for one piece of tokens; reads nothing back to the host."""
+) -> tuple[Tensor, Tensor]:  # peak and log of the sum of exp(logit - peak) [N, 2], target logit [N]; float32
+    """Launches the forward for one piece of tokens; reads nothing back to the host. Undefined past the count."""
     hidden, weight = operands.hidden, operands.weight
     config = config_for(hidden.device, hidden.dtype)
     tokens, features = hidden.shape
     vocabulary = weight.shape[0]
     target_logit = hidden.new_zeros(tokens, dtype=torch.float32)
     plan = phases(vocabulary, config.forward_entries)
-    # Of each token: its log-sum-exp and, when recorded, that of its inactive entries.
-    running = hidden.new_full((2 if activity else 1, tokens), float("-inf"), dtype=torch.float32)
+    # Of each token: its largest logit, its sum and, when recorded, that of its inactive entries.
+    running = hidden.new_zeros((3 if activity else 2, tokens), dtype=torch.float32)
+    running[0] = float("-inf")
     statistics = hidden.new_empty((max(width for _, width in plan), *running.shape), dtype=torch.float32)
     kernel, hidden_operand, weight_operand = _kernel_for(hidden, weight, config)
     for first_tile, width in plan:
@@ -451,8 +468,8 @@ def lse_and_target_logit(
             num_stages=config.forward_stages,
             **LAUNCH,
         )
-        _merge_kernel[(triton.cdiv(running.numel(), 64),)](
-            statistics, running, count, tokens, running.numel(), width, TILES=16, BLOCK=64, **LAUNCH
+        _merge_kernel[(triton.cdiv(tokens, 64),)](
+            statistics, running, count, tokens, width, RECORD=activity is not None, TILES=16, BLOCK=64, **LAUNCH
         )
     # After the phases, which write whole words.
     _target_kernel[(triton.cdiv(tokens, config.sample),)](
@@ -483,15 +500,14 @@ def lse_and_target_logit(
     )
     if activity:
         _mark_flat_row_blocks(activity, running, count, config.row_block)
-    # A sum that the target is nearly alone in may round to just below it, and a loss is never negative.
-    return torch.maximum(running[0], target_logit), target_logit
+    return torch.stack([running[0], running[1].log()], 1), target_logit
 
 
 def _mark_flat_row_blocks(activity: Activity, running: Tensor, count: Tensor, row_block: int) -> None:
     """Fills ``dropped_mass``; where its mean over a row block's tokens passes the limit, marks every entry instead."""
     tokens = running.shape[1]
     used = torch.arange(tokens, device=running.device) < count
-    mass = (running[1] - running[0]).exp()
+    mass = running[2] / running[1]
     excess = torch.nn.functional.pad((mass - DROPPED_MASS_LIMIT).where(used, 0), (0, -tokens % row_block))
     # Written so that a NaN keeps everything.
     is_flat = ~(excess.view(-1, row_block).sum(1) <= 0)

@@ -44,7 +44,7 @@ class Places:
     rows: Tensor  # [M] int64: row of hidden at each place
     labels: Tensor  # [M]
     count: Tensor  # [1] int32, on the device: places in use
-    lse: Tensor  # [M] float32
+    lse: Tensor  # [M, 2] float32: the largest logit, and the log-sum-exp less it
     d_nll: Tensor  # [M] float32
     d_lse: Tensor | None  # [M] float32
 

@@ -59,7 +59,8 @@ def _tail_kernel(
     place = (tl.arange(0, SAMPLE).to(tl.int64) * tokens_total // SAMPLE).to(tl.int32)
     used = place < tokens_total
     token = tl.load(rows + place, mask=used, other=0)
-    base = tl.load(lse + place, mask=used, other=float("inf")) * LOG2_E
+    peak = tl.load(lse + 2 * place, mask=used, other=float("inf"))
+    log_sum = tl.load(lse + 2 * place + 1, mask=used, other=0.0) * LOG2_E
     depth = tl.arange(0, BLOCK_D)
     hidden_rows = hidden + token[:, None] * hidden_stride
     sums += program.to(tl.int64) * features
@@ -82,7 +83,7 @@ def _tail_kernel(
             logits += tl.load(bias + entry, mask=inside, other=0.0).to(tl.float32)[None, :]
         if HAS_SOFTCAP:
             logits = softcapped(logits, softcap)
-        softmax = tl.exp2(logits * LOG2_E - base[:, None])
+        softmax = tl.exp2((logits - peak[:, None]) * LOG2_E - log_sum[:, None])
         kept_here = tl.load(kept + column * row_blocks_total + place // ROW_BLOCK, mask=used, other=1)
         # The last comparison is false for a NaN: one token's must not reach the others.
         dropped = (kept_here == 0)[:, None] & inside[None, :] & (softmax <= 1)

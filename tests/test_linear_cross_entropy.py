@@ -1,8 +1,10 @@
 """Every implementation against plain PyTorch in float64: losses, log-sum-exps and all gradients."""
 
 import importlib.util
+import math
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -376,18 +378,24 @@ def test_not_a_number_is_not_swallowed(impl, value, device):
     assert dirty["hidden"].isnan().any()
 
 
-@pytest.mark.parametrize("impl", EACH)
-def test_minus_infinity_as_bias_removes_entries(impl, device):
-    """Whole tiles and pieces of them, the first ones: a running maximum starts at minus infinity too."""
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str
+)
+@pytest.mark.parametrize("least", [False, True], ids=["-inf", "finfo.min"])
+@pytest.mark.parametrize("impl", [*EACH, pytest.param("cce_exact", marks=needs_triton)])
+def test_a_bias_removes_entries(impl, least, dtype, device):
+    """Whole tiles and pieces of them, the first ones: a running maximum starts at minus infinity too.
+
+    Vocabularies are padded so with the least finite number as well: times log2(e) it would be minus infinity.
+    """
     removed = 256
     case = Case(vocabulary=45, bias=True, pulled=BOTH, settings=Settings(reduction="none"))
-    rest, upstream = make_inputs(case, torch.float32, device), make_upstream(case, device)
-    exact, native = (
-        plain_torch(**rest, settings=case.settings, upstream=upstream, dtype=d) for d in (F64, torch.float32)
-    )
+    rest, upstream = make_inputs(case, dtype, device), make_upstream(case, device)
+    exact, native = (plain_torch(**rest, settings=case.settings, upstream=upstream, dtype=d) for d in (F64, dtype))
+    mask = torch.finfo(dtype).min if least else -torch.inf
     whole = {name: rest[name].detach() for name in ("hidden", "weight", "bias")}
-    whole["weight"] = torch.cat([torch.randn(removed, 40, device=device), whole["weight"]])
-    whole["bias"] = torch.cat([torch.full((removed,), -torch.inf, device=device), whole["bias"]])
+    whole["weight"] = torch.cat([torch.randn(removed, 40, device=device, dtype=dtype), whole["weight"]])
+    whole["bias"] = torch.cat([torch.full((removed,), mask, device=device, dtype=dtype), whole["bias"]])
     whole = {name: tensor.requires_grad_() for name, tensor in whole.items()}
     whole["targets"] = rest["targets"] + removed * (rest["targets"] != -100)
 
@@ -396,7 +404,77 @@ def test_minus_infinity_as_bias_removes_entries(impl, device):
     for name in ("weight", "bias"):
         assert not actual[name][:removed].any()
         actual[name] = actual[name][removed:]
-    compare(actual, native, exact, allowed(impl, case, torch.float32, exact, rest))
+    compare(actual, native, exact, allowed(impl, case, dtype, exact, rest))
+
+
+@pytest.mark.parametrize("impl", [*EACH, pytest.param("cce_exact", marks=needs_triton)])
+def test_a_vocabulary_masked_alike_is_flat(impl, device):
+    """Where every logit is the least finite number, each entry is as likely as any other."""
+    hidden, weight = torch.zeros(5, 8, device=device, requires_grad=True), torch.randn(300, 8, device=device)
+    bias = torch.full((300,), torch.finfo(torch.float32).min, device=device)
+    targets = torch.arange(5, device=device)
+    loss = linear_cross_entropy(hidden, weight, targets, bias, impl=impl)
+    torch.testing.assert_close(loss.item(), math.log(300))
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    torch.testing.assert_close(gradient, (weight.mean(0) - weight[:5]) / 5)
+
+
+@pytest.mark.parametrize("where", ["bias", "logits"])
+@pytest.mark.parametrize("common", [1e3, 2.0**16, 2.0**20])
+@pytest.mark.parametrize("impl", [*EACH, pytest.param("cce_exact", marks=needs_triton)])
+def test_a_common_logit_costs_no_digits(impl, common, where, device):
+    """The loss and its gradients do not depend on what all logits share, be it far larger than their differences."""
+    # Products are multiples of an eighth: what they are shifted by rounds none of the logits.
+    hidden = torch.randint(-4, 5, (40, 8), device=device) / 2
+    weight = torch.randint(-4, 5, (300, 8), device=device) / 4
+    bias = torch.zeros(300, device=device)
+    if where == "bias":
+        bias += common
+    else:
+        hidden[:, 0], weight[:, 0] = 1, common
+    targets = torch.randint(0, 300, (40,), device=device)
+    targets[::5] = -100
+    results = _with_and_without(impl, hidden, weight, targets, bias)
+    # Those by the common column are sums that cancel.
+    column = slice(1, None) if where == "logits" else slice(None)
+    for name, actual, exact in zip(("loss", *INPUTS), *results, strict=True):
+        if name in ("hidden", "weight"):
+            actual, exact = actual[:, column], exact[:, column]
+        error = ((actual.double() - exact).norm() / exact.norm()).item()
+        assert error < 4e-7, f"{name} is {error:.1e} off"
+
+
+def _with_and_without(impl, hidden, weight, targets, bias):
+    """Losses and gradients of each, in float32 by the implementation, and in float64 by plain PyTorch."""
+
+    def plain(hidden, weight, targets, bias, reduction):
+        return F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction=reduction)
+
+    results = []
+    for dtype, function in ((torch.float32, partial(linear_cross_entropy, impl=impl, filter_eps=None)), (F64, plain)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight, bias)]
+        losses = function(*leaves[:2], targets, leaves[2], reduction="none")
+        results.append([losses.detach(), *torch.autograd.grad(losses.sum(), leaves)])
+    return results
+
+
+@pytest.mark.parametrize(
+    "impl",
+    [
+        *EACH[:-1],
+        pytest.param(
+            "cce", marks=[needs_triton, pytest.mark.xfail(strict=True, reason="issue 16: one sum with p in it")]
+        ),
+    ],
+)
+def test_a_confident_token_costs_no_digits(impl, device):
+    """1 - p near 1e-5: p - 1 is what the others have, not the difference of two numbers near 1."""
+    weight, targets = F.normalize(torch.randn(300, 64, device=device), dim=-1), torch.arange(40, device=device)
+    results = _with_and_without(impl, 20 * weight[targets], weight, targets, torch.zeros(300, device=device))
+    assert 1e-6 < results[1][0].median() < 1e-4
+    for name, actual, exact in zip(("loss", *INPUTS), *results, strict=True):
+        error = ((actual.double() - exact).norm() / exact.norm()).item()
+        assert error < 2e-5, f"{name} is {error:.1e} off"
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked"])

@@ -44,9 +44,18 @@ def token_losses(
     if options.softcap is not None:
         logits = options.softcap * torch.tanh(logits / options.softcap)
     valid = targets != options.ignore_index
-    lse = logits.logsumexp(-1)
-    target_logit = logits.gather(-1, targets.where(valid, 0).long().unsqueeze(-1)).squeeze(-1)
-    results = [lse - target_logit, lse]
-    if options.label_smoothing:
-        results.append(logits.sum(-1))
+    target = targets.where(valid, 0).long().unsqueeze(-1)
+    sums = [logits.sum(-1)] if options.label_smoothing else []
+    peak = logits.detach().amax(-1)
+    # Where an infinity is the largest, it comes back out of exp. The differences are exact where they are small, and
+    # all that follows is of their size, whatever the logits share.
+    logits = logits - peak.where(peak.isfinite(), 0).unsqueeze(-1)
+    own = logits.gather(-1, target).squeeze(-1)
+    logits = logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) == target, -torch.inf)
+    others = logits.exp().sum(-1)
+    total = others + own.exp()
+    # A loss near zero is made of the other entries alone, and so is its gradient p - 1.
+    near = own.abs() < 20
+    confident = torch.log1p(others * (-own.where(near, 0)).exp())
+    results = [confident.where(near, total.log() - own), peak + total.log(), *sums]
     return tuple(result.where(valid, 0) for result in results)

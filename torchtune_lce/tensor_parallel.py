@@ -122,7 +122,7 @@ def _apart_from_all_masked(bias: Tensor | None, options: Options) -> tuple[Tenso
     if bias is None or options.softcap is not None:  # a capped logit is finite
         return bias, 0.0
     all_masked = bias.isneginf().all()
-    # Not the least number: implementations scale logits by log2(e).
+    # Not the least number: another logit beside it would pass float16's range.
     return bias.masked_fill(all_masked, torch.finfo(bias.dtype).min / 4), torch.where(all_masked, torch.inf, 0.0)
 
 
