@@ -100,7 +100,8 @@ def _forward(
     """nll and lse [N] float32, 0 where ignored; then what the backward needs.
 
     rows [N] int64 lists the tokens in use first, count [1] int32 how many those are, labels and row_total [N, 2] are in
-    that order. The latter is the log-sum-exp in two parts, as in :class:`Places`. words and dropped_mass are an :class:`Activity`, the first in one row, both empty without eps.
+    that order. The latter is the log-sum-exp in two parts, as in :class:`Places`. words and dropped_mass are an
+    :class:`Activity`, the first in one row, both empty without eps.
     """
     operands = _operands(hidden, weight, bias, low, up, softcap)
     config = config_for(hidden.device, hidden.dtype)

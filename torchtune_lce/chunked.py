@@ -1,7 +1,8 @@
 """``impl="chunked"``: bounded memory in plain eager PyTorch, for any device and without a compiler.
 
-The vocabulary is walked in chunks. The forward keeps a running log-sum-exp; the backward computes each chunk's logits
-again, so neither direction ever holds more than one [N, chunk] block of them. Both are custom operators: how many
+The vocabulary is walked in chunks. The forward keeps, of the entries beside the target, the largest logit and the sum
+of exponentials measured from it; the backward computes each chunk's logits again, so neither direction ever holds more
+than one [N, chunk] block of them. Both are custom operators: how many
 tokens are in use decides their shapes, which a compiler cannot know.
 
 An adapter (:class:`torchtune_lce.low_rank.LowRank`) joins chunk by chunk, in the accumulation dtype: its rank is small.
@@ -30,14 +31,18 @@ def entries_per_chunk(
 torch.library.define(
     "torchtune_lce::chunked",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor? scale, Tensor targets, "
-    "int ignore_index, float? softcap, int workspace_mib, bool with_sums) -> (Tensor nll, Tensor lse, Tensor sums)",
+    "int ignore_index, float? softcap, int workspace_mib, bool with_sums) "
+    "-> (Tensor nll, Tensor lse, Tensor sums, Tensor peak, Tensor log_total)",
 )
 
 
 @torch.library.impl("torchtune_lce::chunked", "default")
 @without_autocast
 def _forward(hidden, weight, bias, low, up, scale, targets, ignore_index, softcap, workspace_mib, with_sums):
-    """nll, lse and, empty unless ``with_sums``, the sum of the logits, [N] each, 0 where ignored."""
+    """nll, lse and, empty unless ``with_sums``, the sum of the logits, [N] each, 0 where ignored.
+
+    And for the backward the log-sum-exp in two parts, peak + log_total, [N] each: their sum is rounded at its own size.
+    """
     rows, kept, labels, chunk = in_use(hidden, weight, targets, ignore_index, workspace_mib, scale is not None)
     low_rank = _low_rank_in_use(low, up, scale, rows, kept)
     peak = hidden.new_full(rows.shape, -torch.inf, dtype=accumulation_dtype(hidden.dtype))
@@ -46,32 +51,39 @@ def _forward(hidden, weight, bias, low, up, scale, targets, ignore_index, softca
         logits = chunk_logits(kept, weight, bias, low_rank, start, chunk, softcap)
         if with_sums:
             logit_sum += logits.sum(-1)
-        target_logit += _target_logits(logits, labels, start)
-        peak, total = _add_exponential(peak, total, logits.logsumexp(-1))
+        target_logit += _take_target_logits(logits, labels, start)
+        peak, total = _add_exponentials(peak, total, logits)
         # Before the next chunk is made.
         del logits
-    row_lse = peak + total.log()
-    nll, lse = (row_lse.new_zeros(targets.shape) for _ in range(2))
-    nll[rows] = row_lse - target_logit
-    lse[rows] = row_lse
-    sums = row_lse.new_zeros(targets.shape if with_sums else 0)
-    if with_sums:
-        sums[rows] = logit_sum
-    return nll, lse, sums
+    # By how much the others outweigh the target: log((1 - p) / p), from which a confident token's loss loses no digit.
+    others = peak - target_logit + total.log()
+    nll = torch.logaddexp(others, torch.zeros_like(others)).masked_fill(target_logit == torch.inf, torch.nan)
+    largest = torch.maximum(peak, target_logit)
+    base = largest.where(largest.isfinite(), 0)
+    log_total = (total * (peak - base).exp() + (target_logit - base).exp()).log()
+    results = [nll, largest + log_total, logit_sum if with_sums else None, base, log_total]
+    return tuple(_at(rows, values, targets, nll) for values in results)
+
+
+def _at(rows: Tensor, values: Tensor | None, targets: Tensor, like: Tensor) -> Tensor:
+    """In the shape of ``targets``, 0 where ignored; for None empty, in the dtype of ``like``."""
+    if values is None:
+        return like.new_zeros(0)
+    return values.new_zeros(targets.shape).index_put_((rows,), values)
 
 
 @torch.library.register_fake("torchtune_lce::chunked")
 def _(hidden, weight, bias, low, up, scale, targets, ignore_index, softcap, workspace_mib, with_sums):
     dtype = accumulation_dtype(hidden.dtype)
-    shapes = targets.shape, targets.shape, targets.shape if with_sums else 0
+    shapes = targets.shape, targets.shape, targets.shape if with_sums else 0, targets.shape, targets.shape
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 torch.library.define(
     "torchtune_lce::chunked_backward",
     "(Tensor? d_nll, Tensor? d_lse, Tensor? d_sums, Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, "
-    "Tensor? up, Tensor? scale, Tensor targets, Tensor lse, int ignore_index, float? softcap, int workspace_mib, "
-    "bool[] needs) "
+    "Tensor? up, Tensor? scale, Tensor targets, Tensor nll, Tensor peak, Tensor log_total, int ignore_index, "
+    "float? softcap, int workspace_mib, bool[] needs) "
     "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_low, Tensor d_up, Tensor d_scale)",
 )
 
@@ -89,7 +101,9 @@ def _backward(
     up,
     scale,
     targets,
-    lse,
+    nll,
+    peak,
+    log_total,
     ignore_index,
     softcap,
     workspace_mib,
@@ -97,16 +111,19 @@ def _backward(
 ):
     """Gradients by hidden, weight, bias, low, up and scale, empty where ``needs`` has no True."""
     rows, kept, labels, chunk = in_use(hidden, weight, targets, ignore_index, workspace_mib, scale is not None)
-    row_lse = lse[rows]
-    d_nll = torch.zeros_like(row_lse) if d_nll is None else d_nll[rows]
-    d_softmax = d_nll if d_lse is None else d_nll + d_lse[rows]
+    nll, peak = nll[rows], peak[rows]
+    d_nll = torch.zeros_like(nll) if d_nll is None else d_nll[rows]
+    # Of the target p - 1 and p: neither is the difference of two numbers near 1.
+    d_target, d_softmax = d_nll * torch.expm1(-nll), d_nll
+    if d_lse is not None:
+        d_target, d_softmax = d_target + d_lse[rows] * torch.exp(-nll), d_nll + d_lse[rows]
+    factor = d_softmax * torch.exp(-log_total[rows])
     d_sums = None if d_sums is None else d_sums[rows]
 
     def by_logits(logits, start):
-        d_logits = logits.sub_(row_lse[:, None]).exp_().mul_(d_softmax[:, None])
+        d_logits = logits.sub_(peak[:, None]).exp_().mul_(factor[:, None])
         inside = ((labels >= start) & (labels < start + logits.shape[1])).nonzero().squeeze(-1)
-        # Subtracted before rounding to the input dtype: p - 1 is small where the model is confident.
-        d_logits[inside, labels[inside] - start] -= d_nll[inside]
+        d_logits[inside, labels[inside] - start] = d_target[inside]
         return d_logits if d_sums is None else d_logits.add_(d_sums[:, None])
 
     return walk_gradients(hidden, weight, bias, low, up, scale, rows, kept, chunk, softcap, needs, by_logits)
@@ -162,11 +179,12 @@ def _(d_nll, d_lse, d_sums, *arguments):
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ignore_index, softcap, workspace_mib, ctx.with_sums = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[1])
+    nll, _, _, peak, log_total = output
+    ctx.save_for_backward(*tensors, nll, peak, log_total)
     ctx.settings = ignore_index, softcap, workspace_mib
 
 
-def _differentiate(ctx, d_nll, d_lse, d_sums):
+def _differentiate(ctx, d_nll, d_lse, d_sums, *_):
     needs = ctx.needs_input_grad[:6]
     d_results = d_nll, d_lse, d_sums if ctx.with_sums else None
     gradients = torch.ops.torchtune_lce.chunked_backward(*d_results, *ctx.saved_tensors, *ctx.settings, needs)
@@ -223,19 +241,21 @@ def _capped(logits, softcap):
     return tanh * softcap, tanh
 
 
-def _target_logits(logits, labels, start):
-    """The target's logit where the target lies in the chunk that begins at ``start``, 0 elsewhere."""
+def _take_target_logits(logits, labels, start):
+    """The target's logit where it lies in the chunk that begins at ``start``, 0 elsewhere; leaves -inf in its place."""
     inside = (labels >= start) & (labels < start + logits.shape[1])
-    column = (labels - start).clamp(0, logits.shape[1] - 1)
-    return logits.gather(-1, column[:, None]).squeeze(-1).where(inside, 0)
+    column = (labels - start).clamp(0, logits.shape[1] - 1)[:, None]
+    there = logits.gather(-1, column).squeeze(-1)
+    logits.scatter_(-1, column, there.masked_fill(inside, -torch.inf)[:, None])
+    return there.where(inside, 0)
 
 
-def _add_exponential(peak: Tensor, total: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(peak) * total, grown by exp(lse): a running log-sum-exp would be rounded at its own size with every chunk."""
-    higher = torch.maximum(peak, lse)
+def _add_exponentials(peak: Tensor, total: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit, and the sum of exponentials measured from it, with a chunk's, which this overwrites."""
+    higher = torch.maximum(peak, logits.amax(-1))
     # Where an infinity is the largest, it comes back out of exp.
     base = higher.where(higher.isfinite(), 0)
-    return higher, total * (peak - base).exp() + (lse - base).exp()
+    return higher, total * (peak - base).exp() + logits.sub_(base[:, None]).exp_().sum(-1)
 
 
 def _chunk_gradient(hidden, weight, bias, low_rank, start, chunk, softcap, by_logits):
@@ -261,7 +281,7 @@ def token_losses(
     low_rank: LowRank | None = None,
 ):
     """Same contract as :func:`torchtune_lce.reference.token_losses`."""
-    nll, lse, sums = torch.ops.torchtune_lce.chunked(
+    nll, lse, sums, *_ = torch.ops.torchtune_lce.chunked(
         hidden,
         weight,
         bias,
