@@ -64,6 +64,20 @@ def test_chunked(shape, options, dtype):
     assert backward.peak <= WORKSPACE_MIB * MIB + copies + gradient_bytes(inputs) + shape.vectors()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_chunked_with_a_frozen_head_stays_within_its_workspace(ignored, dtype):
+    """Copies of hidden states and sums of their gradient too: tokens are taken in pieces."""
+    shape = Shape(tokens=1024, vocabulary=512, width=1024)
+    inputs = make_inputs(shape, dtype, torch.device("cpu"))
+    inputs["weight"] = inputs["weight"].detach()
+    if not ignored:
+        inputs["targets"].clamp_(min=0)
+    forward, backward = usage_of_both("chunked", inputs)
+    assert forward.peak <= WORKSPACE_MIB * MIB + shape.vectors()
+    assert backward.peak <= WORKSPACE_MIB * MIB + gradient_bytes(inputs) + 2 * shape.vectors()
+
+
 def test_chunked_takes_more_tokens_than_fit():
     """No chunk is below 64 entries: with very many tokens that is more than the workspace, and yet not their logits."""
     shape = Shape(tokens=30_000, vocabulary=2000, width=4)

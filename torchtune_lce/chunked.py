@@ -8,6 +8,8 @@ tokens are in use decides their shapes, which a compiler cannot know.
 An adapter (:class:`torchtune_lce.low_rank.LowRank`) joins chunk by chunk, in the accumulation dtype: its rank is small.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -18,14 +20,30 @@ from torchtune_lce.reference import accumulation_dtype
 
 
 def entries_per_chunk(
-    tokens: int, vocabulary: int, workspace_mib: int, dtype: torch.dtype, more_blocks: int = 0
+    tokens: int, vocabulary: int, workspace_mib: int, dtype: torch.dtype, more_blocks: int = 0, copied: int = 0
 ) -> int:
     """Vocabulary entries whose blocks fit the workspace: two of logits (a softcap or a log-sum-exp takes the second)
     and ``more_blocks`` (one where a scale is used, whose gradient needs them unscaled), beside the last chunk's
     gradient in the inputs' dtype. At least 64, or the products would be slow.
+
+    ``copied``: features of whose copies and sums, as in :func:`tokens_per_piece`, the workspace holds too.
     """
-    bytes_per_entry = tokens * ((2 + more_blocks) * accumulation_dtype(dtype).itemsize + dtype.itemsize)
-    return min(vocabulary, max(workspace_mib * 2**20 // max(bytes_per_entry, 1), 64))
+    wide = accumulation_dtype(dtype).itemsize
+    left = workspace_mib * 2**20 - tokens * copied * (wide + 2 * dtype.itemsize)
+    bytes_per_entry = tokens * ((2 + more_blocks) * wide + dtype.itemsize)
+    return min(vocabulary, max(left // max(bytes_per_entry, 1), 64))
+
+
+def tokens_per_piece(tokens: int, features: int, workspace_mib: int, dtype: torch.dtype, more_blocks: int = 0) -> int:
+    """Tokens that are taken at once, in pieces as equal as can be, for the rest of the workspace to hold a chunk.
+
+    Half of it is for what a token takes beside its logits, a copy of its hidden state, the sum of its gradient and a
+    chunk's part of that, and half for 64 entries at the least.
+    """
+    wide = accumulation_dtype(dtype).itemsize
+    bytes_per_token = max(features * (wide + 2 * dtype.itemsize), 64 * ((2 + more_blocks) * wide + dtype.itemsize))
+    fitting = max(workspace_mib * 2**19 // bytes_per_token, 1)
+    return -(-tokens // max(-(-tokens // fitting), 1))
 
 
 torch.library.define(
@@ -43,9 +61,23 @@ def _forward(hidden, weight, bias, low, up, scale, targets, ignore_index, softca
 
     And for the backward the log-sum-exp in two parts, peak + log_total, [N] each: their sum is rounded at its own size.
     """
-    rows, kept, labels, chunk = in_use(hidden, weight, targets, ignore_index, workspace_mib, scale is not None)
-    low_rank = _low_rank_in_use(low, up, scale, rows, kept)
-    peak = hidden.new_full(rows.shape, -torch.inf, dtype=accumulation_dtype(hidden.dtype))
+    dtype = accumulation_dtype(hidden.dtype)
+    results = [hidden.new_zeros(targets.shape, dtype=dtype) for _ in range(5)]
+    if not with_sums:
+        results[2] = results[2].new_empty(0)
+    pieces = in_pieces(hidden, weight, targets, ignore_index, workspace_mib, scale is not None)
+    for rows, kept, labels, chunk in pieces:
+        low_rank = _low_rank_in_use(low, up, scale, rows, kept)
+        values = _forward_piece(kept, weight, bias, low_rank, labels, chunk, softcap, with_sums)
+        for result, part in zip(results, values, strict=True):
+            if part is not None:
+                result[rows] = part
+    return tuple(results)
+
+
+def _forward_piece(kept, weight, bias, low_rank, labels, chunk, softcap, with_sums):
+    """What the operator returns, of the tokens ``kept``; None in place of sums that nobody wants."""
+    peak = kept.new_full(labels.shape, -torch.inf, dtype=accumulation_dtype(kept.dtype))
     total, target_logit, logit_sum = (torch.zeros_like(peak) for _ in range(3))
     for start in range(0, weight.shape[0], chunk):
         logits = chunk_logits(kept, weight, bias, low_rank, start, chunk, softcap)
@@ -61,15 +93,7 @@ def _forward(hidden, weight, bias, low, up, scale, targets, ignore_index, softca
     largest = torch.maximum(peak, target_logit)
     base = largest.where(largest.isfinite(), 0)
     log_total = (total * (peak - base).exp() + (target_logit - base).exp()).log()
-    results = [nll, largest + log_total, logit_sum if with_sums else None, base, log_total]
-    return tuple(_at(rows, values, targets, nll) for values in results)
-
-
-def _at(rows: Tensor, values: Tensor | None, targets: Tensor, like: Tensor) -> Tensor:
-    """In the shape of ``targets``, 0 where ignored; for None empty, in the dtype of ``like``."""
-    if values is None:
-        return like.new_zeros(0)
-    return values.new_zeros(targets.shape).index_put_((rows,), values)
+    return nll, largest + log_total, logit_sum if with_sums else None, base, log_total
 
 
 @torch.library.register_fake("torchtune_lce::chunked")
@@ -110,62 +134,87 @@ def _backward(
     needs,
 ):
     """Gradients by hidden, weight, bias, low, up and scale, empty where ``needs`` has no True."""
-    rows, kept, labels, chunk = in_use(hidden, weight, targets, ignore_index, workspace_mib, scale is not None)
-    nll, peak = nll[rows], peak[rows]
-    d_nll = torch.zeros_like(nll) if d_nll is None else d_nll[rows]
+    nll, peak, log_total = nll.view(-1), peak.view(-1), log_total.view(-1)
+    d_nll = torch.zeros_like(nll) if d_nll is None else d_nll
     # Of the target p - 1 and p: neither is the difference of two numbers near 1.
     d_target, d_softmax = d_nll * torch.expm1(-nll), d_nll
     if d_lse is not None:
-        d_target, d_softmax = d_target + d_lse[rows] * torch.exp(-nll), d_nll + d_lse[rows]
-    factor = d_softmax * torch.exp(-log_total[rows])
-    d_sums = None if d_sums is None else d_sums[rows]
+        d_target, d_softmax = d_target + d_lse * torch.exp(-nll), d_nll + d_lse
+    factor = d_softmax * torch.exp(-log_total)
 
-    def by_logits(logits, start):
-        d_logits = logits.sub_(peak[:, None]).exp_().mul_(factor[:, None])
+    def by_logits(logits, start, rows, labels):
+        d_logits = logits.sub_(peak[rows, None]).exp_().mul_(factor[rows, None])
         inside = ((labels >= start) & (labels < start + logits.shape[1])).nonzero().squeeze(-1)
-        d_logits[inside, labels[inside] - start] = d_target[inside]
-        return d_logits if d_sums is None else d_logits.add_(d_sums[:, None])
+        d_logits[inside, labels[inside] - start] = d_target[rows[inside]]
+        return d_logits if d_sums is None else d_logits.add_(d_sums[rows, None])
 
-    return walk_gradients(hidden, weight, bias, low, up, scale, rows, kept, chunk, softcap, needs, by_logits)
+    operands = hidden, weight, bias, low, up, scale
+    return walk_gradients(*operands, targets, ignore_index, workspace_mib, scale is not None, softcap, needs, by_logits)
 
 
-def walk_gradients(hidden, weight, bias, low, up, scale, rows, kept, chunk, softcap, needs, by_logits):
+def walk_gradients(
+    hidden,
+    weight,
+    bias,
+    low,
+    up,
+    scale,
+    targets,
+    ignore_index,
+    workspace_mib,
+    more_blocks,
+    softcap,
+    needs,
+    by_logits,
+):
     """Gradients by the six operands, empty where ``needs`` has no True, from those by the logits of a chunk at a time.
 
-    ``by_logits(logits, start)`` makes these of the chunk's logits, of the tokens ``rows``, whose hidden states are
-    ``kept``, and the entries from ``start`` on; in their place if it can, both in the accumulation dtype.
+    ``by_logits(logits, start, rows, labels)`` makes these of the chunk's logits, of the tokens ``rows`` and the entries
+    from ``start`` on; in their place if it can, both in the accumulation dtype.
     """
     need_hidden, need_weight, need_bias, need_low, need_up, need_scale = needs
-    low_rank = _low_rank_in_use(low, up, scale, rows, kept)
     wide = accumulation_dtype(hidden.dtype)
-    d_kept = torch.zeros_like(kept, dtype=wide) if need_hidden else None
+    d_hidden = None
     d_weight = weight.new_empty(weight.shape if need_weight else 0)
     d_bias = hidden.new_empty(bias.shape if need_bias else 0)
     d_low = hidden.new_zeros(low.shape if need_low else 0)
-    d_kept_low = torch.zeros_like(low_rank.low) if need_low else None
     d_up = hidden.new_empty(0) if not need_up else torch.empty_like(up)
     d_scale = hidden.new_empty(0) if not need_scale else torch.empty_like(scale)
-    for start in range(0, weight.shape[0], chunk):
-        d_logits, d_scale_part = _chunk_gradient(kept, weight, bias, low_rank, start, chunk, softcap, by_logits)
-        part = slice(start, start + chunk)
-        if need_scale:
-            d_scale[part] = d_scale_part
-        if need_low:
-            d_kept_low += d_logits @ up[part].to(wide)
-        if need_up:
-            d_up[part] = d_logits.T @ low_rank.low
-        if need_bias:
-            d_bias[part] = d_logits.sum(0)
-        d_logits = d_logits.to(hidden.dtype)
+    # What is summed over tokens is summed over all at once: in pieces the logits would be computed another time.
+    whole = need_weight or need_bias or need_up or need_scale
+    for rows, kept, labels, chunk in in_pieces(
+        hidden, weight, targets, ignore_index, workspace_mib, more_blocks, whole
+    ):
+        low_rank = _low_rank_in_use(low, up, scale, rows, kept)
+        d_kept = torch.zeros_like(kept, dtype=wide) if need_hidden else None
+        d_kept_low = torch.zeros_like(low_rank.low) if need_low else None
+        by_chunk = partial(by_logits, rows=rows, labels=labels)
+        for start in range(0, weight.shape[0], chunk):
+            d_logits, d_scale_part = _chunk_gradient(kept, weight, bias, low_rank, start, chunk, softcap, by_chunk)
+            part = slice(start, start + chunk)
+            if need_scale:
+                d_scale[part] = d_scale_part
+            if need_low:
+                d_kept_low += d_logits @ up[part].to(wide)
+            if need_up:
+                d_up[part] = d_logits.T @ low_rank.low
+            if need_bias:
+                d_bias[part] = d_logits.sum(0)
+            d_logits = d_logits.to(hidden.dtype)
+            if need_hidden:
+                d_kept += d_logits @ weight[part]
+            if need_weight:
+                torch.mm(d_logits.T, kept, out=d_weight[part])
+            # Before the next chunk is made.
+            del d_logits
         if need_hidden:
-            d_kept += d_logits @ weight[part]
-        if need_weight:
-            torch.mm(d_logits.T, kept, out=d_weight[part])
-    d_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0)
-    if need_hidden:
-        d_hidden[rows] = d_kept.to(hidden.dtype)
-    if need_low:
-        d_low[rows] = d_kept_low.to(d_low.dtype)
+            # Not before: the products have taken memory of their own.
+            d_hidden = torch.zeros_like(hidden) if d_hidden is None else d_hidden
+            d_hidden[rows] = d_kept.to(hidden.dtype)
+        if need_low:
+            d_low[rows] = d_kept_low.to(d_low.dtype)
+    if d_hidden is None:
+        d_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0)
     return d_hidden, d_weight, d_bias, d_low, d_up, d_scale
 
 
@@ -199,12 +248,22 @@ torch.library.register_autograd("torchtune_lce::chunked", _differentiate, setup_
 torch.library.register_autograd("torchtune_lce::chunked_backward", _refuse_second_derivative)
 
 
-def in_use(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, workspace_mib: int, more_blocks: int):
-    """Tokens that are not ignored, their hidden states and labels, and the entries of a chunk for so many."""
-    rows = (targets != ignore_index).nonzero().squeeze(-1)
-    kept = hidden if rows.numel() == targets.numel() else hidden[rows]
-    chunk = entries_per_chunk(rows.numel(), weight.shape[0], workspace_mib, hidden.dtype, more_blocks)
-    return rows, kept, targets[rows].long(), chunk
+def in_pieces(hidden, weight, targets, ignore_index, workspace_mib, more_blocks, whole=False):
+    """Of the tokens that are not ignored: places, hidden states and labels of a piece, and the entries of its chunks.
+
+    ``whole``: all are one piece, whose copies come to what the workspace holds.
+    """
+    everything = (targets != ignore_index).nonzero().squeeze(-1)
+    (vocabulary, features), dtype = weight.shape, hidden.dtype
+    tokens = everything.numel()
+    if not whole:
+        tokens = tokens_per_piece(tokens, features, workspace_mib, dtype, more_blocks)
+    for rows in everything.split(max(tokens, 1)):
+        # Of all tokens no copy is needed.
+        kept = hidden if rows.numel() == targets.numel() else hidden[rows]
+        copied = 0 if whole else features
+        chunk = entries_per_chunk(rows.numel(), vocabulary, workspace_mib, dtype, more_blocks, copied)
+        yield rows, kept, targets[rows].long(), chunk
 
 
 def _low_rank_in_use(low, up, scale, rows: Tensor, kept: Tensor) -> LowRank | None:

@@ -52,7 +52,8 @@ def linear_cross_entropy(
         filter_eps: softmax entries below it may be left out of the gradients of the filtering implementations, unless
             together they hold more than a quarter of the softmax, in the mean of a block of 128 tokens: then nothing
             of that block is. ``auto`` is finfo(dtype).eps / 32, None keeps everything.
-        workspace_mib: the most memory in MiB that an implementation may use beyond gradients and O(N + V).
+        workspace_mib: the most memory in MiB that an implementation may use beyond gradients and O(N + V). With a
+            trained weight or bias ``chunked`` holds hidden states and their gradient's sum, O(N D), beside it.
         return_lse: also return the log-sum-exp of the logits, float32 in the shape of ``targets``, 0 where ignored or
             shifted off. Gradients flow through it.
 

@@ -126,17 +126,18 @@ def _entropy_backward(
 ):
     """Gradients by the six operands, empty where ``needs`` has no True."""
     more_blocks = (scale is not None) + (softcap is not None)
-    rows, kept, _, chunk = chunked.in_use(hidden, weight, targets, ignore_index, workspace_mib, more_blocks)
-    largest, total = largest[rows], total[rows]
-    factor, mean = d_entropy[rows] / total, disorder[rows] / total
+    factor, mean = d_entropy / total, disorder / total
 
-    def by_logits(logits, start):
+    def by_logits(logits, start, rows, labels):
         # With e as above, log p + H = log e + disorder / total; and an entry that cannot be has no gradient.
-        e = logits.sub_(largest[:, None]).exp_()
+        e = logits.sub_(largest[rows, None]).exp_()
         gradient = torch.special.entr(e)
-        return gradient.sub_(e.mul_(mean[:, None])).mul_(factor[:, None])
+        return gradient.sub_(e.mul_(mean[rows, None])).mul_(factor[rows, None])
 
-    return chunked.walk_gradients(hidden, weight, bias, low, up, scale, rows, kept, chunk, softcap, needs, by_logits)
+    operands = hidden, weight, bias, low, up, scale
+    return chunked.walk_gradients(
+        *operands, targets, ignore_index, workspace_mib, more_blocks, softcap, needs, by_logits
+    )
 
 
 @torch.library.register_fake("torchtune_lce::entropy_backward")

@@ -11,7 +11,8 @@ With compile: True the log-softmax is not kept; the logits are, bNV, and a chunk
 torch_compile: logits, bNV, and in the backward their float32 gradient, 4NV.
 reference: float32 logits, 4NV, and as much for what the forward subtracts from them; in the backward four times as much
 for their gradients on the way.
-chunked: the workspace, whatever NV is, and vectors. cce: the same, but not less than its tiles and their lists take.
+chunked: the workspace, whatever NV is, and vectors; with a trained head the hidden states' sums beside it.
+cce: the workspace, but not less than its tiles and their lists take.
 
 LoRA on the output, of rank r, adds its gradients, Vrb and rDb, to those above, and an Nr product; its dropout keeps the
 thinned out hidden states and their mask, (b + 1)ND. DoRA's scale of the rows has a gradient that needs what it scales:
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 import torch
 
 from torchtune_lce import implementations
-from torchtune_lce.chunked import entries_per_chunk
+from torchtune_lce.chunked import entries_per_chunk, tokens_per_piece
 from torchtune_lce.reference import accumulation_dtype
 
 CHUNKS = 8
@@ -195,18 +196,25 @@ def _chunks_compiled(problem: Problem) -> LossMemory:
 def _chunked(problem: Problem) -> LossMemory:
     dtype = {8: torch.float64, 4: torch.float32, 2: torch.bfloat16}[problem.itemsize]
     scaled = problem.scaled
-    entries = entries_per_chunk(problem.tokens, problem.vocabulary, problem.workspace_mib, dtype, scaled)
+    # The forward takes tokens in pieces, and so does the backward where nothing is summed over them.
+    settings = problem.workspace_mib, dtype, scaled
+    piece = tokens_per_piece(problem.tokens, problem.features, *settings)
+    forward_block = piece * entries_per_chunk(piece, problem.vocabulary, *settings, problem.features)
+    if problem.trained_head or problem.adapter is not None:
+        piece = problem.tokens
+        block = piece * entries_per_chunk(piece, problem.vocabulary, *settings)
+    else:
+        block = forward_block
     wide = accumulation_dtype(dtype).itemsize
-    block = problem.tokens * entries
     # Backward: a chunk's gradient, and its copy in the inputs' dtype; the hidden states' summed up in the wide dtype,
     # a chunk's part of it beside the sum. With a scale, the logits without it beside the gradient, before the copy.
-    copies = wide * problem.tokens * problem.features + problem.hidden_bytes
+    copies = (wide + problem.itemsize) * piece * problem.features
     rounded = problem.itemsize if problem.itemsize < wide else 0
     beside = wide if scaled else rounded
     low = 0 if problem.adapter is None else 2 * wide * problem.tokens * problem.adapter.rank
     vectors = _vectors(problem) + problem.adapter_kept + low
     gradients = problem.hidden_bytes + problem.head_bytes + problem.adapter_bytes
-    return LossMemory(2 * wide * block + vectors, (wide + beside) * block + copies + gradients + vectors)
+    return LossMemory(2 * wide * forward_block + vectors, (wide + beside) * block + copies + gradients + vectors)
 
 
 def _cce(problem: Problem) -> LossMemory:
