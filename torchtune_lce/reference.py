@@ -50,7 +50,8 @@ def token_losses(
     # Where an infinity is the largest, it comes back out of exp. The differences are exact where they are small, and
     # all that follows is of their size, whatever the logits share.
     logits = logits - peak.where(peak.isfinite(), 0).unsqueeze(-1)
-    own = logits.gather(-1, target).squeeze(-1)
+    # A gather would keep all of them for its backward.
+    own = logits[torch.arange(len(logits), device=logits.device), target.squeeze(-1)]
     logits = logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) == target, -torch.inf)
     others = logits.exp().sum(-1)
     total = others + own.exp()

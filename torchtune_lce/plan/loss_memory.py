@@ -9,8 +9,8 @@ the logits of all chunks, bNV; one chunk at a time is there in float32.
 With compile: True the log-softmax is not kept; the logits are, bNV, and a chunk's gradient comes to them.
 
 torch_compile: logits, bNV, and in the backward their float32 gradient, 4NV.
-reference: float32 logits, 4NV, and as much for what the forward subtracts from them; in the backward four times as much
-for their gradients on the way.
+reference: float32 logits, 4NV, their exponentials, and a mask of the targets, NV; in the backward one gradient more
+in place of the logits.
 chunked: the workspace, whatever NV is, and vectors; with a trained head the hidden states' sums beside it.
 cce: the workspace, but not less than its tiles and their lists take.
 
@@ -152,7 +152,7 @@ def _full_logits_compiled(problem: Problem) -> LossMemory:
 def _full_logits(problem: Problem) -> LossMemory:
     logits, b = problem.logits, problem.itemsize
     if problem.adapter is None:
-        return LossMemory(8 * logits, 20 * logits)
+        return LossMemory(9 * logits, 9 * logits)
     kept = problem.adapter_kept
     return LossMemory((12 + (b if b < 4 else 0)) * logits + kept, (24 if problem.scaled else 20) * logits + kept)
 
@@ -214,7 +214,7 @@ def _chunked(problem: Problem) -> LossMemory:
     low = 0 if problem.adapter is None else 2 * wide * problem.tokens * problem.adapter.rank
     vectors = _vectors(problem) + problem.adapter_kept + low
     gradients = problem.hidden_bytes + problem.head_bytes + problem.adapter_bytes
-    return LossMemory(2 * wide * forward_block + vectors, (wide + beside) * block + copies + gradients + vectors)
+    return LossMemory(wide * forward_block + vectors, (wide + beside) * block + copies + gradients + vectors)
 
 
 def _cce(problem: Problem) -> LossMemory:
