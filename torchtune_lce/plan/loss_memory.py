@@ -152,7 +152,7 @@ def _full_logits_compiled(problem: Problem) -> LossMemory:
 def _full_logits(problem: Problem) -> LossMemory:
     logits, b = problem.logits, problem.itemsize
     if problem.adapter is None:
-        return LossMemory(9 * logits, 9 * logits)
+        return LossMemory(9 * logits, max(9 * logits, 4 * logits + problem.hidden_bytes + problem.head_bytes))
     kept = problem.adapter_kept
     return LossMemory((12 + (b if b < 4 else 0)) * logits + kept, (24 if problem.scaled else 20) * logits + kept)
 
@@ -214,7 +214,9 @@ def _chunked(problem: Problem) -> LossMemory:
     low = 0 if problem.adapter is None else 2 * wide * problem.tokens * problem.adapter.rank
     vectors = _vectors(problem) + problem.adapter_kept + low
     gradients = problem.hidden_bytes + problem.head_bytes + problem.adapter_bytes
-    return LossMemory(wide * forward_block + vectors, (wide + beside) * block + copies + gradients + vectors)
+    return LossMemory(
+        (wide + rounded) * forward_block + vectors, (wide + beside) * block + copies + gradients + vectors
+    )
 
 
 def _cce(problem: Problem) -> LossMemory:
