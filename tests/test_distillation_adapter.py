@@ -247,7 +247,7 @@ def test_bad_input():
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
 def test_nothing_as_large_as_the_weight_is_allocated(kind, dropout, monkeypatch):
     """Neither the sum of weight and adapter nor its gradient, of either model."""
-    monkeypatch.setattr(output_adapter, "_NORM_BYTES", MIB)
+    monkeypatch.setattr(output_adapter, "NORM_BYTES", MIB)
     tokens, vocabulary, widths = 128, 9000, (512, 640)
     outputs = [make_output(kind, vocabulary=vocabulary, width=width, dropout=dropout) for width in widths]
     for output in outputs:

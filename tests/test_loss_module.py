@@ -227,7 +227,7 @@ def test_list_of_outputs(targets):
 def test_logits_in_place_of_hidden_states(model, targets):
     loss = bound(model)
     with pytest.raises(
-        ValueError, match=r"shape \[..., 64\] .* got \[2, 7, 512\]: those are logits, call set_model_out"
+        ValueError, match=r"shape \[..., 64\] .* got \[2, 7, 512\]: those are logits: leave `with loss.logits"
     ):
         loss(torch.randn(2, 7, VOCABULARY), targets)
     with pytest.raises(ValueError, match=r"shape \[..., 64\] to match weight, got \[2, 7, 63\]$"):

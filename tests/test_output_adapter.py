@@ -129,7 +129,7 @@ def test_many_chunks(kind):
 
 def test_norms_of_pieces(monkeypatch):
     """DoRA's row norms, some rows at a time, are those of the whole sum."""
-    monkeypatch.setattr(output_adapter, "_NORM_BYTES", 100 * EMBED_DIM * 4)
+    monkeypatch.setattr(output_adapter, "NORM_BYTES", 100 * EMBED_DIM * 4)
     output = make_output("DoRA")
     norms = output._get_weight_norm(output.weight, output.lora_b.weight @ output.lora_a.weight)
     scale = output_adapter.low_rank(output, torch.randn(3, EMBED_DIM)).scale
@@ -341,7 +341,7 @@ def test_kernels_with_a_large_rank_in_strips_and_with_a_dropped_tail(rank, eps, 
 def test_nothing_as_large_as_the_weight_is_allocated(kind, dropout, monkeypatch):
     """Neither the sum of weight and adapter nor its gradient; and at the worst moment less than half of the weight."""
     tokens, vocabulary, width = 128, 9000, 512
-    monkeypatch.setattr(output_adapter, "_NORM_BYTES", MIB)
+    monkeypatch.setattr(output_adapter, "NORM_BYTES", MIB)
     output = make_output(kind, vocabulary=vocabulary, width=width, dropout=dropout)
     output.weight.requires_grad_(False)
     weight = output.weight.nbytes

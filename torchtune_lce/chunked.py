@@ -2,8 +2,8 @@
 
 The vocabulary is walked in chunks. The forward keeps, of the entries beside the target, the largest logit and the sum
 of exponentials measured from it; the backward computes each chunk's logits again, so neither direction ever holds more
-than one [N, chunk] block of them. Both are custom operators: how many
-tokens are in use decides their shapes, which a compiler cannot know.
+than one [N, chunk] block of them. Both are custom operators: how many tokens are in use decides their shapes, which a
+compiler cannot know.
 
 An adapter (:class:`torchtune_lce.low_rank.LowRank`) joins chunk by chunk, in the accumulation dtype: its rank is small.
 """

@@ -18,7 +18,7 @@ from torchtune_lce.reference import accumulation_dtype
 
 Adapter = LoRALinear | DoRALinear
 # Rows of W and of W + s B A that are held at a time, in the accumulation dtype.
-_NORM_BYTES = 32 * 2**20
+NORM_BYTES = 32 * 2**20
 
 
 def is_dora(output) -> bool:
@@ -54,7 +54,7 @@ def low_rank(adapter: Adapter, hidden: Tensor) -> LowRank:
 def _row_norms(weight: Tensor, up: Tensor, down: Tensor, scaling: float) -> Tensor:
     """Length of each row of ``weight + scaling * up @ down``, [V] in the accumulation dtype, some rows at a time."""
     wide = accumulation_dtype(weight.dtype)
-    rows = max(_NORM_BYTES // (2 * wide.itemsize * weight.shape[1]), 1)
+    rows = max(NORM_BYTES // (2 * wide.itemsize * weight.shape[1]), 1)
     down = down.to(wide)
     pieces = zip(weight.split(rows), up.split(rows), strict=True)
     return torch.cat(

@@ -10,7 +10,8 @@ With compile: True the log-softmax is not kept; the logits are, bNV, and a chunk
 
 torch_compile: logits, bNV, and in the backward their float32 gradient, 4NV.
 reference: float32 logits, 4NV, their exponentials, and a mask of the targets, NV; in the backward one gradient more
-in place of the logits.
+in place of the logits. With an adapter the two parts of the sum of logits; with DoRA's scale, in the backward, what it
+scales, the gradient, and the gradient's products with either.
 chunked: the workspace, whatever NV is, and vectors; with a trained head the hidden states' sums beside it.
 cce: the workspace, but not less than its tiles and their lists take.
 
@@ -27,6 +28,7 @@ import torch
 
 from torchtune_lce import implementations
 from torchtune_lce.chunked import entries_per_chunk, tokens_per_piece
+from torchtune_lce.output_adapter import NORM_BYTES
 from torchtune_lce.reference import accumulation_dtype
 
 CHUNKS = 8
@@ -154,7 +156,8 @@ def _full_logits(problem: Problem) -> LossMemory:
     if problem.adapter is None:
         return LossMemory(9 * logits, max(9 * logits, 4 * logits + problem.hidden_bytes + problem.head_bytes))
     kept = problem.adapter_kept
-    return LossMemory((12 + (b if b < 4 else 0)) * logits + kept, (24 if problem.scaled else 20) * logits + kept)
+    forward = (12 + (b if b < 4 else 0)) * logits + kept
+    return LossMemory(forward, 16 * logits + kept if problem.scaled else forward)
 
 
 def _chunks_eager(problem: Problem, all_logits: bool) -> LossMemory:
@@ -214,8 +217,12 @@ def _chunked(problem: Problem) -> LossMemory:
     low = 0 if problem.adapter is None else 2 * wide * problem.tokens * problem.adapter.rank
     vectors = _vectors(problem) + problem.adapter_kept + low
     gradients = problem.hidden_bytes + problem.head_bytes + problem.adapter_bytes
+    # The length of the scaled rows is found before the loss, some of them at a time.
+    rows = min(problem.vocabulary, NORM_BYTES // (2 * wide * problem.features)) if scaled else 0
+    lengths = rows * problem.features * (2 * wide if rounded else wide)
     return LossMemory(
-        (wide + rounded) * forward_block + vectors, (wide + beside) * block + copies + gradients + vectors
+        max((wide + rounded) * forward_block, lengths) + vectors,
+        (wide + beside) * block + copies + gradients + vectors,
     )
 
 
