@@ -1,10 +1,12 @@
 """Make a torchtune model return the hidden states that its output projection would have taken."""
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 
+import torch
 import torchtune.generation
 from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
@@ -98,14 +100,25 @@ def _skip(decoder: TransformerDecoder) -> None:
     # deep copy of the model normalises with its own weights.
     decoder.unembed = MethodType(_unembed, decoder)
     decoder._returns_hidden_states = True
+    _forget_compiled()
 
 
 def _restore(decoder: TransformerDecoder) -> None:
     if _has_switch(decoder):
         decoder.skip_output_layer = False
         return
-    for name in ("unembed", "_returns_hidden_states"):
-        vars(decoder).pop(name, None)
+    if vars(decoder).pop("unembed", None) is not None:
+        vars(decoder).pop("_returns_hidden_states", None)
+        _forget_compiled()
+
+
+def _forget_compiled() -> None:
+    """Compilers before torch 2.11 do not guard that a module lacks an attribute, and would not see one that is new.
+
+    All that was compiled in the process is then compiled again when it is next called: who called what is not known.
+    """
+    if torch.__version__ < (2, 11) and "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _is_skipped(decoder: TransformerDecoder) -> bool:
