@@ -320,6 +320,7 @@ def hidden_gradient_tile(
     STAGES: tl.constexpr,
 ):
     """Adds gradient @ weight over this strip's tiles of a row block to the running sum, which the last strip rounds.
+    STAGES are those of :func:`weight_gradient_tile`.
 
     An output of 16 bits holds the upper halves of its float32 sums until then; their lower halves are a workspace. With
     HAS_TAIL the last strip adds the mean of what was dropped: `tail` times the softmax mass that no kept tile holds.

@@ -9,8 +9,8 @@ IS_INTERPRETED = tl.constexpr(is_interpreted())
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Depth of products over an adapter's rank, the least that tl.dot takes: addresses of deeper ones spill.
 RANK_DEPTH = tl.constexpr(16)
-# Of loops over products with an adapter's matrix, which are not pipelined: Triton 3.6 gives tiles that narrow, where
-# they are not copied asynchronously, one buffer for a product still in flight, and its sums come out wrong on sm90.
+# Of loops over products with an adapter's matrix, which are not pipelined: by Triton 3.6, on sm90 in 16 bits, sums over
+# tiles as narrow as a small rank came out wrong, and other ones in each run; see docs/kernel-notes.md.
 ADAPTER_STAGES = tl.constexpr(1)
 
 
