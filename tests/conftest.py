@@ -1,6 +1,5 @@
 """What every test stands on: the interpreter without a card, quiet threads, seeds, and poisoned fresh memory."""
 
-import contextlib
 import gc
 import os
 import sys
@@ -12,7 +11,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock  # which torch itself needs
 
 if not torch.cuda.is_available():
     # Triton reads it when the kernels are defined, so it is set before anything imports them.
@@ -39,26 +37,17 @@ interpreter.make_faster()
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if "large" in item.keywords:
+            # Many workers share one card: of what takes much of it, one after the other.
+            item.add_marker(pytest.mark.xdist_group("large"))
+        elif item.path.stem in ONE_WORKER:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if torch.cuda.is_available() and not INTERPRETED:
         return
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA card"))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """Tests are given out one by one, but those of a file in :data:`ONE_WORKER` together, and first."""
-    if config.getvalue("dist") != "load":
-        return None
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Scheduling(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return file if Path(file).stem in ONE_WORKER else nodeid
-
-    return Scheduling(config, log)
 
 
 def pytest_collection_finish():
@@ -108,16 +97,10 @@ def _precision_as_it_was():
 
 
 @pytest.fixture(autouse=True)
-def _share_the_card(request, tmp_path_factory):
-    """Many workers share one card: large tests take turns, and none leaves memory in its allocator's cache."""
-    if not torch.cuda.is_available():
-        yield
-        return
-    large = request.node.get_closest_marker("large") is not None
-    # The parent folder is the same for all workers.
-    turn = FileLock(tmp_path_factory.getbasetemp().parent / "large.lock") if large else contextlib.nullcontext()
-    with turn:
-        yield
+def _share_the_card():
+    """Many workers share one card: no test leaves memory in its allocator's cache."""
+    yield
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 

@@ -235,7 +235,8 @@ def test_launched_as_a_user_does(runs, command, recipe, method, name):
         [program, "run", "--nproc_per_node", "2", recipe, "--config", path],
         check=True,
         timeout=120,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
+        # Ranks of gloo, as in `spawn`: without a card.
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         cwd=runs.assets,
     )
     assert runs.losses(f"launched {name}") == pytest.approx(runs.losses(name)[:1], rel=ROUNDING)

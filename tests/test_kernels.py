@@ -449,7 +449,10 @@ def test_past_a_share_of_kept_tiles_the_rest_is_computed_too(device, spread, mon
     assert (plans[0].sparse_strips[2].item() > 0) != flat
     assert (records[0].kept_fraction == 1) == flat
     exact = gradients(hidden, weight, targets, impl="cce_exact")
-    assert all(torch.equal(*pair) for pair in zip(found, exact, strict=True)) == flat
+    for ours, wanted in zip(found, exact, strict=True):
+        # Strips may be of other widths, so sums of another order.
+        rounding = 32 * torch.finfo(torch.float32).eps * wanted.abs().max().item()
+        assert ((ours - wanted).abs().max().item() <= rounding) == flat
 
 
 def test_what_is_dropped_is_below_the_threshold(device):

@@ -1,14 +1,17 @@
 """A tokenizer, checkpoints, data and configs, made on the spot, on which torchtune's real recipes run in a second."""
 
 import base64
+import contextlib
 import importlib
 import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torchtune.models.llama3_2._component_builders import llama3_2
+from torchtune.modules import attention_utils
 
 from torchtune_lce.stock_recipes import load_stock_recipe
 
@@ -174,10 +177,20 @@ def our_recipe(method: str) -> type:
 def train(recipe_class: type, cfg: DictConfig):
     """Runs a recipe as its recipe_main does, and returns it."""
     recipe = recipe_class(cfg=cfg)
-    recipe.setup(cfg=cfg)
-    recipe.train()
+    with _attention_of(cfg.device):
+        recipe.setup(cfg=cfg)
+        recipe.train()
     recipe.cleanup()
     return recipe
+
+
+@contextlib.contextmanager
+def _attention_of(device: str):
+    """Where there is a card, torchtune takes FlexAttention for packed rows on a CPU too: it has no backward there."""
+    with pytest.MonkeyPatch.context() as patch:
+        if device == "cpu":
+            patch.setattr(attention_utils, "_SUPPORTS_FLEX_ATTENTION", False)
+        yield
 
 
 def logged_losses(output: Path) -> list[float]:
