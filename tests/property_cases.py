@@ -60,12 +60,7 @@ def small_shapes() -> st.SearchStrategy[tuple[int, ...]]:
 
 
 @st.composite
-def calls(draw, impl: str, device: torch.device) -> Call:
-    dtypes = [torch.float32, torch.float16]
-    if not impl.startswith("cce"):
-        dtypes += [torch.bfloat16, torch.float64]
-    elif device.type == "cuda":
-        dtypes.append(torch.bfloat16)
+def calls(draw, impl: str, dtypes: list[torch.dtype], device: torch.device) -> Call:
     dtype = draw(st.sampled_from(dtypes))
     # Mostly what has something to go wrong in, not the least that there is.
     tokens = draw(st.sampled_from(((29,), (5, 7), (3, 1, 11), (1,), (), (4, 0))) | small_shapes())

@@ -14,13 +14,18 @@ from tolerance import allowances, assert_as_accurate_as_torch, plain_torch
 from torchtune_lce import chunked, linear_cross_entropy
 from torchtune_lce.implementations import CCE_PRESETS
 
-# cce alone for its presets, which share its code; in the interpreter a case takes longer than a hundred others.
-KERNELS = pytest.param(
-    "cce",
-    marks=pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
-)
+EACH_IN_TORCH = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 IN_TORCH = pytest.mark.parametrize("impl", ["chunked", "reference"])
-IN_TRITON = pytest.mark.parametrize("impl", [KERNELS])
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def in_triton(test):
+    """With cce alone of its presets, which share its code: in the interpreter a case takes as long as a hundred others.
+
+    A test a dtype, so that workers share them: on a card nearly every case compiles kernels of its own.
+    """
+    dtypes = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+    return needs_triton(pytest.mark.parametrize("dtype", dtypes, ids=str)(test))
 
 
 def results(call: Call, **changed) -> dict[str, torch.Tensor]:
@@ -60,9 +65,9 @@ def bounds(call: Call, exact) -> dict[str, torch.Tensor]:
     )
 
 
-def check_numbers(data, impl, device):
+def check_numbers(data, impl, dtypes, device):
     """Loss, log-sum-exp and gradients, against plain PyTorch in float64; and no argument is written to."""
-    call = data.draw(calls(impl, device))
+    call = data.draw(calls(impl, dtypes, device))
     tried[f"{impl}: loss, log-sum-exp and gradients against float64"] += 1
     before = {name: x.detach().clone() for name, x in call.tensors.items() if x is not None}
     actual = results(call)
@@ -79,14 +84,14 @@ def check_numbers(data, impl, device):
 @given(data=st.data())
 @bounded(120)
 def test_numbers(data, impl, device):
-    check_numbers(data, impl, device)
+    check_numbers(data, impl, EACH_IN_TORCH, device)
 
 
-@IN_TRITON
+@in_triton
 @given(data=st.data())
-@bounded(18)
-def test_numbers_of_kernels(data, impl, device):
-    check_numbers(data, impl, device)
+@bounded(9)
+def test_numbers_of_kernels(data, dtype, device):
+    check_numbers(data, "cce", [dtype], device)
 
 
 @IN_TORCH
@@ -94,7 +99,7 @@ def test_numbers_of_kernels(data, impl, device):
 @bounded(30)
 def test_targets_outside(data, impl, device):
     """One or more anywhere that a hidden state predicts: an error that says so, and nothing computed."""
-    call = data.draw(calls(impl, device))
+    call = data.draw(calls(impl, EACH_IN_TORCH, device))
     vocabulary, shift = call.tensors["weight"].shape[0], call.settings.shift
     near = st.integers(vocabulary, vocabulary + 1) | st.integers(-2, -1)
     outside = data.draw(near | st.integers(-(2**31), 2**31 - 1))
@@ -112,9 +117,9 @@ def test_targets_outside(data, impl, device):
         assert results(call, targets=targets)["loss"].isnan().any()
 
 
-def check_not_finite(data, impl, device):
+def check_not_finite(data, impl, dtypes, device):
     """A loss is finite where float64 says so and only there; a token that is not spoils no other's, not by a bit."""
-    call = data.draw(calls(impl, device))
+    call = data.draw(calls(impl, dtypes, device))
     name = data.draw(st.sampled_from([name for name in INPUTS if call.tensors[name] is not None]))
     value = data.draw(st.sampled_from((torch.nan, torch.inf, -torch.inf)))
     # A copy, since a matrix product's bits may depend on where in memory its operands begin.
@@ -142,11 +147,11 @@ def check_not_finite(data, impl, device):
 @given(data=st.data())
 @bounded(60)
 def test_not_finite(data, impl, device):
-    check_not_finite(data, impl, device)
+    check_not_finite(data, impl, EACH_IN_TORCH, device)
 
 
-@IN_TRITON
+@in_triton
 @given(data=st.data())
-@bounded(10)
-def test_not_finite_in_kernels(data, impl, device):
-    check_not_finite(data, impl, device)
+@bounded(5)
+def test_not_finite_in_kernels(data, dtype, device):
+    check_not_finite(data, "cce", [dtype], device)
