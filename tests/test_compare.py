@@ -52,6 +52,24 @@ def _registered():
     registry.register()
 
 
+@pytest.fixture
+def blocked(tmp_path) -> Path:
+    """An --output that is refused: what was to be told before would otherwise be told after a real run, or never."""
+    path = tmp_path / "blocked"
+    path.touch()
+    return path
+
+
+def ended(name: str, *arguments) -> int:
+    """The exit status of plan or compare."""
+    parser = argparse.ArgumentParser()
+    {"plan": plan, "compare": command}[name].add_parser(parser.add_subparsers())
+    args = parser.parse_args([name, *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        args.func(args)
+    return end.value.code
+
+
 def result(*values, speed=100.0, peak=2**30) -> Result:
     return Result(list(values), speed, 1.0, peak, None)
 
@@ -154,35 +172,49 @@ def test_bad_configs_are_named(name, overrides, message):
         (["seed=abc"], "seed must be null or a whole number from 0 to 4294967295, got 'abc'"),
     ],
 )
-def test_numbers_that_make_no_sense(tmp_path, monkeypatch, capsys, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers())
-    options = ["--config", LORA_CONFIG, "--random-weights", "--demo-data", *arguments, "device=cpu", "dtype=fp32"]
-    args = parser.parse_args(["compare", *options])
-    with pytest.raises(SystemExit) as end:
-        args.func(args)
-    assert end.value.code == 2
+def test_numbers_that_make_no_sense(blocked, capsys, arguments, message):
+    options = ["--random-weights", "--demo-data", *arguments, "device=cpu", "dtype=fp32"]
+    assert compare("--config", LORA_CONFIG, "--output", blocked, *options) == 2
     assert capsys.readouterr().err == f"tune-lce compare: {message}\n"
-    assert not list(tmp_path.iterdir())
 
 
-def test_models_of_a_distillation_must_have_one_vocabulary(tmp_path, monkeypatch, capsys):
-    """Told before anything is written, by plan and compare."""
-    monkeypatch.chdir(tmp_path)
-    sizes = ["teacher_model._component_=torchtune.models.qwen2_5.qwen2_5_7b_base", "device=cpu", "dtype=fp32"]
-    for name, module in (("plan", plan), ("compare", command)):
-        parser = argparse.ArgumentParser()
-        module.add_parser(parser.add_subparsers())
-        args = parser.parse_args([name, "--config", DISTILLATION_CONFIG, *sizes])
-        with pytest.raises(SystemExit) as end:
-            args.func(args)
-        assert end.value.code == 2
-        assert capsys.readouterr().err == (
-            f"tune-lce {name}: model and teacher_model must have the same vocabulary, got outputs of 151936 and of "
-            "152064 rows\n"
-        )
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        # Their outputs' rows.
+        (
+            ["teacher_model._component_=torchtune.models.qwen2_5.qwen2_5_7b_base"],
+            "model and teacher_model must have the same vocabulary, got outputs of 151936 and of 152064 rows",
+        ),
+        (["model.lora_rankk=1"], "model: torchtune.models.qwen2.lora_qwen2_0_5b cannot be built: "),
+        (["model.lora_rank=-1"], "model: torchtune.models.qwen2.lora_qwen2_0_5b cannot be built: Trying to create"),
+        (["teacher_model.bogus=1"], "teacher_model: torchtune.models.qwen2.qwen2_1_5b cannot be built: "),
+    ],
+)
+def test_models_that_cannot_distil_are_named(blocked, capsys, settings, message):
+    """Before anything is written, by plan and compare."""
+    for name, output in (("plan", []), ("compare", ["--output", blocked])):
+        options = ["--config", DISTILLATION_CONFIG, "--losses", "stock", *output, *settings]
+        assert ended(name, *options, "device=cpu", "dtype=fp32") == 2
+        assert capsys.readouterr().err.startswith(f"tune-lce {name}: {message}")
+
+
+def test_a_teacher_of_no_kind_is_named(blocked, tmp_path, capsys):
+    config, path = runs.read_config(DISTILLATION_CONFIG, ["device=cpu", "dtype=fp32"]), tmp_path / "mine.yaml"
+    for teacher in ({"max_seq_len": 64}, "qwen2"):
+        config.teacher_model = teacher
+        OmegaConf.save(config, path)
+        for name, output in (("plan", []), ("compare", ["--output", blocked])):
+            assert ended(name, "--config", path, "--losses", "stock", *output) == 2
+            said = f"tune-lce {name}: teacher_model must be a section with a _component_, which builds the model, got "
+            assert capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.parametrize("model", ["torchtune.models.llama3_2.nosuch", "collections.Counter"])
+def test_a_model_that_cannot_be_made_is_named(blocked, capsys, model):
+    settings = [f"model._component_={model}", "device=cpu", "dtype=fp32"]
+    assert compare("--config", LORA_CONFIG, "--output", blocked, "--demo-data", *settings) == 2
+    assert capsys.readouterr().err.startswith("tune-lce compare: model: ")
 
 
 def test_recipe_goes_with_the_config_and_the_devices(tmp_path):
@@ -534,19 +566,12 @@ TEACHER = [f"teacher_model.{name}={size}" for name, size in SIZES.items()]
 
 
 def compare(*arguments) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["compare", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        args.func(args)
-    return end.value.code
+    return ended("compare", *arguments)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
-        (["--steps", "5"], "--steps must be more than the --warmup of 5, got 5"),
         (["--losses", "ccee", "device=cpu"], "--losses takes stock"),
         (["--demo-data", "device=cpu", "--vocabulary", "128257"], "--vocabulary must be at most 128256"),
         (["--demo-data", "device=cpu", "--sequence-length", "131073"], "--sequence-length must be from 2 to 131072"),

@@ -7,9 +7,15 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torchtune import config
+from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path
 from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.modules.peft import get_adapter_params
+
+from torchtune_lce.errors import CommandError
+
+# What torchtune, its builders and torch raise for sizes and settings that make no model.
+_UNBUILDABLE = (InstantiationError, TypeError, ValueError, RuntimeError, ZeroDivisionError)
 
 
 def is_quantised(model_config: DictConfig) -> bool:
@@ -25,6 +31,18 @@ def meta_model(model_config: DictConfig) -> nn.Module:
         model_config = OmegaConf.merge(model_config, {"quantize_base": False})
     with torch.device("meta"):
         return config.instantiate(model_config)
+
+
+def configured_model(cfg: DictConfig, section: str) -> nn.Module:
+    """:func:`meta_model` of a section of a config; raises CommandError for one that cannot be built, by its name."""
+    settings = cfg.get(section)
+    if not OmegaConf.is_dict(settings) or "_component_" not in settings:
+        raise CommandError(f"{section} must be a section with a _component_, which builds the model, got {settings}")
+    try:
+        return meta_model(settings)
+    except _UNBUILDABLE as error:
+        said = " ".join(str(error).split())
+        raise CommandError(f"{section}: {settings._component_} cannot be built: {said}") from error
 
 
 def random_state_dict(

@@ -37,7 +37,10 @@ def check(config: DictConfig, choices: list[LossChoice]) -> None:
 
 def check_vocabularies(student: nn.Module, teacher: nn.Module) -> None:
     """Raises CommandError for models that no divergence can compare: their outputs have not as many rows."""
-    rows = output_rows(student), output_rows(teacher)
+    try:
+        rows = output_rows(student), output_rows(teacher)
+    except (TypeError, ValueError) as error:
+        raise CommandError(f"model and teacher_model must be what torchtune builds: {error}") from error
     if rows[0] != rows[1]:
         raise CommandError(
             f"model and teacher_model must have the same vocabulary, got outputs of {rows[0]} and of {rows[1]} rows"

@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torchtune.modules import TransformerDecoder
 
 from torchtune_lce import output_folder
 from torchtune_lce.bench import environment
@@ -23,7 +24,7 @@ from torchtune_lce.compare.runs import OK, OUT_OF_MEMORY, Outcome, Run
 from torchtune_lce.config_reading import training_device, training_dtype
 from torchtune_lce.errors import CommandError
 from torchtune_lce.model_output import find_decoder
-from torchtune_lce.random_weights import meta_model
+from torchtune_lce.random_weights import configured_model
 
 MARKER, DATA = ".tune-lce-compare", "data"
 RESULTS, TABLE, PICTURE = "compare.json", "compare.md", "compare.png"
@@ -70,7 +71,7 @@ def compare(settings: Settings) -> bool:
     if settings.demo_data:
         check_demo_data(config, settings.vocabulary, settings.sequence)
     if distillation.distils(config):
-        distillation.check_vocabularies(*(meta_model(config[section]) for section in ("model", "teacher_model")))
+        distillation.check_vocabularies(*(configured_model(config, section) for section in ("model", "teacher_model")))
     output = output_folder.claim(settings.output, MARKER, "an earlier comparison's")
     console = Console(highlight=False, markup=False, soft_wrap=True)
     about = environment.describe(device)
@@ -123,13 +124,20 @@ def check_numbers(settings: Settings) -> None:
 def check_demo_data(config: DictConfig, vocabulary: int, sequence: int) -> None:
     """Raises CommandError for rows that the config's model cannot take."""
     sections = ("model", "teacher_model") if distillation.distils(config) else ("model",)
-    decoders = [find_decoder(meta_model(config[section])) for section in sections]
+    decoders = [_decoder(config, section) for section in sections]
     entries = min(decoder.tok_embeddings.weight.shape[0] for decoder in decoders)
     longest = min(decoder.max_seq_len for decoder in decoders)
     if vocabulary > entries:
         raise CommandError(f"--vocabulary must be at most {entries}, the entries of the model's own, got {vocabulary}")
     if not 1 < sequence <= longest:
         raise CommandError(f"--sequence-length must be from 2 to {longest}, the model's own limit, got {sequence}")
+
+
+def _decoder(config: DictConfig, section: str) -> TransformerDecoder:
+    try:
+        return find_decoder(configured_model(config, section))
+    except TypeError as error:
+        raise CommandError(f"{section}: {error}") from error
 
 
 def with_demo_data(console: Console, settings: Settings, config: DictConfig, output: Path) -> DictConfig:

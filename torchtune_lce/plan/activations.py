@@ -14,13 +14,12 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchtune import training
-from torchtune.config._errors import InstantiationError
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from torchtune_lce.errors import CommandError
 from torchtune_lce.model_output import find_decoder, skip_output_layer
-from torchtune_lce.random_weights import meta_model
+from torchtune_lce.random_weights import configured_model
 
 
 @dataclass(frozen=True)
@@ -42,21 +41,20 @@ class Activations:
         return Activations(layers, rows * self.outside, rows * self.largest, rows * self.layer_input)
 
 
-def build(model_config: DictConfig, dtype: torch.dtype) -> nn.Module:
-    """The model as a recipe builds it, unquantised and without memory; adapters alone are trained if it has any.
+def build(config: DictConfig, section: str, dtype: torch.dtype) -> nn.Module:
+    """A section's model as a recipe builds it, unquantised and without memory; of one with adapters these alone train.
 
     Raises CommandError for one that cannot be built, or that takes images, whose activations nothing here counts.
     """
-    name = model_config._component_
     try:
         with training.set_default_dtype(dtype):
-            model = meta_model(model_config)
-    except (InstantiationError, TypeError, ValueError) as error:
+            model = configured_model(config, section)
+    except CommandError as error:
         if "torchvision" in str(error):
-            raise CommandError(f"{_images(name)}; to run it here, pip install torchvision") from error
-        raise CommandError(f"model: {name} cannot be built: {' '.join(str(error).split())}") from error
+            raise CommandError(f"{_images(config, section)}; to run it here, pip install torchvision") from error
+        raise
     if not isinstance(model, TransformerDecoder):
-        raise CommandError(_images(name))
+        raise CommandError(_images(config, section))
     for module in model.modules():
         if hasattr(module, "rope_init"):
             # Some position embeddings compute their tables from values, which meta tensors have none of.
@@ -68,8 +66,10 @@ def build(model_config: DictConfig, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _images(name: str) -> str:
-    return f"model: {name} takes more than tokens (images), and what that keeps is not counted"
+def _images(config: DictConfig, section: str) -> str:
+    return (
+        f"{section}: {config[section]._component_} takes more than tokens (images), and what that keeps is not counted"
+    )
 
 
 def count(model: nn.Module, batch: int, sequence: int) -> Activations:

@@ -33,9 +33,9 @@ class Planner:
         self.config = config
         self.dtype = dtype
         self._devices = devices
-        self.model = activations.build(config.model, dtype)
+        self.model = activations.build(config, "model", dtype)
         self.decoder = find_decoder(self.model)
-        self.teacher = activations.build(config.teacher_model, dtype) if distils(config) else None
+        self.teacher = activations.build(config, "teacher_model", dtype) if distils(config) else None
         if self.teacher is not None:
             check_vocabularies(self.model, self.teacher)
         self._counted: dict[tuple[nn.Module, int], Activations] = {}  # of one row, by its length
