@@ -16,6 +16,7 @@ from tiny_models import (
     our_recipe,
     recipe_config,
     write_assets,
+    write_chats,
 )
 
 # torchtune 0.6.1's LoRA layer for it does not know newer ones' settings.
@@ -28,6 +29,11 @@ CASES = {
 }
 if TORCHAO_TAKES_LORA:
     CASES["lora"] = (QAT_LORA, ["max_steps_per_epoch=3"])
+# Rows of both ranks in turn, of our recipes alone; E has no label. The third step of the longer ones has none at all.
+EMPTY_STEPS = ["no empty step", "an empty step"]
+ROWS = dict(zip(EMPTY_STEPS, ("abEcdE", "abEcEEdE"), strict=True))
+ONE_ROW = ["max_steps_per_epoch=3", "batch_size=1", "shuffle=False", "gradient_accumulation_steps=1"]
+SKIPPING = [QAT, QAT_LORA] if TORCHAO_TAKES_LORA else [QAT]
 QUANTIZER = [
     "quantizer._component_=torchtune.training.quantization.Int8DynActInt4WeightQATQuantizer",
     "quantizer.groupsize=32",
@@ -48,6 +54,16 @@ def runs(tmp_path_factory) -> Path:
             overrides = [*overrides, *QUANTIZER]
             cfg = recipe_config(folder / "assets", output, method, tied=False, loss=loss, overrides=overrides)
             prepared.append((who == "ours", method, cfg))
+    for method in SKIPPING:
+        for name, rows in ROWS.items():
+            output, overrides = folder / method / name, [*ONE_ROW, *QUANTIZER]
+            cfg = recipe_config(folder / "assets", output, method, tied=False, loss=OUR_LOSS, overrides=overrides)
+            # E: a truncated question, whose answer is lost.
+            chats = [
+                ("Say nothing at all. " * 20, "nothing") if row == "E" else (f"Say {row}", row * 9) for row in rows
+            ]
+            cfg.dataset.data_files = str(write_chats(folder / "assets" / f"{rows}.jsonl", chats))
+            prepared.append((True, method, cfg))
     spawn(train_all, 2, prepared)
     return folder
 
@@ -70,6 +86,18 @@ def test_updates_equal_stock(runs, name):
     assert (stock[trained] - before[trained]).abs().max() > 1e-4
     for name in stock:
         torch.testing.assert_close(ours[name], stock[name], rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("method", SKIPPING)
+def test_a_step_without_labels_is_as_if_it_were_not_there(runs, method):
+    """To the bit, and so are the steps after it."""
+    without, with_one = (runs / method / name for name in EMPTY_STEPS)
+    losses = logged_losses(without)
+    assert len(set(losses)) == 3
+    assert logged_losses(with_one) == losses
+    file = Path("epoch_0") / "model-00001-of-00001.bin"
+    expected, weights = (torch.load(run / file, weights_only=True) for run in (without, with_one))
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
 @pytest.mark.skipif(TORCHAO_TAKES_LORA, reason="this torchao is old enough")
