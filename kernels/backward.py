@@ -37,7 +37,7 @@ def _backward_kernel(
     rows,
     labels,
     count,
-    lse,
+    row_total,
     d_nll,
     d_lse,
     gradients,
@@ -152,7 +152,7 @@ def _backward_kernel(
                 up,
                 rows,
                 labels,
-                lse,
+                row_total,
                 d_nll,
                 d_lse,
                 entries,
@@ -400,8 +400,8 @@ def run_backward(
         sums_low = sums_high.new_empty((places.rows.numel(), features))
     masses = mass_before = None
     if tail is not None:
-        masses = places.lse.new_empty((strip_tiles, config.row_block))
-        mass_before = places.lse.new_empty(places.rows.numel())
+        masses = places.row_total.new_empty((strip_tiles, config.row_block))
+        mass_before = places.row_total.new_empty(places.rows.numel())
     by_row = None, None
 
     def gradient_blocks(gradients: Tensor) -> tuple:
@@ -430,7 +430,7 @@ def run_backward(
             places.rows,
             places.labels,
             places.count,
-            places.lse,
+            places.row_total,
             places.d_nll,
             places.d_lse,
             gradients,

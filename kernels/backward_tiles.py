@@ -24,7 +24,7 @@ def logit_gradient_pair(
     up,
     rows,
     labels,
-    lse,
+    row_total,
     d_nll,
     d_lse,
     entries,
@@ -153,8 +153,8 @@ def logit_gradient_pair(
     upstream_softmax = upstream
     if HAS_D_LSE:
         upstream_softmax += tl.load(d_lse + place, mask=used, other=0.0)
-    peak = tl.load(lse + 2 * place, mask=used, other=float("inf"))
-    log_sum = tl.load(lse + 2 * place + 1, mask=used, other=0.0) * LOG2_E
+    peak = tl.load(row_total + 2 * place, mask=used, other=float("inf"))
+    log_sum = tl.load(row_total + 2 * place + 1, mask=used, other=0.0) * LOG2_E
     softmax = tl.exp2((logits - peak[:, None]) * LOG2_E - log_sum[:, None])
     softmax = tl.where((any_entry < entries_total)[None, :], softmax, 0.0)
     if HAS_TAIL:

@@ -44,14 +44,14 @@ class Places:
     rows: Tensor  # [M] int64: row of hidden at each place
     labels: Tensor  # [M]
     count: Tensor  # [1] int32, on the device: places in use
-    lse: Tensor  # [M, 2] float32: the largest logit, and the log-sum-exp less it
+    row_total: Tensor  # [M, 2] float32: the largest logit, and the log of the sum of exponentials measured from it
     d_nll: Tensor  # [M] float32
     d_lse: Tensor | None  # [M] float32
 
     def of(self, piece: slice) -> "Places":
         count = (self.count - piece.start).clamp(0, piece.stop - piece.start)
         d_lse = self.d_lse if self.d_lse is None else self.d_lse[piece]
-        return Places(self.rows[piece], self.labels[piece], count, self.lse[piece], self.d_nll[piece], d_lse)
+        return Places(self.rows[piece], self.labels[piece], count, self.row_total[piece], self.d_nll[piece], d_lse)
 
 
 class Gradients(NamedTuple):

@@ -26,7 +26,7 @@ def _tail_kernel(
     low,
     up,
     rows,
-    lse,
+    row_total,
     count,
     entries,
     kept,
@@ -59,8 +59,8 @@ def _tail_kernel(
     place = (tl.arange(0, SAMPLE).to(tl.int64) * tokens_total // SAMPLE).to(tl.int32)
     used = place < tokens_total
     token = tl.load(rows + place, mask=used, other=0)
-    peak = tl.load(lse + 2 * place, mask=used, other=float("inf"))
-    log_sum = tl.load(lse + 2 * place + 1, mask=used, other=0.0) * LOG2_E
+    peak = tl.load(row_total + 2 * place, mask=used, other=float("inf"))
+    log_sum = tl.load(row_total + 2 * place + 1, mask=used, other=0.0) * LOG2_E
     depth = tl.arange(0, BLOCK_D)
     hidden_rows = hidden + token[:, None] * hidden_stride
     sums += program.to(tl.int64) * features
@@ -141,7 +141,7 @@ def tail_direction(
         low,
         operands.up,
         places.rows,
-        places.lse,
+        places.row_total,
         places.count,
         plan.entries,
         plan.kept,
