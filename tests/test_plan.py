@@ -558,6 +558,8 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, capsys, text, message):
         (["batch_size=${rows}"], "--config: lce/llama3_2/1B_lora_single_device: Interpolation key 'rows' not found"),
         (["loss.workspace_mib=abc"], "loss.workspace_mib must be an int, got 'abc'"),
         (["model.lora_rankk=1"], "model: torchtune.models.llama3_2.lora_llama3_2_1b cannot be built: "),
+        (["model.lora_alpha=abc"], "the model cannot be run with its settings: unsupported operand type"),
+        (["optimizer.lr=-1"], "optimizer: torch.optim.AdamW cannot be built here: Invalid learning rate: -1"),
         (["--losses", "all"], "--losses takes stock"),
         (["--losses", "auto"], "--losses: auto is not planned, name what it takes"),
         (["--sequence-length", "1000000"], "--sequence-length must be from 1 to 131072, the model's own limit"),

@@ -143,7 +143,7 @@ def optimizer_bytes(optimizer: DictConfig, dtype: torch.dtype) -> tuple[float, f
     parameter.grad = torch.ones_like(parameter)
     try:
         trial = torchtune_config.instantiate(settings, [parameter])
-    except (ImportError, TypeError, torchtune_config._errors.InstantiationError) as error:
+    except (ImportError, TypeError, ValueError, torchtune_config._errors.InstantiationError) as error:
         raise CommandError(f"optimizer: {name} cannot be built here: {error}") from error
     with torch.compiler.set_stance("force_eager"):  # torchao's would compile the step, which takes seconds
         trial.step()
