@@ -3,9 +3,6 @@
 import argparse
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -332,19 +329,13 @@ def test_interrupt_is_no_traceback(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_demo_end_to_end(tmp_path):
+def test_demo_end_to_end(tmp_path, monkeypatch, capsys):
     """In a folder of its own, as a user would: real data, tokenizer, model, recipes, both losses, three steps."""
     output = tmp_path / "a demo"
-    finished = subprocess.run(
-        [sys.executable, "-m", "torchtune_lce", "demo", "--output", output.name, "--steps", "3"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "COLUMNS": "60"},
-    )
-    assert finished.returncode == 0, finished.stderr
-    printed = finished.stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert demo("--output", output.name, "--steps", "3") == 0
+    printed = capsys.readouterr().out
     assert f"Everything is written to {output}" in printed
     assert "32,768 entries" in printed
     for method in ("lora", "full"):

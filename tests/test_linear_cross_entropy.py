@@ -191,12 +191,9 @@ def _call(impl: str, name: str, case: Case, dtype: torch.dtype, *marks):
 
 
 @pytest.fixture(autouse=True)
-def _small_pieces(request, monkeypatch):
-    """`chunked` takes 64 entries at a time (its budget holds these small vocabularies whole), and every compiled call
-    starts from an empty compiler: past its limit of variants it would run uncompiled."""
+def _small_pieces(monkeypatch):
+    """`chunked` takes 64 entries at a time: its budget holds these small vocabularies whole."""
     monkeypatch.setattr(chunked, "entries_per_chunk", lambda tokens, vocabulary, *_: min(vocabulary, 64))
-    if "torch_compile" in request.node.name:
-        torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(("impl", "case", "dtype"), list(_calls()))

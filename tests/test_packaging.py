@@ -70,11 +70,53 @@ def installed(wheels, tmp_path_factory) -> Path:
     return target
 
 
-def run_elsewhere(installed: Path, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Python in an empty folder, the installed wheel before all else."""
-    environment = os.environ | {"PYTHONPATH": str(installed)}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+# What a user starts, one after the other in one process: torchtune's import alone takes seconds.
+ELSEWHERE = f"""
+import contextlib, importlib.resources, importlib.util, io, json, os, runpy, sys
+
+def told(run, where, *arguments):
+    sys.argv = [where, *arguments]
+    printed, complained = io.StringIO(), io.StringIO()
+    status = 0
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complained):
+        try:
+            run(where, run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
+    return [status, printed.getvalue(), complained.getvalue()]
+
+import torch, torchtune_lce
+device, script = sys.argv[1:]
+found = {{"file": torchtune_lce.__file__}}
+with torch.device(device):
+    hidden, weight, targets = torch.randn(3, 8), torch.randn(11, 8), torch.arange(3)
+found["losses"] = [
+    torchtune_lce.linear_cross_entropy(hidden, weight, targets, impl=impl).item() for impl in ("cce", "chunked")
+]
+found["recipes"] = [importlib.util.find_spec("torchtune_lce.recipes." + name).origin for name in {RECIPES}]
+configs = importlib.resources.files("torchtune_lce.configs")
+found["read"] = len((configs / "llama3_2" / "1B_lora_single_device.yaml").read_text())
+found |= {{name: told(runpy.run_module, "torchtune_lce.recipes." + name) for name in {RECIPES}}}
+found["script"] = told(runpy.run_path, script, "ls")
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="session")
+def elsewhere(installed, tmp_path_factory) -> dict:
+    """What :data:`ELSEWHERE` finds in an empty folder, the installed wheel before all else."""
+    device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    script = installed / "bin" / "tune-lce"
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, device, script],
+        cwd=tmp_path_factory.mktemp("elsewhere"),
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.mark.slow
@@ -108,44 +150,30 @@ def test_installed_top_level(installed):
 
 
 @pytest.mark.slow
-def test_installed_package_runs_from_another_folder(installed, tmp_path, device):
+def test_installed_package_runs_from_another_folder(installed, elsewhere):
     """Its kernels too; recipes and configs are found where they were installed."""
-    code = f"""
-import importlib.resources, importlib.util, json, torch
-import torchtune_lce
-torch.set_default_device("{device}")
-hidden, weight, targets = torch.randn(3, 8), torch.randn(11, 8), torch.arange(3)
-losses = [torchtune_lce.linear_cross_entropy(hidden, weight, targets, impl=i).item() for i in ("cce", "chunked")]
-recipes = [importlib.util.find_spec("torchtune_lce.recipes." + name).origin for name in {RECIPES}]
-configs = importlib.resources.files("torchtune_lce.configs")
-read = len((configs / "llama3_2" / "1B_lora_single_device.yaml").read_text())
-print(json.dumps([torchtune_lce.__file__, losses, recipes, read]))
-"""
-    done = run_elsewhere(installed, tmp_path, "-c", code)
-    assert done.returncode == 0, done.stderr
-    file, losses, recipes, read = json.loads(done.stdout)
     package = installed / "torchtune_lce"
-    assert file == str(package / "__init__.py")
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert recipes == [str(package / "recipes" / f"{name}.py") for name in RECIPES]
-    assert read > 100
+    assert elsewhere["file"] == str(package / "__init__.py")
+    assert elsewhere["losses"][0] == pytest.approx(elsewhere["losses"][1], rel=1e-5)
+    assert elsewhere["recipes"] == [str(package / "recipes" / f"{name}.py") for name in RECIPES]
+    assert elsewhere["read"] > 100
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_installed_recipe_starts_from_another_folder(installed, tmp_path, recipe):
+def test_installed_recipe_starts_from_another_folder(elsewhere, recipe):
     """As far as torchtune's own complaint that no config was named."""
-    done = run_elsewhere(installed, tmp_path, "-m", f"torchtune_lce.recipes.{recipe}")
-    assert done.returncode == 2, done.stderr
-    assert "the following arguments are required: --config" in done.stderr
+    status, _, complained = elsewhere[recipe]
+    assert status == 2, complained
+    assert "the following arguments are required: --config" in complained
 
 
 @pytest.mark.slow
-def test_installed_console_script_runs_from_another_folder(installed, tmp_path):
-    done = run_elsewhere(installed, tmp_path, str(installed / "bin" / "tune-lce"), "ls")
-    assert done.returncode == 0, done.stderr
-    assert "lce_lora_finetune_single_device" in done.stdout
-    assert "lce/llama3_2/1B_lora_single_device" in done.stdout
+def test_installed_console_script_runs_from_another_folder(elsewhere):
+    status, printed, complained = elsewhere["script"]
+    assert status == 0, complained
+    assert "lce_lora_finetune_single_device" in printed
+    assert "lce/llama3_2/1B_lora_single_device" in printed
 
 
 @pytest.mark.parametrize("name", LINKED)
