@@ -30,6 +30,7 @@ ONE_WORKER = (
     "test_import",
     "test_packaging",
     "test_qat_recipes",
+    "test_stock_configs",
     "test_token_feedback",
 )
 
