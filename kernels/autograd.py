@@ -53,7 +53,7 @@ def token_losses(filtering: Filtering) -> Callable:
         records = bool(eps) and filters and torch.is_grad_enabled()
         # A gradient that nobody wants must not make the others keep more.
         filter_hidden, filter_weight = filtering.hidden or not needs_hidden, filtering.weight or not needs_weight
-        nll, lse, *_ = torch.ops.torchtune_lce.cut_cross_entropy(
+        nll, peak, log_total, *_ = torch.ops.torchtune_lce.cut_cross_entropy(
             hidden,
             weight,
             bias,
@@ -67,7 +67,7 @@ def token_losses(filtering: Filtering) -> Callable:
             filter_weight,
             options.workspace_mib,
         )
-        return nll, lse
+        return nll, peak.detach(), log_total
 
     return run
 
@@ -76,7 +76,7 @@ torch.library.define(
     "torchtune_lce::cut_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor targets, int ignore_index, "
     "float? softcap, float? eps, bool filter_hidden, bool filter_weight, int workspace_mib) "
-    "-> (Tensor nll, Tensor lse, Tensor rows, Tensor labels, Tensor count, Tensor row_total, "
+    "-> (Tensor nll, Tensor peak, Tensor log_total, Tensor rows, Tensor labels, Tensor count, Tensor row_total, "
     "Tensor words, Tensor dropped_mass)",
 )
 
@@ -97,10 +97,10 @@ def _on_its_device(function: Callable) -> Callable:
 def _forward(
     hidden, weight, bias, low, up, targets, ignore_index, softcap, eps, filter_hidden, filter_weight, workspace_mib
 ):
-    """nll and lse [N] float32, 0 where ignored; then what the backward needs.
+    """What :func:`torchtune_lce.reference.token_losses` returns, [N] float32; then what the backward needs.
 
     rows [N] int64 lists the tokens in use first, count [1] int32 how many those are, labels and row_total [N, 2] are in
-    that order. The latter is the log-sum-exp in two parts, as in :class:`Places`. words and dropped_mass are an
+    that order. The latter is peak and log_total, as in :class:`Places`. words and dropped_mass are an
     :class:`Activity`, the first in one row, both empty without eps.
     """
     operands = _operands(hidden, weight, bias, low, up, softcap)
@@ -127,12 +127,14 @@ def _forward(
     # The peak and the target's logit first: their difference is exact where it is small. A sum that the target is
     # nearly alone in may round to just below it, and a loss is never negative.
     row_nll = (peak - target_logit + log_sum).clamp(min=0)
-    nll = torch.zeros_like(target_logit).scatter_(0, rows, row_nll.where(used, 0))
-    lse = torch.zeros_like(target_logit).scatter_(0, rows, torch.maximum(peak + log_sum, target_logit).where(used, 0))
+    # An infinity is in the sum too.
+    peak = peak.where(peak.isfinite(), 0)
+    by_row = row_nll, peak, torch.maximum(log_sum, target_logit - peak)
+    results = [torch.zeros_like(values).scatter_(0, rows, values.where(used, 0)) for values in by_row]
     if activity is None:
         nothing = [hidden.new_empty(0, dtype=dtype) for dtype in (torch.int32, torch.float32)]
-        return nll, lse, rows, labels, count, row_total, *nothing
-    return nll, lse, rows, labels, count, row_total, activity.words.view(-1), activity.dropped_mass
+        return *results, rows, labels, count, row_total, *nothing
+    return *results, rows, labels, count, row_total, activity.words.view(-1), activity.dropped_mass
 
 
 @torch.library.register_fake("torchtune_lce::cut_cross_entropy")
@@ -144,8 +146,7 @@ def _(hidden, weight, bias, low, up, targets, ignore_index, softcap, eps, filter
     config = config_for(hidden.device, hidden.dtype)
     row_blocks, words = _activity_shape(tokens, weight.shape[0], config) if eps is not None else (0, 0)
     return (
-        empty(tokens),
-        empty(tokens),
+        *(empty(tokens) for _ in range(3)),
         empty(tokens, dtype=torch.int64),
         torch.empty_like(targets),
         empty(1, dtype=torch.int32),
@@ -276,7 +277,7 @@ def _(d_nll, d_lse, *arguments):
 
 def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, bias, low, up, _, _, softcap, _, *settings = inputs
-    _, _, rows, labels, count, row_total, words, dropped_mass = output
+    _, _, _, rows, labels, count, row_total, words, dropped_mass = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, low, up, rows, labels, count, row_total, words)
     ctx.settings = softcap, *settings
@@ -288,7 +289,7 @@ def _setup_context(ctx, inputs, output) -> None:
             ctx.record.dropped_mass[rows] = dropped_mass
 
 
-def _differentiate(ctx, d_nll, d_lse, *_):
+def _differentiate(ctx, d_nll, _, d_lse, *__):
     softcap, filter_hidden, filter_weight, workspace_mib = ctx.settings
     needs = list(ctx.needs_input_grad[:5])
     *gradients, tiles = torch.ops.torchtune_lce.cut_cross_entropy_backward(

@@ -23,6 +23,8 @@ from torchtune_lce import LinearCrossEntropyLoss, linear_cross_entropy, linear_t
 EMBED_DIM = SIZES["embed_dim"]
 # Divisible by neither ranks nor tiles.
 RAGGED = 509
+# What all logits share; of the latter two a sum over the vocabulary is no float32.
+COMMON = (0.0, 1e3, 2.0**16 + 1 / 8, 2.0**20 + 1 / 8)
 OUTPUT_PLAN = {"output": ColwiseParallel(output_layouts=Replicate())}
 TIED_PLAN = {"tok_embeddings": RowwiseParallel(input_layouts=Replicate())}
 
@@ -35,11 +37,14 @@ def check_vocabulary_parallel(mesh: DeviceMesh, impls: tuple[str, ...]) -> None:
             _check_equals_one_process(mesh, impl, True, 5.0, "none")
         _check_gradient_through_log_sum_exp(mesh)
         _check_label_smoothing(mesh, impls)
+        _check_common_logit(mesh, impls)
+        _check_confident_tokens(mesh)
         _check_ignore_index_that_is_a_row(mesh)
         _check_sequence_parallel_hidden(mesh)
         _check_far_apart(mesh)
         _check_no_labels(mesh)
         _check_token_statistics(mesh)
+        _check_entropy(mesh)
         # In the interpreter the kernels take seconds for each of its cases.
         _check_masked_rank(mesh, impls if mesh.device_type == "cuda" else ("reference", "chunked"))
         _check_autocast(mesh)
@@ -172,6 +177,63 @@ def _check_label_smoothing(mesh, impls: tuple[str, ...]) -> None:
         _assert_close(model.output.bias.grad, gradients["bias"], f"{impl}, label smoothing, bias")
 
 
+def _check_common_logit(mesh, impls: tuple[str, ...]) -> None:
+    """No digit goes to what all logits share, but for the rounding of the log-sum-exp that a z-loss squares."""
+    added = ("bias", {}), ("logits", {"label_smoothing": 0.2}), ("logits", {"z_loss": 1e-6})
+    for impl, (where, setting), common in itertools.product(impls, added, COMMON):
+        if impl.startswith("cce") and common < 2**20:  # seconds in the interpreter
+            continue
+        problem = _problem_with_a_common_logit(where, common)
+        settings = {"reduction": "none", **setting}
+        case = f"{impl}, {common} in {where}, {setting}"
+        expected, gradients = _expected(problem, **settings)
+        loss, model = _bound(mesh, problem, impl=impl, **settings)
+        hidden = problem.hidden.clone().requires_grad_()
+        actual = loss(hidden, problem.targets)
+        _backward(actual, problem.upstream)
+        _assert_close(actual, expected, f"{case}, loss")
+        # The common column's is a sum that cancels.
+        _assert_close(hidden.grad[..., 1:], gradients["hidden"][..., 1:], f"{case}, hidden")
+        _assert_close(model.output.weight.grad, gradients["weight"], f"{case}, weight")
+        _assert_close(model.output.bias.grad, gradients["bias"], f"{case}, bias")
+
+
+def _problem_with_a_common_logit(where: str, common: float) -> Problem:
+    """No logit is rounded: differences are multiples of an eighth."""
+    problem = _problem(bias=True)
+    problem.hidden = (2 * problem.hidden.clamp(-2, 2)).round() / 2
+    problem.hidden[..., 8:] = 0
+    problem.weight = (4 * problem.weight.clamp(-1, 1)).round() / 4
+    problem.bias.zero_()
+    if where == "bias":
+        problem.bias += common
+    else:
+        problem.hidden[..., 0], problem.weight[:, 0] = 1, common
+    return problem
+
+
+def _check_confident_tokens(mesh) -> None:
+    """1 - p near 1e-5: p - 1 is what the others have, those of the other ranks too. The kernels' waits for issue 16."""
+    problem = _confident_problem()
+    expected, gradients = _expected(problem, reduction="none")
+    assert 1e-6 < expected[expected > 0].median() < 1e-4
+    for impl in ("reference", "chunked"):
+        loss, model = _bound(mesh, problem, impl=impl, reduction="none")
+        hidden = problem.hidden.clone().requires_grad_()
+        actual = loss(hidden, problem.targets)
+        _backward(actual, problem.upstream)
+        _assert_close(actual, expected, f"{impl}, confident, loss", 2e-5)
+        _assert_close(hidden.grad, gradients["hidden"], f"{impl}, confident, hidden", 2e-5)
+        _assert_close(model.output.weight.grad, gradients["weight"], f"{impl}, confident, weight", 2e-5)
+
+
+def _confident_problem() -> Problem:
+    problem = _problem()
+    problem.weight = nn.functional.normalize(problem.weight, dim=-1)
+    problem.hidden = 20 * problem.weight[problem.targets.clamp(min=0)]
+    return problem
+
+
 def _check_ignore_index_that_is_a_row(mesh) -> None:
     """Every rank's rows start at 0, which must not be taken for ignore_index there."""
     problem = _problem()
@@ -259,18 +321,47 @@ def _check_token_statistics(mesh) -> None:
         assert correct[0, :4].tolist() == [True, False, False, not masked]
 
 
+def _check_entropy(mesh) -> None:
+    """Neither what all logits share nor a certain token costs it digits, nor a rank of whose rows none can be."""
+    problems = {
+        f"{common} in {where}": _problem_with_a_common_logit(where, common)
+        for where, common in itertools.product(("bias", "logits"), COMMON)
+    }
+    for mask in (-torch.inf, torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min):
+        problem = problems[f"bias {mask}"] = _problem(bias=True)
+        problem.bias[: -(-RAGGED // mesh.size())] = mask
+    problems["confident"] = _confident_problem()
+    for case, problem in problems.items():
+        loss, _ = _bound(mesh, problem, impl="chunked")
+        found = []
+        loss.after_batch.append(lambda batch, found=found: found.append(batch.statistics()))
+        loss(problem.hidden, problem.targets)
+        bias = 0 if problem.bias is None else problem.bias.double()
+        logits = problem.hidden.double() @ problem.weight.double().T + bias
+        expected = torch.special.entr(logits.softmax(-1)).sum(-1).where(problem.targets != -100, 0)
+        ((entropy, correct),) = found
+        _assert_close(entropy, expected, f"entropy, {case}", 2e-5 if case == "confident" else 2e-6)
+        if "in" not in case:  # beside a common logit several are equal
+            assert torch.equal(correct, logits.argmax(-1) == problem.targets), case
+
+
 def _check_masked_rank(mesh, impls: tuple[str, ...]) -> None:
-    """-inf as the bias of all rows of one rank: no share in any gradient, and an infinite loss for a target there."""
+    """No row of one rank can be, nor the first of another: no share in any gradient, and for a target there a loss that
+    is infinite, or as large as the bias is small: vocabularies are padded so too.
+    """
     last = -(-RAGGED // mesh.size()) * (mesh.size() - 1)
-    for impl, target_there, smoothing in itertools.product(impls, (False, True), (0.0, 0.1)):
+    least = torch.finfo(torch.float32).min
+    masks = (-torch.inf, False), (-torch.inf, True), (least, False), (torch.finfo(torch.bfloat16).min, True)
+    added = {}, {"label_smoothing": 0.1}, {"z_loss": 0.1}
+    for impl, (mask, target_there), setting in itertools.product(impls, masks, added):
         problem = _problem(bias=True)
-        problem.bias[last:] = -torch.inf
+        problem.bias[last:] = problem.bias[0] = mask
         valid = problem.targets != -100
-        problem.targets[valid] = problem.targets[valid].clamp(max=last - 1)
+        problem.targets[valid] = problem.targets[valid].clamp(min=1, max=last - 1)
         if target_there:
             problem.targets[0, :2] = last
-        case = f"masked rank, {impl}, target there {target_there}, label_smoothing {smoothing}"
-        settings = {"reduction": "none", "label_smoothing": smoothing}
+        case = f"masked rank, {impl}, bias {mask}, target there {target_there}, {setting}"
+        settings = {"reduction": "none", **setting}
         expected, gradients = _expected(problem, **settings)
         loss, model = _bound(mesh, problem, impl=impl, **settings)
         hidden = problem.hidden.clone().requires_grad_()
@@ -278,13 +369,17 @@ def _check_masked_rank(mesh, impls: tuple[str, ...]) -> None:
         _backward(actual, problem.upstream)
         lost = expected == torch.inf
         # Smoothing has each token aim at the masked rows too.
-        assert lost.sum() == (valid.sum() if smoothing else 2 * target_there), case
+        infinite = valid.sum() if "label_smoothing" in setting else 2 * target_there
+        assert lost.sum() == (infinite if mask == -torch.inf else 0), case
         assert torch.equal(actual == torch.inf, lost), case
-        torch.testing.assert_close(actual[~lost].double(), expected[~lost], rtol=2e-6, atol=0, msg=case)
+        torch.testing.assert_close(
+            actual[~lost].double(), expected[~lost], rtol=2e-6, atol=0, msg=lambda text, case=case: f"{case}: {text}"
+        )
         _assert_close(hidden.grad, gradients["hidden"], f"{case}, hidden")
         _assert_close(model.output.weight.grad, gradients["weight"], f"{case}, weight")
         bias_gradient = model.output.bias.grad.full_tensor()
-        _assert_close(bias_gradient[:last], gradients["bias"][:last], f"{case}, bias")
+        can_be = problem.bias.isfinite()
+        _assert_close(bias_gradient[can_be], gradients["bias"][can_be], f"{case}, bias")
         assert bias_gradient.isfinite().all(), case
 
 

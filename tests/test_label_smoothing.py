@@ -10,7 +10,7 @@ from test_memory import MIB, WIDE, WORKSPACE_MIB, Shape, gradient_bytes, make_in
 
 from torchtune_lce import LinearCrossEntropyLoss, chunked, linear_cross_entropy
 from torchtune_lce.functional import compute
-from torchtune_lce.label_smoothing import smooth, with_logit_sums
+from torchtune_lce.label_smoothing import smooth, with_mean_logits
 from torchtune_lce.options import Options
 
 TOKENS, ENTRIES, WIDTH = (3, 23), 301, 40
@@ -125,6 +125,24 @@ def assert_equals_cross_entropy(impl, case, tensors, targets) -> None:
     )
     native, exact = (plain(tensors, targets, wanted, **settings) for wanted in (dtype, torch.float64))
     assert_as_accurate_as_torch(pulled(loss, tensors), pulled(*native), pulled(*exact), dtype)
+
+
+@pytest.mark.parametrize("mask", [-torch.inf, *(torch.finfo(dtype).min for dtype in (torch.float32, torch.bfloat16))])
+@pytest.mark.parametrize("impl", ["cce", "chunked", "reference"])
+def test_beside_a_masked_vocabulary(impl, mask, device):
+    """A token aims at what is masked too: its loss is infinite, or as large as the bias is small."""
+    tensors, targets = make_tensors(device)
+    with torch.no_grad():
+        tensors["bias"][:270] = mask
+    targets = targets.where(targets == -100, 280)
+    loss = linear_cross_entropy(**tensors, targets=targets, label_smoothing=SMOOTHING, impl=impl, reduction="none")
+    ours = pulled(loss, tensors)
+    exact = pulled(*plain(tensors, targets, torch.float64, reduction="none"))
+    assert torch.equal(ours[0].isinf(), exact[0].isinf())
+    for actual, expected in zip(ours, exact, strict=True):
+        torch.testing.assert_close(
+            actual.double(), expected, rtol=2e-6, atol=2e-6 * expected[expected.isfinite()].abs().max()
+        )
 
 
 @pytest.mark.parametrize("impl", ["cce", "chunked", "reference"])
@@ -245,7 +263,8 @@ def test_bits_of_a_token_depend_on_it_alone(device):
     valid = torch.ones(tokens, dtype=torch.bool, device=device)
 
     def products(tokens: int, workspace_mib: int) -> torch.Tensor:
-        return torch.ops.torchtune_lce.row_products(hidden[:tokens], row, valid[:tokens], workspace_mib)
+        # Rounded, as the loss has them.
+        return torch.ops.torchtune_lce.row_products(hidden[:tokens], row, valid[:tokens], workspace_mib).float()
 
     whole = products(tokens, 128)
     assert torch.equal(products(tokens, 1), whole)
@@ -304,8 +323,8 @@ def test_memory_around_an_implementation(shape):
 
     def loss():
         tensors = (inputs[name] for name in ("hidden", "weight", "bias", "targets"))
-        nll, lse, sums = with_logit_sums(plain_losses)(*tensors, options)
-        return smooth(nll, lse, sums / shape.vocabulary, options).sum()
+        nll, _, *others = with_mean_logits(plain_losses)(*tensors, options)
+        return smooth(nll, *others, options).sum()
 
     held = []
     forward = usage(lambda: held.append(loss()), torch.device("cpu"), False)

@@ -1,6 +1,7 @@
 """Every implementation against plain PyTorch in float64: losses, log-sum-exps and all gradients."""
 
 import importlib.util
+import itertools
 import math
 import shutil
 from dataclasses import dataclass, replace
@@ -416,41 +417,61 @@ def test_a_vocabulary_masked_alike_is_flat(impl, device):
     torch.testing.assert_close(gradient, (weight.mean(0) - weight[:5]) / 5)
 
 
-@pytest.mark.parametrize("where", ["bias", "logits"])
-@pytest.mark.parametrize("common", [1e3, 2.0**16, 2.0**20])
-@pytest.mark.parametrize("impl", [*EACH, pytest.param("cce_exact", marks=needs_triton)])
-def test_a_common_logit_costs_no_digits(impl, common, where, device):
-    """The loss and its gradients do not depend on what all logits share, be it far larger than their differences."""
-    # Products are multiples of an eighth: what they are shifted by rounds none of the logits.
-    hidden = torch.randint(-4, 5, (40, 8), device=device) / 2
-    weight = torch.randint(-4, 5, (300, 8), device=device) / 4
-    bias = torch.zeros(300, device=device)
+# Of the latter two a sum over the vocabulary is no float32.
+COMMON = (0.0, 1e3, 2.0**16 + 1 / 8, 2.0**20 + 1 / 8)
+
+
+@pytest.mark.parametrize("added", [{}, {"label_smoothing": 0.2}, {"z_loss": 1e-6}], ids=["alone", "smoothed", "z-loss"])
+@pytest.mark.parametrize("impl", EACH)
+def test_a_common_logit_costs_no_digits(impl, added, device):
+    """The loss and its gradients do not depend on what all logits share, be it far larger than their differences.
+
+    The z-loss is meant to, and is as far off as a log-sum-exp of that size is: by its rounding.
+    """
+    for where, common in itertools.product(("bias", "logits", "all of them"), COMMON):
+        hidden, weight, bias, targets = inputs_with_a_common_logit(common, where, device)
+        results = _with_and_without(impl, hidden, weight, targets, bias, **added)
+        for name, actual, exact in zip(("loss", *INPUTS), *results, strict=True):
+            if name == "hidden" and where != "bias":
+                # That by the common column is a sum that cancels.
+                actual, exact = actual[:, 1:], exact[:, 1:]
+            error = ((actual.double() - exact).norm() / exact.norm()).item()
+            assert error < 4e-7, f"{common} in {where}: {name} is {error:.1e} off"
+
+
+def inputs_with_a_common_logit(common: float, where: str, device):
+    """hidden, weight, bias and targets. No logit is rounded: differences are multiples of an eighth.
+
+    ``where``: the bias, a column of the weight, or that alone, so that all logits are equal.
+    """
+    tokens, entries = (16, 8) if where == "all of them" else (40, 300)
+    hidden = torch.randint(-4, 5, (tokens, 8), device=device) / 2
+    weight = torch.randint(-4, 5, (entries, 8), device=device) / 4
+    bias = torch.zeros(entries, device=device)
     if where == "bias":
         bias += common
     else:
         hidden[:, 0], weight[:, 0] = 1, common
-    targets = torch.randint(0, 300, (40,), device=device)
+    if where == "all of them":
+        hidden[:, 1:] = 0
+    targets = torch.randint(0, entries, (tokens,), device=device)
     targets[::5] = -100
-    results = _with_and_without(impl, hidden, weight, targets, bias)
-    # Those by the common column are sums that cancel.
-    column = slice(1, None) if where == "logits" else slice(None)
-    for name, actual, exact in zip(("loss", *INPUTS), *results, strict=True):
-        if name in ("hidden", "weight"):
-            actual, exact = actual[:, column], exact[:, column]
-        error = ((actual.double() - exact).norm() / exact.norm()).item()
-        assert error < 4e-7, f"{name} is {error:.1e} off"
+    return hidden, weight, bias, targets
 
 
-def _with_and_without(impl, hidden, weight, targets, bias):
+def _with_and_without(impl, hidden, weight, targets, bias, **settings):
     """Losses and gradients of each, in float32 by the implementation, and in float64 by plain PyTorch."""
 
-    def plain(hidden, weight, targets, bias, reduction):
-        return F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction=reduction)
+    def plain(hidden, weight, targets, bias, reduction, label_smoothing=0.0, z_loss=0.0):
+        logits = F.linear(hidden, weight, bias)
+        losses = F.cross_entropy(logits, targets, reduction=reduction, label_smoothing=label_smoothing)
+        return losses + z_loss * logits.logsumexp(-1).square().where(targets != -100, 0)
 
     results = []
     for dtype, function in ((torch.float32, partial(linear_cross_entropy, impl=impl, filter_eps=None)), (F64, plain)):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight, bias)]
-        losses = function(*leaves[:2], targets, leaves[2], reduction="none")
+        # Without a threshold all presets are cce_exact.
+        losses = function(*leaves[:2], targets, leaves[2], reduction="none", **settings)
         results.append([losses.detach(), *torch.autograd.grad(losses.sum(), leaves)])
     return results
 

@@ -49,40 +49,41 @@ def tokens_per_piece(tokens: int, features: int, workspace_mib: int, dtype: torc
 torch.library.define(
     "torchtune_lce::chunked",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor? scale, Tensor targets, "
-    "int ignore_index, float? softcap, int workspace_mib, bool with_sums) "
-    "-> (Tensor nll, Tensor lse, Tensor sums, Tensor peak, Tensor log_total)",
+    "int ignore_index, float? softcap, int workspace_mib, bool with_means) "
+    "-> (Tensor nll, Tensor peak, Tensor log_total, Tensor means)",
 )
 
 
 @torch.library.impl("torchtune_lce::chunked", "default")
 @without_autocast
-def _forward(hidden, weight, bias, low, up, scale, targets, ignore_index, softcap, workspace_mib, with_sums):
-    """nll, lse and, empty unless ``with_sums``, the sum of the logits, [N] each, 0 where ignored.
-
-    And for the backward the log-sum-exp in two parts, peak + log_total, [N] each: their sum is rounded at its own size.
-    """
+def _forward(hidden, weight, bias, low, up, scale, targets, ignore_index, softcap, workspace_mib, with_means):
+    """What :func:`token_losses` returns; ``means`` is empty unless ``with_means``."""
     dtype = accumulation_dtype(hidden.dtype)
-    results = [hidden.new_zeros(targets.shape, dtype=dtype) for _ in range(5)]
-    if not with_sums:
-        results[2] = results[2].new_empty(0)
+    results = [hidden.new_zeros(targets.shape, dtype=dtype) for _ in range(4)]
+    if not with_means:
+        results[3] = results[3].new_empty(0)
     pieces = in_pieces(hidden, weight, targets, ignore_index, workspace_mib, scale is not None)
     for rows, kept, labels, chunk in pieces:
         low_rank = _low_rank_in_use(low, up, scale, rows, kept)
-        values = _forward_piece(kept, weight, bias, low_rank, labels, chunk, softcap, with_sums)
+        values = _forward_piece(kept, weight, bias, low_rank, labels, chunk, softcap, with_means)
         for result, part in zip(results, values, strict=True):
             if part is not None:
                 result[rows] = part
     return tuple(results)
 
 
-def _forward_piece(kept, weight, bias, low_rank, labels, chunk, softcap, with_sums):
-    """What the operator returns, of the tokens ``kept``; None in place of sums that nobody wants."""
+def _forward_piece(kept, weight, bias, low_rank, labels, chunk, softcap, with_means):
+    """What the operator returns, of the tokens ``kept``; None in place of means that nobody wants."""
     peak = kept.new_full(labels.shape, -torch.inf, dtype=accumulation_dtype(kept.dtype))
-    total, target_logit, logit_sum = (torch.zeros_like(peak) for _ in range(3))
+    total, target_logit, mean = (torch.zeros_like(peak) for _ in range(3))
+    largest = peak  # the target too
     for start in range(0, weight.shape[0], chunk):
         logits = chunk_logits(kept, weight, bias, low_rank, start, chunk, softcap)
-        if with_sums:
-            logit_sum += logits.sum(-1)
+        if with_means:
+            before, largest = largest, torch.maximum(largest, logits.amax(-1))
+            mean -= (_finite(largest) - _finite(before)) * (start / weight.shape[0])
+            # Divided first: a sum of least finite numbers is none.
+            mean += (logits - _finite(largest)[:, None]).div_(weight.shape[0]).sum(-1)
         target_logit += _take_target_logits(logits, labels, start)
         peak, total = _add_exponentials(peak, total, logits)
         # Before the next chunk is made.
@@ -91,21 +92,21 @@ def _forward_piece(kept, weight, bias, low_rank, labels, chunk, softcap, with_su
     others = peak - target_logit + total.log()
     nll = torch.logaddexp(others, torch.zeros_like(others)).masked_fill(target_logit == torch.inf, torch.nan)
     largest = torch.maximum(peak, target_logit)
-    base = largest.where(largest.isfinite(), 0)
+    base = _finite(largest)
     log_total = (total * (peak - base).exp() + (target_logit - base).exp()).log()
-    return nll, largest + log_total, logit_sum if with_sums else None, base, log_total
+    return nll, base, log_total, mean if with_means else None
 
 
 @torch.library.register_fake("torchtune_lce::chunked")
-def _(hidden, weight, bias, low, up, scale, targets, ignore_index, softcap, workspace_mib, with_sums):
+def _(hidden, weight, bias, low, up, scale, targets, ignore_index, softcap, workspace_mib, with_means):
     dtype = accumulation_dtype(hidden.dtype)
-    shapes = targets.shape, targets.shape, targets.shape if with_sums else 0, targets.shape, targets.shape
+    shapes = targets.shape, targets.shape, targets.shape, targets.shape if with_means else 0
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 torch.library.define(
     "torchtune_lce::chunked_backward",
-    "(Tensor? d_nll, Tensor? d_lse, Tensor? d_sums, Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, "
+    "(Tensor? d_nll, Tensor? d_lse, Tensor? d_means, Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, "
     "Tensor? up, Tensor? scale, Tensor targets, Tensor nll, Tensor peak, Tensor log_total, int ignore_index, "
     "float? softcap, int workspace_mib, bool[] needs) "
     "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_low, Tensor d_up, Tensor d_scale)",
@@ -117,7 +118,7 @@ torch.library.define(
 def _backward(
     d_nll,
     d_lse,
-    d_sums,
+    d_means,
     hidden,
     weight,
     bias,
@@ -146,7 +147,7 @@ def _backward(
         d_logits = logits.sub_(peak[rows, None]).exp_().mul_(factor[rows, None])
         inside = ((labels >= start) & (labels < start + logits.shape[1])).nonzero().squeeze(-1)
         d_logits[inside, labels[inside] - start] = d_target[rows[inside]]
-        return d_logits if d_sums is None else d_logits.add_(d_sums[rows, None])
+        return d_logits if d_means is None else d_logits.add_(d_means[rows, None] / weight.shape[0])
 
     operands = hidden, weight, bias, low, up, scale
     return walk_gradients(*operands, targets, ignore_index, workspace_mib, scale is not None, softcap, needs, by_logits)
@@ -219,23 +220,23 @@ def walk_gradients(
 
 
 @torch.library.register_fake("torchtune_lce::chunked_backward")
-def _(d_nll, d_lse, d_sums, *arguments):
+def _(d_nll, d_lse, d_means, *arguments):
     operands, needs = arguments[:6], arguments[-1]
     hidden = operands[0]
     return tuple(x.new_empty(x.shape) if need else hidden.new_empty(0) for need, x in zip(needs, operands, strict=True))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ignore_index, softcap, workspace_mib, ctx.with_sums = inputs
+    *tensors, ignore_index, softcap, workspace_mib, ctx.with_means = inputs
     ctx.set_materialize_grads(False)
-    nll, _, _, peak, log_total = output
+    nll, peak, log_total, _ = output
     ctx.save_for_backward(*tensors, nll, peak, log_total)
     ctx.settings = ignore_index, softcap, workspace_mib
 
 
-def _differentiate(ctx, d_nll, d_lse, d_sums, *_):
+def _differentiate(ctx, d_nll, _, d_lse, d_means):
     needs = ctx.needs_input_grad[:6]
-    d_results = d_nll, d_lse, d_sums if ctx.with_sums else None
+    d_results = d_nll, d_lse, d_means if ctx.with_means else None
     gradients = torch.ops.torchtune_lce.chunked_backward(*d_results, *ctx.saved_tensors, *ctx.settings, needs)
     return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 5
 
@@ -313,8 +314,13 @@ def _add_exponentials(peak: Tensor, total: Tensor, logits: Tensor) -> tuple[Tens
     """The largest logit, and the sum of exponentials measured from it, with a chunk's, which this overwrites."""
     higher = torch.maximum(peak, logits.amax(-1))
     # Where an infinity is the largest, it comes back out of exp.
-    base = higher.where(higher.isfinite(), 0)
+    base = _finite(higher)
     return higher, total * (peak - base).exp() + logits.sub_(base[:, None]).exp_().sum(-1)
+
+
+def _finite(largest: Tensor) -> Tensor:
+    """Zero in place of an infinity, which stays in the logits that it is not subtracted from."""
+    return largest.where(largest.isfinite(), 0)
 
 
 def _chunk_gradient(hidden, weight, bias, low_rank, start, chunk, softcap, by_logits):
@@ -340,7 +346,7 @@ def token_losses(
     low_rank: LowRank | None = None,
 ):
     """Same contract as :func:`torchtune_lce.reference.token_losses`."""
-    nll, lse, sums, *_ = torch.ops.torchtune_lce.chunked(
+    nll, peak, log_total, means = torch.ops.torchtune_lce.chunked(
         hidden,
         weight,
         bias,
@@ -351,4 +357,5 @@ def token_losses(
         options.workspace_mib,
         bool(options.label_smoothing),
     )
-    return (nll, lse, sums) if options.label_smoothing else (nll, lse)
+    results = nll, peak.detach(), log_total
+    return (*results, means) if options.label_smoothing else results

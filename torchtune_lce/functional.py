@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchtune_lce import implementations, validation
 from torchtune_lce.autocast import cast_inputs
-from torchtune_lce.label_smoothing import smooth, with_logit_sums
+from torchtune_lce.label_smoothing import smooth, with_mean_logits
 from torchtune_lce.low_rank import LowRank
 from torchtune_lce.options import Options
 from torchtune_lce.reference import accumulation_dtype
@@ -222,7 +222,7 @@ def compute(
     if name not in implementations.MADE_OF_TORCH:
         validation.check_transforms(name, hidden, weight, bias, *(low_rank or ()))
     if options.label_smoothing and name in implementations.CCE_PRESETS:
-        token_losses = with_logit_sums(token_losses, low_rank)
+        token_losses = with_mean_logits(token_losses, low_rank)
     vocabulary = weight.shape[0]
     if shard is not None:
         token_losses, vocabulary = shard.token_losses(token_losses), shard.vocabulary
@@ -242,13 +242,14 @@ def compute(
         # A factor, not a replacement: the NaN then reaches the gradients too.
         poison = torch.ones_like(labels, dtype=torch.float32).masked_fill_(outside, torch.nan)
 
-    nll, lse, *sums = token_losses(hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels, options)
+    nll, peak, log_total, *means = token_losses(hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels, options)
     if poison is not None:
-        nll, lse = nll * poison, lse * poison
+        nll, log_total = nll * poison, log_total * poison
+    lse = peak + log_total
     if observe is not None:
         observe(nll.detach(), lse.detach())
     if options.label_smoothing:
-        nll = smooth(nll, lse, sums[0] / vocabulary, options)
+        nll = smooth(nll, log_total, *means, options)
     if options.z_loss:
         nll = nll + options.z_loss * lse.square()
     loss = _reduce(nll, labels, targets.shape, reduction, shift, options.ignore_index)

@@ -68,7 +68,7 @@ def choose(impl: str, hidden: Tensor, beyond: str | None = None) -> tuple[str, T
     """The implementation that runs for ``impl`` on the device and dtype of ``hidden``, and its name.
 
     All take a :class:`torchtune_lce.low_rank.LowRank` as a sixth argument; ``beyond`` is what :func:`beyond_kernels`
-    says. Those with kernels return no sums of logits.
+    says. Those with kernels return no mean of the logits.
 
     Raises ValueError for an unknown name and RuntimeError, saying what to set instead, for one that cannot run here.
     """

@@ -1,11 +1,13 @@
-"""Label smoothing on top of an implementation that holds no logits, from their sum for each token.
+"""Label smoothing on top of an implementation that holds no logits, from their mean for each token.
 
 With smoothing e the target's one-hot becomes (1 - e) one-hot + e / V (Szegedy et al. 2016, arXiv 1512.00567, section 7;
 ``label_smoothing`` of ``torch.nn.functional.cross_entropy``), and the loss of a token
 
-    (1 - e) nll + e (lse - sum of the logits / V),    sum of the logits = hidden . sum of weight's rows + sum of bias.
+    (1 - e) nll + e (lse - mean of the logits),    mean of the logits = hidden . mean of weight's rows + mean of bias.
 
-So the uniform part is exact, whatever an implementation leaves out of its gradients, and costs O(N D + V D).
+Both of the latter are measured from the token's largest logit, the mean before it is rounded: what all logits share, be
+it large, costs no digits. The uniform part is exact, whatever an implementation leaves out of its gradients, and costs
+O(N D + V D).
 """
 
 from __future__ import annotations  # torch 2.8 compiles nested functions, but not `Tensor | None`
@@ -17,39 +19,40 @@ from torchtune_lce.autocast import without_autocast
 from torchtune_lce.implementations import TokenLosses
 from torchtune_lce.low_rank import LowRank
 from torchtune_lce.options import Options
-from torchtune_lce.reference import accumulation_dtype
 
 # Elements of a matrix that a CPU widens at a time to add them up; a card widens what it reads.
 _ELEMENTS_ON_CPU = 2**16
 
 
-def with_logit_sums(token_losses: TokenLosses, low_rank: LowRank | None = None) -> TokenLosses:
-    """The same, with the sum of each token's logits, which have no softcap, as a third result.
+def with_mean_logits(token_losses: TokenLosses, low_rank: LowRank | None = None) -> TokenLosses:
+    """The same, with the mean of each token's logits, which have no softcap, less the largest, as a fourth result.
 
     ``low_rank``, without a scale, is what ``token_losses`` itself adds to the product of hidden and weight.
     """
 
     def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options):
         valid = targets != options.ignore_index
-        # Before the losses: autograd goes backwards, and adds the sums' gradients to those that the implementation has
+        # Before the losses: autograd goes backwards, and adds the means' gradients to those that the implementation has
         # just made, in place. That by the weight, one row for all, takes no memory of its own.
-        sums = _logit_sums(hidden, weight, valid, options)
+        means = _mean_logits(hidden, weight, valid, options)
         if bias is not None:
-            sums = sums + bias.sum(dtype=sums.dtype).where(valid, 0)
+            means = means + bias.mean(dtype=means.dtype).where(valid, 0)
         if low_rank is not None:
-            sums = sums + _logit_sums(low_rank.low, low_rank.up, valid, options)
-        return *token_losses(hidden, weight, bias, targets, options), sums
+            means = means + _mean_logits(low_rank.low, low_rank.up, valid, options)
+        nll, peak, log_total = token_losses(hidden, weight, bias, targets, options)
+        return nll, peak, log_total, (means - peak).to(peak.dtype)
 
     return run
 
 
-def smooth(nll: Tensor, lse: Tensor, mean_logit: Tensor, options: Options) -> Tensor:
-    """The smoothed loss of each token, [N]; all three are 0 where ignored."""
-    return (1 - options.label_smoothing) * nll + options.label_smoothing * (lse - mean_logit)
+def smooth(nll: Tensor, log_total: Tensor, mean: Tensor, options: Options) -> Tensor:
+    """The smoothed loss of each token, [N], from what an implementation returns; all three are 0 where ignored."""
+    return (1 - options.label_smoothing) * nll + options.label_smoothing * (log_total - mean)
 
 
-def _logit_sums(hidden: Tensor, weight: Tensor, valid: Tensor, options: Options) -> Tensor:
-    row = torch.ops.torchtune_lce.row_sum(weight)
+def _mean_logits(hidden: Tensor, weight: Tensor, valid: Tensor, options: Options) -> Tensor:
+    """[N] float64, 0 where not valid."""
+    row = torch.ops.torchtune_lce.row_sum(weight) / weight.shape[0]
     return torch.ops.torchtune_lce.row_products(hidden, row, valid, options.workspace_mib)
 
 
@@ -60,15 +63,14 @@ torch.library.define("torchtune_lce::row_sum", "(Tensor matrix) -> Tensor row")
 @torch.library.impl("torchtune_lce::row_sum", "default")
 @without_autocast
 def _row_sum(matrix):
-    """[V, D] to [D], in the accumulation dtype."""
+    """[V, D] to [D] in float64."""
     rows = max(_ELEMENTS_ON_CPU // matrix.shape[1], 1) if matrix.device.type == "cpu" else matrix.shape[0]
-    wide = accumulation_dtype(matrix.dtype)
-    return torch.stack([part.sum(0, dtype=wide) for part in matrix.split(rows)]).sum(0)
+    return torch.stack([part.sum(0, dtype=torch.float64) for part in matrix.split(rows)]).sum(0)
 
 
 @torch.library.register_fake("torchtune_lce::row_sum")
 def _(matrix):
-    return matrix.new_empty(matrix.shape[1], dtype=accumulation_dtype(matrix.dtype))
+    return matrix.new_empty(matrix.shape[1], dtype=torch.float64)
 
 
 def _setup_row_sum(ctx, inputs, output) -> None:
@@ -89,14 +91,13 @@ torch.library.define(
 @torch.library.impl("torchtune_lce::row_products", "default")
 @without_autocast
 def _row_products(hidden, row, valid, workspace_mib):
-    """[N, D] times [D] in the dtype of ``row``, 0 where not valid.
+    """[N, D] times [D], which is float64 as the products are, 0 where not valid.
 
-    Summed in float64: neither pieces nor the number of tokens show in what is left of it.
+    Neither pieces nor the number of tokens show in what is left of it once it is rounded.
     """
-    wide = row.double()
-    parts = [_used(*piece).double() @ wide for piece in _pieces(workspace_mib, hidden, valid)]
+    parts = [_used(*piece).double() @ row for piece in _pieces(workspace_mib, hidden, valid)]
     # Nothing times what may be NaN would not be nothing.
-    return torch.cat(parts).to(row.dtype).where(valid, 0)
+    return torch.cat(parts).where(valid, 0)
 
 
 @torch.library.register_fake("torchtune_lce::row_products")

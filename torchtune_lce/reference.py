@@ -35,9 +35,13 @@ def token_losses(
     options: Options,
     low_rank: LowRank | None = None,
 ) -> tuple[Tensor, ...]:
-    """Negative log-likelihood and log-sum-exp of each token, and with label smoothing the sum of its logits.
+    """Negative log-likelihood of each token, the peak of its logits, and what their log-sum-exp and, with label
+    smoothing, their mean are less the peak. [N] each in the accumulation dtype, 0 where ignored.
 
-    [N] each in the accumulation dtype, 0 where ignored. Holds [N, V] logits, as ``F.linear`` followed by
+    The peak is the largest logit, 0 where that is not finite, and has no gradient. It stands apart because it may be
+    large where all logits share a value, and a sum with it would be rounded at its size.
+
+    Holds [N, V] logits, as ``F.linear`` followed by
     ``F.cross_entropy`` does.
     """
     logits = full_logits(hidden, weight, bias, low_rank)
@@ -45,11 +49,12 @@ def token_losses(
         logits = options.softcap * torch.tanh(logits / options.softcap)
     valid = targets != options.ignore_index
     target = targets.where(valid, 0).long().unsqueeze(-1)
-    sums = [logits.sum(-1)] if options.label_smoothing else []
     peak = logits.detach().amax(-1)
-    # Where an infinity is the largest, it comes back out of exp. The differences are exact where they are small, and
-    # all that follows is of their size, whatever the logits share.
-    logits = logits - peak.where(peak.isfinite(), 0).unsqueeze(-1)
+    # Where an infinity is the largest, it comes back out of exp.
+    peak = peak.where(peak.isfinite(), 0)
+    logits = logits - peak.unsqueeze(-1)
+    # Divided first: a sum of least finite numbers is none.
+    means = [(logits / logits.shape[-1]).sum(-1)] if options.label_smoothing else []
     # A gather would keep all of them for its backward.
     own = logits[torch.arange(len(logits), device=logits.device), target.squeeze(-1)]
     logits = logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) == target, -torch.inf)
@@ -58,5 +63,5 @@ def token_losses(
     # A loss near zero is made of the other entries alone, and so is its gradient p - 1.
     near = own.abs() < 20
     confident = torch.log1p(others * (-own.where(near, 0)).exp())
-    results = [confident.where(near, total.log() - own), peak + total.log(), *sums]
+    results = [confident.where(near, total.log() - own), peak, total.log(), *means]
     return tuple(result.where(valid, 0) for result in results)

@@ -1,8 +1,9 @@
 """Tensor parallelism over the vocabulary: each rank holds some rows of the weight, and nobody ever holds more.
 
 A rank runs an implementation on its own rows, as if they were a whole vocabulary. Two all-reduces over the tokens merge
-the log-sum-exps and the target logits of all ranks; the backward needs one more, which adds up the hidden states'
-gradients. Neither the weight nor logits travel. Label smoothing adds an all-reduce of the logits' sums to the forward.
+the largest logits, and what is measured from them, of all ranks; the backward needs one more, which adds up the hidden
+states' gradients. Neither the weight nor logits travel. Label smoothing adds an all-reduce of the logits' means to the
+forward.
 """
 
 import math
@@ -35,8 +36,8 @@ class VocabularyShard:
     def token_losses(self, local: TokenLosses) -> TokenLosses:
         """The implementation ``local``, which knows this rank's rows only, as one of the whole vocabulary.
 
-        The result takes this rank's weight [rows, D] and bias [rows], but targets in [0, vocabulary), and returns on
-        every rank the same loss and log-sum-exp. Every rank must call it, with the same hidden states and targets.
+        The result takes this rank's weight [rows, D] and bias [rows], but targets in [0, vocabulary), and returns the
+        same on every rank. Every rank must call it, with the same hidden states and targets.
         """
 
         def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options):
@@ -45,14 +46,16 @@ class VocabularyShard:
             place = targets - self.start
             owned = valid & (place >= 0) & (place < self.rows)
             # Tokens whose target lies elsewhere need their log-sum-exp here: a row of ours stands in for the target,
-            # and the merge drops its logit, whose gradient is then zero.
+            # and the merge drops its loss, whose gradient is then zero.
             place = place.clamp(0, self.rows - 1).where(valid, -1)
             if self.sums_hidden:
                 hidden = _SumGradients.apply(hidden, group)
             bias, beyond = _apart_from_all_masked(bias, options)
-            nll, lse, *sums = local(hidden, weight, bias, place, replace(options, ignore_index=-1))
-            merged = _Merge.apply(nll + beyond, lse, valid, owned, group)
-            return *merged, *(_Sum.apply((part - beyond).where(valid, 0), group) for part in sums)
+            nll, own_peak, log_total, *means = local(hidden, weight, bias, place, replace(options, ignore_index=-1))
+            nll, peak, log_total = _Merge.apply(nll + beyond, own_peak, log_total, valid, owned, group)
+            share = self.rows / self.vocabulary
+            parts = (share * (mean + (own_peak - peak) - beyond) for mean in means)
+            return nll, peak, log_total, *(_Sum.apply(part.where(valid, 0), group) for part in parts)
 
         return run
 
@@ -65,9 +68,10 @@ class VocabularyShard:
         largest = found.largest.clone()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
         # Of equally large ones the first, as within a rank.
-        place = (found.place + self.start).where(found.largest == largest, self.vocabulary)
+        own = (found.place + self.start).where(found.largest == largest, self.vocabulary)
+        place = own.clone()
         dist.all_reduce(place, dist.ReduceOp.MIN, group=group)
-        sums = torch.stack(found.measured_from(largest))
+        sums = torch.stack(found.measured_from(largest, own != place))
         dist.all_reduce(sums, group=group)
         return Predictions(largest, place, *sums)
 
@@ -156,31 +160,40 @@ class _Sum(torch.autograd.Function):
 
 
 class _Merge(torch.autograd.Function):
-    """Loss and log-sum-exp [N] over all ranks' rows, from those over this rank's."""
+    """Loss, peak, and log-sum-exp less the peak, [N], over all ranks' rows, from those over this rank's."""
 
     @staticmethod
-    def forward(ctx, nll: Tensor, lse: Tensor, valid: Tensor, owned: Tensor, group):
-        largest = lse.clone()
+    def forward(ctx, nll: Tensor, peak: Tensor, log_total: Tensor, valid: Tensor, owned: Tensor, group):
+        # A rank none of whose logits is finite has a peak all the same.
+        largest = peak.masked_fill(log_total == -torch.inf, torch.finfo(peak.dtype).min)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-        # Beside the sum of exponentials the loss, measured from the largest log-sum-exp as they are: no term is
-        # negative, so nothing cancels.
-        sums = torch.stack([(lse - largest).exp(), (nll + (largest - lse)).where(owned, 0)])
+        # Log-sum-exps measured from the largest peak are of the size of the logits' differences.
+        own = (peak - largest) + log_total
+        sums = torch.stack([own.exp().masked_fill(owned, 0), own.where(owned, 0), nll.where(owned, 0)])
         dist.all_reduce(sums, group=group)
-        beyond = sums[0].log()
-        whole = (largest + beyond).where(valid, 0)
-        ctx.save_for_backward((lse - whole).exp(), valid, owned)
-        return (sums[1] + beyond).where(valid, 0), whole
+        others, targets, target_nll = sums
+        others = others.log()
+        # By how much the rows beside those of the target's rank outweigh them: no digit of a confident token's loss,
+        # nor of its gradient, is lost to a sum with 1.
+        excess = others - targets
+        whole = torch.logaddexp(others, targets)
+        ctx.save_for_backward((own - whole).exp(), torch.sigmoid(excess), valid, owned)
+        loss = target_nll + torch.logaddexp(excess, torch.zeros_like(excess))
+        loss, largest, whole = (x.where(valid, 0) for x in (loss, largest, whole))
+        ctx.mark_non_differentiable(largest)
+        return loss, largest, whole
 
     @staticmethod
-    def backward(ctx, d_nll: Tensor, d_lse: Tensor):
+    def backward(ctx, d_nll: Tensor, _, d_log_total: Tensor):
         # Only create_graph has a backward record itself; what it would record here knows nothing of other ranks.
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "a loss over a vocabulary that tensor parallelism splits has no second derivative (create_graph=True)"
             )
-        share, valid, owned = ctx.saved_tensors
-        d_own = d_nll.where(owned, 0)
-        return d_own, ((d_nll + d_lse) * share - d_own).where(valid, 0), None, None, None
+        share, rest, valid, owned = ctx.saved_tensors
+        # The target's rank has d_nll by its own loss already: share - 1 remains.
+        by_nll = d_nll * torch.where(owned, -rest, share)
+        return d_nll.where(owned, 0), None, (by_nll + d_log_total * share).where(valid, 0), None, None, None
 
 
 def _names(tensor: DTensor) -> str:

@@ -31,21 +31,23 @@ class Predictions(NamedTuple):
 
     largest: Tensor  # logit
     place: Tensor  # int64: its entry, the first of equal ones; -1 where a logit is NaN
-    total: Tensor  # sum of e
-    disorder: Tensor  # sum of -e log e, so that the entropy is log(total) + disorder / total
+    others: Tensor  # sum of e but for that entry's, which is 1: of a certain token the sum of all would lose digits
+    disorder: Tensor  # sum of -e log e
 
-    def measured_from(self, largest: Tensor) -> tuple[Tensor, Tensor]:
-        """``total`` and ``disorder`` with respect to another logit, no smaller than this one."""
+    def measured_from(self, largest: Tensor, elsewhere: Tensor) -> tuple[Tensor, Tensor]:
+        """``others`` and ``disorder`` with respect to a logit, the same or a larger one where it is ``elsewhere``."""
         # Where no entry so far can be, all are zero, whatever they are measured from.
         scale = (self.largest - largest.where(largest != -torch.inf, 0)).exp()
-        return scale * self.total, scale * self.disorder + torch.special.entr(scale) * self.total
+        total = 1 + self.others
+        others = torch.where(elsewhere, scale * total, self.others)
+        return others, scale * self.disorder + torch.special.entr(scale) * total
 
 
 # A custom operator: a compiler would unroll the walk over the vocabulary.
 torch.library.define(
     "torchtune_lce::predictions",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor? scale, float? softcap, "
-    "int workspace_mib) -> (Tensor largest, Tensor place, Tensor total, Tensor disorder)",
+    "int workspace_mib) -> (Tensor largest, Tensor place, Tensor others, Tensor disorder)",
 )
 
 
@@ -60,13 +62,15 @@ def _predict(hidden, weight, bias, low, up, scale, softcap, workspace_mib):
     for start in range(0, weight.shape[0], chunk):
         logits = chunked.chunk_logits(hidden, weight, bias, low_rank, start, chunk, softcap)
         value, index = logits.max(-1)
-        place = torch.where(value > found.largest, index + start, found.place)
+        rises = value > found.largest
+        place = torch.where(rises, index + start, found.place)
         largest = torch.maximum(found.largest, value)
-        total, disorder = found.measured_from(largest)
+        others, disorder = found.measured_from(largest, rises)
+        logits.scatter_(-1, index[:, None], value.masked_fill(rises, -torch.inf)[:, None])
         logits = logits.sub_(largest.where(largest != -torch.inf, 0)[:, None]).exp_()
-        total += logits.sum(-1)
+        others += logits.sum(-1)
         disorder += torch.special.entr(logits).sum(-1)
-        found = Predictions(largest, place, total, disorder)
+        found = Predictions(largest, place, others, disorder)
     return tuple(found)
 
 
@@ -79,27 +83,29 @@ def _(hidden, weight, bias, low, up, scale, softcap, workspace_mib):
 torch.library.define(
     "torchtune_lce::entropy",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor? scale, Tensor targets, "
-    "Tensor largest, Tensor total, Tensor disorder, int ignore_index, float? softcap, int workspace_mib) -> Tensor",
+    "Tensor largest, Tensor others, Tensor disorder, int ignore_index, float? softcap, int workspace_mib) -> Tensor",
 )
 
 
 @torch.library.impl("torchtune_lce::entropy", "default")
 def _entropy(
-    hidden, weight, bias, low, up, scale, targets, largest, total, disorder, ignore_index, softcap, workspace_mib
+    hidden, weight, bias, low, up, scale, targets, largest, others, disorder, ignore_index, softcap, workspace_mib
 ):
     """Of each token, [N], 0 where ignored, from what :class:`Predictions` of all entries say."""
-    return (total.log() + disorder / total).where(targets != ignore_index, 0)
+    # Without a largest logit no entry can be, or one is infinitely likelier than itself.
+    entropy = (torch.log1p(others) + disorder / (1 + others)).where(largest.isfinite(), torch.nan)
+    return entropy.where(targets != ignore_index, 0)
 
 
 @torch.library.register_fake("torchtune_lce::entropy")
-def _(hidden, weight, bias, low, up, scale, targets, largest, total, disorder, ignore_index, softcap, workspace_mib):
-    return torch.empty_like(total)
+def _(hidden, weight, bias, low, up, scale, targets, largest, others, disorder, ignore_index, softcap, workspace_mib):
+    return torch.empty_like(others)
 
 
 torch.library.define(
     "torchtune_lce::entropy_backward",
     "(Tensor d_entropy, Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor? scale, "
-    "Tensor targets, Tensor largest, Tensor total, Tensor disorder, int ignore_index, float? softcap, "
+    "Tensor targets, Tensor largest, Tensor others, Tensor disorder, int ignore_index, float? softcap, "
     "int workspace_mib, bool[] needs) "
     "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_low, Tensor d_up, Tensor d_scale)",
 )
@@ -117,7 +123,7 @@ def _entropy_backward(
     scale,
     targets,
     largest,
-    total,
+    others,
     disorder,
     ignore_index,
     softcap,
@@ -126,6 +132,7 @@ def _entropy_backward(
 ):
     """Gradients by the six operands, empty where ``needs`` has no True."""
     more_blocks = (scale is not None) + (softcap is not None)
+    total = 1 + others
     factor, mean = d_entropy / total, disorder / total
 
     def by_logits(logits, start, rows, labels):
@@ -189,7 +196,7 @@ def token_statistics(
         *operands,
         targets,
         found.largest,
-        found.total,
+        found.others,
         found.disorder,
         options.ignore_index,
         options.softcap,
