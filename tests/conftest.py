@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+import zlib
 from pathlib import Path
 
 # Before torch starts its thread pool: the tensors here are small, and workers or child processes share the cores.
@@ -34,21 +35,46 @@ ONE_WORKER = (
     "test_token_feedback",
 )
 
+# Parts of the ids of tests that take gigabytes of a card, and how many of them may run on it at once.
+LARGE = ("test_huge.py::", "-large", "::test_cce_on_a_card", "::test_after_running_out_of_memory")
+LARGE_AT_ONCE = 3
+
 interpreter.make_faster()
 
 
 def pytest_collection_modifyitems(items):
-    for item in items:
-        if "large" in item.keywords:
-            # Many workers share one card: of what takes much of it, one after the other.
-            item.add_marker(pytest.mark.xdist_group("large"))
-        elif item.path.stem in ONE_WORKER:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if torch.cuda.is_available() and not INTERPRETED:
         return
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA card"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Tests are given out one by one, but those of a group together, and first.
+
+    By their ids: xdist 3.8 tells a scheduler no more, and its own marks of groups are lost with pytest 9.2.
+    """
+    if config.getvalue("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid) or nodeid
+
+    return Scheduling(config, log)
+
+
+def _group(nodeid: str) -> str | None:
+    file = Path(nodeid.partition("::")[0]).stem
+    if file in ONE_WORKER:
+        return file
+    if any(part in nodeid for part in LARGE):
+        # Always the same one, so that two runs share the card alike.
+        return f"large {zlib.crc32(nodeid.encode()) % LARGE_AT_ONCE}"
+    return None
 
 
 def pytest_collection_finish():

@@ -99,7 +99,7 @@ PER_TOKEN = ("loss", "lse")
         ("cce", torch.float16, SMALL),
         ("cce_exact", torch.float32, SMALL),
         *(
-            pytest.param(impl, dtype, LARGE, marks=[pytest.mark.gpu, pytest.mark.large])
+            pytest.param(impl, dtype, LARGE, marks=pytest.mark.gpu, id=f"{impl}-{dtype}-large")
             for impl in ("cce", "cce_exact")
             for dtype in (torch.bfloat16, torch.float16, torch.float32)
         ),

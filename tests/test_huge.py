@@ -193,7 +193,6 @@ def compare(size: Size, impls: tuple[str, ...], dtype: torch.dtype, device: torc
 
 
 @pytest.mark.gpu
-@pytest.mark.large
 @pytest.mark.parametrize("size", SIZES)
 def test_slices_against_float64(size, device):
     chosen = SIZES[size]

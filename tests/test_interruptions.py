@@ -213,7 +213,6 @@ def test_after_a_failure_the_bound_loss_works(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.large
 @pytest.mark.parametrize("impl", ["cce", "cce_exact", "chunked", "reference"])
 def test_after_running_out_of_memory_the_next_call_works(impl):
     """Really, at every depth of the call: the process may have so many MiB more than its inputs, and no others."""
@@ -264,4 +263,5 @@ def test_after_running_out_of_memory_the_next_call_works(impl):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert () in outcomes, "no forward ran out of memory"
-    assert ("forward",) in outcomes, "no backward ran out of memory"
+    # Where the forward is the worst moment, no limit lets it pass and the backward not.
+    assert ("forward",) in outcomes or peaks[0] >= peaks[1], "no backward ran out of memory"

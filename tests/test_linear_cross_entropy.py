@@ -183,8 +183,8 @@ def _calls():
         yield _call("cce", name, case, bf16, needs_triton, pytest.mark.gpu)
     for impl in ("chunked", "torch_compile", *CCE_PRESETS):
         for dtype in (fp32, fp16, bf16):
-            yield _call(impl, "large", replace(LARGE, confident=0.0), dtype, pytest.mark.gpu, pytest.mark.large)
-            yield _call(impl, "large-confident", LARGE, dtype, pytest.mark.gpu, pytest.mark.large)
+            yield _call(impl, "large", replace(LARGE, confident=0.0), dtype, pytest.mark.gpu)
+            yield _call(impl, "large-confident", LARGE, dtype, pytest.mark.gpu)
 
 
 def _call(impl: str, name: str, case: Case, dtype: torch.dtype, *marks):
@@ -278,9 +278,7 @@ def test_second_backward_gives_the_same(impl, dtype, device):
         assert torch.equal(tensors[name].grad, first[name]), name
 
 
-@pytest.mark.parametrize(
-    "case", ["bias-softcap-none", pytest.param("large", marks=[pytest.mark.gpu, pytest.mark.large])]
-)
+@pytest.mark.parametrize("case", ["bias-softcap-none", pytest.param("large", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("impl", EACH)
 def test_repeats_bit_by_bit(impl, case, device):
     """Whatever ran in between."""

@@ -113,7 +113,6 @@ def test_cce(impl, shape, device, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.large
 @pytest.mark.parametrize("workspace_mib", [16, 128])
 @pytest.mark.parametrize("impl", ["cce", "cce_exact"])
 @pytest.mark.parametrize(
