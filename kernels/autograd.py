@@ -16,8 +16,11 @@ import torch
 import triton
 from torch import Tensor
 
-from torchtune_lce.filtering import open_record
-from torchtune_lce.implementations import Filtering
+from torchtune_lce.implementations.choice import Filtering
+from torchtune_lce.inputs.filtering import open_record
+from torchtune_lce.inputs.low_rank import LowRank
+from torchtune_lce.inputs.options import Options
+from torchtune_lce.inputs.validation import is_readable
 from torchtune_lce.kernels.backward import output_tiles, run_backward
 from torchtune_lce.kernels.descriptors import has_blocks
 from torchtune_lce.kernels.forward import MOST_TILES, Activity, lse_and_target_logit
@@ -25,13 +28,10 @@ from torchtune_lce.kernels.operands import Gradients, Operands, Places
 from torchtune_lce.kernels.plan import make_plan
 from torchtune_lce.kernels.tail import tail_bytes, tail_direction
 from torchtune_lce.kernels.tuning import Config, config_for
-from torchtune_lce.low_rank import LowRank
-from torchtune_lce.options import Options
-from torchtune_lce.validation import is_readable
 
 
 def token_losses(filtering: Filtering) -> Callable:
-    """The preset's function, with the contract of :func:`torchtune_lce.reference.token_losses`."""
+    """The preset's function, with the contract of :func:`torchtune_lce.implementations.reference.token_losses`."""
 
     def run(
         hidden: Tensor,
@@ -97,7 +97,8 @@ def _on_its_device(function: Callable) -> Callable:
 def _forward(
     hidden, weight, bias, low, up, targets, ignore_index, softcap, eps, filter_hidden, filter_weight, workspace_mib
 ):
-    """What :func:`torchtune_lce.reference.token_losses` returns, [N] float32; then what the backward needs.
+    """What :func:`torchtune_lce.implementations.reference.token_losses` returns, [N] float32; then what the backward
+    needs.
 
     rows [N] int64 lists the tokens in use first, count [1] int32 how many those are, labels and row_total [N, 2] are in
     that order. The latter is peak and log_total, as in :class:`Places`. words and dropped_mass are an

@@ -12,8 +12,8 @@ import sys
 from omegaconf import DictConfig
 from torchtune import config
 
-from torchtune_lce.recipe_binding import BindsLossesToModels
-from torchtune_lce.stock_recipes import load_stock_recipe
+from torchtune_lce.training.recipe_binding import BindsLossesToModels
+from torchtune_lce.training.stock_recipes import load_stock_recipe
 
 stock = load_stock_recipe("knowledge_distillation_single_device")
 

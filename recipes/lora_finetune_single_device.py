@@ -11,8 +11,8 @@ import sys
 from omegaconf import DictConfig
 from torchtune import config
 
-from torchtune_lce.recipe_binding import BindsLossToModel
-from torchtune_lce.stock_recipes import load_stock_recipe
+from torchtune_lce.training.recipe_binding import BindsLossToModel
+from torchtune_lce.training.stock_recipes import load_stock_recipe
 
 stock = load_stock_recipe("lora_finetune_single_device")
 

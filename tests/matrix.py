@@ -102,7 +102,7 @@ def run_pair(pair: Pair, arguments: argparse.Namespace, folder: Path) -> tuple[s
     asked = "from importlib.metadata import version; print(*map(version, ('torch', 'triton', 'torchtune')))"
     row[2:5] = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True).stdout.split()
     row[1] = platform_of(python)
-    tests = [str(Path("tests") / name) for name in arguments.tests]
+    tests = [str(path.relative_to(ROOT)) for name in arguments.tests for path in ROOT.glob(f"tests/*/{name}")]
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", *tests]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     (arguments.logs / f"{pair.name}.log").write_text(done.stdout + done.stderr)

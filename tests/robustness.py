@@ -106,7 +106,7 @@ def main() -> int:
     os.environ["TORCHTUNE_LCE_EXAMPLES"] = str(arguments.examples)
     os.chdir(ROOT)
     counting = Counting()
-    files = [str(ROOT / "tests" / f"{file}.py") for files in AREAS.values() for file in files]
+    files = [str(path) for files in AREAS.values() for file in files for path in ROOT.glob(f"tests/*/{file}.py")]
     status = pytest.main(["-q", "-p", "no:cacheprovider", *files], plugins=[counting])
     text = section(counting, machine())
     if arguments.write:

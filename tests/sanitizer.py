@@ -264,8 +264,8 @@ def make_call(call: Call, leaves: dict, targets) -> dict:
     import torch
 
     from torchtune_lce.functional import compute
-    from torchtune_lce.low_rank import LowRank
-    from torchtune_lce.options import Options
+    from torchtune_lce.inputs.low_rank import LowRank
+    from torchtune_lce.inputs.options import Options
 
     wanted = {name: leaf.requires_grad_() for name, leaf in leaves.items() if name not in call.frozen}
     loss, lse = compute(

@@ -8,7 +8,7 @@ from torchtune_lce.functional import linear_cross_entropy, linear_token_logprobs
 if TYPE_CHECKING:
     from torchtune_lce.distillation import LinearForwardKLLoss, LinearReverseKLLoss, LinearSymmetricKLLoss
     from torchtune_lce.loss import LinearCrossEntropyLoss
-    from torchtune_lce.model_output import skip_output_layer
+    from torchtune_lce.model.model_output import skip_output_layer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,7 +28,7 @@ _LAZY = {
     "LinearForwardKLLoss": "torchtune_lce.distillation",
     "LinearReverseKLLoss": "torchtune_lce.distillation",
     "LinearSymmetricKLLoss": "torchtune_lce.distillation",
-    "skip_output_layer": "torchtune_lce.model_output",
+    "skip_output_layer": "torchtune_lce.model.model_output",
 }
 
 

@@ -1,6 +1,6 @@
 """``python -m torchtune_lce``: the same as the console script ``tune-lce``."""
 
-from torchtune_lce.cli import main
+from torchtune_lce.commands.cli import main
 
 if __name__ == "__main__":
     main()

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torchtune.utils import get_logger, log_rank_zero
 
-from torchtune_lce import validation
-from torchtune_lce.divergence import Head, Shares, check_head, check_impl, divergence
-from torchtune_lce.foreign_settings import refuses_settings_of_torchtune
-from torchtune_lce.model_output import skip_output_layer
-from torchtune_lce.options import Options
-from torchtune_lce.output_adapter import Adapter, low_rank
-from torchtune_lce.projection import Projection, output_rows
+from torchtune_lce.divergence.function import Head, Shares, check_head, check_impl, divergence
+from torchtune_lce.inputs import validation
+from torchtune_lce.inputs.options import Options
+from torchtune_lce.model.foreign_settings import refuses_settings_of_torchtune
+from torchtune_lce.model.model_output import skip_output_layer
+from torchtune_lce.model.output_adapter import Adapter, low_rank
+from torchtune_lce.model.projection import Projection, output_rows
 
 
 class _BoundModel:

@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from torchtune_lce import implementations, validation
-from torchtune_lce.autocast import cast_inputs
-from torchtune_lce.label_smoothing import smooth, with_mean_logits
-from torchtune_lce.low_rank import LowRank
-from torchtune_lce.options import Options
-from torchtune_lce.reference import accumulation_dtype
-from torchtune_lce.token_statistics import token_statistics
+from torchtune_lce.implementations import choice
+from torchtune_lce.implementations.reference import accumulation_dtype
+from torchtune_lce.inputs import validation
+from torchtune_lce.inputs.autocast import cast_inputs
+from torchtune_lce.inputs.low_rank import LowRank
+from torchtune_lce.inputs.options import Options
+from torchtune_lce.terms.label_smoothing import smooth, with_mean_logits
+from torchtune_lce.terms.token_statistics import token_statistics
 
 if TYPE_CHECKING:
-    from torchtune_lce.tensor_parallel import VocabularyShard
+    from torchtune_lce.implementations.tensor_parallel import VocabularyShard
 
 
 def linear_cross_entropy(
-    hidden: Tensor,  # [..., D] float32 | bfloat16 | float16 (float64 too, but for the cce implementations)
+    hidden: Tensor,  # [..., D] float32 | bfloat16 | float16 (float64 too, but for the cce choice)
     weight: Tensor,  # [V, D], dtype of hidden
     targets: Tensor,  # [...] int64 | int32, ignore_index or 0 <= t < V
     bias: Tensor | None = None,  # [V], dtype of hidden
@@ -48,8 +49,8 @@ def linear_cross_entropy(
             ``torch.nn.functional.cross_entropy``. Never filtered.
         shift: k >= 0: ``hidden[..., :-k, :]`` predicts ``targets[..., k:]``, without a copy of either. With ``none``
             the first k positions of the last axis are 0.
-        impl: one of :data:`torchtune_lce.implementations.NAMES`.
-        filter_eps: softmax entries below it may be left out of the gradients of the filtering implementations, unless
+        impl: one of :data:`torchtune_lce.implementations.choice.NAMES`.
+        filter_eps: softmax entries below it may be left out of the gradients of the filtering choice, unless
             together they hold more than a quarter of the softmax, in the mean of a block of 128 tokens: then nothing
             of that block is. ``auto`` is finfo(dtype).eps / 32, None keeps everything.
         workspace_mib: the most memory in MiB that an implementation may use beyond gradients and O(N + V). With a
@@ -216,12 +217,12 @@ def compute(
     validation.check_softcap(options.softcap, accumulation_dtype(hidden.dtype))
     validation.check_ignore_index(options.ignore_index, targets)
     scaled = low_rank is not None and low_rank.scale is not None
-    name, token_losses = implementations.choose(impl, hidden, implementations.beyond_kernels(options, scaled))
+    name, token_losses = choice.choose(impl, hidden, choice.beyond_kernels(options, scaled))
     if low_rank is not None:
         token_losses = partial(token_losses, low_rank=low_rank)
-    if name not in implementations.MADE_OF_TORCH:
+    if name not in choice.MADE_OF_TORCH:
         validation.check_transforms(name, hidden, weight, bias, *(low_rank or ()))
-    if options.label_smoothing and name in implementations.CCE_PRESETS:
+    if options.label_smoothing and name in choice.CCE_PRESETS:
         token_losses = with_mean_logits(token_losses, low_rank)
     vocabulary = weight.shape[0]
     if shard is not None:

@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchtune.utils import get_logger, log_rank_zero
 
-from torchtune_lce import implementations, output_adapter, validation
-from torchtune_lce.foreign_settings import refuses_settings_of_torchtune
 from torchtune_lce.functional import TokenStatistics, compute, compute_token_statistics
-from torchtune_lce.model_output import skip_output_layer
-from torchtune_lce.options import Options
-from torchtune_lce.projection import Projection
-from torchtune_lce.sft_loss import SFTLoss
-from torchtune_lce.tensor_parallel import local_rows
+from torchtune_lce.implementations import choice
+from torchtune_lce.implementations.tensor_parallel import local_rows
+from torchtune_lce.inputs import validation
+from torchtune_lce.inputs.options import Options
+from torchtune_lce.model import output_adapter
+from torchtune_lce.model.foreign_settings import refuses_settings_of_torchtune
+from torchtune_lce.model.model_output import skip_output_layer
+from torchtune_lce.model.projection import Projection
+from torchtune_lce.model.sft_loss import SFTLoss
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -49,15 +51,15 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
 
     Args:
         ignore_index: targets of this value have no loss and no gradient.
-        impl: one of :data:`torchtune_lce.implementations.NAMES`.
+        impl: one of :data:`torchtune_lce.implementations.choice.NAMES`.
         softcap: logits become ``softcap * tanh(logits / softcap)``; None as in torchtune's own models.
         filter_eps: see :func:`torchtune_lce.linear_cross_entropy`.
         reduction: ``mean`` over the targets that are not ignored, as torchtune's recipes need; ``sum``; or ``none``.
         workspace_mib: the most memory in MiB that an implementation may use beyond gradients and O(N + V).
         z_loss: this times the squared log-sum-exp is added to each token's loss, which keeps the logits from drifting.
         label_smoothing: see :func:`torchtune_lce.linear_cross_entropy`.
-        metrics: names out of :data:`torchtune_lce.options.METRICS`, or one of them: what this package's recipes log of
-            each step's labels, beside its loss.
+        metrics: names out of :data:`torchtune_lce.inputs.options.METRICS`, or one of them: what this package's recipes
+            log of each step's labels, beside its loss.
         check_targets: check the range of every batch's targets on a GPU too, which stalls it, not only the first one's.
 
     Raises:
@@ -90,7 +92,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         validation.check_options(self._options)
         validation.check_reduction(reduction)
         validation.check_flag("check_targets", check_targets)
-        implementations.check_name(impl)
+        choice.check_name(impl)
         self.impl = impl
         self.metrics = validation.check_metrics(metrics)
         self.reduction = reduction
@@ -192,8 +194,8 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         return self._implementation(outputs, None if self._projection is None else self._projection.adapter)
 
     def _implementation(self, outputs: Tensor, adapter: output_adapter.Adapter | None) -> str:
-        beyond = implementations.beyond_kernels(self._options, output_adapter.is_dora(adapter))
-        return implementations.choose(self.impl, outputs, beyond)[0]
+        beyond = choice.beyond_kernels(self._options, output_adapter.is_dora(adapter))
+        return choice.choose(self.impl, outputs, beyond)[0]
 
     def _loss(
         self,

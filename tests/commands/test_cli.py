@@ -12,7 +12,7 @@ from tiny_models import FULL, LORA, OUR_LOSS, logged_losses, recipe_config, writ
 from torchtune._recipe_registry import get_all_recipes
 
 import torchtune_lce
-from torchtune_lce import cli, registry
+from torchtune_lce.commands import cli, registry
 
 PACKAGE = Path(torchtune_lce.__file__).parent
 CONFIG = "lce/llama3_2/1B_lora_single_device"

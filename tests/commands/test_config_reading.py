@@ -7,9 +7,10 @@ from functools import partial
 import pytest
 from omegaconf import OmegaConf
 
-from torchtune_lce import cli, config_reading, registry
-from torchtune_lce.compare import command as compare
-from torchtune_lce.plan import command as plan
+from torchtune_lce.commands import cli, registry
+from torchtune_lce.commands.compare import command as compare
+from torchtune_lce.commands.plan import command as plan
+from torchtune_lce.commands.shared import config_reading
 
 CONFIG = "lce/llama3_2/1B_lora_single_device"
 TEXT = "model:\n  _component_: torchtune.models.qwen2.qwen2\n"

@@ -12,7 +12,8 @@ from torchtune._cli.tune import TuneCLIParser
 from torchtune._recipe_registry import get_all_recipes
 from vision_models import import_vision_models
 
-from torchtune_lce import implementations, registry
+from torchtune_lce.commands import registry
+from torchtune_lce.implementations import choice
 
 CONFIGS = registry.PACKAGE / "configs"
 STOCK = Path(torchtune.__file__).parent.parent / "recipes" / "configs"
@@ -152,10 +153,8 @@ def test_downloaded_model_lands_where_the_config_reads_it(name):
 def test_comment_beside_impl_lists_the_choices(name):
     [line] = [line for line in path_of(name).read_text().splitlines() if line.startswith("  impl: ")]
     listed = re.fullmatch(r"  impl: auto  # or (.*)", line)[1].split(", ")
-    covered = {
-        impl for impl in implementations.NAMES for pattern in listed if re.fullmatch(pattern.replace("*", ".*"), impl)
-    }
-    assert covered == set(implementations.NAMES) - {"auto"}
+    covered = {impl for impl in choice.NAMES for pattern in listed if re.fullmatch(pattern.replace("*", ".*"), impl)}
+    assert covered == set(choice.NAMES) - {"auto"}
 
 
 def test_tiny_configs_differ_only_by_method():

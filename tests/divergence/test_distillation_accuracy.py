@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_distillation import (
+from divergence_cases import (
     OURS,
     by_formula,
     compute,
@@ -18,8 +18,8 @@ from test_distillation import (
     traced_steps,
 )
 
-from torchtune_lce.divergence import Head
-from torchtune_lce.low_rank import LowRank
+from torchtune_lce.divergence.function import Head
+from torchtune_lce.inputs.low_rank import LowRank
 
 IMPLS = ["chunked", "torch_compile", "reference"]
 # The first walks tokens, the second the vocabulary.

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_distillation import (
+from adapters import make_output
+from allocations import MIB, usage
+from divergence_cases import (
     ENTRIES,
-    MIB,
     OURS,
     assert_heads_as_accurate,
     assert_operator_keeps_the_rules,
@@ -20,16 +21,15 @@ from test_distillation import (
     torchtunes,
     traced_steps,
 )
-from test_memory import usage
-from test_output_adapter import make_output
 from tiny_distillation import build_teacher
 from tiny_models import VOCABULARY, build_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from torchtune_lce import LinearForwardKLLoss, output_adapter
-from torchtune_lce.divergence import Head
-from torchtune_lce.low_rank import LowRank
+from torchtune_lce import LinearForwardKLLoss
+from torchtune_lce.divergence.function import Head
+from torchtune_lce.inputs.low_rank import LowRank
+from torchtune_lce.model import output_adapter
 
 RANK = 5
 # Adapter of the student, of the teacher.

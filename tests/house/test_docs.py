@@ -11,25 +11,23 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from packaging.requirements import Requirement
+from project import ROOT
 from tiny_models import build_model
 from torchtune._cli.tune import TuneCLIParser
 from torchtune.config._utils import _get_component_from_path
 
 import torchtune_lce
-from torchtune_lce import config_reading, registry
-from torchtune_lce.bench import command as bench
-from torchtune_lce.compare import losses
-from torchtune_lce.compare import runs as compare_runs
-from torchtune_lce.compare.session import check_demo_data
-from torchtune_lce.tune_parser import TuneLCEParser
+from torchtune_lce.commands import registry
+from torchtune_lce.commands.bench import command as bench
+from torchtune_lce.commands.compare.session import check_demo_data
+from torchtune_lce.commands.shared import config_reading, loss_choices, runs
+from torchtune_lce.commands.tune_parser import TuneLCEParser
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = ("tune", "tune-lce", "pip", "python", "pytest")
 
@@ -184,9 +182,9 @@ def check_run(args) -> None:
 
 
 def check_compare(args) -> None:
-    config = compare_runs.read_config(args.config, args.overrides)
-    assert compare_runs.recipe_for(args.config, config, args.nproc_per_node)
-    assert args.losses is None or losses.parse(args.losses)
+    config = runs.read_config(args.config, args.overrides)
+    assert runs.recipe_for(args.config, config, args.nproc_per_node)
+    assert args.losses is None or loss_choices.parse(args.losses)
     assert args.steps > args.warmup
     if args.demo_data:
         check_demo_data(config, args.vocabulary, args.sequence_length)

@@ -12,10 +12,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from project import ROOT
 
-from torchtune_lce.tune_parser import TuneLCEParser
+from torchtune_lce.commands.tune_parser import TuneLCEParser
 
-ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("kernels", "recipes", "configs")
 PACKAGED = (".py", ".yaml")
 RECIPES = ("lora_finetune_single_device", "full_finetune_single_device")
@@ -128,7 +128,7 @@ def test_wheel_holds_the_package_alone(wheels, way):
         entry_points = wheel.read(f"{info}/entry_points.txt").decode()
     assert {name.split("/")[0] for name in names} == {"torchtune_lce", info}
     assert {name for name in names if name.startswith("torchtune_lce/")} == packaged_files()
-    assert "tune-lce = torchtune_lce.cli:main" in entry_points
+    assert "tune-lce = torchtune_lce.commands.cli:main" in entry_points
 
 
 @pytest.mark.slow

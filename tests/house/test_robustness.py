@@ -15,10 +15,10 @@ def report(nodeid: str, outcome: str, when: str = "call") -> SimpleNamespace:
 def test_counts_by_area():
     counting = robustness.Counting()
     for when in ("setup", "call", "teardown"):
-        counting.pytest_runtest_logreport(report("tests/test_dtypes.py::test_a", "passed", when))
-    counting.pytest_runtest_logreport(report("tests/test_dtypes.py::test_b[x::y]", "failed"))
-    counting.pytest_runtest_logreport(report("tests/test_huge.py::test_c", "skipped", "setup"))
-    calls = counting.pytest_runtest_call(SimpleNamespace(nodeid="tests/test_dtypes.py::test_a"))
+        counting.pytest_runtest_logreport(report("tests/implementations/test_dtypes.py::test_a", "passed", when))
+    counting.pytest_runtest_logreport(report("tests/implementations/test_dtypes.py::test_b[x::y]", "failed"))
+    counting.pytest_runtest_logreport(report("tests/kernels/test_huge.py::test_c", "skipped", "setup"))
+    calls = counting.pytest_runtest_call(SimpleNamespace(nodeid="tests/implementations/test_dtypes.py::test_a"))
     next(calls)
     tally.tried["a kind"] += 1200
     assert next(calls, None) is None
@@ -28,11 +28,11 @@ def test_counts_by_area():
     assert "| sizes past 2^31 | 0 | 0 | 0 | 0 | 1 |" in lines
     text = robustness.section(counting, "here")
     assert "- a kind: 1,200" in text
-    assert "Lost: - `tests/test_dtypes.py::test_b[x::y]`" in text
+    assert "Lost: - `tests/implementations/test_dtypes.py::test_b[x::y]`" in text
 
 
 def test_every_file_is_there():
     for files in robustness.AREAS.values():
         for file in files:
-            assert (robustness.ROOT / "tests" / f"{file}.py").exists()
+            assert len(list(robustness.ROOT.glob(f"tests/*/{file}.py"))) == 1
     assert robustness.BEGIN in robustness.PAGE.read_text()

@@ -9,7 +9,9 @@ import torch._dynamo.testing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from torchtune_lce import compiled, filtering, linear_cross_entropy
+from torchtune_lce import linear_cross_entropy
+from torchtune_lce.implementations import compiled
+from torchtune_lce.inputs import filtering
 from torchtune_lce.kernels import autograd  # noqa: F401, defines the operators
 
 TOKENS, VOCABULARY, WIDTH = 70, 300, 24

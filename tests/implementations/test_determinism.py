@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from torchtune_lce.functional import compute
-from torchtune_lce.implementations import CCE_PRESETS
-from torchtune_lce.options import Options
+from torchtune_lce.implementations.choice import CCE_PRESETS
+from torchtune_lce.inputs.options import Options
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 # The presets share cce's code; on a card each is tried.

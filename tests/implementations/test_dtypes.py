@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from torchtune_lce import linear_cross_entropy
-from torchtune_lce.divergence import Head, Shares, divergence
-from torchtune_lce.options import Options
-from torchtune_lce.token_statistics import token_statistics
+from torchtune_lce.divergence.function import Head, Shares, divergence
+from torchtune_lce.inputs.options import Options
+from torchtune_lce.terms.token_statistics import token_statistics
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 EACH = ["reference", "chunked", pytest.param("cce", marks=needs_triton)]

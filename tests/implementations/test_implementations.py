@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from torchtune_lce import chunked, compiled, implementations, linear_cross_entropy, reference
-from torchtune_lce.implementations import CCE_PRESETS, NAMES, choose
+from torchtune_lce import linear_cross_entropy
+from torchtune_lce.implementations import choice, chunked, compiled, reference
+from torchtune_lce.implementations.choice import CCE_PRESETS, NAMES, choose
 
 CPU, CUDA, MPS, XPU = (torch.device(kind) for kind in ("cpu", "cuda", "mps", "xpu"))
 
@@ -18,11 +19,11 @@ CPU, CUDA, MPS, XPU = (torch.device(kind) for kind in ("cpu", "cuda", "mps", "xp
 @pytest.fixture(autouse=True)
 def _nothing_remembered():
     """Both are asked once a process."""
-    implementations._has_triton.cache_clear()
-    implementations._say_once.cache_clear()
+    choice._has_triton.cache_clear()
+    choice._say_once.cache_clear()
     yield
-    implementations._has_triton.cache_clear()
-    implementations._say_once.cache_clear()
+    choice._has_triton.cache_clear()
+    choice._say_once.cache_clear()
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from tolerance import Plain, Settings, Upstream, allowances, assert_as_accurate_as_torch, plain_torch
 
-from torchtune_lce import chunked, linear_cross_entropy
-from torchtune_lce.implementations import CCE_PRESETS
+from torchtune_lce import linear_cross_entropy
+from torchtune_lce.implementations import chunked
+from torchtune_lce.implementations.choice import CCE_PRESETS
 
 F64 = torch.float64
 INPUTS = ("hidden", "weight", "bias")

@@ -1,51 +1,28 @@
 """What is held: between forward and backward, and at the worst moment of each. Bytes are counted, not estimated."""
 
 import gc
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from allocations import (
+    MIB,
+    WIDE,
+    WORKSPACE_MIB,
+    Shape,
+    Usage,
+    gradient_bytes,
+    make_inputs,
+    usage,
+)
 
 from torchtune_lce.functional import compute
-from torchtune_lce.options import Options
-
-MIB = 2**20
-WORKSPACE_MIB = 1
-# Bytes a token and a vocabulary entry for vectors of labels, places, sums and counts: a handful of 8-byte ones each.
-# A block of logits, even one of 2 bytes an entry, is many times that in the shapes below.
-BYTES_PER_TOKEN = 64
-BYTES_PER_ENTRY = 8
-
-
-@dataclass(frozen=True)
-class Shape:
-    tokens: int
-    vocabulary: int
-    width: int
-
-    def logits(self, itemsize: int) -> int:
-        return self.tokens * self.vocabulary * itemsize
-
-    def vectors(self) -> int:
-        return self.tokens * BYTES_PER_TOKEN + self.vocabulary * BYTES_PER_ENTRY
-
+from torchtune_lce.inputs.options import Options
 
 # One whose logits are what would not fit, one whose hidden states and their gradient's float32 sum would not.
 LONG = Shape(tokens=256, vocabulary=8200, width=32)
-WIDE = Shape(tokens=1030, vocabulary=520, width=1024)
 # The same for Triton's interpreter, which takes a tenth of a second for a tile.
 FEW_LONG = Shape(tokens=256, vocabulary=1300, width=32)
 FEW_WIDE = Shape(tokens=300, vocabulary=33, width=1024)
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Bytes that a call allocated: at the worst moment, and those still there when it had ended."""
-
-    peak: int
-    kept: int
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -164,21 +141,6 @@ def assert_cce_bounds(impl: str, shape: Shape, inputs: dict, workspace_mib: int)
     assert forward.kept + backward.peak <= workspace_mib * MIB + gradient_bytes(inputs) + 2 * shape.vectors()
 
 
-def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, bias: bool = False) -> dict:
-    targets = torch.randint(0, shape.vocabulary, (shape.tokens,), device=device)
-    targets[::7] = -100
-    return {
-        "hidden": torch.randn(shape.tokens, shape.width, device=device, dtype=dtype, requires_grad=True),
-        "weight": torch.randn(shape.vocabulary, shape.width, device=device, dtype=dtype, requires_grad=True),
-        "targets": targets,
-        "bias": torch.randn(shape.vocabulary, device=device, dtype=dtype, requires_grad=True) if bias else None,
-    }
-
-
-def gradient_bytes(inputs: dict) -> int:
-    return sum(x.nbytes for x in inputs.values() if x is not None and x.requires_grad)
-
-
 def usage_of_both(impl: str, inputs: dict, workspace_mib: int = WORKSPACE_MIB, softcap=None) -> tuple[Usage, Usage]:
     """Of a forward and its backward, a mean over the tokens."""
     options = Options(workspace_mib=workspace_mib, softcap=softcap)
@@ -196,29 +158,3 @@ def usage_of_both(impl: str, inputs: dict, workspace_mib: int = WORKSPACE_MIB, s
             tensor.grad = None
     forward = usage(lambda: held.append(loss(inputs)), device, interpreted)
     return forward, usage(lambda: held.pop().backward(), device, interpreted)
-
-
-def usage(call: Callable[[], None], device: torch.device, interpreted: bool) -> Usage:
-    """By the allocator's own record: of every block on a CPU, of its statistics on a card.
-
-    Triton's interpreter leaves its arguments to the garbage collector.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        torch.cuda.synchronize()
-        return Usage(torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before)
-    if interpreted:
-        gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
-        if interpreted:
-            gc.collect()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    peak = live = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return Usage(peak, live)

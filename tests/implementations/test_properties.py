@@ -11,8 +11,9 @@ from property_cases import INPUTS, Call, bounded, calls
 from tally import tried
 from tolerance import allowances, assert_as_accurate_as_torch, plain_torch
 
-from torchtune_lce import chunked, linear_cross_entropy
-from torchtune_lce.implementations import CCE_PRESETS
+from torchtune_lce import linear_cross_entropy
+from torchtune_lce.implementations import chunked
+from torchtune_lce.implementations.choice import CCE_PRESETS
 
 EACH_IN_TORCH = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 IN_TORCH = pytest.mark.parametrize("impl", ["chunked", "reference"])

@@ -11,10 +11,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torchao.dtypes.nf4tensor import to_nf4
 
-from torchtune_lce import LinearCrossEntropyLoss, linear_cross_entropy, validation
+from torchtune_lce import LinearCrossEntropyLoss, linear_cross_entropy
 from torchtune_lce.functional import compute
-from torchtune_lce.implementations import NAMES
-from torchtune_lce.options import Options
+from torchtune_lce.implementations.choice import NAMES
+from torchtune_lce.inputs import validation
+from torchtune_lce.inputs.options import Options
 
 ANY = ("reference", "chunked", "torch_compile", "cce", "cce_exact", "auto")
 # The kernels take CPU tensors in the interpreter alone; where there is a card, conftest.py leaves it off.

@@ -11,7 +11,8 @@ import torch
 from tolerance import sum_error
 from torch import Tensor
 
-from torchtune_lce import filtering, linear_cross_entropy
+from torchtune_lce import linear_cross_entropy
+from torchtune_lce.inputs import filtering
 
 TOKEN_BLOCK, ENTRY_BLOCK = 4096, 32_768
 SAMPLED = 96

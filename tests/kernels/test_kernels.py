@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from torchtune_lce import filtering, functional
+from torchtune_lce import functional
+from torchtune_lce.inputs import filtering
+from torchtune_lce.inputs.options import Options
 from torchtune_lce.kernels import autograd, forward, plan, tuning
 from torchtune_lce.kernels.operands import Operands
-from torchtune_lce.options import Options
 
 EPS = 2.0**-8
 

@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor, Replicate
 from torchtune import config
 from torchtune.training import compile_loss
 
-from torchtune_lce import LinearCrossEntropyLoss, implementations, linear_cross_entropy
-from torchtune_lce.sft_loss import SFTLoss
+from torchtune_lce import LinearCrossEntropyLoss, linear_cross_entropy
+from torchtune_lce.implementations import choice
+from torchtune_lce.model.sft_loss import SFTLoss
 
 EMBED_DIM = 64
 
@@ -76,9 +77,9 @@ def test_options_reach_the_implementation(model, hidden, targets, monkeypatch, s
 
     def recording(*arguments):
         seen.append(arguments[-1])
-        return implementations.reference.token_losses(*arguments)
+        return choice.reference.token_losses(*arguments)
 
-    monkeypatch.setitem(implementations._TORCH_IMPLS, "reference", recording)
+    monkeypatch.setitem(choice._TORCH_IMPLS, "reference", recording)
     bound(model, impl="reference", **{setting: value})(hidden, targets.abs())
     assert [getattr(options, setting) for options in seen] == [value]
 

@@ -6,34 +6,23 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from test_memory import usage
-from tiny_models import SIZES, VOCABULARY, build_model
+from adapters import EMBED_DIM, KINDS, make_output
+from allocations import usage
+from tiny_models import VOCABULARY, build_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from torchtune.modules.peft import DoRALinear, LoRALinear
 
-from torchtune_lce import LinearCrossEntropyLoss, filtering, implementations, output_adapter
-from torchtune_lce.chunked import entries_per_chunk
-from torchtune_lce.compare.torchtune_main import ChunkedProjectionLoss
+from torchtune_lce import LinearCrossEntropyLoss
+from torchtune_lce.commands.compare.torchtune_main import ChunkedProjectionLoss
 from torchtune_lce.functional import compute
-from torchtune_lce.low_rank import LowRank
-from torchtune_lce.options import Options
+from torchtune_lce.implementations import choice
+from torchtune_lce.implementations.chunked import entries_per_chunk
+from torchtune_lce.inputs import filtering
+from torchtune_lce.inputs.low_rank import LowRank
+from torchtune_lce.inputs.options import Options
+from torchtune_lce.model import output_adapter
 
-EMBED_DIM = SIZES["embed_dim"]
 MIB = 2**20
-KINDS = {"LoRA": LoRALinear, "DoRA": DoRALinear}
-
-
-def make_output(kind: str, vocabulary: int = VOCABULARY, width: int = EMBED_DIM, rank: int = 4, **settings):
-    """An adapter that has been trained for a while: B starts at zero, the magnitude at the row norms."""
-    output = KINDS[kind](width, vocabulary, rank=rank, alpha=3 * rank, **settings)
-    nn.init.normal_(output.lora_b.weight, std=0.1)
-    if kind == "DoRA":
-        output.initialize_dora_magnitude()
-        with torch.no_grad():
-            output.magnitude.mul_(1 + 0.3 * torch.randn(vocabulary))
-            output.magnitude[5] = 0  # a scale by which nothing may be divided
-    return output
 
 
 def bound(output, **settings) -> tuple[nn.Module, LinearCrossEntropyLoss]:
@@ -416,11 +405,9 @@ def test_kernels_refuse_dora_and_auto_takes_chunked(caplog):
 
 
 def test_auto_says_why(caplog):
-    implementations._say_once.cache_clear()
+    choice._say_once.cache_clear()
     caplog.set_level(logging.INFO, logger="torchtune_lce")
-    name, _ = implementations.choose(
-        "auto", torch.empty(1, device="meta"), implementations.beyond_kernels(Options(), True)
-    )
+    name, _ = choice.choose("auto", torch.empty(1, device="meta"), choice.beyond_kernels(Options(), True))
     assert name == "chunked"
     assert "the kernels do not scale rows of the output" in caplog.text
 

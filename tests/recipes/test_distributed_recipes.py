@@ -11,6 +11,7 @@ import pytest
 import torch
 from distributed_processes import spawn, train_all
 from omegaconf import OmegaConf
+from project import SUPPORT
 from tiny_distillation import distillation_config, write_distillation_assets
 from tiny_models import (
     DISTILLATION_DISTRIBUTED,
@@ -236,7 +237,7 @@ def test_launched_as_a_user_does(runs, command, recipe, method, name):
         check=True,
         timeout=120,
         # Ranks of gloo, as in `spawn`: without a card.
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         cwd=runs.assets,
     )
     assert runs.losses(f"launched {name}") == pytest.approx(runs.losses(name)[:1], rel=ROUNDING)

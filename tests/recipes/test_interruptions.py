@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from project import SUPPORT
 from property_cases import ASKED
 from tally import tried
 from tiny_models import (
@@ -59,7 +60,7 @@ class Interrupted:
         """The losses until a SIGKILL after a step in mid-epoch, in a process started as users start it."""
         dying = ["metric_logger._component_=dying_logger.DyingLogger", f"metric_logger.last_step={KILLED_AT}"]
         OmegaConf.save(self.config("killed", *dying), self._folder / "dying.yaml")
-        found_in = Path(torchtune_lce.__file__).parent.parent, Path(__file__).parent
+        found_in = Path(torchtune_lce.__file__).parent.parent, SUPPORT
         command = ["-m", f"torchtune_lce.recipes.{self.method}", "--config", str(self._folder / "dying.yaml")]
         run = subprocess.run(
             [sys.executable, *command],

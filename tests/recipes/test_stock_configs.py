@@ -226,12 +226,12 @@ def test_a_setting_of_the_loss_before_is_left_out_with_a_tilde():
 @pytest.mark.skipif(version("torchtune") != "0.6.1", reason="the page tells about the release")
 def test_the_page_is_up_to_date(bound):
     expected = page({subject: model.head for subject, model in bound.items()})
-    assert PAGE.read_text() == expected, "run `python tests/stock_configs.py`"
+    assert PAGE.read_text() == expected, "run `python tests/support/stock_configs.py`"
 
 
 @pytest.mark.skipif(version("torchtune") != "0.6.1", reason="the table tells about the release")
 def test_the_readmes_table_is_up_to_date():
-    assert readme_table() == table(), "run `python tests/stock_configs.py`"
+    assert readme_table() == table(), "run `python tests/support/stock_configs.py`"
     assert table().count("\n") <= 12
     numbers = [int(cell) for cell in re.findall(r"(?<=\| )\d+(?= \|)", table())]
     assert sum(numbers) == len({subject.config for subject in subjects()})

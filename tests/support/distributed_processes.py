@@ -16,7 +16,7 @@ from tiny_models import our_recipe, stock_recipe, train
 from torchtune import training
 from torchtune.models.llama3_2._component_builders import llama3_2, lora_llama3_2
 
-from torchtune_lce.stock_recipes import load_stock_recipe
+from torchtune_lce.training.stock_recipes import load_stock_recipe
 
 TIMEOUT = timedelta(seconds=120)
 # What every rank imports, for seconds: without a card once a session, by a process from which the ranks are forked.

@@ -1,18 +1,22 @@
-"""The table of docs/dtypes.md, made by calling: `python tests/dtype_table.py` prints it, `--write` puts it there."""
+"""The table of docs/dtypes.md, made by calling: `python tests/support/dtype_table.py` prints it.
+
+``--write`` puts it there.
+"""
 
 import itertools
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from project import ROOT
 
-from torchtune_lce import implementations, linear_cross_entropy
+from torchtune_lce import linear_cross_entropy
+from torchtune_lce.implementations import choice
 
-PAGE = Path(__file__).parent.parent / "docs" / "dtypes.md"
-BEGIN, END = "<!-- table: tests/dtype_table.py -->", "<!-- end of table -->"
+PAGE = ROOT / "docs" / "dtypes.md"
+BEGIN, END = "<!-- table: tests/support/dtype_table.py -->", "<!-- end of table -->"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What autocast casts to on a CPU and on a card alike.
 MODES = (None, torch.bfloat16, torch.float16)
@@ -41,13 +45,13 @@ def product_dtype(mix, mode, impl: str = "chunked") -> str:
     """In which dtype hidden and weight are multiplied, or that they are refused."""
     seen = []
     tensors = inputs(mix)
-    right = implementations._TORCH_IMPLS[impl]
+    right = choice._TORCH_IMPLS[impl]
 
     def spy(hidden, *others):
         seen.append(hidden.dtype)
         return right(hidden, *others)
 
-    with mock.patch.dict(implementations._TORCH_IMPLS, {impl: spy}), autocast(mode):
+    with mock.patch.dict(choice._TORCH_IMPLS, {impl: spy}), autocast(mode):
         try:
             loss = linear_cross_entropy(**tensors, targets=torch.tensor([0, 2]), impl=impl)
         except TypeError:

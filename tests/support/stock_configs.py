@@ -1,6 +1,6 @@
 """Every config of the installed torchtune that trains with cross-entropy, and the output projection of its model.
 
-    python tests/stock_configs.py     writes docs/models.md and the table in README.md
+    python tests/support/stock_configs.py     writes docs/models.md and the table in README.md
 
 Models are built as torchtune's recipes build them, but on the meta device: no data, no memory.
 """
@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 import torchtune
 from omegaconf import DictConfig, OmegaConf
+from project import ROOT
 from torch import nn
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune import config
@@ -32,11 +33,11 @@ from torchtune.training import set_default_dtype
 from vision_models import import_vision_models
 
 FOLDER = Path(torchtune.__file__).parent.parent / "recipes" / "configs"
-PAGE = Path(__file__).parent.parent / "docs" / "models.md"
-README = Path(__file__).parent.parent / "README.md"
+PAGE = ROOT / "docs" / "models.md"
+README = ROOT / "README.md"
 # Between these stands the README's table.
 MARKS = "<!-- which models -->\n", "<!-- end -->\n"
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = ROOT / "recipes"
 OVERRIDE = "loss=torchtune_lce.LinearCrossEntropyLoss"
 KD_OVERRIDE = "kd_loss=torchtune_lce.LinearForwardKLLoss"
 STOCK_LOSS = "torchtune.modules.loss.CEWithChunkedOutputLoss"
@@ -253,8 +254,8 @@ PAGE_TEXT = """\
 # Which models
 
 All {count} configs of torchtune {version} that train with cross-entropy: each one's own model was built on the meta
-device, with nothing overridden but the loss, and bound to it. `python tests/stock_configs.py` writes this page; a test
-builds and binds them all again and compares it.
+device, with nothing overridden but the loss, and bound to it. `python tests/support/stock_configs.py` writes this page;
+a test builds and binds them all again and compares it.
 
 | Model | Output projection | Trained by | LoRA on it | Frozen in |
 |---|---|---|---|---|

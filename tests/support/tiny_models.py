@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune.models.llama3_2._component_builders import llama3_2
 from torchtune.modules import attention_utils
 
-from torchtune_lce.stock_recipes import load_stock_recipe
+from torchtune_lce.training.stock_recipes import load_stock_recipe
 
 VOCABULARY = 512
 LORA = "lora_finetune_single_device"

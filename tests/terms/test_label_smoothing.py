@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_memory import MIB, WIDE, WORKSPACE_MIB, Shape, gradient_bytes, make_inputs, usage
+from allocations import MIB, WIDE, WORKSPACE_MIB, Shape, gradient_bytes, make_inputs, usage
 
-from torchtune_lce import LinearCrossEntropyLoss, chunked, linear_cross_entropy
+from torchtune_lce import LinearCrossEntropyLoss, linear_cross_entropy
 from torchtune_lce.functional import compute
-from torchtune_lce.label_smoothing import smooth, with_mean_logits
-from torchtune_lce.options import Options
+from torchtune_lce.implementations import chunked
+from torchtune_lce.inputs.options import Options
+from torchtune_lce.terms.label_smoothing import smooth, with_mean_logits
 
 TOKENS, ENTRIES, WIDTH = (3, 23), 301, 40
 SMOOTHING = 0.2

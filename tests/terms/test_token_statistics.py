@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from allocations import MIB, Shape, make_inputs, usage
 from test_linear_cross_entropy import COMMON, inputs_with_a_common_logit
-from test_memory import MIB, Shape, make_inputs, usage
 from torch.profiler import ProfilerActivity, profile
 
 from torchtune_lce import linear_token_statistics
-from torchtune_lce.options import Options
-from torchtune_lce.token_statistics import token_statistics
+from torchtune_lce.inputs.options import Options
+from torchtune_lce.terms.token_statistics import token_statistics
 
 # With 1 MiB of workspace several chunks of the vocabulary.
 TOKENS, ENTRIES, WIDTH = (3, 41), 3001, 24

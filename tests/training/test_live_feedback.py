@@ -6,11 +6,12 @@ from tiny_models import FULL, LORA, STOCK_LOSS, build_model, our_recipe, recipe_
 from torchtune.modules.peft import DoRALinear, LoRALinear
 from torchtune.training.metric_logging import DiskLogger
 
-from torchtune_lce import filtering, recipe_runs
-from torchtune_lce.live_feedback import LossStatistics
+from torchtune_lce.commands.shared import recipe_runs
+from torchtune_lce.commands.shared.recipe_runs import OUR_LOSS
+from torchtune_lce.implementations.memory import OutputAdapter, Problem, loss_memory
+from torchtune_lce.inputs import filtering
 from torchtune_lce.loss import LinearCrossEntropyLoss
-from torchtune_lce.plan.loss_memory import OutputAdapter, Problem, loss_memory
-from torchtune_lce.recipe_runs import OUR_LOSS
+from torchtune_lce.training.live_feedback import LossStatistics
 
 KEYS = {"kept_fraction", "largest_dropped_mass"}
 

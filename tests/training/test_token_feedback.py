@@ -25,7 +25,7 @@ from torchtune.modules.peft import LoRALinear
 
 import torchtune_lce.loss
 from torchtune_lce import LinearCrossEntropyLoss
-from torchtune_lce.recipe_runs import read_log
+from torchtune_lce.commands.shared.recipe_runs import read_log
 
 # A z-loss that changes no step; its metric divided by it is the mean square.
 Z_LOSS = 1e-9

@@ -4,7 +4,7 @@ import argparse
 import logging
 import sys
 
-from torchtune_lce.doctor import command as doctor
+from torchtune_lce.commands.doctor import command as doctor
 
 
 def _matters(record: logging.LogRecord) -> bool:
@@ -25,7 +25,7 @@ def main() -> None:
         args.func(args)
         return
     try:
-        from torchtune_lce.tune_parser import TuneLCEParser
+        from torchtune_lce.commands.tune_parser import TuneLCEParser
     except ImportError as error:
         said = " ".join(str(error).split())
         print(

@@ -5,7 +5,7 @@ from pathlib import Path
 from torchtune import _recipe_registry
 from torchtune._recipe_registry import Config, Recipe
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 # How torchtune ends the names of the configs that a recipe takes; of several endings that fit, the longest counts.
 # QLoRA and DoRA configs end as LoRA's do.
 CONFIG_SUFFIXES = {

@@ -7,14 +7,15 @@ from functools import partial
 
 from torchtune._cli.tune import TuneCLIParser
 
-from torchtune_lce import config_reading, registry
-from torchtune_lce.accuracy import command as accuracy
-from torchtune_lce.bench import command as bench
-from torchtune_lce.compare import command as compare
-from torchtune_lce.demo import command as demo
-from torchtune_lce.doctor import command as doctor
-from torchtune_lce.errors import CommandError
-from torchtune_lce.plan import command as plan
+from torchtune_lce.commands import registry
+from torchtune_lce.commands.accuracy import command as accuracy
+from torchtune_lce.commands.bench import command as bench
+from torchtune_lce.commands.compare import command as compare
+from torchtune_lce.commands.demo import command as demo
+from torchtune_lce.commands.doctor import command as doctor
+from torchtune_lce.commands.plan import command as plan
+from torchtune_lce.commands.shared import config_reading
+from torchtune_lce.commands.shared.errors import CommandError
 
 DESCRIPTION = """\
 torchtune's command line with the recipes and configs of torchtune-lce, which train without holding the logits.

@@ -1,9 +1,9 @@
-"""The divergences of :mod:`torchtune_lce.divergence` in bounded memory, in plain PyTorch.
+"""The divergences of :mod:`torchtune_lce.divergence.function` in bounded memory, in plain PyTorch.
 
 The student's gradients are computed in the forward, which has all that they need at hand; the backward only scales
 them. So no projection is read twice, or in the backward, where FSDP2 has let go of the teacher's. What that costs is
 the gradients themselves, held from forward to backward: [N, D], and [V, D] where the student's weight is trained.
-An adapter on either output (:class:`torchtune_lce.low_rank.LowRank`) joins the logits, never the weight.
+An adapter on either output (:class:`torchtune_lce.inputs.low_rank.LowRank`) joins the logits, never the weight.
 
 - Weight frozen (LoRA, on the output too): pieces of tokens. A piece has its whole rows of logits, and each product is
   computed once.
@@ -20,18 +20,18 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from torchtune_lce.autocast import without_autocast
-from torchtune_lce.divergence_steps import steps, summary
-from torchtune_lce.reference import accumulation_dtype
-from torchtune_lce.wide_products import add_product, wide_logits
+from torchtune_lce.divergence.steps import steps, summary
+from torchtune_lce.divergence.wide_products import add_product, wide_logits
+from torchtune_lce.implementations.reference import accumulation_dtype
+from torchtune_lce.inputs.autocast import without_autocast
 
 if TYPE_CHECKING:
-    from torchtune_lce.divergence import Head, Shares
+    from torchtune_lce.divergence.function import Head, Shares
 
 
 class Operands(NamedTuple):
     """What the logits of a model are made of, or the gradients by it; those of the student and by it all of one dtype,
-    but for the scale's. The last three, all or none, are :class:`torchtune_lce.low_rank.LowRank`'s.
+    but for the scale's. The last three, all or none, are :class:`torchtune_lce.inputs.low_rank.LowRank`'s.
     """
 
     hidden: Tensor  # [N, D]

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from torchtune_lce import chunked_divergence, validation
-from torchtune_lce.autocast import cast_inputs, without_autocast
-from torchtune_lce.low_rank import LowRank
-from torchtune_lce.reference import accumulation_dtype, full_logits
-from torchtune_lce.validation import HIDDEN_DTYPES, TARGET_DTYPES
+from torchtune_lce.divergence import chunked as chunked_divergence
+from torchtune_lce.implementations.reference import accumulation_dtype, full_logits
+from torchtune_lce.inputs import validation
+from torchtune_lce.inputs.autocast import cast_inputs, without_autocast
+from torchtune_lce.inputs.low_rank import LowRank
+from torchtune_lce.inputs.validation import HIDDEN_DTYPES, TARGET_DTYPES
 
 NAMES = ("auto", "chunked", "torch_compile", "reference")
 

@@ -1,4 +1,4 @@
-"""What stands between the products of :mod:`torchtune_lce.chunked_divergence`: plain PyTorch, or fused by a compiler.
+"""What stands between the products of :mod:`torchtune_lce.divergence.chunked`: plain PyTorch, or fused by a compiler.
 
 q is the student's softmax, p the teacher's. The loss is forward_share times the forward divergence -Σ p log q, plus
 reverse_share times the reverse one, Σ q (log q - log p).
@@ -14,8 +14,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from torchtune_lce.compiled import compiled_always
-from torchtune_lce.reference import accumulation_dtype
+from torchtune_lce.implementations.compiled import compiled_always
+from torchtune_lce.implementations.reference import accumulation_dtype
 
 
 @dataclass(frozen=True)

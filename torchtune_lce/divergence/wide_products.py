@@ -8,7 +8,7 @@ by tile.
 import torch
 from torch import Tensor
 
-from torchtune_lce.reference import accumulation_dtype
+from torchtune_lce.implementations.reference import accumulation_dtype
 
 # Of rows that are widened at once, however small the workspace, or the products would be slow.
 _LEAST = 16
@@ -17,7 +17,7 @@ _LEAST = 16
 def wide_logits(operands, part: slice, workspace: int, scaled: bool = True) -> Tensor:
     """Logits [N, n] of the entries ``part`` in the accumulation dtype, without their scale unless ``scaled``.
 
-    ``operands`` are those of :mod:`torchtune_lce.chunked_divergence`; at most ``workspace`` bytes beside the logits.
+    ``operands`` are those of :mod:`torchtune_lce.divergence.chunked`; at most ``workspace`` bytes beside the logits.
     """
     logits = _wide_product(operands.hidden, operands.weight[part], workspace)
     if operands.bias is not None:

@@ -10,8 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from torchtune_lce import chunked, compiled, reference
-from torchtune_lce.options import Options
+from torchtune_lce.implementations import chunked, compiled, reference
+from torchtune_lce.inputs.options import Options
 
 _log = logging.getLogger("torchtune_lce")
 
@@ -55,7 +55,7 @@ def check_name(impl: str) -> None:
 def beyond_kernels(options: Options, scaled: bool) -> str | None:
     """What these settings need of the logits that the ``cce`` implementations do not do, if anything.
 
-    ``scaled``: a :class:`torchtune_lce.low_rank.LowRank` with a scale is part of the projection.
+    ``scaled``: a :class:`torchtune_lce.inputs.low_rank.LowRank` with a scale is part of the projection.
     """
     if scaled:
         return "scale rows of the output projection, as DoRA on model.output does"
@@ -67,8 +67,8 @@ def beyond_kernels(options: Options, scaled: bool) -> str | None:
 def choose(impl: str, hidden: Tensor, beyond: str | None = None) -> tuple[str, TokenLosses]:
     """The implementation that runs for ``impl`` on the device and dtype of ``hidden``, and its name.
 
-    All take a :class:`torchtune_lce.low_rank.LowRank` as a sixth argument; ``beyond`` is what :func:`beyond_kernels`
-    says. Those with kernels return no mean of the logits.
+    All take a :class:`torchtune_lce.inputs.low_rank.LowRank` as a sixth argument; ``beyond`` is what
+    :func:`beyond_kernels` says. Those with kernels return no mean of the logits.
 
     Raises ValueError for an unknown name and RuntimeError, saying what to set instead, for one that cannot run here.
     """

@@ -5,7 +5,8 @@ of exponentials measured from it; the backward computes each chunk's logits agai
 than one [N, chunk] block of them. Both are custom operators: how many tokens are in use decides their shapes, which a
 compiler cannot know.
 
-An adapter (:class:`torchtune_lce.low_rank.LowRank`) joins chunk by chunk, in the accumulation dtype: its rank is small.
+An adapter (:class:`torchtune_lce.inputs.low_rank.LowRank`) joins chunk by chunk, in the accumulation dtype: its rank is
+small.
 """
 
 from functools import partial
@@ -13,10 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchtune_lce.autocast import without_autocast
-from torchtune_lce.low_rank import LowRank
-from torchtune_lce.options import Options
-from torchtune_lce.reference import accumulation_dtype
+from torchtune_lce.implementations.reference import accumulation_dtype
+from torchtune_lce.inputs.autocast import without_autocast
+from torchtune_lce.inputs.low_rank import LowRank
+from torchtune_lce.inputs.options import Options
 
 
 def entries_per_chunk(
@@ -345,7 +346,7 @@ def token_losses(
     options: Options,
     low_rank: LowRank | None = None,
 ):
-    """Same contract as :func:`torchtune_lce.reference.token_losses`."""
+    """Same contract as :func:`torchtune_lce.implementations.reference.token_losses`."""
     nll, peak, log_total, means = torch.ops.torchtune_lce.chunked(
         hidden,
         weight,

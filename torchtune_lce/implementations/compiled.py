@@ -6,9 +6,9 @@ from functools import cache, wraps
 import torch
 from torch import Tensor
 
-from torchtune_lce import reference
-from torchtune_lce.low_rank import LowRank
-from torchtune_lce.options import Options
+from torchtune_lce.implementations import reference
+from torchtune_lce.inputs.low_rank import LowRank
+from torchtune_lce.inputs.options import Options
 
 
 def compiled_always(function: Callable) -> Callable:
@@ -43,7 +43,10 @@ def token_losses(
     options: Options,
     low_rank: LowRank | None = None,
 ):
-    """Same contract as :func:`torchtune_lce.reference.token_losses`; the logits are held once, in the input dtype."""
+    """Same contract as :func:`torchtune_lce.implementations.reference.token_losses`.
+
+    The logits are held once, in the input dtype.
+    """
     # A caller that compiles fuses it himself.
     run = reference.token_losses if torch.compiler.is_compiling() else _compiled()
     return run(hidden, weight, bias, targets, options, low_rank)

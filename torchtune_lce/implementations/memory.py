@@ -19,17 +19,18 @@ LoRA on the output, of rank r, adds its gradients, Vrb and rDb, to those above, 
 thinned out hidden states and their mask, (b + 1)ND. DoRA's scale of the rows has a gradient that needs what it scales:
 stock keeps two more copies of the logits, 2bNV, and holds three of the weight, 3VDb, for the length of its rows.
 
-tests/test_plan.py holds these against allocations measured on the CPU, docs/benchmarks.md against a card's.
+tests/commands/plan/test_plan.py holds these against allocations measured on the CPU, docs/benchmarks.md against a
+card's.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from torchtune_lce import implementations
-from torchtune_lce.chunked import entries_per_chunk, tokens_per_piece
-from torchtune_lce.output_adapter import NORM_BYTES
-from torchtune_lce.reference import accumulation_dtype
+from torchtune_lce.implementations import choice
+from torchtune_lce.implementations.chunked import entries_per_chunk, tokens_per_piece
+from torchtune_lce.implementations.reference import accumulation_dtype
+from torchtune_lce.model.output_adapter import NORM_BYTES
 
 CHUNKS = 8
 # Of labels, places, sums and counts: a few 8-byte numbers each.
@@ -111,13 +112,13 @@ def obstacle(loss: str, adapter: OutputAdapter | None) -> str | None:
     base = loss.removesuffix("_compiled")
     if adapter is not None and base == "main":
         return "has no formula for an adapter on the output (apply_lora_to_output: False)"
-    if adapter is not None and adapter.scaled and base in implementations.CCE_PRESETS:
+    if adapter is not None and adapter.scaled and base in choice.CCE_PRESETS:
         return "does not take DoRA on the output; chunked does"
     return None
 
 
 def loss_memory(loss: str, problem: Problem) -> LossMemory:
-    """Of ``stock``, ``main`` (each also ``_compiled``) or one of this package's implementations.
+    """Of ``stock``, ``main`` (each also ``_compiled``) or one of this package's choice.
 
     Raises ValueError for another name, or where there is an :func:`obstacle`.
     """
@@ -135,7 +136,7 @@ def loss_memory(loss: str, problem: Problem) -> LossMemory:
         return _full_logits(problem)
     if base == "chunked":
         return _chunked(problem)
-    if base in implementations.CCE_PRESETS:
+    if base in choice.CCE_PRESETS:
         return _cce(problem)
     raise ValueError(f"no formula for the memory of {loss!r}")
 

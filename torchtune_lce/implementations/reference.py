@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchtune_lce.low_rank import LowRank
-from torchtune_lce.options import Options
+from torchtune_lce.inputs.low_rank import LowRank
+from torchtune_lce.inputs.options import Options
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

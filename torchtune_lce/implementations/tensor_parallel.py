@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from torchtune_lce.implementations import TokenLosses
-from torchtune_lce.options import Options
-from torchtune_lce.token_statistics import Predictions
+from torchtune_lce.implementations.choice import TokenLosses
+from torchtune_lce.inputs.options import Options
+from torchtune_lce.terms.token_statistics import Predictions
 
 
 @dataclass(frozen=True)

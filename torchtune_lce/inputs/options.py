@@ -10,7 +10,7 @@ METRICS = ("accuracy", "entropy", "nll", "z_loss")
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of one call, validated once by :func:`torchtune_lce.validation.check_options`.
+    """Settings of one call, validated once by :func:`torchtune_lce.inputs.validation.check_options`.
 
     ``filter_eps`` is ``"auto"``, ``None`` (keep everything) or a float in [0, 1): softmax entries below it may be
     dropped from the gradients by the implementations that filter. ``z_loss`` times the squared log-sum-exp is added to

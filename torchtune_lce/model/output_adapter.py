@@ -5,16 +5,16 @@ With W the weight, b the bias, A and B the adapter's two matrices, s = alpha / r
     LoRALinear  h W^T + b + s dropout(h) A^T B^T
     DoRALinear  (h W^T + b + s dropout(h) A^T B^T) * magnitude / |W + s B A|, the norm of each row without gradient
 
-which is a :class:`torchtune_lce.low_rank.LowRank` with low = s dropout(h) A^T, up = B.
+which is a :class:`torchtune_lce.inputs.low_rank.LowRank` with low = s dropout(h) A^T, up = B.
 """
 
 import torch
 from torch import Tensor
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
-from torchtune_lce.autocast import without_autocast
-from torchtune_lce.low_rank import LowRank
-from torchtune_lce.reference import accumulation_dtype
+from torchtune_lce.implementations.reference import accumulation_dtype
+from torchtune_lce.inputs.autocast import without_autocast
+from torchtune_lce.inputs.low_rank import LowRank
 
 Adapter = LoRALinear | DoRALinear
 # Rows of W and of W + s B A that are held at a time, in the accumulation dtype.

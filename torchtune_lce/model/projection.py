@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchtune.modules.peft import DoRALinear, LoRALinear, QATLoRALinear
 from torchtune.modules.tied_linear import TiedLinear
 
-from torchtune_lce.model_output import check_unembed, find_decoder, uncompiled
-from torchtune_lce.output_adapter import Adapter, is_dora
+from torchtune_lce.model.model_output import check_unembed, find_decoder, uncompiled
+from torchtune_lce.model.output_adapter import Adapter, is_dora
 
 _counter = itertools.count()
 # Roots that let go of their parameters after forward until a projection had them keep them.

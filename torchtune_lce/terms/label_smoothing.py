@@ -15,10 +15,10 @@ from __future__ import annotations  # torch 2.8 compiles nested functions, but n
 import torch
 from torch import Tensor
 
-from torchtune_lce.autocast import without_autocast
-from torchtune_lce.implementations import TokenLosses
-from torchtune_lce.low_rank import LowRank
-from torchtune_lce.options import Options
+from torchtune_lce.implementations.choice import TokenLosses
+from torchtune_lce.inputs.autocast import without_autocast
+from torchtune_lce.inputs.low_rank import LowRank
+from torchtune_lce.inputs.options import Options
 
 # Elements of a matrix that a CPU widens at a time to add them up; a card widens what it reads.
 _ELEMENTS_ON_CPU = 2**16

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from torchtune_lce import chunked
-from torchtune_lce.autocast import without_autocast
-from torchtune_lce.low_rank import LowRank
-from torchtune_lce.options import Options
-from torchtune_lce.reference import accumulation_dtype
+from torchtune_lce.implementations import chunked
+from torchtune_lce.implementations.reference import accumulation_dtype
+from torchtune_lce.inputs.autocast import without_autocast
+from torchtune_lce.inputs.low_rank import LowRank
+from torchtune_lce.inputs.options import Options
 
 if TYPE_CHECKING:
-    from torchtune_lce.tensor_parallel import VocabularyShard
+    from torchtune_lce.implementations.tensor_parallel import VocabularyShard
 
 
 class Predictions(NamedTuple):

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import Tensor
 
-from torchtune_lce import filtering, output_adapter
+from torchtune_lce.implementations.memory import OutputAdapter, Problem, loss_memory
+from torchtune_lce.inputs import filtering
 from torchtune_lce.loss import Batch, LinearCrossEntropyLoss
-from torchtune_lce.plan.loss_memory import OutputAdapter, Problem, loss_memory
+from torchtune_lce.model import output_adapter
 
 LOSS_SETTING = "log_loss_stats"
 # What each of the loss's metrics is called in the log, where a name that ends in `loss` would be taken for the loss.
@@ -53,9 +54,9 @@ class LossStatistics(AddsToRecords):
     the largest batch was to take in it, in GiB as torchtune logs memory, by the formulas of ``tune-lce plan``: the
     allocator's peak would have to be reset to measure it, which is torchtune's to do. Where it filters gradients,
     ``kept_fraction`` is that of the softmax's tiles that the gradients were made of, and ``largest_dropped_mass``
-    bounds the softmax mass that was left out of any token's; see :mod:`torchtune_lce.filtering`. Both are collected on
-    the device and read only when torchtune logs, which waits for the device anyway. On several devices they are those
-    of the one that logs.
+    bounds the softmax mass that was left out of any token's; see :mod:`torchtune_lce.inputs.filtering`. Both are
+    collected on the device and read only when torchtune logs, which waits for the device anyway. On several devices
+    they are those of the one that logs.
     """
 
     def __init__(self, logger, loss: LinearCrossEntropyLoss):

@@ -6,10 +6,10 @@ from omegaconf import DictConfig
 from torch import nn
 from torchtune import config
 
-from torchtune_lce import live_feedback
-from torchtune_lce.empty_steps import SkipsEmptySteps
 from torchtune_lce.loss import LinearCrossEntropyLoss
-from torchtune_lce.model_output import uncompiled
+from torchtune_lce.model.model_output import uncompiled
+from torchtune_lce.training import live_feedback
+from torchtune_lce.training.empty_steps import SkipsEmptySteps
 
 
 class BindsLossToModel:

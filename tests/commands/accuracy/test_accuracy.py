@@ -5,11 +5,11 @@ import argparse
 import pytest
 import torch
 
-from torchtune_lce import implementations
-from torchtune_lce.accuracy import command, data, measure, report, session
-from torchtune_lce.accuracy.measure import Row, rows_of
-from torchtune_lce.bench.shapes import Shape
-from torchtune_lce.bench.yardstick import Errors, left_out_by_filter, plain_torch
+from torchtune_lce.commands.accuracy import command, data, measure, report, session
+from torchtune_lce.commands.accuracy.measure import Row, rows_of
+from torchtune_lce.commands.shared.shapes import Shape
+from torchtune_lce.commands.shared.yardstick import Errors, left_out_by_filter, plain_torch
+from torchtune_lce.implementations import choice
 
 CPU = torch.device("cpu")
 SMALL = Shape(tokens=160, hidden=128, vocab=1500)
@@ -109,13 +109,13 @@ def wrong_by(error):
         def backward(ctx, upstream):
             return upstream * (1 + error)
 
-    right = implementations._TORCH_IMPLS["reference"]
+    right = choice._TORCH_IMPLS["reference"]
     return lambda hidden, *others: right(Scaled.apply(hidden), *others)
 
 
 @pytest.mark.parametrize(("error", "code", "verdict"), [(0.0, 0, "PASS: 2 of"), (1e-2, 1, "FAIL: chunked above")])
 def test_exit_status_and_files(tmp_path, monkeypatch, capsys, error, code, verdict):
-    monkeypatch.setitem(implementations._TORCH_IMPLS, "chunked", wrong_by(error))
+    monkeypatch.setitem(choice._TORCH_IMPLS, "chunked", wrong_by(error))
     monkeypatch.setattr(session, "runnable", lambda *_: (["chunked", "reference"], {"cce": "needs a CUDA card"}))
     examine = session.examine
     monkeypatch.setattr(session, "examine", lambda output, said: examine(output, said, CPU, SMALL))
@@ -138,7 +138,7 @@ def test_exit_status_and_files(tmp_path, monkeypatch, capsys, error, code, verdi
 def test_what_runs_on_a_cpu():
     able, unable = session.runnable(CPU, torch.float32)
     assert {"chunked", "reference"} <= set(able) <= {"chunked", "reference", "torch_compile"}
-    assert set(unable) | set(able) == set(implementations.NAMES) - {"auto"}
+    assert set(unable) | set(able) == set(choice.NAMES) - {"auto"}
     assert unable["cce"] == "needs a CUDA card"
 
 
@@ -150,7 +150,7 @@ def test_the_picture_tells_everything_apart(tmp_path, monkeypatch):
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure) or save(figure, path))
     errors, filtered = Errors(1e-3, 1e-3, 1e-3), Errors(0.0, 1e-2, 1e-2)
-    names = [name for name in implementations.NAMES if name != "auto"]
+    names = [name for name in choice.NAMES if name != "auto"]
     rows = [Row("random", "bfloat16", "PyTorch", errors), Row("random", "bfloat16", "strictest filter", filtered)]
     rows += [Row("random", "bfloat16", name, errors, errors) for name in names]
     title = "device NVIDIA H100 80GB HBM3, " * 8 + "commit " + "0123456789" * 4

@@ -10,16 +10,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from torchtune_lce import cli, implementations, tune_parser
-from torchtune_lce.bench import correctness, environment, losses, measure, probe, session, text, timing, yardstick
-from torchtune_lce.bench.data import Batch, file_batches, random_batch
-from torchtune_lce.bench.errors import BenchError
-from torchtune_lce.bench.losses import Candidate
-from torchtune_lce.bench.shapes import MODELS, Shape, parse_shape
-from torchtune_lce.bench.statistics import softmax_statistics
-from torchtune_lce.bench.trained import trained_batch
-from torchtune_lce.bench.yardstick import UNFILTERED
-from torchtune_lce.implementations import Filtering
+from torchtune_lce.commands import cli, tune_parser
+from torchtune_lce.commands.bench import correctness, measure, probe, session, text, timing
+from torchtune_lce.commands.bench.errors import BenchError
+from torchtune_lce.commands.bench.statistics import softmax_statistics
+from torchtune_lce.commands.shared import candidates as losses
+from torchtune_lce.commands.shared import environment, yardstick
+from torchtune_lce.commands.shared.batches import Batch, file_batches, random_batch
+from torchtune_lce.commands.shared.candidates import Candidate
+from torchtune_lce.commands.shared.shapes import MODELS, Shape, parse_shape
+from torchtune_lce.commands.shared.trained import trained_batch
+from torchtune_lce.commands.shared.yardstick import UNFILTERED
+from torchtune_lce.implementations import choice
+from torchtune_lce.implementations.choice import Filtering
 
 CPU = torch.device("cpu")
 TINY = Shape(130, 32, 140)
@@ -630,7 +633,7 @@ def test_arguments_that_make_no_sense(tune_lce, arguments, said):
 
 
 def test_data_and_shapes_of_the_command_line(monkeypatch, tmp_path):
-    from torchtune_lce.bench import command
+    from torchtune_lce.commands.bench import command
 
     (tmp_path / "x.pt").touch()
     arguments = ["bench", "--file", str(tmp_path / "x.pt"), "--model", "gemma2_2b"]
@@ -658,9 +661,9 @@ def test_presets_only_on_request():
 
 def test_the_workspace_is_our_losses_own(monkeypatch):
     seen = []
-    real = implementations._TORCH_IMPLS["chunked"]
+    real = choice._TORCH_IMPLS["chunked"]
     monkeypatch.setitem(
-        implementations._TORCH_IMPLS, "chunked", lambda *given: seen.append(given[4].workspace_mib) or real(*given)
+        choice._TORCH_IMPLS, "chunked", lambda *given: seen.append(given[4].workspace_mib) or real(*given)
     )
     batch = random_batch(TINY, torch.float32, CPU)
     right = yardstick.measure(batch)

@@ -31,16 +31,17 @@ from tiny_models import (
 from torchtune import config as torchtune_config
 from torchtune.models.qwen2 import Qwen2Tokenizer
 
-from torchtune_lce import recipe_runs, registry
-from torchtune_lce.compare import command, distillation, losses, report, runs, session
-from torchtune_lce.compare.checkpointers import LoadOnly, RandomWeights
-from torchtune_lce.compare.demo_data import DemoData, TokenRows
-from torchtune_lce.compare.losses import LossChoice
-from torchtune_lce.compare.runs import Outcome, Run
-from torchtune_lce.errors import CommandError
-from torchtune_lce.plan import command as plan
-from torchtune_lce.random_weights import random_state_dict
-from torchtune_lce.recipe_runs import Result
+from torchtune_lce.commands import registry
+from torchtune_lce.commands.compare import command, report, session
+from torchtune_lce.commands.compare.checkpointers import LoadOnly, RandomWeights
+from torchtune_lce.commands.compare.demo_data import DemoData, TokenRows
+from torchtune_lce.commands.plan import command as plan
+from torchtune_lce.commands.shared import distillation, loss_choices, recipe_runs, runs
+from torchtune_lce.commands.shared.errors import CommandError
+from torchtune_lce.commands.shared.loss_choices import LossChoice
+from torchtune_lce.commands.shared.random_weights import random_state_dict
+from torchtune_lce.commands.shared.recipe_runs import Result
+from torchtune_lce.commands.shared.runs import Outcome, Run
 
 LORA_CONFIG = "lce/llama3_2/1B_lora_single_device"
 BUILDER = "torchtune.models.llama3_2._component_builders.llama3_2"
@@ -78,20 +79,20 @@ def result(*values, speed=100.0, peak=2**30) -> Result:
 
 
 def test_names_are_read():
-    assert losses.parse("stock,cce_compiled,torch_compile,main") == [
+    assert loss_choices.parse("stock,cce_compiled,torch_compile,main") == [
         LossChoice("stock", False),
         LossChoice("cce", True),
         LossChoice("torch_compile", False),
         LossChoice("main", False),
     ]
     assert LossChoice("cce", True).name == "cce_compiled"
-    assert losses.parse("stock@12,cce_compiled@0") == [LossChoice("stock", False, 12), LossChoice("cce", True, 0)]
+    assert loss_choices.parse("stock@12,cce_compiled@0") == [LossChoice("stock", False, 12), LossChoice("cce", True, 0)]
     assert LossChoice("cce", True, 0).name == "cce_compiled@0"
     for wrong in ("ccee", "cce@", "cce@x", "cce@1_compiled"):
         with pytest.raises(CommandError, match=f"--losses takes stock, main, auto, cce, .* got '{wrong}'"):
-            losses.parse(f"stock,{wrong}")
+            loss_choices.parse(f"stock,{wrong}")
     with pytest.raises(CommandError, match="each loss once"):
-        losses.parse("cce,stock,cce")
+        loss_choices.parse("cce,stock,cce")
 
 
 def test_sections_of_the_config():
@@ -107,7 +108,7 @@ def test_sections_of_the_config():
 def test_sections_of_a_distillation(component):
     def section(name, divergence="Forward", **options):
         configured = OmegaConf.create({"_component_": component[divergence], **options})
-        return distillation.section(losses.parse(name)[0], configured)
+        return distillation.section(loss_choices.parse(name)[0], configured)
 
     assert section("stock_compiled") == {"_component_": STOCK_CHUNKED["Forward"]}
     assert section("torch_compile", "Reverse") == {"_component_": OURS["Reverse"], "impl": "torch_compile"}
@@ -133,8 +134,8 @@ def test_a_distillation_keeps_the_options_that_its_loss_has():
 def test_a_loss_that_cannot_run_is_refused_and_left_out_of_the_usual_ones(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(CommandError, match="--losses: cce needs a CUDA card, not cpu; take 'chunked'"):
-        losses.select("stock,cce", "cpu", torch.float32)
-    usual = [choice.name for choice in losses.select(None, "cpu", torch.float32)]
+        loss_choices.select("stock,cce", "cpu", torch.float32)
+    usual = [choice.name for choice in loss_choices.select(None, "cpu", torch.float32)]
     assert usual == ["stock", "chunked", "torch_compile"]
 
 
@@ -325,7 +326,7 @@ def run(tmp_path) -> Run:
 
 
 def logging(*values):
-    """What stands in for a recipe: logs these losses."""
+    """What stands in for a recipe: logs these loss_choices."""
 
     def recipe(command, folder, steps, on_step, log, warmup, process):
         lines = [f"Step {i} | loss:{loss} tokens_per_second_per_gpu:{10.0 * i} \n" for i, loss in enumerate(values)]
@@ -351,7 +352,7 @@ def test_command_and_config_of_a_run(run):
 def test_a_seed_of_its_own_stands_before_the_configs(tmp_path):
     config = runs.read_config(LORA_CONFIG, ["seed=5"])
     for name, seed in (("stock", 5), ("stock@7", 7), ("stock@0", 0)):
-        ready = runs.prepared(config, losses.parse(name)[0], tmp_path, 3, random_weights=True)
+        ready = runs.prepared(config, loss_choices.parse(name)[0], tmp_path, 3, random_weights=True)
         assert (ready.seed, ready.checkpointer.seed) == (seed, seed)
 
 
@@ -676,11 +677,11 @@ def test_full_on_random_weights_in_mains_way(tmp_path, tied):
 
 
 def test_distillation_on_random_weights_beside_stocks(tmp_path):
-    """Student, teacher and both losses, in torchtune's recipe and in ours."""
+    """Student, teacher and both loss_choices, in torchtune's recipe and in ours."""
     write_assets(assets := tmp_path / "assets")
     curves = {}
     for kind, recipe in (("stock", stock_recipe), ("chunked", our_recipe), ("auto", our_recipe)):
-        # Configured is the other one's pair of losses, which the comparison replaces.
+        # Configured is the other one's pair of loss_choices, which the comparison replaces.
         ours = kind == "stock"
         cfg = distillation_config(assets, tmp_path, DISTILLATION, tied=True, divergence="Reverse", ours=ours)
         cfg.checkpointer.checkpoint_dir = cfg.teacher_checkpointer.checkpoint_dir = str(tmp_path / "nowhere")

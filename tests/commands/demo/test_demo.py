@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 from torchtune import config
 from torchtune.models.qwen2 import Qwen2Tokenizer
 
-from torchtune_lce import recipe_runs
-from torchtune_lce.demo import command, data, demonstration, folder, model, runs, tokenizer
-from torchtune_lce.demo.comparison import compare
-from torchtune_lce.errors import CommandError
+from torchtune_lce.commands.demo import command, demonstration, folder, model, runs
+from torchtune_lce.commands.demo.comparison import compare
+from torchtune_lce.commands.shared import chats, recipe_runs, tokenizer
+from torchtune_lce.commands.shared.errors import CommandError
 
 LIBRARY = {
     "pack/__init__.py": '"""Packs things so that other things can be unpacked."""\n',
@@ -67,13 +67,13 @@ def record(loss, **more):
 
 
 def test_sources_are_the_librarys_modules_in_order(library):
-    sources = data.read_sources(library)
+    sources = chats.read_sources(library)
     assert list(sources) == ["latin", "pack", "pack._private", "pack.wrap", "template"]
     assert sources["latin"].endswith("'é'\n")
 
 
 def test_samples_are_public_documentation_once(library):
-    assert data.questions_and_answers(data.read_sources(library)) == [
+    assert chats.questions_and_answers(chats.read_sources(library)) == [
         {"input": "What does `pack` do?", "output": "Packs things so that other things can be unpacked."},
         {
             "input": "What does `pack.wrap.Wrapper` do?",
@@ -87,8 +87,8 @@ def test_samples_are_public_documentation_once(library):
 
 
 def test_samples_of_this_pythons_library_last_for_the_default_steps():
-    sources = data.read_sources()
-    samples = data.questions_and_answers(sources)
+    sources = chats.read_sources()
+    samples = chats.questions_and_answers(sources)
     answers = {sample["input"]: sample["output"] for sample in samples}
     assert answers["What does `textwrap.dedent` do?"].startswith("Remove any common leading whitespace")
     assert len(samples) > command.DEFAULT_STEPS * 32
@@ -98,12 +98,12 @@ def test_samples_of_this_pythons_library_last_for_the_default_steps():
 
 def test_library_without_sources_is_named(tmp_path):
     with pytest.raises(CommandError, match=f"standard library, but {tmp_path} holds no .py files"):
-        data.read_sources(tmp_path)
+        chats.read_sources(tmp_path)
 
 
 def test_jsonl_holds_one_sample_a_line(tmp_path):
     samples = [{"input": "a", "output": "b\nc"}, {"input": "d", "output": "é"}]
-    data.write_jsonl(samples, tmp_path / "samples.jsonl")
+    chats.write_jsonl(samples, tmp_path / "samples.jsonl")
     assert [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()] == samples
 
 
@@ -297,7 +297,7 @@ def test_cce_without_a_card_is_refused_before_anything_is_written(tmp_path, monk
 def test_bad_arguments_are_named(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.setitem(demonstration._BATCH_SIZE, "cuda", 8)
     monkeypatch.setattr(
-        data, "read_sources", lambda: {f"module{i}": f'"""{"documented " * 5}{i}"""' for i in range(19)}
+        chats, "read_sources", lambda: {f"module{i}": f'"""{"documented " * 5}{i}"""' for i in range(19)}
     )
     assert demo("--output", str(tmp_path / "demo"), *arguments) == 2
     assert capsys.readouterr().err.startswith(f"tune-lce demo: {message}")
@@ -330,7 +330,7 @@ def test_interrupt_is_no_traceback(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_demo_end_to_end(tmp_path, monkeypatch, capsys):
-    """In a folder of its own, as a user would: real data, tokenizer, model, recipes, both losses, three steps."""
+    """In a folder of its own, as a user would: real chats, tokenizer, model, recipes, both losses, three steps."""
     output = tmp_path / "a demo"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "60")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from torchtune_lce import implementations
-from torchtune_lce.doctor import report, selftest, versions
+from torchtune_lce.commands.doctor import report, selftest, versions
+from torchtune_lce.implementations import choice
 
 FITTING = {"python": "3.11.7", "torch": "2.13.0+cpu", "torchtune": "0.6.1", "torchao": "0.15.0", "triton": None}
 FITTING |= {"torchvision": None}
@@ -41,7 +41,7 @@ def test_on_a_card_the_kernels_are_taken():
 
 def scaled(by_loss: float, by_gradient: float):
     """``chunked`` with its losses, and apart from that its gradient by hidden, off by a factor."""
-    right = implementations._TORCH_IMPLS["chunked"]
+    right = choice._TORCH_IMPLS["chunked"]
 
     class Scaled(torch.autograd.Function):
         @staticmethod
@@ -61,7 +61,7 @@ def scaled(by_loss: float, by_gradient: float):
 
 
 def test_a_wrong_gradient_is_noticed(monkeypatch):
-    monkeypatch.setitem(implementations._TORCH_IMPLS, "chunked", scaled(1, 1.001))
+    monkeypatch.setitem(choice._TORCH_IMPLS, "chunked", scaled(1, 1.001))
     outcome = selftest.run("chunked", torch.device("cpu"), torch.float32)
     assert not outcome.passed
     well, text = shown()
@@ -71,7 +71,7 @@ def test_a_wrong_gradient_is_noticed(monkeypatch):
 
 @pytest.mark.parametrize(("by_loss", "by_gradient"), [(1, 1), (1.01, 1), (1, 1.03)])
 def test_in_bfloat16_a_few_percent_are_noticed(monkeypatch, by_loss, by_gradient):
-    monkeypatch.setitem(implementations._TORCH_IMPLS, "chunked", scaled(by_loss, by_gradient))
+    monkeypatch.setitem(choice._TORCH_IMPLS, "chunked", scaled(by_loss, by_gradient))
     outcome = selftest.run("chunked", torch.device("cpu"), torch.bfloat16)
     assert outcome.passed == (by_loss == by_gradient == 1), outcome
 
@@ -176,7 +176,7 @@ def test_a_torchao_that_fits_by_its_version_alone(tmp_path):
 
 
 def test_obstacles_are_named():
-    against = implementations.obstacle("cce", torch.device("mps"), torch.float32)
+    against = choice.obstacle("cce", torch.device("mps"), torch.float32)
     assert against is not None
     assert "set impl='chunked'" in against
-    assert implementations.obstacle("chunked", torch.device("mps"), torch.float32) is None
+    assert choice.obstacle("chunked", torch.device("mps"), torch.float32) is None

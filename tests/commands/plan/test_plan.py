@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from allocations import usage
 from omegaconf import OmegaConf
-from test_memory import usage
 from tiny_distillation import distillation_config, write_distillation_assets
 from tiny_models import (
     DISTILLATION,
@@ -24,18 +24,20 @@ from torchtune import training
 from torchtune.modules.loss import CEWithChunkedOutputLoss, kd_losses
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
-from torchtune_lce import config_reading, linear_cross_entropy, output_adapter, registry
-from torchtune_lce.bench import peers
-from torchtune_lce.divergence import Head, Shares, divergence
-from torchtune_lce.errors import CommandError
+from torchtune_lce import linear_cross_entropy
+from torchtune_lce.commands import registry
+from torchtune_lce.commands.plan import command, report
+from torchtune_lce.commands.plan.distillation_memory import Distillation, distillation_memory
+from torchtune_lce.commands.plan.planning import USABLE, Planner
+from torchtune_lce.commands.plan.step import _NF4_BYTES, optimizer_bytes
+from torchtune_lce.commands.shared import config_reading, peers
+from torchtune_lce.commands.shared.errors import CommandError
+from torchtune_lce.commands.shared.random_weights import is_quantised
+from torchtune_lce.divergence.function import Head, Shares, divergence
 from torchtune_lce.functional import compute
-from torchtune_lce.options import Options
-from torchtune_lce.plan import command, report
-from torchtune_lce.plan.distillation_memory import Distillation, distillation_memory
-from torchtune_lce.plan.loss_memory import OutputAdapter, Problem, loss_memory
-from torchtune_lce.plan.planning import USABLE, Planner
-from torchtune_lce.plan.step import _NF4_BYTES, optimizer_bytes
-from torchtune_lce.random_weights import is_quantised
+from torchtune_lce.implementations.memory import OutputAdapter, Problem, loss_memory
+from torchtune_lce.inputs.options import Options
+from torchtune_lce.model import output_adapter
 
 CPU = torch.device("cpu")
 LLAMA = {method: f"lce/llama3_2/1B_{method}_single_device" for method in ("lora", "full")}
@@ -287,7 +289,7 @@ def test_step_on_a_cpu(assets, method, loss, overrides):
     ]
     component = STOCK_LOSS if loss == "stock" else OUR_LOSS
     cfg = recipe_config(assets / "assets", assets / "run", method, tied=False, loss=component, overrides=overrides)
-    cfg.checkpointer = {"_component_": "torchtune_lce.compare.checkpointers.RandomWeights", "model": cfg.model}
+    cfg.checkpointer = {"_component_": "torchtune_lce.commands.compare.checkpointers.RandomWeights", "model": cfg.model}
     cfg.checkpointer.model_type = "LLAMA3_2"
     recipe = (stock_recipe if loss == "stock" else our_recipe)(method)(cfg)
     recipe.setup(cfg)
@@ -313,7 +315,10 @@ def test_step_of_a_distillation_on_a_cpu(distillation_assets, loss):
         overrides=overrides if ours else [name for name in overrides if "workspace" not in name],
     )
     for part in ("", "teacher_"):
-        weights = {"_component_": "torchtune_lce.compare.checkpointers.RandomWeights", "model": cfg[f"{part}model"]}
+        weights = {
+            "_component_": "torchtune_lce.commands.compare.checkpointers.RandomWeights",
+            "model": cfg[f"{part}model"],
+        }
         cfg[f"{part}checkpointer"] = weights | {"model_type": "LLAMA3_2"}
     recipe = (our_recipe if ours else stock_recipe)(DISTILLATION)(cfg)
     recipe.setup(cfg)

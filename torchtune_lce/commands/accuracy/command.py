@@ -32,8 +32,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def main(args: argparse.Namespace) -> None:
     """Measures, and ends the process with its status."""
     # Imported here: `tune-lce` makes the parsers of all subcommands before it runs one.
-    from torchtune_lce.accuracy.session import examine
-    from torchtune_lce.errors import CommandError
+    from torchtune_lce.commands.accuracy.session import examine
+    from torchtune_lce.commands.shared.errors import CommandError
 
     try:
         passed = examine(args.output, shlex.join(["tune-lce", *sys.argv[1:]]))

@@ -2,7 +2,7 @@
 
 An error is relative, over all rows at once: ||actual - exact|| / ||exact||, of the tokens' losses, of the hidden
 states' gradient and of the weight's, each against float64 from the inputs as they were rounded. How large it may be is
-:meth:`torchtune_lce.bench.yardstick.Yardstick.allowed`.
+:meth:`torchtune_lce.commands.shared.yardstick.Yardstick.allowed`.
 """
 
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from torchtune_lce import linear_cross_entropy
-from torchtune_lce.bench import yardstick
-from torchtune_lce.bench.data import Batch
-from torchtune_lce.bench.yardstick import UNFILTERED, Errors, relative_error
-from torchtune_lce.implementations import CCE_PRESETS
-from torchtune_lce.options import Options
+from torchtune_lce.commands.shared import yardstick
+from torchtune_lce.commands.shared.batches import Batch
+from torchtune_lce.commands.shared.yardstick import UNFILTERED, Errors, relative_error
+from torchtune_lce.implementations.choice import CCE_PRESETS
+from torchtune_lce.inputs.options import Options
 
 QUANTITIES = ("loss", "hidden", "weight")  # of :class:`Errors`
 

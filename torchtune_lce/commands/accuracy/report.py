@@ -5,7 +5,7 @@ import re
 import textwrap
 from pathlib import Path
 
-from torchtune_lce.accuracy.measure import QUANTITIES, Row
+from torchtune_lce.commands.accuracy.measure import QUANTITIES, Row
 
 _HEADINGS = {"loss": "losses", "hidden": "gradient of hidden", "weight": "gradient of weight"}
 # Lines for what the implementations are measured by, dots in colours of their own for those.

@@ -6,15 +6,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from torchtune_lce import output_folder
-from torchtune_lce.accuracy import report
-from torchtune_lce.accuracy.data import KINDS, SHAPE
-from torchtune_lce.accuracy.measure import Row, rows_of
-from torchtune_lce.bench import environment
-from torchtune_lce.bench.losses import CANDIDATES
-from torchtune_lce.bench.shapes import Shape
-from torchtune_lce.errors import CommandError
-from torchtune_lce.implementations import CCE_PRESETS, NAMES
+from torchtune_lce.commands.accuracy import report
+from torchtune_lce.commands.accuracy.data import KINDS, SHAPE
+from torchtune_lce.commands.accuracy.measure import Row, rows_of
+from torchtune_lce.commands.shared import environment, output_folder
+from torchtune_lce.commands.shared.candidates import CANDIDATES
+from torchtune_lce.commands.shared.errors import CommandError
+from torchtune_lce.commands.shared.shapes import Shape
+from torchtune_lce.implementations.choice import CCE_PRESETS, NAMES
 
 MARKER, TABLE, PICTURE = ".tune-lce-accuracy", "accuracy.md", "accuracy.png"
 DTYPES = (torch.float32, torch.bfloat16)

@@ -58,7 +58,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def main(args: argparse.Namespace) -> None:
     """Runs the benchmark and ends the process with its status."""
     # Imported here: `tune-lce` makes the parsers of all subcommands before it runs one.
-    from torchtune_lce.bench.errors import BenchError
+    from torchtune_lce.commands.bench.errors import BenchError
 
     try:
         passed = run(args)
@@ -75,8 +75,9 @@ def run(args: argparse.Namespace) -> bool:
     """What the arguments ask for; raises BenchError for those that make no sense and for want of a card."""
     import torch
 
-    from torchtune_lce.bench import losses, session, timing
-    from torchtune_lce.bench.errors import BenchError
+    from torchtune_lce.commands.bench import session, timing
+    from torchtune_lce.commands.bench.errors import BenchError
+    from torchtune_lce.commands.shared import candidates as losses
 
     if args.workspace_mib is not None and args.workspace_mib < 1:
         raise BenchError(f"--workspace-mib must be at least 1, got {args.workspace_mib}")
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> bool:
 
 
 def _refuse_beside_check_only(args: argparse.Namespace) -> None:
-    from torchtune_lce.bench.errors import BenchError
+    from torchtune_lce.commands.bench.errors import BenchError
 
     for name in ("model", "tokens", "hidden", "vocab", "data", "file", "output"):
         if getattr(args, name) is not None:
@@ -109,10 +110,10 @@ def _refuse_beside_check_only(args: argparse.Namespace) -> None:
 
 
 def read_sources(args: argparse.Namespace) -> list:
-    """The :class:`torchtune_lce.bench.session.Source` that ``--data`` and the sizes name."""
-    from torchtune_lce.bench import shapes
-    from torchtune_lce.bench.errors import BenchError
-    from torchtune_lce.bench.session import Source
+    """The :class:`torchtune_lce.commands.bench.session.Source` that ``--data`` and the sizes name."""
+    from torchtune_lce.commands.bench.errors import BenchError
+    from torchtune_lce.commands.bench.session import Source
+    from torchtune_lce.commands.shared import shapes
 
     if args.model and args.model not in shapes.MODELS:
         raise BenchError(f"--model takes {', '.join(shapes.MODELS)}; got {args.model!r}")

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from torchtune_lce.bench.data import IGNORE_INDEX, Batch, random_batch
-from torchtune_lce.bench.losses import Candidate, Loss
-from torchtune_lce.bench.shapes import Shape
-from torchtune_lce.bench.trained import trained_batch
-from torchtune_lce.bench.yardstick import UNFILTERED, Errors, Yardstick, measure, relative_error
-from torchtune_lce.options import Options
+from torchtune_lce.commands.shared.batches import IGNORE_INDEX, Batch, random_batch
+from torchtune_lce.commands.shared.candidates import Candidate, Loss
+from torchtune_lce.commands.shared.shapes import Shape
+from torchtune_lce.commands.shared.trained import trained_batch
+from torchtune_lce.commands.shared.yardstick import UNFILTERED, Errors, Yardstick, measure, relative_error
+from torchtune_lce.inputs.options import Options
 
 # Ragged in every size, for losses that take any; then one that every kernel's alignment allows.
 RAGGED, ALIGNED = Shape(200, 72, 1003), Shape(256, 128, 2048)

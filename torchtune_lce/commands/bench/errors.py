@@ -1,6 +1,6 @@
 """The one exception of the benchmark whose message is meant for the person at the terminal."""
 
-from torchtune_lce.errors import CommandError
+from torchtune_lce.commands.shared.errors import CommandError
 
 
 class BenchError(CommandError):

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 
 import torch
 
-from torchtune_lce import filtering
-from torchtune_lce.bench import correctness
-from torchtune_lce.bench.data import Batch
-from torchtune_lce.bench.losses import Candidate, Loss
-from torchtune_lce.bench.shapes import Shape
-from torchtune_lce.bench.timing import Timer
-from torchtune_lce.bench.yardstick import Errors, Yardstick
-from torchtune_lce.options import Options
-from torchtune_lce.recipe_runs import ran_out_of_memory
+from torchtune_lce.commands.bench import correctness
+from torchtune_lce.commands.bench.timing import Timer
+from torchtune_lce.commands.shared.batches import Batch
+from torchtune_lce.commands.shared.candidates import Candidate, Loss
+from torchtune_lce.commands.shared.recipe_runs import ran_out_of_memory
+from torchtune_lce.commands.shared.shapes import Shape
+from torchtune_lce.commands.shared.yardstick import Errors, Yardstick
+from torchtune_lce.inputs import filtering
+from torchtune_lce.inputs.options import Options
 
 OK, OUT_OF_MEMORY = "ok", "out of memory"
 _PROJECTION_LOGITS = 2**31  # held at a time

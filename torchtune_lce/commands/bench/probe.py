@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchtune_lce.bench.data import Batch
-from torchtune_lce.bench.errors import BenchError
-from torchtune_lce.bench.shapes import Shape
+from torchtune_lce.commands.bench.errors import BenchError
+from torchtune_lce.commands.shared.batches import Batch
+from torchtune_lce.commands.shared.shapes import Shape
 
 _HEAD = 128  # features of an attention head
 _CHUNK = 2048  # tokens whose logits are held at once while training

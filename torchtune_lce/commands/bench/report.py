@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from torchtune_lce.bench.measure import OK, Case, Check
-from torchtune_lce.bench.shapes import Shape
+from torchtune_lce.commands.bench.measure import OK, Case, Check
+from torchtune_lce.commands.shared.shapes import Shape
 
 _OURS, _OTHERS, _FLOOR_COLOUR = "#12355b", "#b9c4d0", "#b23a3a"
 _LEAST_MIB = 0.5  # so that nothing at all has a place on a logarithmic axis

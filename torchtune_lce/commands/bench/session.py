@@ -8,16 +8,17 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from torchtune_lce.bench import correctness, environment, measure, probe, report, text
-from torchtune_lce.bench.data import Batch, file_batches, random_batch
-from torchtune_lce.bench.errors import BenchError
-from torchtune_lce.bench.losses import BASELINE, Candidate
-from torchtune_lce.bench.measure import OK, OUT_OF_MEMORY, Case
-from torchtune_lce.bench.shapes import FLOPS_FORMULA, Shape
-from torchtune_lce.bench.statistics import softmax_statistics
-from torchtune_lce.bench.timing import Timer
-from torchtune_lce.bench.trained import trained_batch
-from torchtune_lce.bench.yardstick import Yardstick
+from torchtune_lce.commands.bench import correctness, measure, probe, report, text
+from torchtune_lce.commands.bench.errors import BenchError
+from torchtune_lce.commands.bench.measure import OK, OUT_OF_MEMORY, Case
+from torchtune_lce.commands.bench.statistics import softmax_statistics
+from torchtune_lce.commands.bench.timing import Timer
+from torchtune_lce.commands.shared import environment
+from torchtune_lce.commands.shared.batches import Batch, file_batches, random_batch
+from torchtune_lce.commands.shared.candidates import BASELINE, Candidate
+from torchtune_lce.commands.shared.shapes import FLOPS_FORMULA, Shape
+from torchtune_lce.commands.shared.trained import trained_batch
+from torchtune_lce.commands.shared.yardstick import Yardstick
 
 RESULTS, PICTURE = "bench.json", "bench.png"
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchtune_lce.bench.data import IGNORE_INDEX, Batch
+from torchtune_lce.commands.shared.batches import IGNORE_INDEX, Batch
 
 EPS = 2.0**-12
 TILE = 128

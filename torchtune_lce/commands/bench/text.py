@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchtune_lce.bench.errors import BenchError
+from torchtune_lce.commands.bench.errors import BenchError
 
 _SUFFIXES = {".py", ".md", ".rst", ".txt"}
 _SMALLEST, _LARGEST = 1_000, 400_000  # bytes: below is boilerplate, above are tables

@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 from torchtune import config, training
 from torchtune.utils import get_logger
 
-from torchtune_lce.random_weights import random_state_dict
+from torchtune_lce.commands.shared.random_weights import random_state_dict
 
 # Every number that a card draws has to reach the host, and most runs of a comparison are short.
 _DISTINCT_LAYERS = 8
@@ -17,9 +17,10 @@ class _SavesNothing:
 
 
 class RandomWeights(_SavesNothing):
-    """Weights of the shapes of ``model``, a config's section, in bfloat16; see :mod:`torchtune_lce.random_weights`.
+    """Weights of the shapes of ``model``, a config's section, in bfloat16.
 
-    Layers past the eighth repeat the numbers of the first eight.
+    See :mod:`torchtune_lce.commands.shared.random_weights`. Layers past the eighth repeat
+    those of the first eight.
     """
 
     def __init__(self, model: dict, seed: int = 0, **settings):

@@ -88,8 +88,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def main(args: argparse.Namespace) -> None:
     """Runs the comparison and ends the process with its status."""
     # Imported here: `tune-lce` makes the parsers of all subcommands before it runs one.
-    from torchtune_lce.compare.session import Settings, compare
-    from torchtune_lce.errors import CommandError
+    from torchtune_lce.commands.compare.session import Settings, compare
+    from torchtune_lce.commands.shared.errors import CommandError
 
     settings = Settings(
         config=args.config,

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from torchtune_lce.demo import data, tokenizer
-from torchtune_lce.errors import CommandError
+from torchtune_lce.commands.shared import chats, tokenizer
+from torchtune_lce.commands.shared.errors import CommandError
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LEAST_VOCABULARY = 256 + len(_SPECIAL)  # every byte is an entry
@@ -52,7 +52,7 @@ class DemoData:
             return False
         folder.mkdir(parents=True, exist_ok=True)
         made.unlink(missing_ok=True)
-        sources = sources or data.read_sources()
+        sources = sources or chats.read_sources()
         texts = list(sources.values())
         random.Random(0).shuffle(texts)
         trained = tokenizer.train(texts, self.vocabulary - len(_SPECIAL), folder / _TOKENIZER)

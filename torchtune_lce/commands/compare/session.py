@@ -14,17 +14,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torchtune.modules import TransformerDecoder
 
-from torchtune_lce import output_folder
-from torchtune_lce.bench import environment
-from torchtune_lce.bench.report import show
-from torchtune_lce.compare import distillation, losses, report, runs
-from torchtune_lce.compare.demo_data import LEAST_VOCABULARY, DemoData
-from torchtune_lce.compare.queue import Queue
-from torchtune_lce.compare.runs import OK, OUT_OF_MEMORY, Outcome, Run
-from torchtune_lce.config_reading import training_device, training_dtype
-from torchtune_lce.errors import CommandError
-from torchtune_lce.model_output import find_decoder
-from torchtune_lce.random_weights import configured_model
+from torchtune_lce.commands.bench.report import show
+from torchtune_lce.commands.compare import report
+from torchtune_lce.commands.compare.demo_data import LEAST_VOCABULARY, DemoData
+from torchtune_lce.commands.compare.queue import Queue
+from torchtune_lce.commands.shared import distillation, environment, loss_choices, output_folder, runs
+from torchtune_lce.commands.shared.config_reading import training_device, training_dtype
+from torchtune_lce.commands.shared.errors import CommandError
+from torchtune_lce.commands.shared.random_weights import configured_model
+from torchtune_lce.commands.shared.runs import OK, OUT_OF_MEMORY, Outcome, Run
+from torchtune_lce.model.model_output import find_decoder
 
 MARKER, DATA = ".tune-lce-compare", "data"
 RESULTS, TABLE, PICTURE = "compare.json", "compare.md", "compare.png"
@@ -65,7 +64,7 @@ def compare(settings: Settings) -> bool:
         raise CommandError(
             "the config's device is cuda, and there is none; give device=cpu dtype=fp32 behind the options"
         )
-    choices = losses.select(settings.losses, config.device, dtype)
+    choices = loss_choices.select(settings.losses, config.device, dtype)
     if distillation.distils(config):
         distillation.check(config, choices)
     if settings.demo_data:

@@ -2,10 +2,10 @@
 
 from torch import Tensor, nn
 
-from torchtune_lce.bench import peers
-from torchtune_lce.bench.data import IGNORE_INDEX
-from torchtune_lce.model_output import skip_output_layer
-from torchtune_lce.projection import Projection
+from torchtune_lce.commands.shared import peers
+from torchtune_lce.commands.shared.batches import IGNORE_INDEX
+from torchtune_lce.model.model_output import skip_output_layer
+from torchtune_lce.model.projection import Projection
 
 
 class ChunkedProjectionLoss(nn.Module):

@@ -42,8 +42,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def main(args: argparse.Namespace) -> None:
     """Runs the demo and ends the process with its status."""
     # Imported here: `tune-lce` makes the parsers of all subcommands before it runs one.
-    from torchtune_lce.demo.demonstration import demonstrate
-    from torchtune_lce.errors import CommandError
+    from torchtune_lce.commands.demo.demonstration import demonstrate
+    from torchtune_lce.commands.shared.errors import CommandError
 
     try:
         agrees = demonstrate(args.output, args.impl, args.steps)

@@ -9,10 +9,11 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from torchtune_lce.demo import data, device, folder, model, report, tokenizer
-from torchtune_lce.demo.comparison import Comparison, compare
-from torchtune_lce.demo.runs import CONFIGS, METHOD_TITLES, RUNS, Result, Run, Setting, execute
-from torchtune_lce.errors import CommandError
+from torchtune_lce.commands.demo import device, folder, model, report
+from torchtune_lce.commands.demo.comparison import Comparison, compare
+from torchtune_lce.commands.demo.runs import CONFIGS, METHOD_TITLES, RUNS, Result, Run, Setting, execute
+from torchtune_lce.commands.shared import chats, tokenizer
+from torchtune_lce.commands.shared.errors import CommandError
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # Enough padded tokens that the logits stand out in the memory table.
@@ -20,7 +21,7 @@ _BATCH_SIZE = {"cpu": 8, "cuda": 32}
 
 
 def demonstrate(output: Path, impl: str, steps: int) -> bool:
-    """Makes the data, runs the recipes, shows the comparison; whether the losses agree.
+    """Makes the chats, runs the recipes, shows the comparison; whether the losses agree.
 
     Raises CommandError if it cannot run; what the arguments alone can tell is told before anything is written.
     """
@@ -52,15 +53,15 @@ def prepare_inputs(console: Console, setting: Setting, output: Path) -> None:
     """Writes data set, tokenizer and checkpoint."""
     config: DictConfig = OmegaConf.load(CONFIGS / "full_single_device.yaml")
     with console.status("reading the standard library"):
-        sources = data.read_sources()
-        samples = data.questions_and_answers(sources)
+        sources = chats.read_sources()
+        samples = chats.questions_and_answers(sources)
     most = len(samples) // setting.batch_size
     if setting.steps > most:
         raise CommandError(
             f"--steps must be at most {most}, got {setting.steps}: "
             f"the data set has {len(samples)} samples and a step takes {setting.batch_size}"
         )
-    data.write_jsonl(samples, output / folder.SAMPLES)
+    chats.write_jsonl(samples, output / folder.SAMPLES)
     console.print(
         f"  samples    {len(samples):,} questions and answers from {len(sources):,} modules of "
         f"Python {platform.python_version()}'s library"

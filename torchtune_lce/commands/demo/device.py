@@ -2,8 +2,8 @@
 
 import torch
 
-from torchtune_lce import implementations
-from torchtune_lce.errors import CommandError
+from torchtune_lce.commands.shared.errors import CommandError
+from torchtune_lce.implementations import choice
 
 
 def choose() -> tuple[str, torch.dtype]:
@@ -20,6 +20,6 @@ def describe(device: str) -> str:
 def implementation(impl: str, device: str, dtype: torch.dtype) -> str:
     """The name of what will run for ``impl``. Raises CommandError, before any work is done, if nothing can."""
     try:
-        return implementations.choose(impl, torch.empty(1, 1, device=device, dtype=dtype))[0]
+        return choice.choose(impl, torch.empty(1, 1, device=device, dtype=dtype))[0]
     except (ValueError, RuntimeError) as error:
         raise CommandError(f"--impl: {error}") from error

@@ -3,8 +3,8 @@
 import shutil
 from pathlib import Path
 
-from torchtune_lce import output_folder
-from torchtune_lce.errors import CommandError
+from torchtune_lce.commands.shared import output_folder
+from torchtune_lce.commands.shared.errors import CommandError
 
 # Says that a folder is the demo's own, whose contents the next demo may delete.
 MARKER = ".tune-lce-demo"

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from torchtune_lce.random_weights import random_state_dict
+from torchtune_lce.commands.shared.random_weights import random_state_dict
 
 
 def write_checkpoint(model_config: DictConfig, path: Path) -> int:

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from torchtune_lce.demo.comparison import Comparison
-from torchtune_lce.demo.runs import METHOD_TITLES, RUNS, Result, Run
+from torchtune_lce.commands.demo.comparison import Comparison
+from torchtune_lce.commands.demo.runs import METHOD_TITLES, RUNS, Result, Run
 
 _STOCK_COLOUR, _OUR_COLOUR, _BOUND_COLOUR = "#8fb4d9", "#12355b", "#b23a3a"
 

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchtune_lce import recipe_runs
-from torchtune_lce.errors import CommandError
-from torchtune_lce.recipe_runs import LOG, STOCK_LOSS, Result
+from torchtune_lce.commands.shared import recipe_runs
+from torchtune_lce.commands.shared.errors import CommandError
+from torchtune_lce.commands.shared.recipe_runs import LOG, STOCK_LOSS, Result
 
-CONFIGS = Path(__file__).parent.parent / "configs" / "tiny"
+CONFIGS = Path(__file__).parents[2] / "configs" / "tiny"
 METHOD_TITLES = {"lora": "LoRA", "full": "full"}
 
 

@@ -26,6 +26,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def main(args: argparse.Namespace) -> None:
     """Examines this machine and ends the process with the status."""
     # Imported here: `tune-lce` makes the parsers of all subcommands before it runs one.
-    from torchtune_lce.doctor.report import show
+    from torchtune_lce.commands.doctor.report import show
 
     sys.exit(0 if show() else 1)

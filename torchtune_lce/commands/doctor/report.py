@@ -6,8 +6,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from torchtune_lce import implementations
-from torchtune_lce.doctor import selftest, versions
+from torchtune_lce.commands.doctor import selftest, versions
+from torchtune_lce.implementations import choice
 
 
 def devices() -> list[tuple[torch.device, torch.dtype]]:
@@ -52,7 +52,7 @@ def show(console: Console | None = None) -> bool:
 
 def examine(console: Console, device: torch.device, dtype: torch.dtype) -> bool:
     """One device: what ``auto`` takes, the self-test of it, what stands against the kernels."""
-    impl, why = implementations.automatic(device, dtype)
+    impl, why = choice.automatic(device, dtype)
     console.print(f"\n[bold]{device}[/bold] ({describe(device)}): impl 'auto' takes '{impl}' ({why})")
     outcome = selftest.run(impl, device, dtype)
     name = str(dtype).removeprefix("torch.")
@@ -62,7 +62,7 @@ def examine(console: Console, device: torch.device, dtype: torch.dtype) -> bool:
     console.print(table)
     verdict = "[green]passed[/green]" if outcome.passed else "[red]FAILED[/red]: set loss.impl=reference and report it"
     console.print(f"  {verdict} in {outcome.seconds:.1f} s, relative errors against float64")
-    against = implementations.obstacle("cce", device, dtype)
+    against = choice.obstacle("cce", device, dtype)
     if against:
         console.print(f"  cce {against}")
     return outcome.passed

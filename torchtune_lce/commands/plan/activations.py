@@ -17,9 +17,9 @@ from torchtune import training
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
-from torchtune_lce.errors import CommandError
-from torchtune_lce.model_output import find_decoder, skip_output_layer
-from torchtune_lce.random_weights import configured_model
+from torchtune_lce.commands.shared.errors import CommandError
+from torchtune_lce.commands.shared.random_weights import configured_model
+from torchtune_lce.model.model_output import find_decoder, skip_output_layer
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ activations, what each loss adds to them, and the largest batch and the longest 
 
 For LoRA and full fine-tunes, on one device or several, and for distillations; with --nproc_per_node of the recipes that
 are for several. Activations are counted tensor by tensor on the model that the config builds, without its weights;
-torchtune_lce/plan/ states the formulas for the rest. With compile: True the model's layers keep less than is said here.
+torchtune_lce/commands/plan/ states the formulas for the rest. With compile: True the model's layers keep less than is
+said here.
 Exit status: 0, or 2 if the config cannot be planned.
 """
 
@@ -44,8 +45,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def main(args: argparse.Namespace) -> None:
     """Prints the plan and ends the process with its status."""
     # Imported here: `tune-lce` makes the parsers of all subcommands before it runs one.
-    from torchtune_lce.errors import CommandError
-    from torchtune_lce.plan.report import show
+    from torchtune_lce.commands.plan.report import show
+    from torchtune_lce.commands.shared.errors import CommandError
 
     try:
         show(args.config, args.overrides, args.losses, args.memory, args.sequence_length, args.nproc_per_node)

@@ -11,13 +11,13 @@ bND. Its workspace holds both logits of a piece of tokens in float32 and, of som
 
 from dataclasses import dataclass
 
-from torchtune_lce import implementations
-from torchtune_lce.chunked_divergence import tokens_at_once
-from torchtune_lce.plan.loss_memory import CHUNKS, LossMemory, Problem, loss_memory
+from torchtune_lce.divergence.chunked import tokens_at_once
+from torchtune_lce.implementations import choice
+from torchtune_lce.implementations.memory import CHUNKS, LossMemory, Problem, loss_memory
 
 _STOCK_KEEPS = {"Forward": 9, "Reverse": 13, "Symmetric": 22}
 _BLOCKS = {"Forward": 3, "Reverse": 4, "Symmetric": 4}
-PLANNED = ("stock", "chunked", *implementations.CCE_PRESETS)
+PLANNED = ("stock", "chunked", *choice.CCE_PRESETS)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def _stock(problem: Problem, distillation: Distillation) -> LossMemory:
 
 
 def _pieces(problem: Problem, distillation: Distillation) -> int:
-    """What torchtune_lce/chunked_divergence.py holds of a piece of tokens, and of a block among these."""
+    """What torchtune_lce/divergence/chunked.py holds of a piece of tokens, and of a block among these."""
     workspace, wide = distillation.workspace_mib * 2**20, max(problem.itemsize, 4)
     piece, block = (min(tokens, problem.tokens) for tokens in tokens_at_once(workspace, problem.vocabulary, wide, wide))
     block = min(block, piece)

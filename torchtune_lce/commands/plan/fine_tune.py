@@ -2,9 +2,9 @@
 
 from omegaconf import DictConfig, OmegaConf
 
-from torchtune_lce import config_reading, registry
-from torchtune_lce.compare import runs
-from torchtune_lce.errors import CommandError
+from torchtune_lce.commands import registry
+from torchtune_lce.commands.shared import config_reading, runs
+from torchtune_lce.commands.shared.errors import CommandError
 
 _TAKES = "--config must be one of a LoRA or full fine-tune or of a distillation"
 _PLANNED = ("lora_finetune_", "full_finetune_", "knowledge_distillation_")

@@ -9,16 +9,16 @@ from torch import nn
 from torchtune.modules.peft import get_adapter_params
 from torchtune.modules.tied_linear import TiedLinear
 
-from torchtune_lce.compare.distillation import check_vocabularies, distils
-from torchtune_lce.errors import CommandError
-from torchtune_lce.model_output import find_decoder
-from torchtune_lce.options import Options
-from torchtune_lce.output_adapter import Adapter, is_dora
-from torchtune_lce.plan import activations
-from torchtune_lce.plan.activations import Activations
-from torchtune_lce.plan.distillation_memory import PLANNED, Distillation
-from torchtune_lce.plan.loss_memory import OutputAdapter, Problem, obstacle
-from torchtune_lce.plan.step import Fixed, Step, fixed, step, teacher_forward
+from torchtune_lce.commands.plan import activations
+from torchtune_lce.commands.plan.activations import Activations
+from torchtune_lce.commands.plan.distillation_memory import PLANNED, Distillation
+from torchtune_lce.commands.plan.step import Fixed, Step, fixed, step, teacher_forward
+from torchtune_lce.commands.shared.distillation import check_vocabularies, distils
+from torchtune_lce.commands.shared.errors import CommandError
+from torchtune_lce.implementations.memory import OutputAdapter, Problem, obstacle
+from torchtune_lce.inputs.options import Options
+from torchtune_lce.model.model_output import find_decoder
+from torchtune_lce.model.output_adapter import Adapter, is_dora
 
 # For the CUDA context and the gaps that PyTorch's allocator leaves.
 USABLE = 0.92

@@ -8,12 +8,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from torchtune_lce import config_reading
-from torchtune_lce.bench.report import show as print_table
-from torchtune_lce.compare import distillation, losses
-from torchtune_lce.errors import CommandError
-from torchtune_lce.plan import fine_tune
-from torchtune_lce.plan.planning import USABLE, Planner
+from torchtune_lce.commands.bench.report import show as print_table
+from torchtune_lce.commands.plan import fine_tune
+from torchtune_lce.commands.plan.planning import USABLE, Planner
+from torchtune_lce.commands.shared import config_reading, distillation, loss_choices
+from torchtune_lce.commands.shared.errors import CommandError
 
 _USUAL = "stock,stock_compiled,main_compiled,torch_compile,chunked,cce"
 _USUAL_OF_A_DISTILLATION = "stock,chunked,cce"
@@ -36,7 +35,7 @@ def show(
     config = config_reading.read(name, overrides)
     fine_tune.check(name, config, devices)
     distils = distillation.distils(config)
-    choices = losses.parse(named or (_USUAL_OF_A_DISTILLATION if distils else _USUAL))
+    choices = loss_choices.parse(named or (_USUAL_OF_A_DISTILLATION if distils else _USUAL))
     if any(choice.kind == "auto" for choice in choices):
         raise CommandError("--losses: auto is not planned, name what it takes: cce on a card, chunked elsewhere")
     if distils:

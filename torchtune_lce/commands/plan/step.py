@@ -20,11 +20,11 @@ from torch import nn
 from torchtune import config as torchtune_config
 from torchtune.modules.tied_linear import TiedLinear
 
-from torchtune_lce.errors import CommandError
-from torchtune_lce.plan.activations import Activations
-from torchtune_lce.plan.distillation_memory import Distillation, distillation_memory
-from torchtune_lce.plan.loss_memory import LossMemory, Problem, loss_memory
-from torchtune_lce.random_weights import is_quantised
+from torchtune_lce.commands.plan.activations import Activations
+from torchtune_lce.commands.plan.distillation_memory import Distillation, distillation_memory
+from torchtune_lce.commands.shared.errors import CommandError
+from torchtune_lce.commands.shared.random_weights import is_quantised
+from torchtune_lce.implementations.memory import LossMemory, Problem, loss_memory
 
 _TENSORS_OF_A_LAYERS_BACKWARD = 3
 # 4 bits an entry, a byte for 64 of them, 4 bytes for 256 of those (Dettmers et al. 2023, arXiv 2305.14314).

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchtune_lce.bench.errors import BenchError
-from torchtune_lce.bench.shapes import Shape
+from torchtune_lce.commands.bench.errors import BenchError
+from torchtune_lce.commands.shared.shapes import Shape
 
 IGNORE_INDEX = -100
 _TARGET_DTYPES = (torch.int64, torch.int32)

@@ -10,13 +10,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchtune_lce import implementations
-from torchtune_lce.bench import peers
-from torchtune_lce.bench.errors import BenchError
-from torchtune_lce.bench.yardstick import UNFILTERED
+from torchtune_lce.commands.bench.errors import BenchError
+from torchtune_lce.commands.shared import peers
+from torchtune_lce.commands.shared.yardstick import UNFILTERED
 from torchtune_lce.functional import compute
-from torchtune_lce.implementations import Filtering
-from torchtune_lce.options import Options
+from torchtune_lce.implementations import choice
+from torchtune_lce.implementations.choice import Filtering
+from torchtune_lce.inputs.options import Options
 
 # hidden [N, D], weight [V, D], targets [N] -> mean loss over the targets that are not -100
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -27,7 +27,7 @@ BASELINE = "torch_compile_full"
 @dataclass(frozen=True)
 class Candidate:
     """One loss. ``build`` gives a function that has compiled nothing for any shape yet; this package's take settings of
-    :class:`torchtune_lce.options.Options`."""
+    :class:`torchtune_lce.inputs.options.Options`."""
 
     name: str
     build: Callable[..., Loss]
@@ -54,7 +54,7 @@ class Candidate:
             return "torch.compile needs a C++ compiler, none was found"
         if self.ours:
             try:
-                implementations.choose(self.name, torch.empty(1, 1, device=device, dtype=dtype))
+                choice.choose(self.name, torch.empty(1, 1, device=device, dtype=dtype))
             except RuntimeError as error:
                 return str(error)
         return None
@@ -73,14 +73,14 @@ def _ours(name: str) -> Candidate:
         name,
         build,
         ours=True,
-        filtering=implementations.CCE_PRESETS.get(name, UNFILTERED),
+        filtering=choice.CCE_PRESETS.get(name, UNFILTERED),
         any_size=True,
         compiles=name == "torch_compile",
     )
 
 
 _ALL = (
-    *(_ours(name) for name in implementations.NAMES if name != "auto"),
+    *(_ours(name) for name in choice.NAMES if name != "auto"),
     Candidate("eager_full", lambda: peers.full_logits, any_size=True),
     Candidate(BASELINE, peers.compiled_full_logits, any_size=True, compiles=True),
     Candidate("torchtune", peers.torchtune_release, any_size=True, compiles=True),
@@ -93,7 +93,7 @@ _ALL = (
 )
 CANDIDATES = {candidate.name: candidate for candidate in _ALL}
 # The other presets differ from these two in nothing but which gradients are filtered: on request.
-_ON_REQUEST = implementations.CCE_PRESETS.keys() - {"cce", "cce_exact"}
+_ON_REQUEST = choice.CCE_PRESETS.keys() - {"cce", "cce_exact"}
 
 
 def select(names: list[str] | None, workspace_mib: int | None = None) -> list[Candidate]:

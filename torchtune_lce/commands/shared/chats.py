@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from torchtune_lce.errors import CommandError
+from torchtune_lce.commands.shared.errors import CommandError
 
 # Tests are repetitive and partly written not to parse; the others are not the standard library.
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}

@@ -14,8 +14,8 @@ from torchtune.config._utils import _get_component_from_path, _merge_yaml_and_cl
 from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 from yaml import YAMLError
 
-from torchtune_lce import registry
-from torchtune_lce.errors import CommandError
+from torchtune_lce.commands import registry
+from torchtune_lce.commands.shared.errors import CommandError
 
 # What YAML, omegaconf and torchtune raise for text that they cannot read. Numbers may be too long, merges ill-typed.
 _UNREADABLE = (YAMLError, OmegaConfBaseException, ValueError, TypeError)

@@ -3,10 +3,10 @@
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from torchtune_lce import divergence
-from torchtune_lce.compare.losses import MAIN, STOCK, LossChoice
-from torchtune_lce.errors import CommandError
-from torchtune_lce.projection import output_rows
+from torchtune_lce.commands.shared.errors import CommandError
+from torchtune_lce.commands.shared.loss_choices import MAIN, STOCK, LossChoice
+from torchtune_lce.divergence import function as divergence
+from torchtune_lce.model.projection import output_rows
 
 _DIVERGENCES = ("Forward", "Reverse", "Symmetric")
 _STOCK = {name: f"torchtune.modules.loss.{name}KLWithChunkedOutputLoss" for name in _DIVERGENCES}

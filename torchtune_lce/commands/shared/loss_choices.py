@@ -5,16 +5,16 @@ from dataclasses import dataclass
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from torchtune_lce import implementations
-from torchtune_lce.errors import CommandError
-from torchtune_lce.recipe_runs import OUR_LOSS, STOCK_LOSS
+from torchtune_lce.commands.shared.errors import CommandError
+from torchtune_lce.commands.shared.recipe_runs import OUR_LOSS, STOCK_LOSS
+from torchtune_lce.implementations import choice as implementations
 
 STOCK, MAIN, COMPILED, SEED = "stock", "main", "_compiled", "@"
 KINDS = (STOCK, MAIN, *implementations.NAMES)
 # Taken when none are named, as far as they can run.
 USUAL = (STOCK, "chunked", "torch_compile", "cce", "cce_exact")
 MOST_SEED = 2**32 - 1  # torchtune's
-_MAIN_LOSS = "torchtune_lce.compare.torchtune_main.ChunkedProjectionLoss"
+_MAIN_LOSS = "torchtune_lce.commands.compare.torchtune_main.ChunkedProjectionLoss"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from torchtune_lce.errors import CommandError
+from torchtune_lce.commands.shared.errors import CommandError
 
 
 def claim(output: Path, marker: str, whose: str) -> Path:

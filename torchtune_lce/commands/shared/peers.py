@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchtune_lce.bench.data import IGNORE_INDEX
+from torchtune_lce.commands.shared.batches import IGNORE_INDEX
 
 CHUNKS = 8
 

@@ -12,7 +12,7 @@ from torchtune.config._utils import _get_component_from_path
 from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.modules.peft import get_adapter_params
 
-from torchtune_lce.errors import CommandError
+from torchtune_lce.commands.shared.errors import CommandError
 
 # What torchtune, its builders and torch raise for sizes and settings that make no model.
 _UNBUILDABLE = (InstantiationError, TypeError, ValueError, RuntimeError, ZeroDivisionError)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchtune_lce.errors import CommandError
+from torchtune_lce.commands.shared.errors import CommandError
 
 # Of torchtune's DiskLogger and of what a recipe prints, in the folder of a run.
 LOG, PRINTED = "log.txt", "output.txt"

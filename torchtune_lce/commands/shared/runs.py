@@ -8,11 +8,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from torchtune_lce import config_reading, recipe_runs, registry
-from torchtune_lce.compare import distillation
-from torchtune_lce.compare.losses import MOST_SEED, STOCK, LossChoice
-from torchtune_lce.errors import CommandError
-from torchtune_lce.recipe_runs import LOG, Result
+from torchtune_lce.commands import registry
+from torchtune_lce.commands.shared import config_reading, distillation, recipe_runs
+from torchtune_lce.commands.shared.errors import CommandError
+from torchtune_lce.commands.shared.loss_choices import MOST_SEED, STOCK, LossChoice
+from torchtune_lce.commands.shared.recipe_runs import LOG, Result
 
 CONFIG, RESULT = "config.yaml", "result.json"
 OK, OUT_OF_MEMORY = "ok", "out of memory"
@@ -29,7 +29,7 @@ _RESERVED = (
 _RESERVED_OF_LOSSES = ("loss", "loss._component_", "loss.impl", "kd_loss.impl")
 _NEEDED = ("model._component_", "loss._component_", "checkpointer.model_type")
 _TAKES = "--config must be one of a LoRA or full fine-tune or of a distillation"
-_CHECKPOINTERS = "torchtune_lce.compare.checkpointers."
+_CHECKPOINTERS = "torchtune_lce.commands.compare.checkpointers."
 
 
 @dataclass(frozen=True)

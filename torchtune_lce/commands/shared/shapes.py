@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from torchtune_lce.bench.errors import BenchError
+from torchtune_lce.commands.bench.errors import BenchError
 
 
 @dataclass(frozen=True)

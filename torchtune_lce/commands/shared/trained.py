@@ -20,8 +20,8 @@ import math
 
 import torch
 
-from torchtune_lce.bench.data import Batch
-from torchtune_lce.bench.shapes import Shape
+from torchtune_lce.commands.shared.batches import Batch
+from torchtune_lce.commands.shared.shapes import Shape
 
 _POPULARITY_EXPONENT = 1.38
 _POPULARITY_OFFSET = 6.0  # flattens the head of the power law

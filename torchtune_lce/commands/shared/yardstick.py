@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchtune_lce.bench.data import IGNORE_INDEX, Batch
-from torchtune_lce.implementations import Filtering
+from torchtune_lce.commands.shared.batches import IGNORE_INDEX, Batch
+from torchtune_lce.implementations.choice import Filtering
 
 UNFILTERED = Filtering(hidden=False, weight=False)
 # Where the entries that would go hold more than this of the softmax, in the mean of a block of tokens, none of them do.

@@ -1,0 +1,1 @@
+"""The divergences of the distillation losses."""

@@ -1,0 +1,1 @@
+"""The values of ``impl``: a file each, and the choice among them."""

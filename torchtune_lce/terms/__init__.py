@@ -1,0 +1,1 @@
+"""What is added to the cross-entropy, or read beside it."""
