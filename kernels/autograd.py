@@ -17,9 +17,8 @@ import triton
 from torch import Tensor
 
 from torchtune_lce.implementations.choice import Filtering
+from torchtune_lce.inputs.call import Call
 from torchtune_lce.inputs.filtering import open_record
-from torchtune_lce.inputs.low_rank import LowRank
-from torchtune_lce.inputs.options import Options
 from torchtune_lce.inputs.validation import is_readable
 from torchtune_lce.kernels.backward import output_tiles, run_backward
 from torchtune_lce.kernels.descriptors import has_blocks
@@ -33,16 +32,12 @@ from torchtune_lce.kernels.tuning import Config, config_for
 def token_losses(filtering: Filtering) -> Callable:
     """The preset's function, with the contract of :func:`torchtune_lce.implementations.reference.token_losses`."""
 
-    def run(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        options: Options,
-        low_rank: LowRank | None = None,
-    ):
-        # Under autocast the adapter's second matrix comes in its own dtype.
-        low, up = (None, None) if low_rank is None else (x.to(hidden.dtype) for x in low_rank[:2])
+    def run(call: Call) -> tuple[Tensor, ...]:
+        hidden, weight, bias, low, up, _ = call.operands
+        options = call.options
+        if low is not None:
+            # Under autocast the adapter's second matrix comes in its own dtype.
+            low, up = low.to(hidden.dtype), up.to(hidden.dtype)
         # Here, so that what has to be copied is copied once for both operators.
         hidden, weight, low, up = map(_rows_contiguous, (hidden, weight, low, up))
         eps = options.resolved_filter_eps(hidden.dtype)
@@ -59,7 +54,7 @@ def token_losses(filtering: Filtering) -> Callable:
             bias,
             low,
             up,
-            targets,
+            call.labels,
             options.ignore_index,
             options.softcap,
             eps if records else None,

@@ -24,7 +24,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 TOOLS = ("memcheck", "initcheck", "racecheck")
@@ -264,22 +264,16 @@ def make_call(call: Call, leaves: dict, targets) -> dict:
     import torch
 
     from torchtune_lce.functional import compute
+    from torchtune_lce.inputs.call import checked
     from torchtune_lce.inputs.low_rank import LowRank
     from torchtune_lce.inputs.options import Options
 
     wanted = {name: leaf.requires_grad_() for name, leaf in leaves.items() if name not in call.frozen}
-    loss, lse = compute(
-        leaves["hidden"],
-        leaves["weight"],
-        targets,
-        leaves.get("bias"),
-        options=Options(softcap=call.softcap, workspace_mib=call.workspace_mib, filter_eps=2**-12),
-        reduction="sum",
-        shift=0,
-        impl=call.impl,
-        return_lse=True,
-        low_rank=LowRank(leaves["low"], leaves["up"], None) if call.rank else None,
-    )
+    options = Options(softcap=call.softcap, workspace_mib=call.workspace_mib, filter_eps=2**-12)
+    given = checked(leaves["hidden"], leaves["weight"], targets, leaves.get("bias"), options=options)
+    if call.rank:
+        given = replace(given, low_rank=LowRank(leaves["low"], leaves["up"], None))
+    loss, lse = compute(given, reduction="sum", impl=call.impl, return_lse=True)
     gradients = torch.autograd.grad(loss + lse.sum() if call.with_lse else loss, list(wanted.values()))
     results = {"loss": loss, "lse": lse} | dict(zip(wanted, gradients, strict=True))
     return {name: result.detach().cpu() for name, result in results.items()}

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torchtune.utils import get_logger, log_rank_zero
 
-from torchtune_lce.divergence.function import Head, Shares, check_head, check_impl, divergence
+from torchtune_lce.divergence.function import check_impl, divergence
+from torchtune_lce.divergence.operands import Head, Shares, check_head
 from torchtune_lce.inputs import validation
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.model.foreign_settings import refuses_settings_of_torchtune

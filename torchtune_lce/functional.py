@@ -1,28 +1,21 @@
-"""The public function: validate, pick the implementation, shift and reduce."""
+"""The public functions: a call is checked, computed by an implementation, and reduced."""
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchtune_lce.implementations import choice
-from torchtune_lce.implementations.reference import accumulation_dtype
 from torchtune_lce.inputs import validation
-from torchtune_lce.inputs.autocast import cast_inputs
-from torchtune_lce.inputs.low_rank import LowRank
+from torchtune_lce.inputs.call import Call, checked
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.terms.label_smoothing import smooth, with_mean_logits
 from torchtune_lce.terms.token_statistics import token_statistics
 
-if TYPE_CHECKING:
-    from torchtune_lce.implementations.tensor_parallel import VocabularyShard
-
 
 def linear_cross_entropy(
-    hidden: Tensor,  # [..., D] float32 | bfloat16 | float16 (float64 too, but for the cce choice)
+    hidden: Tensor,  # [..., D] float32 | bfloat16 | float16 (float64 too, but for the cce implementations)
     weight: Tensor,  # [V, D], dtype of hidden
     targets: Tensor,  # [...] int64 | int32, ignore_index or 0 <= t < V
     bias: Tensor | None = None,  # [V], dtype of hidden
@@ -74,17 +67,8 @@ def linear_cross_entropy(
         z_loss=z_loss,
         label_smoothing=label_smoothing,
     )
-    return compute(
-        hidden,
-        weight,
-        targets,
-        bias,
-        options=options,
-        reduction=reduction,
-        shift=shift,
-        impl=impl,
-        return_lse=return_lse,
-    )
+    call = checked(hidden, weight, targets, bias, options=options, shift=shift)
+    return compute(call, reduction=reduction, impl=impl, return_lse=return_lse)
 
 
 def linear_token_logprobs(
@@ -106,9 +90,8 @@ def linear_token_logprobs(
     :func:`linear_cross_entropy`.
     """
     options = Options(ignore_index=ignore_index, softcap=softcap, filter_eps=filter_eps, workspace_mib=workspace_mib)
-    return -compute(
-        hidden, weight, targets, bias, options=options, reduction="none", shift=shift, impl=impl, return_lse=False
-    )
+    call = checked(hidden, weight, targets, bias, options=options, shift=shift)
+    return -compute(call, reduction="none", impl=impl)
 
 
 class TokenStatistics(NamedTuple):
@@ -143,139 +126,68 @@ def linear_token_statistics(
     Arguments and errors as in :func:`linear_cross_entropy`; a target out of range on a GPU is not correct.
     """
     options = Options(ignore_index=ignore_index, softcap=softcap, workspace_mib=workspace_mib)
-    return compute_token_statistics(hidden, weight, targets, bias, options=options, shift=shift)
+    return compute_token_statistics(checked(hidden, weight, targets, bias, options=options, shift=shift))
 
 
-def compute_token_statistics(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    *,
-    options: Options,
-    shift: int = 0,
-    shard: "VocabularyShard | None" = None,
-    low_rank: LowRank | None = None,
-) -> TokenStatistics:
-    """:func:`linear_token_statistics` with its settings in one object.
+def compute_token_statistics(call: Call) -> TokenStatistics:
+    """:func:`linear_token_statistics` of a call that has been checked.
 
-    ``shard`` and ``low_rank`` are as in :func:`compute`; every rank of a shard's mesh must call it, for figures alone:
-    with a shard there is no gradient.
+    With a shard every rank of its mesh must call it, for figures alone: there is no gradient.
     """
-    validation.check_options(options)
-    validation.check_shift(shift)
-    validation.check_plain(hidden, weight, targets, bias)
-    validation.check_tensors(hidden, weight, targets, bias)
-    hidden, weight, bias = cast_inputs(hidden, weight, bias)
-    validation.check_same_dtype(hidden, weight, bias)
-    validation.check_softcap(options.softcap, accumulation_dtype(hidden.dtype))
-    validation.check_ignore_index(options.ignore_index, targets)
-    if shift:
-        targets = _align(targets, shift, options.ignore_index)
-    labels = targets.reshape(-1)
-    if labels.device.type == "cpu" and validation.is_readable(labels):
-        vocabulary = weight.shape[0] if shard is None else shard.vocabulary
-        validation.check_range(labels, vocabulary, options.ignore_index)
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    if validation.has_tangents(hidden, weight, bias):
+    if validation.has_tangents(call.hidden, call.weight, call.bias):
         raise RuntimeError("token statistics have no forward-mode derivative (torch.func.jvp); use torch.autograd.grad")
-    statistics = token_statistics(hidden, weight, bias, labels, options, low_rank, shard)
-    return TokenStatistics(*(_restore(values, targets.shape, shift) for values in statistics))
+    return TokenStatistics(*map(call.at_targets, token_statistics(call)))
 
 
 def compute(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
+    call: Call,
     *,
-    options: Options,
     reduction: str,
-    shift: int,
     impl: str,
-    return_lse: bool,
-    shard: "VocabularyShard | None" = None,
-    low_rank: LowRank | None = None,
+    return_lse: bool = False,
     observe: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`linear_cross_entropy` with its settings in one object.
+    """:func:`linear_cross_entropy` of a call that has been checked.
 
     ``observe`` is called with each token's cross-entropy, before label smoothing and z-loss, and its log-sum-exp, [N],
     0 where ignored, without gradient.
-
-    With ``shard``, weight and bias are this rank's rows of a larger vocabulary, which ``targets`` are in. ``low_rank``,
-    of as many tokens as ``hidden`` and not with ``shard``, is a part of the projection beside ``weight``.
     """
-    validation.check_options(options)
     validation.check_reduction(reduction)
     validation.check_flag("return_lse", return_lse)
-    validation.check_shift(shift)
-    validation.check_plain(hidden, weight, targets, bias)
-    validation.check_tensors(hidden, weight, targets, bias)
-    hidden, weight, bias = cast_inputs(hidden, weight, bias)
-    validation.check_same_dtype(hidden, weight, bias)
-    validation.check_softcap(options.softcap, accumulation_dtype(hidden.dtype))
-    validation.check_ignore_index(options.ignore_index, targets)
-    scaled = low_rank is not None and low_rank.scale is not None
-    name, token_losses = choice.choose(impl, hidden, choice.beyond_kernels(options, scaled))
-    if low_rank is not None:
-        token_losses = partial(token_losses, low_rank=low_rank)
-    if name not in choice.MADE_OF_TORCH:
-        validation.check_transforms(name, hidden, weight, bias, *(low_rank or ()))
-    if options.label_smoothing and name in choice.CCE_PRESETS:
-        token_losses = with_mean_logits(token_losses, low_rank)
-    vocabulary = weight.shape[0]
-    if shard is not None:
-        token_losses, vocabulary = shard.token_losses(token_losses), shard.vocabulary
-
-    if shift:
-        targets = _align(targets, shift, options.ignore_index)
-    labels = targets.reshape(-1)
-    if labels.device.type == "cpu" and validation.is_readable(labels):
-        validation.check_range(labels, vocabulary, options.ignore_index)
-        poison = None
-    else:
-        outside = validation.out_of_range(labels, vocabulary, options.ignore_index)
-        if options.ignore_index == 0:
-            # What stands in for a bad label, 0, must not be ignored.
-            labels, options = labels.where(labels != 0, -1), replace(options, ignore_index=-1)
-        labels = labels.where(~outside, 0)
+    nll, peak, log_total, *means = _token_losses(call, impl)(call)
+    if call.outside is not None:
         # A factor, not a replacement: the NaN then reaches the gradients too.
-        poison = torch.ones_like(labels, dtype=torch.float32).masked_fill_(outside, torch.nan)
-
-    nll, peak, log_total, *means = token_losses(hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels, options)
-    if poison is not None:
+        poison = torch.ones_like(nll).masked_fill_(call.outside, torch.nan)
         nll, log_total = nll * poison, log_total * poison
     lse = peak + log_total
     if observe is not None:
         observe(nll.detach(), lse.detach())
-    if options.label_smoothing:
-        nll = smooth(nll, log_total, *means, options)
-    if options.z_loss:
-        nll = nll + options.z_loss * lse.square()
-    loss = _reduce(nll, labels, targets.shape, reduction, shift, options.ignore_index)
-    return (loss, _restore(lse, targets.shape, shift)) if return_lse else loss
+    if call.options.label_smoothing:
+        nll = smooth(nll, log_total, *means, call.options)
+    if call.options.z_loss:
+        nll = nll + call.options.z_loss * lse.square()
+    loss = _reduced(nll, call, reduction)
+    return (loss, call.at_targets(lse)) if return_lse else loss
 
 
-def _align(targets: Tensor, shift: int, ignore_index: int) -> Tensor:
-    """Targets moved to the hidden state that predicts them: moving int labels is cheaper than slicing hidden states."""
-    aligned = torch.full_like(targets, ignore_index)
-    if targets.ndim and shift < targets.shape[-1]:
-        aligned[..., :-shift] = targets[..., shift:]
-    return aligned
+def _token_losses(call: Call, impl: str) -> choice.TokenLosses:
+    """What computes the call's losses a token: an implementation, and around it what it does not do itself."""
+    scaled = call.low_rank is not None and call.low_rank.scale is not None
+    name, token_losses = choice.choose(impl, call.hidden, choice.beyond_kernels(call.options, scaled))
+    if name not in choice.MADE_OF_TORCH:
+        validation.check_transforms(name, *call.operands)
+    if call.options.label_smoothing and name in choice.CCE_PRESETS:
+        token_losses = with_mean_logits(token_losses)
+    if call.shard is None:
+        return token_losses
+    # torch.distributed is loaded by whoever has a shard.
+    from torchtune_lce.implementations.tensor_parallel import over_ranks
+
+    return over_ranks(token_losses)
 
 
-def _restore(values: Tensor, shape: torch.Size, shift: int) -> Tensor:
-    """Per-token values back at their targets; the positions rolled round are shifted off, so they hold 0."""
-    values = values.reshape(shape)
-    # All of them are, where the shift is at least as long as the axis.
-    return values.roll(shift, -1) if shift and values.ndim and shift < shape[-1] else values
-
-
-def _reduce(nll: Tensor, labels: Tensor, shape: torch.Size, reduction: str, shift: int, ignore_index: int) -> Tensor:
+def _reduced(nll: Tensor, call: Call, reduction: str) -> Tensor:
     if reduction == "none":
-        return _restore(nll, shape, shift)
+        return call.at_targets(nll)
     total = nll.sum()
-    if reduction == "sum":
-        return total
-    return total / (labels != ignore_index).sum().clamp(min=1)
+    return total if reduction == "sum" else total / call.valid.sum().clamp(min=1)

@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +15,11 @@ from torchtune.utils import get_logger, log_rank_zero
 
 from torchtune_lce.functional import TokenStatistics, compute, compute_token_statistics
 from torchtune_lce.implementations import choice
-from torchtune_lce.implementations.tensor_parallel import local_rows
+from torchtune_lce.implementations.tensor_parallel import local_rows, whole_hidden
 from torchtune_lce.inputs import validation
+from torchtune_lce.inputs.call import Call, checked
 from torchtune_lce.inputs.options import Options
+from torchtune_lce.inputs.shard import VocabularyShard
 from torchtune_lce.model import output_adapter
 from torchtune_lce.model.foreign_settings import refuses_settings_of_torchtune
 from torchtune_lce.model.model_output import skip_output_layer
@@ -203,7 +206,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         targets: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        shard=None,
+        shard: VocabularyShard | None = None,
         adapter: output_adapter.Adapter | None = None,
     ) -> Tensor:
         if isinstance(outputs, DTensor):
@@ -211,44 +214,58 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
                 f"outputs must be a plain tensor, got a DTensor ({', '.join(map(str, outputs.placements))}), though "
                 "weight is none: split the output projection too, or leave the final norm out of tensor parallelism"
             )
-        validation.check_plain(outputs, weight, targets, bias)
-        self._check_width(outputs, weight)
-        # Before the values, lest a bad weight be blamed on the targets.
-        validation.check_tensors(outputs, weight, targets, bias)
-        if validation.is_readable(targets):
-            if self._first_batch or self.check_targets:
-                self._check_range(targets, weight.shape[0] if shard is None else shard.vocabulary)
-            if self._first_batch:
-                self._say_which(outputs, weight, adapter)
-                self._first_batch = False
-        if self.metrics and not self.after_batch and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._warn_once(
-                f"loss.metrics ({', '.join(self.metrics)}) are not logged here: only this package's recipes log them, "
-                "and the key log_loss_stats too. Use `tune run torchtune_lce/recipes/<recipe>.py`, or take them in "
-                "loss.after_batch"
-            )
-        beside = {
-            "options": self._options,
-            "shard": shard,
-            "low_rank": None if adapter is None else output_adapter.low_rank(adapter, outputs),
-        }
-        settings = {"reduction": self.reduction, "shift": 0, "impl": self.impl, "return_lse": False}
-        operands = outputs, weight, targets, bias
+        call = self._checked(outputs, targets, weight, bias, shard, adapter)
+        settings = {"reduction": self.reduction, "impl": self.impl}
         if not self.after_batch or not torch.is_grad_enabled():
-            return compute(*operands, **settings, **beside)
+            return compute(call, **settings)
 
         @torch.no_grad()
         def statistics() -> TokenStatistics:
-            return compute_token_statistics(*operands, **beside)
+            return compute_token_statistics(call)
 
         terms = []
-        loss = compute(*operands, **settings, **beside, observe=lambda *values: terms.extend(values))
+        loss = compute(call, **settings, observe=lambda *values: terms.extend(values))
         nll, lse = terms
         # Here FSDP2 has the weight gathered already, and dropout on the output has been drawn.
         batch = Batch(outputs, weight, adapter, targets, nll, self._options.z_loss * lse.square(), statistics)
         for listen in self.after_batch:
             listen(batch)
         return loss
+
+    def _checked(
+        self,
+        outputs: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        shard: VocabularyShard | None,
+        adapter: output_adapter.Adapter | None,
+    ) -> Call:
+        """What every call is asked, and what only a bound loss knows to ask; the first batch says what runs."""
+        self._check_width(outputs, weight)
+        tokenizer = "" if self.tokenizer_size is None else f", which has {self.tokenizer_size} entries"
+        call = checked(
+            outputs,
+            weight,
+            targets,
+            bias,
+            options=self._options,
+            shard=shard,
+            look=self._first_batch or self.check_targets,
+            if_too_large=(
+                f". The model's output has {{vocabulary}} rows; the usual cause is a larger tokenizer{tokenizer}"
+            ),
+        )
+        if self._first_batch and validation.is_readable(targets):
+            self._say_which(outputs, weight, adapter)
+            self._first_batch = False
+        if self.metrics and not self.after_batch and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._warn_once(
+                f"loss.metrics ({', '.join(self.metrics)}) are not logged here: only this package's recipes log them, "
+                "and the key log_loss_stats too. Use `tune run torchtune_lce/recipes/<recipe>.py`, or take them in "
+                "loss.after_batch"
+            )
+        return call if adapter is None else replace(call, low_rank=output_adapter.low_rank(adapter, outputs))
 
     def _bound_loss(
         self,
@@ -265,11 +282,13 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         if bias is not None:
             bias, _ = local_rows("bias", bias)
         if isinstance(outputs, DTensor):
-            outputs, shard = shard.whole_hidden(outputs)
+            outputs, shard = whole_hidden(outputs, shard)
         return self._loss(outputs, targets, weight, bias, shard)
 
     def _check_width(self, outputs: Tensor, weight: Tensor) -> None:
-        if weight.ndim == 2 and outputs.shape[-1:] != weight.shape[1:]:
+        if not isinstance(outputs, Tensor) or not isinstance(weight, Tensor) or weight.ndim != 2:
+            return  # which is another complaint's
+        if outputs.shape[-1:] != weight.shape[1:]:
             given_logits = outputs.shape[-1:] == weight.shape[:1]
             hint = (
                 ": those are logits: leave `with loss.logits()`, or call set_model_output again" if given_logits else ""
@@ -278,11 +297,6 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
                 f"outputs must be hidden states of shape [..., {weight.shape[1]}] to match weight, "
                 f"got {list(outputs.shape)}{hint}"
             )
-
-    def _check_range(self, targets: Tensor, rows: int) -> None:
-        tokenizer = "" if self.tokenizer_size is None else f", which has {self.tokenizer_size} entries"
-        cause = f". The model's output has {rows} rows; the usual cause is a larger tokenizer{tokenizer}"
-        validation.check_range(targets, rows, self.ignore_index, cause)
 
     def _say_which(self, outputs: Tensor, weight: Tensor, adapter: output_adapter.Adapter | None) -> None:
         name = self._implementation(outputs, adapter)

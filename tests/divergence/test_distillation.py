@@ -35,7 +35,7 @@ from torchtune import config
 
 from torchtune_lce import LinearCrossEntropyLoss, LinearForwardKLLoss, LinearSymmetricKLLoss
 from torchtune_lce.divergence import chunked as chunked_divergence
-from torchtune_lce.divergence.function import Head
+from torchtune_lce.divergence.operands import Head
 
 IMPLS = ["chunked", "reference"]
 

@@ -18,7 +18,7 @@ from divergence_cases import (
     traced_steps,
 )
 
-from torchtune_lce.divergence.function import Head
+from torchtune_lce.divergence.operands import Head
 from torchtune_lce.inputs.low_rank import LowRank
 
 IMPLS = ["chunked", "torch_compile", "reference"]

@@ -27,7 +27,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from torchtune_lce import LinearForwardKLLoss
-from torchtune_lce.divergence.function import Head
+from torchtune_lce.divergence.operands import Head
 from torchtune_lce.inputs.low_rank import LowRank
 from torchtune_lce.model import output_adapter
 

@@ -7,8 +7,8 @@ import importlib.util
 
 import pytest
 import torch
+from calls import compute
 
-from torchtune_lce.functional import compute
 from torchtune_lce.implementations.choice import CCE_PRESETS
 from torchtune_lce.inputs.options import Options
 

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from torchtune_lce import linear_cross_entropy
-from torchtune_lce.divergence.function import Head, Shares, divergence
+from torchtune_lce.divergence.function import divergence
+from torchtune_lce.divergence.operands import Head, Shares
+from torchtune_lce.inputs.call import checked
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.terms.token_statistics import token_statistics
 
@@ -86,7 +88,7 @@ def test_autocast_leaves_sums_alone(what):
         if what == "smoothed":
             return linear_cross_entropy(hidden, weight, targets, label_smoothing=0.2, impl="chunked")
         if what == "entropy":
-            return token_statistics(hidden, weight, None, targets, Options())[0].sum()
+            return token_statistics(checked(hidden, weight, targets, None, options=Options()))[0].sum()
         student, teacher = Head("student", hidden, weight), Head("teacher", hidden.flip(0), weight.flip(1))
         settings = {"ignore_index": -100, "workspace_mib": 8, "impl": "chunked", "normalize": True}
         return divergence(student, teacher, targets, Shares(0.5, 0.5), **settings)

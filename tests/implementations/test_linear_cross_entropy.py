@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from common_logits import COMMON, inputs_with_a_common_logit
 from tolerance import Plain, Settings, Upstream, allowances, assert_as_accurate_as_torch, plain_torch
 
 from torchtune_lce import linear_cross_entropy
@@ -416,10 +417,6 @@ def test_a_vocabulary_masked_alike_is_flat(impl, device):
     torch.testing.assert_close(gradient, (weight.mean(0) - weight[:5]) / 5)
 
 
-# Of the latter two a sum over the vocabulary is no float32.
-COMMON = (0.0, 1e3, 2.0**16 + 1 / 8, 2.0**20 + 1 / 8)
-
-
 @pytest.mark.parametrize("added", [{}, {"label_smoothing": 0.2}, {"z_loss": 1e-6}], ids=["alone", "smoothed", "z-loss"])
 @pytest.mark.parametrize("impl", EACH)
 def test_a_common_logit_costs_no_digits(impl, added, device):
@@ -436,26 +433,6 @@ def test_a_common_logit_costs_no_digits(impl, added, device):
                 actual, exact = actual[:, 1:], exact[:, 1:]
             error = ((actual.double() - exact).norm() / exact.norm()).item()
             assert error < 4e-7, f"{common} in {where}: {name} is {error:.1e} off"
-
-
-def inputs_with_a_common_logit(common: float, where: str, device):
-    """hidden, weight, bias and targets. No logit is rounded: differences are multiples of an eighth.
-
-    ``where``: the bias, a column of the weight, or that alone, so that all logits are equal.
-    """
-    tokens, entries = (16, 8) if where == "all of them" else (40, 300)
-    hidden = torch.randint(-4, 5, (tokens, 8), device=device) / 2
-    weight = torch.randint(-4, 5, (entries, 8), device=device) / 4
-    bias = torch.zeros(entries, device=device)
-    if where == "bias":
-        bias += common
-    else:
-        hidden[:, 0], weight[:, 0] = 1, common
-    if where == "all of them":
-        hidden[:, 1:] = 0
-    targets = torch.randint(0, entries, (tokens,), device=device)
-    targets[::5] = -100
-    return hidden, weight, bias, targets
 
 
 def _with_and_without(impl, hidden, weight, targets, bias, **settings):

@@ -14,8 +14,8 @@ from allocations import (
     make_inputs,
     usage,
 )
+from calls import compute
 
-from torchtune_lce.functional import compute
 from torchtune_lce.inputs.options import Options
 
 # One whose logits are what would not fit, one whose hidden states and their gradient's float32 sum would not.

@@ -7,12 +7,12 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from calls import compute
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torchao.dtypes.nf4tensor import to_nf4
 
 from torchtune_lce import LinearCrossEntropyLoss, linear_cross_entropy
-from torchtune_lce.functional import compute
 from torchtune_lce.implementations.choice import NAMES
 from torchtune_lce.inputs import validation
 from torchtune_lce.inputs.options import Options

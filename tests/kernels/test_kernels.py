@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from calls import compute
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
@@ -192,7 +193,7 @@ def test_dense_strips_are_whole_pairs_of_columns(device, features, fitting, prog
 def gradients(hidden, weight, targets, impl="cce", eps=EPS, workspace_mib=128, frozen=()):
     leaves = {"hidden": hidden.detach().clone(), "weight": weight.detach().clone()}
     wanted = [leaf.requires_grad_() for name, leaf in leaves.items() if name not in frozen]
-    loss = functional.compute(
+    loss = compute(
         leaves["hidden"],
         leaves["weight"],
         targets,
@@ -404,7 +405,7 @@ def test_rows_padded_for_alignment(device, impl, monkeypatch):
     found = []
     for matrices in (padded, cut):
         leaves = [x.detach().clone().requires_grad_() for x in matrices]
-        loss = functional.compute(
+        loss = compute(
             *(leaf[:, :41] for leaf in leaves),
             targets,
             None,
@@ -491,7 +492,7 @@ def test_one_bad_token_stays_alone(device, softcap):
     hidden, weight, targets = peaked(device, tokens=64, vocabulary=1500)
     hidden[::7] = torch.nan
     hidden.requires_grad_()
-    loss = functional.compute(
+    loss = compute(
         hidden,
         weight,
         targets,
@@ -529,7 +530,7 @@ def test_the_mean_of_what_is_dropped_is_added_back(device, strips, monkeypatch):
     upstream = torch.randn(2, len(targets), device=device)
 
     def gradient(impl):
-        loss, lse = functional.compute(
+        loss, lse = compute(
             hidden,
             weight,
             targets,

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from adapters import EMBED_DIM, KINDS, make_output
 from allocations import usage
+from calls import compute
 from tiny_models import VOCABULARY, build_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from torchtune_lce import LinearCrossEntropyLoss
 from torchtune_lce.commands.compare.torchtune_main import ChunkedProjectionLoss
-from torchtune_lce.functional import compute
 from torchtune_lce.implementations import choice
 from torchtune_lce.implementations.chunked import entries_per_chunk
 from torchtune_lce.inputs import filtering

@@ -10,7 +10,8 @@ from tiny_distillation import OURS, STOCK
 
 import torchtune_lce
 from torchtune_lce.divergence import steps as divergence_steps
-from torchtune_lce.divergence.function import Head, Shares, divergence
+from torchtune_lce.divergence.function import divergence
+from torchtune_lce.divergence.operands import Head, Shares
 from torchtune_lce.inputs.low_rank import LowRank
 
 # With 1 MiB of workspace several pieces of tokens, of several blocks each, and several chunks of the vocabulary.

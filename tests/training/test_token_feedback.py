@@ -92,9 +92,7 @@ def test_recipes_log_what_the_logits_say(assets, tmp_path, method, tied, overrid
 def test_computed_for_the_logged_steps_alone(assets, tmp_path, monkeypatch):
     calls = []
     compute = torchtune_lce.loss.compute_token_statistics
-    monkeypatch.setattr(
-        torchtune_lce.loss, "compute_token_statistics", lambda *a, **k: calls.append(1) or compute(*a, **k)
-    )
+    monkeypatch.setattr(torchtune_lce.loss, "compute_token_statistics", lambda call: calls.append(1) or compute(call))
     records, expected = run_both(assets, tmp_path, FULL, "log_every_n_steps=2", "log_loss_stats=True")
     assert_logged(records, expected[1::2])
     assert len(calls) == 2 * MICRO_BATCHES

@@ -15,18 +15,16 @@ Logits are never rounded to the dtype of the hidden states; their gradient is, o
 A custom operator: how many tokens are in use decides its shapes, which a compiler cannot know.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from torchtune_lce.divergence.operands import Pair, Shares
 from torchtune_lce.divergence.steps import steps, summary
 from torchtune_lce.divergence.wide_products import add_product, wide_logits
-from torchtune_lce.implementations.reference import accumulation_dtype
 from torchtune_lce.inputs.autocast import without_autocast
-
-if TYPE_CHECKING:
-    from torchtune_lce.divergence.function import Head, Shares
+from torchtune_lce.inputs.dtypes import accumulation_dtype
 
 
 class Operands(NamedTuple):
@@ -56,24 +54,21 @@ torch.library.define(
 
 
 def total(
-    student: "Head",
-    teacher: "Head",
-    labels: Tensor,
-    shares: "Shares",
-    ignore_index: int,
+    pair: Pair,
+    shares: Shares,
     workspace_mib: int,
     fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over the tokens in use [], and how many those are []. Heads and labels are flat, [N, D] and [N].
+    """Sum over the tokens in use [], and how many those are [].
 
     ``fused``: torch.compile fuses what stands between the products.
     """
-    needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in student.operands]
+    needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in pair.student.operands]
     loss, count, *_ = torch.ops.torchtune_lce.chunked_divergence(
-        *student.operands,
-        *teacher.operands,
-        labels,
-        ignore_index,
+        *pair.student.operands,
+        *pair.teacher.operands,
+        pair.labels,
+        pair.ignore_index,
         shares.forward,
         shares.reverse,
         workspace_mib,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchtune_lce.implementations.compiled import compiled_always
-from torchtune_lce.implementations.reference import accumulation_dtype
+from torchtune_lce.inputs.dtypes import accumulation_dtype
 
 
 @dataclass(frozen=True)

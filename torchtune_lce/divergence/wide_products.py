@@ -8,7 +8,7 @@ by tile.
 import torch
 from torch import Tensor
 
-from torchtune_lce.implementations.reference import accumulation_dtype
+from torchtune_lce.inputs.dtypes import accumulation_dtype
 
 # Of rows that are widened at once, however small the workspace, or the products would be slow.
 _LEAST = 16

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from torchtune_lce.implementations import chunked, compiled, reference
+from torchtune_lce.inputs.call import Call
 from torchtune_lce.inputs.options import Options
 
 _log = logging.getLogger("torchtune_lce")
 
 # What each returns: see reference.token_losses.
-TokenLosses = Callable[[Tensor, Tensor, Tensor | None, Tensor, Options], tuple[Tensor, ...]]
+TokenLosses = Callable[[Call], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ def beyond_kernels(options: Options, scaled: bool) -> str | None:
 def choose(impl: str, hidden: Tensor, beyond: str | None = None) -> tuple[str, TokenLosses]:
     """The implementation that runs for ``impl`` on the device and dtype of ``hidden``, and its name.
 
-    All take a :class:`torchtune_lce.inputs.low_rank.LowRank` as a sixth argument; ``beyond`` is what
-    :func:`beyond_kernels` says. Those with kernels return no mean of the logits.
+    ``beyond`` is what :func:`beyond_kernels` says. Those with kernels return no mean of the logits.
 
     Raises ValueError for an unknown name and RuntimeError, saying what to set instead, for one that cannot run here.
     """

@@ -14,10 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchtune_lce.implementations.reference import accumulation_dtype
 from torchtune_lce.inputs.autocast import without_autocast
+from torchtune_lce.inputs.call import Call
+from torchtune_lce.inputs.dtypes import accumulation_dtype
 from torchtune_lce.inputs.low_rank import LowRank
-from torchtune_lce.inputs.options import Options
 
 
 def entries_per_chunk(
@@ -338,21 +338,12 @@ def _chunk_gradient(hidden, weight, bias, low_rank, start, chunk, softcap, by_lo
     return d_logits.mul_(scale), d_scale
 
 
-def token_losses(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    options: Options,
-    low_rank: LowRank | None = None,
-):
+def token_losses(call: Call) -> tuple[Tensor, ...]:
     """Same contract as :func:`torchtune_lce.implementations.reference.token_losses`."""
+    options = call.options
     nll, peak, log_total, means = torch.ops.torchtune_lce.chunked(
-        hidden,
-        weight,
-        bias,
-        *(low_rank or (None, None, None)),
-        targets,
+        *call.operands,
+        call.labels,
         options.ignore_index,
         options.softcap,
         options.workspace_mib,

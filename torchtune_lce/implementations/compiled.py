@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from torchtune_lce.implementations import reference
-from torchtune_lce.inputs.low_rank import LowRank
-from torchtune_lce.inputs.options import Options
+from torchtune_lce.inputs.call import Call
 
 
 def compiled_always(function: Callable) -> Callable:
@@ -35,18 +34,11 @@ def _compiled() -> Callable:
     return compiled_always(reference.token_losses)
 
 
-def token_losses(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    options: Options,
-    low_rank: LowRank | None = None,
-):
+def token_losses(call: Call) -> tuple[Tensor, ...]:
     """Same contract as :func:`torchtune_lce.implementations.reference.token_losses`.
 
     The logits are held once, in the input dtype.
     """
     # A caller that compiles fuses it himself.
     run = reference.token_losses if torch.compiler.is_compiling() else _compiled()
-    return run(hidden, weight, bias, targets, options, low_rank)
+    return run(call)

@@ -29,7 +29,7 @@ import torch
 
 from torchtune_lce.implementations import choice
 from torchtune_lce.implementations.chunked import entries_per_chunk, tokens_per_piece
-from torchtune_lce.implementations.reference import accumulation_dtype
+from torchtune_lce.inputs.dtypes import accumulation_dtype
 from torchtune_lce.model.output_adapter import NORM_BYTES
 
 CHUNKS = 8
@@ -118,7 +118,7 @@ def obstacle(loss: str, adapter: OutputAdapter | None) -> str | None:
 
 
 def loss_memory(loss: str, problem: Problem) -> LossMemory:
-    """Of ``stock``, ``main`` (each also ``_compiled``) or one of this package's choice.
+    """Of ``stock``, ``main`` (each also ``_compiled``) or one of this package's implementations.
 
     Raises ValueError for another name, or where there is an :func:`obstacle`.
     """

@@ -4,13 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchtune_lce.inputs.call import Call
+from torchtune_lce.inputs.dtypes import accumulation_dtype
 from torchtune_lce.inputs.low_rank import LowRank
-from torchtune_lce.inputs.options import Options
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64; everything else is accumulated in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def full_logits(
@@ -27,28 +23,21 @@ def full_logits(
     return logits if low_rank.scale is None else logits * low_rank.scale
 
 
-def token_losses(
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    bias: Tensor | None,  # [V]
-    targets: Tensor,  # [N], ignore_index or 0 <= t < V
-    options: Options,
-    low_rank: LowRank | None = None,
-) -> tuple[Tensor, ...]:
+def token_losses(call: Call) -> tuple[Tensor, ...]:
     """Negative log-likelihood of each token, the peak of its logits, and what their log-sum-exp and, with label
     smoothing, their mean are less the peak. [N] each in the accumulation dtype, 0 where ignored.
 
     The peak is the largest logit, 0 where that is not finite, and has no gradient. It stands apart because it may be
     large where all logits share a value, and a sum with it would be rounded at its size.
 
-    Holds [N, V] logits, as ``F.linear`` followed by
-    ``F.cross_entropy`` does.
+    Holds [N, V] logits, as ``F.linear`` followed by ``F.cross_entropy`` does.
     """
-    logits = full_logits(hidden, weight, bias, low_rank)
+    options = call.options
+    logits = full_logits(call.hidden, call.weight, call.bias, call.low_rank)
     if options.softcap is not None:
         logits = options.softcap * torch.tanh(logits / options.softcap)
-    valid = targets != options.ignore_index
-    target = targets.where(valid, 0).long().unsqueeze(-1)
+    valid = call.valid
+    target = call.labels.where(valid, 0).long().unsqueeze(-1)
     peak = logits.detach().amax(-1)
     # Where an infinity is the largest, it comes back out of exp.
     peak = peak.where(peak.isfinite(), 0)

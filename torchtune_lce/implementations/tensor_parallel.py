@@ -7,90 +7,47 @@ forward.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from torchtune_lce.implementations.choice import TokenLosses
+from torchtune_lce.inputs.call import Call
 from torchtune_lce.inputs.options import Options
-from torchtune_lce.terms.token_statistics import Predictions
+from torchtune_lce.inputs.shard import VocabularyShard
 
 
-@dataclass(frozen=True)
-class VocabularyShard:
-    """Rows [start, start + rows) of ``vocabulary``, those of this rank of ``mesh`` (one-dimensional).
+def over_ranks(local: TokenLosses) -> TokenLosses:
+    """The implementation ``local``, which knows this rank's rows only, as one of the whole vocabulary.
 
-    ``sums_hidden``: hidden states come as plain tensors, the same on all ranks, so their gradients are added up here.
+    It takes calls with a shard, and returns the same on every rank. Every rank must call it, with the same hidden
+    states and labels.
     """
 
-    mesh: DeviceMesh
-    start: int
-    rows: int
-    vocabulary: int
-    sums_hidden: bool = True
+    def run(call: Call) -> tuple[Tensor, ...]:
+        shard, hidden, valid = call.shard, call.hidden, call.valid
+        group = shard.mesh.get_group()
+        place = call.labels - shard.start
+        owned = valid & (place >= 0) & (place < shard.rows)
+        # Tokens whose target lies elsewhere need their log-sum-exp here: a row of ours stands in for the target, and
+        # the merge drops its loss, whose gradient is then zero.
+        place = place.clamp(0, shard.rows - 1).where(valid, -1)
+        if shard.sums_hidden:
+            hidden = _SumGradients.apply(hidden, group)
+        bias, beyond = _apart_from_all_masked(call.bias, call.options)
+        options = replace(call.options, ignore_index=-1)
+        nll, own_peak, log_total, *means = local(
+            replace(call, hidden=hidden, bias=bias, labels=place, options=options, shard=None)
+        )
+        nll, peak, log_total = _Merge.apply(nll + beyond, own_peak, log_total, valid, owned, group)
+        share = shard.rows / shard.vocabulary
+        parts = (share * (mean + (own_peak - peak) - beyond) for mean in means)
+        return nll, peak, log_total, *(_Sum.apply(part.where(valid, 0), group) for part in parts)
 
-    def token_losses(self, local: TokenLosses) -> TokenLosses:
-        """The implementation ``local``, which knows this rank's rows only, as one of the whole vocabulary.
-
-        The result takes this rank's weight [rows, D] and bias [rows], but targets in [0, vocabulary), and returns the
-        same on every rank. Every rank must call it, with the same hidden states and targets.
-        """
-
-        def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options):
-            group = self.mesh.get_group()
-            valid = targets != options.ignore_index
-            place = targets - self.start
-            owned = valid & (place >= 0) & (place < self.rows)
-            # Tokens whose target lies elsewhere need their log-sum-exp here: a row of ours stands in for the target,
-            # and the merge drops its loss, whose gradient is then zero.
-            place = place.clamp(0, self.rows - 1).where(valid, -1)
-            if self.sums_hidden:
-                hidden = _SumGradients.apply(hidden, group)
-            bias, beyond = _apart_from_all_masked(bias, options)
-            nll, own_peak, log_total, *means = local(hidden, weight, bias, place, replace(options, ignore_index=-1))
-            nll, peak, log_total = _Merge.apply(nll + beyond, own_peak, log_total, valid, owned, group)
-            share = self.rows / self.vocabulary
-            parts = (share * (mean + (own_peak - peak) - beyond) for mean in means)
-            return nll, peak, log_total, *(_Sum.apply(part.where(valid, 0), group) for part in parts)
-
-        return run
-
-    def merge_predictions(self, found: Predictions) -> Predictions:
-        """Over all ranks' rows, from those over this rank's: three all-reduces over the tokens.
-
-        Every rank must call it, with the same tokens.
-        """
-        group = self.mesh.get_group()
-        largest = found.largest.clone()
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-        # Of equally large ones the first, as within a rank.
-        own = (found.place + self.start).where(found.largest == largest, self.vocabulary)
-        place = own.clone()
-        dist.all_reduce(place, dist.ReduceOp.MIN, group=group)
-        sums = torch.stack(found.measured_from(largest, own != place))
-        dist.all_reduce(sums, group=group)
-        return Predictions(largest, place, *sums)
-
-    def whole_hidden(self, hidden: DTensor) -> tuple[Tensor, "VocabularyShard"]:
-        """All of the hidden states that sequence parallelism split, as a plain tensor, and this shard for them.
-
-        Their gradients go back as parts of a sum: each rank gets the total of its own part, in one reduce-scatter.
-        """
-        if hidden.device_mesh != self.mesh:
-            raise TypeError(
-                f"outputs must be plain or on the device mesh of weight, {self.mesh}, got {hidden.device_mesh}"
-            )
-        if any(placement.is_partial() for placement in hidden.placements):
-            raise TypeError(
-                f"outputs must be sharded or replicated, got a DTensor of unsummed parts ({_names(hidden)}): the final "
-                "norm cannot have run on them"
-            )
-        whole = hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
-        return whole, replace(self, sums_hidden=False)
+    return run
 
 
 def local_rows(name: str, tensor: DTensor) -> tuple[Tensor, VocabularyShard]:
@@ -115,6 +72,24 @@ def local_rows(name: str, tensor: DTensor) -> tuple[Tensor, VocabularyShard]:
         )
     start = mesh.get_local_rank() * most
     return tensor.to_local(), VocabularyShard(mesh, start, min(most, vocabulary - start), vocabulary)
+
+
+def whole_hidden(hidden: DTensor, shard: VocabularyShard) -> tuple[Tensor, VocabularyShard]:
+    """All of the hidden states that sequence parallelism split, as a plain tensor, and the shard for them.
+
+    Their gradients go back as parts of a sum: each rank gets the total of its own part, in one reduce-scatter.
+    """
+    if hidden.device_mesh != shard.mesh:
+        raise TypeError(
+            f"outputs must be plain or on the device mesh of weight, {shard.mesh}, got {hidden.device_mesh}"
+        )
+    if any(placement.is_partial() for placement in hidden.placements):
+        raise TypeError(
+            f"outputs must be sharded or replicated, got a DTensor of unsummed parts ({_names(hidden)}): the final "
+            "norm cannot have run on them"
+        )
+    whole = hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    return whole, replace(shard, sums_hidden=False)
 
 
 def _apart_from_all_masked(bias: Tensor | None, options: Options) -> tuple[Tensor | None, Tensor | float]:

@@ -11,10 +11,9 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from torchtune_lce.inputs.dtypes import HIDDEN_DTYPES, TARGET_DTYPES
 from torchtune_lce.inputs.options import METRICS, Options
 
-HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-TARGET_DTYPES = (torch.int64, torch.int32)
 REDUCTIONS = ("mean", "sum", "none")
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
-from torchtune_lce.implementations.reference import accumulation_dtype
 from torchtune_lce.inputs.autocast import without_autocast
+from torchtune_lce.inputs.dtypes import accumulation_dtype
 from torchtune_lce.inputs.low_rank import LowRank
 
 Adapter = LoRALinear | DoRALinear

@@ -17,29 +17,30 @@ from torch import Tensor
 
 from torchtune_lce.implementations.choice import TokenLosses
 from torchtune_lce.inputs.autocast import without_autocast
-from torchtune_lce.inputs.low_rank import LowRank
+from torchtune_lce.inputs.call import Call
 from torchtune_lce.inputs.options import Options
 
 # Elements of a matrix that a CPU widens at a time to add them up; a card widens what it reads.
 _ELEMENTS_ON_CPU = 2**16
 
 
-def with_mean_logits(token_losses: TokenLosses, low_rank: LowRank | None = None) -> TokenLosses:
-    """The same, with the mean of each token's logits, which have no softcap, less the largest, as a fourth result.
+def with_mean_logits(token_losses: TokenLosses) -> TokenLosses:
+    """The same, with the mean of each token's logits less the largest as a fourth result.
 
-    ``low_rank``, without a scale, is what ``token_losses`` itself adds to the product of hidden and weight.
+    For calls without a softcap, and without a scale in their low rank.
     """
 
-    def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options):
-        valid = targets != options.ignore_index
+    def run(call: Call) -> tuple[Tensor, ...]:
+        hidden, weight, bias, low, up, _ = call.operands
+        options, valid = call.options, call.valid
         # Before the losses: autograd goes backwards, and adds the means' gradients to those that the implementation has
         # just made, in place. That by the weight, one row for all, takes no memory of its own.
         means = _mean_logits(hidden, weight, valid, options)
         if bias is not None:
             means = means + bias.mean(dtype=means.dtype).where(valid, 0)
-        if low_rank is not None:
-            means = means + _mean_logits(low_rank.low, low_rank.up, valid, options)
-        nll, peak, log_total = token_losses(hidden, weight, bias, targets, options)
+        if low is not None:
+            means = means + _mean_logits(low, up, valid, options)
+        nll, peak, log_total = token_losses(call)
         return nll, peak, log_total, (means - peak).to(peak.dtype)
 
     return run

@@ -8,19 +8,18 @@ The gradient of the entropy H by a token's logits z, with its softmax p, is -p_v
 of the tokens in use.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from torchtune_lce.implementations import chunked
-from torchtune_lce.implementations.reference import accumulation_dtype
 from torchtune_lce.inputs.autocast import without_autocast
+from torchtune_lce.inputs.call import Call
+from torchtune_lce.inputs.dtypes import accumulation_dtype
 from torchtune_lce.inputs.low_rank import LowRank
-from torchtune_lce.inputs.options import Options
-
-if TYPE_CHECKING:
-    from torchtune_lce.implementations.tensor_parallel import VocabularyShard
+from torchtune_lce.inputs.shard import VocabularyShard
 
 
 class Predictions(NamedTuple):
@@ -174,27 +173,20 @@ torch.library.register_autograd("torchtune_lce::entropy", _differentiate, setup_
 torch.library.register_autograd("torchtune_lce::entropy_backward", _refuse_second_derivative)
 
 
-def token_statistics(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    options: Options,
-    low_rank: LowRank | None = None,
-    shard: "VocabularyShard | None" = None,
-) -> tuple[Tensor, Tensor]:
+def token_statistics(call: Call) -> tuple[Tensor, Tensor]:
     """Entropy and whether the target is the most likely entry, both [N]; 0 and False where ignored.
 
-    The entropy has gradients by the operands, but with a ``shard``, whose rows are only some of the vocabulary's.
+    The entropy has gradients by the operands, but with a shard, whose rows are only some of the vocabulary's: then
+    every rank of its mesh must call this, for figures alone.
     """
-    operands = hidden, weight, bias, *(low_rank or (None, None, None))
+    options, operands = call.options, call.operands
     constants = [x if x is None else x.detach() for x in operands]
     found = Predictions(*torch.ops.torchtune_lce.predictions(*constants, options.softcap, options.workspace_mib))
-    if shard is not None:
-        found, operands = shard.merge_predictions(found), constants
+    if call.shard is not None:
+        found, operands = _over_ranks(found, call.shard), constants
     entropy = torch.ops.torchtune_lce.entropy(
         *operands,
-        targets,
+        call.labels,
         found.largest,
         found.others,
         found.disorder,
@@ -202,4 +194,19 @@ def token_statistics(
         options.softcap,
         options.workspace_mib,
     )
-    return entropy, (found.place == targets) & (targets != options.ignore_index)
+    correct = (found.place == call.labels) & call.valid
+    return entropy, correct if call.outside is None else correct & ~call.outside
+
+
+def _over_ranks(found: Predictions, shard: VocabularyShard) -> Predictions:
+    """Over all ranks' rows, from those over this rank's: three all-reduces over the tokens."""
+    group = shard.mesh.get_group()
+    largest = found.largest.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    # Of equally large ones the first, as within a rank.
+    own = (found.place + shard.start).where(found.largest == largest, shard.vocabulary)
+    place = own.clone()
+    dist.all_reduce(place, dist.ReduceOp.MIN, group=group)
+    sums = torch.stack(found.measured_from(largest, own != place))
+    dist.all_reduce(sums, group=group)
+    return Predictions(largest, place, *sums)

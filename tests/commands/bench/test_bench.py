@@ -663,7 +663,7 @@ def test_the_workspace_is_our_losses_own(monkeypatch):
     seen = []
     real = choice._TORCH_IMPLS["chunked"]
     monkeypatch.setitem(
-        choice._TORCH_IMPLS, "chunked", lambda *given: seen.append(given[4].workspace_mib) or real(*given)
+        choice._TORCH_IMPLS, "chunked", lambda call: seen.append(call.options.workspace_mib) or real(call)
     )
     batch = random_batch(TINY, torch.float32, CPU)
     right = yardstick.measure(batch)

@@ -681,7 +681,7 @@ def test_distillation_on_random_weights_beside_stocks(tmp_path):
     write_assets(assets := tmp_path / "assets")
     curves = {}
     for kind, recipe in (("stock", stock_recipe), ("chunked", our_recipe), ("auto", our_recipe)):
-        # Configured is the other one's pair of loss_choices, which the comparison replaces.
+        # Configured is the other one's pair of losses, which the comparison replaces.
         ours = kind == "stock"
         cfg = distillation_config(assets, tmp_path, DISTILLATION, tied=True, divergence="Reverse", ours=ours)
         cfg.checkpointer.checkpoint_dir = cfg.teacher_checkpointer.checkpoint_dir = str(tmp_path / "nowhere")

@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,8 @@ def scaled(by_loss: float, by_gradient: float):
         def backward(ctx, gradient):
             return gradient * ctx.factor, None, None
 
-    def wrong(hidden, *others):
-        losses, *rest = right(Scaled.apply(hidden, 1, by_gradient), *others)
+    def wrong(call):
+        losses, *rest = right(replace(call, hidden=Scaled.apply(call.hidden, 1, by_gradient)))
         return Scaled.apply(losses, by_loss, 1), *rest
 
     return wrong

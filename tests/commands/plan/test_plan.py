@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from allocations import usage
+from calls import compute
 from omegaconf import OmegaConf
 from tiny_distillation import distillation_config, write_distillation_assets
 from tiny_models import (
@@ -33,8 +34,8 @@ from torchtune_lce.commands.plan.step import _NF4_BYTES, optimizer_bytes
 from torchtune_lce.commands.shared import config_reading, peers
 from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.random_weights import is_quantised
-from torchtune_lce.divergence.function import Head, Shares, divergence
-from torchtune_lce.functional import compute
+from torchtune_lce.divergence.function import divergence
+from torchtune_lce.divergence.operands import Head, Shares
 from torchtune_lce.implementations.memory import OutputAdapter, Problem, loss_memory
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.model import output_adapter

@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torchtune_lce.commands.shared.yardstick import UNFILTERED
 from torchtune_lce.functional import compute
 from torchtune_lce.implementations import choice
 from torchtune_lce.implementations.choice import Filtering
+from torchtune_lce.inputs.call import checked
 from torchtune_lce.inputs.options import Options
 
 # hidden [N, D], weight [V, D], targets [N] -> mean loss over the targets that are not -100
@@ -67,7 +67,9 @@ def _has_cpp_compiler() -> bool:
 def _ours(name: str) -> Candidate:
     def build(**settings) -> Loss:
         options = Options(**settings)
-        return partial(compute, bias=None, options=options, reduction="mean", shift=0, impl=name, return_lse=False)
+        return lambda hidden, weight, targets: compute(
+            checked(hidden, weight, targets, None, options=options), reduction="mean", impl=name
+        )
 
     return Candidate(
         name,
