@@ -30,9 +30,10 @@ import torch
 from torchtune_lce.implementations import choice
 from torchtune_lce.implementations.chunked import entries_per_chunk, tokens_per_piece
 from torchtune_lce.inputs.dtypes import accumulation_dtype
-from torchtune_lce.model.output_adapter import NORM_BYTES
 
 CHUNKS = 8
+# Rows of W and of W + s B A that are held at a time for DoRA's lengths of them, in the accumulation dtype.
+NORM_BYTES = 32 * 2**20
 # Of labels, places, sums and counts: a few 8-byte numbers each.
 _BYTES_PER_TOKEN, _BYTES_PER_ENTRY = 64, 8
 # Of kernels/autograd.py: tokens and entries of a tile on a card; bytes of its lists, and of its bits among those.

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
+from torchtune_lce.implementations.memory import NORM_BYTES
 from torchtune_lce.inputs.autocast import without_autocast
 from torchtune_lce.inputs.dtypes import accumulation_dtype
 from torchtune_lce.inputs.low_rank import LowRank
 
 Adapter = LoRALinear | DoRALinear
-# Rows of W and of W + s B A that are held at a time, in the accumulation dtype.
-NORM_BYTES = 32 * 2**20
 
 
 def is_dora(output) -> bool:
