@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from torchtune_lce.commands.bench.statistics import EPS, TILE
 from torchtune_lce.commands.shared.shapes import Shape
-from torchtune_lce.commands.shared.trained import trained_batch
+from torchtune_lce.commands.shared.trained_batches import trained_batch
 
 PICTURE = Path(__file__).parent / "how-it-works.png"
 SHAPE = Shape(tokens=512, hidden=256, vocab=131_072)

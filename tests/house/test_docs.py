@@ -24,8 +24,10 @@ from torchtune.config._utils import _get_component_from_path
 import torchtune_lce
 from torchtune_lce.commands import registry
 from torchtune_lce.commands.bench import command as bench
+from torchtune_lce.commands.compare import runs
 from torchtune_lce.commands.compare.session import check_demo_data
-from torchtune_lce.commands.shared import config_reading, loss_choices, runs
+from torchtune_lce.commands.shared import config_reading, loss_choices
+from torchtune_lce.commands.shared.recipe_choice import recipe_for
 from torchtune_lce.commands.tune_parser import TuneLCEParser
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -183,7 +185,7 @@ def check_run(args) -> None:
 
 def check_compare(args) -> None:
     config = runs.read_config(args.config, args.overrides)
-    assert runs.recipe_for(args.config, config, args.nproc_per_node)
+    assert recipe_for(args.config, config, args.nproc_per_node)
     assert args.losses is None or loss_choices.parse(args.losses)
     assert args.steps > args.warmup
     if args.demo_data:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from torchtune_lce import LinearCrossEntropyLoss
-from torchtune_lce.commands.compare.torchtune_main import ChunkedProjectionLoss
+from torchtune_lce.commands.shared.torchtune_main import ChunkedProjectionLoss
 from torchtune_lce.implementations import choice
 from torchtune_lce.implementations.chunked import entries_per_chunk
 from torchtune_lce.inputs import filtering

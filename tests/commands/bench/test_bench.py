@@ -12,14 +12,13 @@ import torch.nn.functional as F
 
 from torchtune_lce.commands import cli, tune_parser
 from torchtune_lce.commands.bench import correctness, measure, probe, session, text, timing
-from torchtune_lce.commands.bench.errors import BenchError
 from torchtune_lce.commands.bench.statistics import softmax_statistics
-from torchtune_lce.commands.shared import candidates as losses
 from torchtune_lce.commands.shared import environment, yardstick
 from torchtune_lce.commands.shared.batches import Batch, file_batches, random_batch
-from torchtune_lce.commands.shared.candidates import Candidate
+from torchtune_lce.commands.shared.candidates import BASELINE, CANDIDATES, Candidate, select
+from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.shapes import MODELS, Shape, parse_shape
-from torchtune_lce.commands.shared.trained import trained_batch
+from torchtune_lce.commands.shared.trained_batches import trained_batch
 from torchtune_lce.commands.shared.yardstick import UNFILTERED
 from torchtune_lce.implementations import choice
 from torchtune_lce.implementations.choice import Filtering
@@ -37,7 +36,7 @@ def test_shapes_by_name_and_in_numbers():
     assert parse_shape("8192x2048x151936", 1) == Shape(8192, 2048, 151_936)
     assert {"llama3_2_1b", "llama3_1_8b", "qwen2_5_7b", "gemma2_2b"} <= MODELS.keys()
     for wrong in ("llama9", "8192x2048", "8192x0x100"):
-        with pytest.raises(BenchError):
+        with pytest.raises(CommandError):
             parse_shape(wrong, 8192)
 
 
@@ -144,7 +143,7 @@ def test_files_hold_one_batch_or_several_by_name(tmp_path):
         torch.nn.Linear(2, 2),
     ):
         torch.save(wrong, tmp_path / "wrong.pt")
-        with pytest.raises(BenchError, match="wrong.pt"):
+        with pytest.raises(CommandError, match="wrong.pt"):
             file_batches(tmp_path / "wrong.pt", torch.float32, CPU)
     torch.save({"a": (hidden, weight, targets.int())}, tmp_path / "int32.pt")
     (batch,) = file_batches(tmp_path / "int32.pt", torch.float32, CPU)
@@ -155,7 +154,7 @@ def test_a_file_of_something_else_says_what_it_may_hold(tmp_path):
     (tmp_path / "text.pt").write_text("no tensors")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
     for name in ("text", "module"):
-        with pytest.raises(BenchError) as error:
+        with pytest.raises(CommandError) as error:
             file_batches(tmp_path / f"{name}.pt", torch.float32, CPU)
         said = str(error.value)
         assert 'must hold {"hidden", "weight", "targets"} or {name: (hidden, weight, targets)}' in said
@@ -163,7 +162,7 @@ def test_a_file_of_something_else_says_what_it_may_hold(tmp_path):
         assert "\x1b" not in said
         assert "\n" not in said
     torch.save({name: torch.zeros(2, 2) for name in ("hidden", "weight", "labels")}, tmp_path / "labels.pt")
-    with pytest.raises(BenchError, match="it holds 'hidden', 'weight', 'labels'"):
+    with pytest.raises(CommandError, match="it holds 'hidden', 'weight', 'labels'"):
         file_batches(tmp_path / "labels.pt", torch.float32, CPU)
 
 
@@ -187,7 +186,7 @@ def test_text_is_read_once_and_up_to_the_limit(tmp_path):
     texts = text.read_texts(10**6, [tmp_path])
     assert sorted(found[0] for found in texts) == ["a", "b"]
     assert len(text.read_texts(1, [tmp_path])) == 1
-    with pytest.raises(BenchError, match="none"):
+    with pytest.raises(CommandError, match="none"):
         text.read_texts(1, [tmp_path / "nothing"])
 
 
@@ -199,7 +198,7 @@ def test_texts_become_ids_that_repeat_as_they_do():
     assert len(ends) == 3  # a mark after each
     first = ends[0].item() + 1
     assert torch.equal(tokens[:first], tokens[-first:])
-    with pytest.raises(BenchError, match="vocabulary"):
+    with pytest.raises(CommandError, match="vocabulary"):
         text.tokenize([words], 200)
 
 
@@ -217,7 +216,7 @@ def test_the_probe_learns_the_text_and_keeps_what_its_loss_saw():
     assert softmax_statistics(train).loss < seen[0][1] - 1
     # A sequence is 32 tokens and the one after them, which is a target only.
     assert torch.equal(train.targets[:64], torch.cat([tokens[1:33], tokens[34:66]]))
-    with pytest.raises(BenchError, match="sequences"):
+    with pytest.raises(CommandError, match="sequences"):
         probe.probe_batches(tokens[:100], TINY, torch.float32, CPU, training, print)
 
 
@@ -244,7 +243,7 @@ def test_the_reference_is_pytorchs_in_float64(monkeypatch):
     torch.testing.assert_close(right.d_hidden, hidden.grad)
     torch.testing.assert_close(right.d_weight, weight.grad)
     # What PyTorch itself is off by, all at once.
-    value, grads = correctness.gradients(losses.CANDIDATES["eager_full"].build(), batch, False)
+    value, grads = correctness.gradients(CANDIDATES["eager_full"].build(), batch, False)
     own = correctness.errors(value, grads, right)
     assert right.own.hidden == pytest.approx(own.hidden, rel=0.2)
     assert 0 < right.own.weight < own.weight, "chunks are summed wide"
@@ -320,7 +319,7 @@ def test_in_bfloat16_a_few_percent_are_too_much(kind, wrong, factor):
     assert case.status.startswith("wrong: ")
     assert right.allowed(of_mean=True).loss < 3e-3
     for name in ("chunked", "reference"):
-        found = correctness.errors(*correctness.gradients(losses.CANDIDATES[name].build(), batch, False), right)
+        found = correctness.errors(*correctness.gradients(CANDIDATES[name].build(), batch, False), right)
         assert found.within(right.allowed(of_mean=True)), name
 
 
@@ -356,7 +355,7 @@ def test_a_filter_that_drops_nothing_is_wrong(monkeypatch):
     monkeypatch.setattr(correctness, "checks", lambda _: [(correctness.TRAINED, {"filter_eps": None})])
     monkeypatch.setattr(correctness, "PEAKED_INTERPRETED", Shape(32, 32, 100))
     monkeypatch.setattr(correctness, "PEAKED", Shape(32, 32, 100))
-    (check,) = measure.check(losses.CANDIDATES["cce"], torch.float32, torch.device("cuda" if _CARD else "cpu"))
+    (check,) = measure.check(CANDIDATES["cce"], torch.float32, torch.device("cuda" if _CARD else "cpu"))
     assert check.status.startswith("wrong: every tile is kept")
 
 
@@ -387,7 +386,7 @@ def test_what_a_loss_raises_is_its_result(error, status):
 def test_filtering_and_other_packages_may_be_less_exact():
     batch = trained_batch(Shape(256, 256, 20_000), torch.bfloat16, CPU)
     names = ("cce", "cce_exact", "cce_kahan_full_c", "eager_full", "apple_cce", "liger")
-    candidates = {name: losses.CANDIDATES[name] for name in names}
+    candidates = {name: CANDIDATES[name] for name in names}
     right = correctness.yardstick(batch, list(candidates.values()))
     most = {name: correctness.allowed(candidate, right) for name, candidate in candidates.items()}
     assert most["cce_exact"] == most["eager_full"]
@@ -429,8 +428,8 @@ def test_results_are_written_as_documented(plan, tmp_path, capsys, device):
     shape = Shape(40, 32, 100)
     torch.save({"saved": (torch.randn(40, 16), torch.randn(90, 16), torch.randint(90, (40,)))}, tmp_path / "x.pt")
     # Compilers take their time: what the ratios are to is full logits here without one.
-    baseline = Candidate(losses.BASELINE, losses.CANDIDATES["eager_full"].build)
-    candidates = [losses.CANDIDATES["cce"], losses.CANDIDATES["chunked"], baseline]
+    baseline = Candidate(BASELINE, CANDIDATES["eager_full"].build)
+    candidates = [CANDIDATES["cce"], CANDIDATES["chunked"], baseline]
     names = [candidate.name for candidate in candidates]
     sources = [session.Source("random", shape), session.Source("file", path=tmp_path / "x.pt")]
     assert session.bench(plan(candidates, sources, device))
@@ -483,7 +482,7 @@ def test_a_run_goes_on_past_what_is_wrong_absent_or_broken(plan, tmp_path, capsy
         # Its package is there, and what that needs is not.
         Candidate("lame", lambda: __import__("no_such_dependency"), requires="json"),
         Candidate("broken", lambda: fail),
-        losses.CANDIDATES["reference"],
+        CANDIDATES["reference"],
     ]
     assert session.bench(plan(candidates, [session.Source("trained", TINY)]))
     written = json.loads((tmp_path / "results" / session.RESULTS).read_text())
@@ -517,7 +516,7 @@ def test_a_batch_that_does_not_fit_is_a_result_and_the_next_one_runs(plan, tmp_p
         return real(first, *others)
 
     monkeypatch.setattr(place, name, fail_once)
-    made = plan([losses.CANDIDATES["chunked"]], [session.Source("trained", full), session.Source("random", TINY)])
+    made = plan([CANDIDATES["chunked"]], [session.Source("trained", full), session.Source("random", TINY)])
     assert session.bench(made)
     results = json.loads((tmp_path / "results" / session.RESULTS).read_text())
     (first, second) = results["data"]
@@ -525,8 +524,8 @@ def test_a_batch_that_does_not_fit_is_a_result_and_the_next_one_runs(plan, tmp_p
     assert (first["data"], first["shape"], second["status"]) == ("trained", vars(full), "ok")
     assert {(case["data"], case["status"]) for case in results["cases"]} == {("random", "ok")}
     assert "out of memory" in capsys.readouterr().out
-    with pytest.raises(BenchError, match="none of the data fit"):
-        session.bench(plan([losses.CANDIDATES["chunked"]], [session.Source("trained", full)]))
+    with pytest.raises(CommandError, match="none of the data fit"):
+        session.bench(plan([CANDIDATES["chunked"]], [session.Source("trained", full)]))
 
 
 def test_an_error_that_is_not_of_memory_is_not_hidden(plan, monkeypatch):
@@ -535,7 +534,7 @@ def test_an_error_that_is_not_of_memory_is_not_hidden(plan, monkeypatch):
 
     monkeypatch.setattr(session.measure, "time_projection", fail)
     with pytest.raises(RuntimeError, match="illegal instruction"):
-        session.bench(plan([losses.CANDIDATES["chunked"]], [session.Source("random", TINY)]))
+        session.bench(plan([CANDIDATES["chunked"]], [session.Source("random", TINY)]))
 
 
 def test_the_projection_is_timed_in_slices_that_cover_every_token(monkeypatch):
@@ -548,7 +547,7 @@ def test_the_projection_is_timed_in_slices_that_cover_every_token(monkeypatch):
 
 
 def test_a_wrong_loss_of_our_own_fails_the_run(plan):
-    candidates = [Candidate("ours", _planted("", "hidden", 2.0).build), losses.CANDIDATES["eager_full"]]
+    candidates = [Candidate("ours", _planted("", "hidden", 2.0).build), CANDIDATES["eager_full"]]
     sources = [session.Source("random", TINY)]
     assert session.bench(plan(candidates, sources))
     ours = Candidate("chunked", candidates[0].build, ours=True)
@@ -586,13 +585,15 @@ def test_check_only_runs_anywhere(tune_lce):
 
 def test_torchtunes_release_is_right(monkeypatch):
     monkeypatch.setenv("TORCH_COMPILE_BACKEND", "eager")
-    (check,) = measure.check(losses.CANDIDATES["torchtune"], torch.float32, CPU)
+    (check,) = measure.check(CANDIDATES["torchtune"], torch.float32, CPU)
     assert check.status == measure.OK
     assert check.found.hidden < 1e-6
 
 
 def test_check_only_fails_on_a_wrong_loss(tune_lce, monkeypatch):
-    monkeypatch.setattr(losses, "_ALL", (_planted("eager_full", "hidden", 1.01), losses.CANDIDATES["chunked"]))
+    monkeypatch.setattr(
+        "torchtune_lce.commands.shared.candidates._ALL", (_planted("eager_full", "hidden", 1.01), CANDIDATES["chunked"])
+    )
     status, printed = tune_lce("--check-only", "--dtype", "float32")
     assert status == 1
     assert "wrong: " in printed
@@ -650,12 +651,12 @@ def test_data_and_shapes_of_the_command_line(monkeypatch, tmp_path):
 
 
 def test_presets_only_on_request():
-    names = [candidate.name for candidate in losses.select(None)]
+    names = [candidate.name for candidate in select(None)]
     assert {"cce", "cce_exact", "torch_compile", "chunked", "reference"} <= set(names)
     assert {"eager_full", "torch_compile_full", "torchtune", "torchtune_main"} <= set(names)
     assert {"apple_cce", "liger", "quack"} <= set(names)
     assert "cce_kahan_full_c" not in names
-    asked = losses.select(["quack", "cce_kahan_full_c"])
+    asked = select(["quack", "cce_kahan_full_c"])
     assert [candidate.name for candidate in asked] == ["cce_kahan_full_c", "quack"]
 
 
@@ -668,7 +669,7 @@ def test_the_workspace_is_our_losses_own(monkeypatch):
     batch = random_batch(TINY, torch.float32, CPU)
     right = yardstick.measure(batch)
     cases = []
-    for candidate in [*losses.select(["chunked", "eager_full"], workspace_mib=7), *losses.select(["chunked"])]:
+    for candidate in [*select(["chunked", "eager_full"], workspace_mib=7), *select(["chunked"])]:
         cases.append(measure.measure(candidate, batch, right, False, lambda run: timing.clock_timer(run, calls=2)))
     assert [(case.impl, case.status, case.workspace_mib) for case in cases] == [
         ("chunked", "ok", 7),
@@ -691,7 +692,7 @@ def test_the_commit_is_that_of_the_checkout(tmp_path):
 @pytest.mark.gpu
 def test_a_card_gives_times_and_peaks(device, tmp_path):
     shape = Shape(2048, 512, 32_000)
-    candidates = [losses.CANDIDATES[name] for name in ("cce", "chunked", "eager_full", "torch_compile_full")]
+    candidates = [CANDIDATES[name] for name in ("cce", "chunked", "eager_full", "torch_compile_full")]
     plan = session.Plan(
         candidates, [session.Source("trained", shape)], device, torch.bfloat16, timing.cuda_timer, tmp_path, "x"
     )

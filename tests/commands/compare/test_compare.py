@@ -32,16 +32,17 @@ from torchtune import config as torchtune_config
 from torchtune.models.qwen2 import Qwen2Tokenizer
 
 from torchtune_lce.commands import registry
-from torchtune_lce.commands.compare import command, report, session
+from torchtune_lce.commands.compare import command, report, runs, session
 from torchtune_lce.commands.compare.checkpointers import LoadOnly, RandomWeights
 from torchtune_lce.commands.compare.demo_data import DemoData, TokenRows
+from torchtune_lce.commands.compare.runs import Outcome, Run
 from torchtune_lce.commands.plan import command as plan
-from torchtune_lce.commands.shared import distillation, loss_choices, recipe_runs, runs
+from torchtune_lce.commands.shared import distillation, loss_choices, recipe_runs
 from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.loss_choices import LossChoice
 from torchtune_lce.commands.shared.random_weights import random_state_dict
+from torchtune_lce.commands.shared.recipe_choice import recipe_for
 from torchtune_lce.commands.shared.recipe_runs import Result
-from torchtune_lce.commands.shared.runs import Outcome, Run
 
 LORA_CONFIG = "lce/llama3_2/1B_lora_single_device"
 BUILDER = "torchtune.models.llama3_2._component_builders.llama3_2"
@@ -221,22 +222,22 @@ def test_a_model_that_cannot_be_made_is_named(blocked, capsys, model):
 def test_recipe_goes_with_the_config_and_the_devices(tmp_path):
     config = runs.read_config(LORA_CONFIG, ["batch_size=3"])
     assert config.batch_size == 3
-    assert runs.recipe_for(LORA_CONFIG, config, None) == LORA
-    assert runs.recipe_for("llama3_2/1B_full_single_device", config, None) == FULL
-    assert runs.recipe_for("lce/llama3_2/3B_lora", config, 2) == LORA_DISTRIBUTED
-    assert runs.recipe_for("mine.yaml", config, 2) == LORA_DISTRIBUTED
-    assert runs.recipe_for(DISTILLATION_CONFIG, config, None) == DISTILLATION
+    assert recipe_for(LORA_CONFIG, config, None) == LORA
+    assert recipe_for("llama3_2/1B_full_single_device", config, None) == FULL
+    assert recipe_for("lce/llama3_2/3B_lora", config, 2) == LORA_DISTRIBUTED
+    assert recipe_for("mine.yaml", config, 2) == LORA_DISTRIBUTED
+    assert recipe_for(DISTILLATION_CONFIG, config, None) == DISTILLATION
     teaches = OmegaConf.create({"model": {"lora_rank": 2}, "teacher_model": {}})
-    assert runs.recipe_for("mine.yaml", teaches, None) == DISTILLATION
-    assert runs.recipe_for("mine.yaml", teaches, 2) == DISTILLATION_DISTRIBUTED
+    assert recipe_for("mine.yaml", teaches, None) == DISTILLATION
+    assert recipe_for("mine.yaml", teaches, 2) == DISTILLATION_DISTRIBUTED
     full = OmegaConf.create({"model": {}})
-    assert runs.recipe_for("mine.yaml", full, None) == FULL
+    assert recipe_for("mine.yaml", full, None) == FULL
     with pytest.raises(CommandError, match="needs --nproc_per_node"):
-        runs.recipe_for("lce/llama3_2/3B_lora", config, None)
+        recipe_for("lce/llama3_2/3B_lora", config, None)
     with pytest.raises(CommandError, match="takes one device"):
-        runs.recipe_for(LORA_CONFIG, config, 2)
+        recipe_for(LORA_CONFIG, config, 2)
     with pytest.raises(CommandError, match="LoRA or full fine-tune or of a distillation, llama3_1/8B_l"):
-        runs.recipe_for("llama3_1/8B_lora_dpo", config, 2)
+        recipe_for("llama3_1/8B_lora_dpo", config, 2)
 
 
 # --- inputs ---

@@ -4,7 +4,7 @@ import torch
 
 from torchtune_lce.commands.shared.batches import Batch, random_batch
 from torchtune_lce.commands.shared.shapes import Shape
-from torchtune_lce.commands.shared.trained import trained_batch
+from torchtune_lce.commands.shared.trained_batches import trained_batch
 
 # Enough features for the trained kind, enough of the vocabulary that its entries are as small as a real one's.
 SHAPE = Shape(tokens=512, hidden=256, vocab=32_768)

@@ -5,6 +5,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from torchtune_lce.commands.shared.errors import CommandError
+
 DESCRIPTION = """\
 Times linear cross-entropy losses on one CUDA card: this package's, PyTorch's and those of cut-cross-entropy,
 liger-kernel and quack-kernels where they are installed. Each is first compared with an exact reference, and not timed
@@ -57,12 +59,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Runs the benchmark and ends the process with its status."""
-    # Imported here: `tune-lce` makes the parsers of all subcommands before it runs one.
-    from torchtune_lce.commands.bench.errors import BenchError
-
     try:
         passed = run(args)
-    except BenchError as error:
+    except CommandError as error:
         print(f"tune-lce bench: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -72,17 +71,17 @@ def main(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> bool:
-    """What the arguments ask for; raises BenchError for those that make no sense and for want of a card."""
+    """What the arguments ask for; raises CommandError for those that make no sense and for want of a card."""
+    # Imported here: `tune-lce` makes the parsers of all subcommands before it runs one.
     import torch
 
     from torchtune_lce.commands.bench import session, timing
-    from torchtune_lce.commands.bench.errors import BenchError
-    from torchtune_lce.commands.shared import candidates as losses
+    from torchtune_lce.commands.shared.candidates import select
 
     if args.workspace_mib is not None and args.workspace_mib < 1:
-        raise BenchError(f"--workspace-mib must be at least 1, got {args.workspace_mib}")
+        raise CommandError(f"--workspace-mib must be at least 1, got {args.workspace_mib}")
     only = [name.strip() for name in args.only.split(",")] if args.only else None
-    candidates = losses.select(only, args.workspace_mib)
+    candidates = select(only, args.workspace_mib)
     if args.check_only:
         _refuse_beside_check_only(args)
     sources = read_sources(args)
@@ -93,30 +92,29 @@ def run(args: argparse.Namespace) -> bool:
     if args.check_only:
         return session.check_only(candidates, device, dtype)
     if not card:
-        raise BenchError("timings come only from a CUDA card, and there is none; --check-only runs without")
+        raise CommandError("timings come only from a CUDA card, and there is none; --check-only runs without")
     if output.exists() and not output.is_dir():
-        raise BenchError(f"--output must be a folder, {output} is a file")
+        raise CommandError(f"--output must be a folder, {output} is a file")
     command = shlex.join(["tune-lce", *sys.argv[1:]])
     plan = session.Plan(candidates, sources, device, dtype, timing.cuda_timer, output, command)
     return session.bench(plan)
 
 
 def _refuse_beside_check_only(args: argparse.Namespace) -> None:
-    from torchtune_lce.commands.bench.errors import BenchError
-
     for name in ("model", "tokens", "hidden", "vocab", "data", "file", "output"):
         if getattr(args, name) is not None:
-            raise BenchError(f"--{name} is not for --check-only, which takes small data of its own and writes nothing")
+            raise CommandError(
+                f"--{name} is not for --check-only, which takes small data of its own and writes nothing"
+            )
 
 
 def read_sources(args: argparse.Namespace) -> list:
     """The :class:`torchtune_lce.commands.bench.session.Source` that ``--data`` and the sizes name."""
-    from torchtune_lce.commands.bench.errors import BenchError
     from torchtune_lce.commands.bench.session import Source
     from torchtune_lce.commands.shared import shapes
 
     if args.model and args.model not in shapes.MODELS:
-        raise BenchError(f"--model takes {', '.join(shapes.MODELS)}; got {args.model!r}")
+        raise CommandError(f"--model takes {', '.join(shapes.MODELS)}; got {args.model!r}")
     hidden, vocab = shapes.MODELS[args.model or DEFAULT_MODEL]
     tokens, hidden, vocab = (
         usual if given is None else given
@@ -127,15 +125,15 @@ def read_sources(args: argparse.Namespace) -> list:
     for entry in args.data or ["trained"]:
         kind, _, shape = entry.partition(":")
         if kind not in KINDS:
-            raise BenchError(f"--data takes {', '.join(KINDS)}, got {kind!r}")
+            raise CommandError(f"--data takes {', '.join(KINDS)}, got {kind!r}")
         if kind == "file":
             if args.file is None or shape:
-                raise BenchError("--data file takes its tensors, and their sizes, from --file PATH")
+                raise CommandError("--data file takes its tensors, and their sizes, from --file PATH")
             if not args.file.is_file():  # told now, not after the other data have been measured
-                raise BenchError(f"--file: {args.file} is no file")
+                raise CommandError(f"--file: {args.file} is no file")
             sources.append(Source(kind, path=args.file))
         else:
             sources.append(Source(kind, shapes.parse_shape(shape, tokens) if shape else usual))
     if args.file and all(source.kind != "file" for source in sources):
-        raise BenchError("--file is for --data file")
+        raise CommandError("--file is for --data file")
     return sources

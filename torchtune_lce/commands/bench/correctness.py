@@ -6,7 +6,7 @@ from torch import Tensor
 from torchtune_lce.commands.shared.batches import IGNORE_INDEX, Batch, random_batch
 from torchtune_lce.commands.shared.candidates import Candidate, Loss
 from torchtune_lce.commands.shared.shapes import Shape
-from torchtune_lce.commands.shared.trained import trained_batch
+from torchtune_lce.commands.shared.trained_batches import trained_batch
 from torchtune_lce.commands.shared.yardstick import UNFILTERED, Errors, Yardstick, measure, relative_error
 from torchtune_lce.inputs.options import Options
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchtune_lce.commands.bench.errors import BenchError
 from torchtune_lce.commands.shared.batches import Batch
+from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.shapes import Shape
 
 _HEAD = 128  # features of an attention head
@@ -128,19 +128,19 @@ def probe_batches(
 ) -> list[Batch]:
     """Trains on ``tokens``, telling ``on_step`` the step and its loss, and returns what a loss sees of two texts.
 
-    "probe train" is of tokens that it has seen, "probe val" of tokens that it has not. Raises BenchError where there
+    "probe train" is of tokens that it has seen, "probe val" of tokens that it has not. Raises CommandError where there
     is too little text or the sizes do not go together.
     """
     sequences = -(-shape.tokens // training.sequence)
     rows = tokens[: len(tokens) // (training.sequence + 1) * (training.sequence + 1)].view(-1, training.sequence + 1)
     held_out = max(training.held_out, sequences)
     if len(rows) < held_out + max(training.batch, sequences):
-        raise BenchError(
+        raise CommandError(
             f"the probe needs {held_out + max(training.batch, sequences)} sequences of {training.sequence} tokens, the "
             f"text on this machine gives {len(rows)}; take fewer --tokens"
         )
     if shape.hidden % _HEAD and (shape.hidden > _HEAD or shape.hidden % 2):
-        raise BenchError(f"the probe's hidden size must be a multiple of {_HEAD}, got {shape.hidden}")
+        raise CommandError(f"the probe's hidden size must be a multiple of {_HEAD}, got {shape.hidden}")
     seen, unseen = rows[:-held_out], rows[-held_out:]
     torch.manual_seed(0)
     with device:
@@ -197,4 +197,4 @@ def _train(
         if step % 20 == 0 or step == training.steps - 1:
             on_step(step, value := loss.item())
             if not math.isfinite(value):
-                raise BenchError(f"the probe's loss became {value} in step {step}")
+                raise CommandError(f"the probe's loss became {value} in step {step}")

@@ -6,8 +6,6 @@ import math
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 
 from torchtune_lce.commands.bench.measure import OK, Case, Check
@@ -28,12 +26,6 @@ def _finite(case: dict) -> dict:
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in case.items()
     }
-
-
-def show(console: Console, grid: Table) -> None:
-    """Prints a table that is never cut: a terminal that is too narrow breaks the lines instead."""
-    needed = Measurement.get(console, console.options.update(width=1000), grid).maximum
-    Console(file=console.file, width=max(needed, console.width), highlight=False, markup=False).print(grid)
 
 
 def table(cases: list[Case]) -> Table:

@@ -9,15 +9,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from torchtune_lce.commands.bench import correctness, measure, probe, report, text
-from torchtune_lce.commands.bench.errors import BenchError
 from torchtune_lce.commands.bench.measure import OK, OUT_OF_MEMORY, Case
 from torchtune_lce.commands.bench.statistics import softmax_statistics
 from torchtune_lce.commands.bench.timing import Timer
 from torchtune_lce.commands.shared import environment
 from torchtune_lce.commands.shared.batches import Batch, file_batches, random_batch
 from torchtune_lce.commands.shared.candidates import BASELINE, Candidate
+from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.shapes import FLOPS_FORMULA, Shape
-from torchtune_lce.commands.shared.trained import trained_batch
+from torchtune_lce.commands.shared.tables import print_table
+from torchtune_lce.commands.shared.trained_batches import trained_batch
 from torchtune_lce.commands.shared.yardstick import Yardstick
 
 RESULTS, PICTURE = "bench.json", "bench.png"
@@ -50,7 +51,7 @@ def bench(plan: Plan) -> bool:
     """Checks and times everything, prints it as it comes and writes it; whether this package's losses all passed.
 
     Files are written after each batch, so that an interrupted run leaves what it had. A batch that does not fit, with
-    what the losses are compared with, is recorded as that. Raises BenchError if it cannot run.
+    what the losses are compared with, is recorded as that. Raises CommandError if it cannot run.
     """
     console = _console()
     plan.output.mkdir(parents=True, exist_ok=True)
@@ -67,14 +68,14 @@ def bench(plan: Plan) -> bool:
             if right is not None:
                 cases = _measure_all(console, candidates, refused, batch, right, plan)
                 results["cases"] += cases
-                report.show(console, report.table(cases))
+                print_table(console, report.table(cases))
                 ours = {candidate.name for candidate in plan.candidates if candidate.ours}
                 report.draw(results["cases"], ours, results["floors"], plan.output / PICTURE, left_out)
             report.write_json(results, plan.output / RESULTS)
             del batch, right  # before the next one is made
     report.write_json(results, plan.output / RESULTS)
     if not results["cases"]:
-        raise BenchError("no loss was measured: none of the data fit into memory")
+        raise CommandError("no loss was measured: none of the data fit into memory")
     console.print(FLOPS_FORMULA)
     console.print(f"Written: {plan.output / RESULTS}, {plan.output / PICTURE}")
     ours = {candidate.name for candidate in candidates if candidate.ours}
@@ -115,7 +116,7 @@ def _does_not_fit(console: Console, results: dict, about: dict, what: str) -> No
 def check_only(candidates: list[Candidate], device: torch.device, dtype: torch.dtype) -> bool:
     """The correctness check on small data, as a table; whether every loss that can run here passed.
 
-    Raises BenchError if none can.
+    Raises CommandError if none can.
     """
     console = _console()
     console.print(f"correctness check on {environment.describe(device)['device']} in {_name(dtype)}")
@@ -130,8 +131,8 @@ def check_only(candidates: list[Candidate], device: torch.device, dtype: torch.d
         passed &= all(check.status == OK for check in checks)
         rows += [(candidate.name, check) for check in checks]
     if not rows:
-        raise BenchError("none of the losses can run here")
-    report.show(console, report.check_table(rows))
+        raise CommandError("none of the losses can run here")
+    print_table(console, report.check_table(rows))
     return passed
 
 
@@ -154,7 +155,7 @@ def _able(console: Console, plan: Plan) -> tuple[list[Candidate], dict[str, str]
         else:
             able.append(candidate)
     if not able:
-        raise BenchError("none of the losses can run here")
+        raise CommandError("none of the losses can run here")
     return able, left_out
 
 

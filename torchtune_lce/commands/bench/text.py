@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchtune_lce.commands.bench.errors import BenchError
+from torchtune_lce.commands.shared.errors import CommandError
 
 _SUFFIXES = {".py", ".md", ".rst", ".txt"}
 _SMALLEST, _LARGEST = 1_000, 400_000  # bytes: below is boilerplate, above are tables
@@ -21,7 +21,7 @@ _DENSITY_FALL = 20.0
 def read_texts(characters: int, folders: Iterable[Path] | None = None) -> list[str]:
     """Sources and documentation of Python's library and the installed packages, in a fixed random order.
 
-    Stops at ``characters``, or where there is no more; raises BenchError where there is nothing.
+    Stops at ``characters``, or where there is no more; raises CommandError where there is nothing.
     """
     if folders is None:
         folders = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
@@ -44,7 +44,7 @@ def read_texts(characters: int, folders: Iterable[Path] | None = None) -> list[s
         texts.append(text)
         count += len(text)
     if not texts:
-        raise BenchError(
+        raise CommandError(
             f"the probe's text is Python sources and documentation, none are in {', '.join(map(str, folders))}"
         )
     return texts
@@ -64,7 +64,7 @@ def tokenize(texts: list[str], vocab: int) -> Tensor:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     entries = max(min(vocab, _LEARNED_ENTRIES), len(alphabet) + 1)
     if entries > vocab:
-        raise BenchError(f"the probe needs a vocabulary of at least {entries} entries, got {vocab}")
+        raise CommandError(f"the probe needs a vocabulary of at least {entries} entries, got {vocab}")
     trainer = trainers.BpeTrainer(
         vocab_size=entries, initial_alphabet=alphabet, special_tokens=[end], show_progress=False
     )

@@ -4,8 +4,8 @@ from itertools import pairwise
 from pathlib import Path
 from subprocess import Popen
 
+from torchtune_lce.commands.compare.runs import Run
 from torchtune_lce.commands.shared import recipe_runs
-from torchtune_lce.commands.shared.runs import Run
 
 
 class Queue:

@@ -8,9 +8,9 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from torchtune_lce.commands.compare.runs import OK, Outcome
 from torchtune_lce.commands.shared.loss_choices import SEED
 from torchtune_lce.commands.shared.recipe_runs import Result
-from torchtune_lce.commands.shared.runs import OK, Outcome
 
 _COLOURS = ("#8fb4d9", "#12355b", "#b23a3a", "#3a7d44", "#c98a1b", "#6b4c9a", "#5b6770", "#c2578f")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from torchtune_lce.commands import registry
 from torchtune_lce.commands.shared import config_reading, distillation, recipe_runs
 from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.loss_choices import MOST_SEED, STOCK, LossChoice
+from torchtune_lce.commands.shared.recipe_choice import TAKES
 from torchtune_lce.commands.shared.recipe_runs import LOG, Result
 
 CONFIG, RESULT = "config.yaml", "result.json"
@@ -28,7 +28,6 @@ _RESERVED = (
 )
 _RESERVED_OF_LOSSES = ("loss", "loss._component_", "loss.impl", "kd_loss.impl")
 _NEEDED = ("model._component_", "loss._component_", "checkpointer.model_type")
-_TAKES = "--config must be one of a LoRA or full fine-tune or of a distillation"
 _CHECKPOINTERS = "torchtune_lce.commands.compare.checkpointers."
 
 
@@ -52,7 +51,7 @@ def read_config(name: str, overrides: list[str]) -> DictConfig:
 
 def check(name: str, config: DictConfig) -> None:
     """Raises CommandError for a config without what every run reads, or with settings that its losses do not take."""
-    config_reading.check_sections(name, config, _NEEDED, _TAKES)
+    config_reading.check_sections(name, config, _NEEDED, TAKES)
     config_reading.check_positive("batch_size", config.get("batch_size"))
     config_reading.check_positive("gradient_accumulation_steps", config.get("gradient_accumulation_steps", 1))
     seed = config.get("seed")
@@ -61,33 +60,12 @@ def check(name: str, config: DictConfig) -> None:
     config_reading.check_settings(config, ("loss", "kd_loss"))
 
 
-def recipe_for(name: str, config: DictConfig, devices: int | None) -> str:
-    """The name of torchtune's recipe that the config is for; ``devices`` None means one, without torchrun.
-
-    Raises CommandError where a registered config and ``devices`` do not go together.
-    """
-    recipe = registry.find_recipe(name)
-    if recipe is not None:
-        method = recipe.name.removeprefix("lce_")
-        if method not in registry.CONFIG_SUFFIXES:
-            raise CommandError(f"{_TAKES}, {name} is for {method}")
-        if recipe.supports_distributed != (devices is not None):
-            needs = "needs --nproc_per_node" if recipe.supports_distributed else "takes one device"
-            raise CommandError(f"{name} is for torchtune's {method}, which {needs}")
-        return method
-    if distillation.distils(config):
-        method = "knowledge_distillation"
-    else:
-        method = "lora_finetune" if "lora_rank" in (config.get("model") or ()) else "full_finetune"
-    return f"{method}_{'single_device' if devices is None else 'distributed'}"
-
-
 @dataclass(frozen=True)
 class Run:
     """One loss's fine-tune inside ``folder``, which is its own."""
 
     choice: LossChoice
-    recipe: str  # as in :func:`recipe_for`
+    recipe: str  # as in :func:`torchtune_lce.commands.shared.recipe_choice.recipe_for`
     config: DictConfig
     devices: int | None
     folder: Path

@@ -14,15 +14,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torchtune.modules import TransformerDecoder
 
-from torchtune_lce.commands.bench.report import show
-from torchtune_lce.commands.compare import report
+from torchtune_lce.commands.compare import report, runs
 from torchtune_lce.commands.compare.demo_data import LEAST_VOCABULARY, DemoData
 from torchtune_lce.commands.compare.queue import Queue
-from torchtune_lce.commands.shared import distillation, environment, loss_choices, output_folder, runs
+from torchtune_lce.commands.compare.runs import OK, OUT_OF_MEMORY, Outcome, Run
+from torchtune_lce.commands.shared import distillation, environment, loss_choices, output_folder
 from torchtune_lce.commands.shared.config_reading import training_device, training_dtype
 from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.random_weights import configured_model
-from torchtune_lce.commands.shared.runs import OK, OUT_OF_MEMORY, Outcome, Run
+from torchtune_lce.commands.shared.recipe_choice import recipe_for
+from torchtune_lce.commands.shared.tables import print_table
 from torchtune_lce.model.model_output import find_decoder
 
 MARKER, DATA = ".tune-lce-compare", "data"
@@ -56,7 +57,7 @@ def compare(settings: Settings) -> bool:
     """
     check_numbers(settings)
     config = runs.read_config(settings.config, settings.overrides)
-    recipe = runs.recipe_for(settings.config, config, settings.devices)
+    recipe = recipe_for(settings.config, config, settings.devices)
     runs.check(settings.config, config)
     dtype, device = training_dtype(config), training_device(config)
     on_card = device.type == "cuda"
@@ -94,7 +95,7 @@ def compare(settings: Settings) -> bool:
     # On a card a run begins with seconds of loading. On a CPU its steps would share that with the next one's imports.
     ahead = on_card and settings.jobs == 1
     run_all(console, waiting, settings.jobs, settings.fresh, ahead, on_outcome)
-    show(console, report.table(outcomes, on_card))
+    print_table(console, report.table(outcomes, on_card))
     for note in report.notes(outcomes, settings.jobs):
         console.print(note)
     console.print(f"Written: {output / RESULTS}, {output / TABLE}, {output / PICTURE}")

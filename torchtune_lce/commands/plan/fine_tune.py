@@ -3,10 +3,10 @@
 from omegaconf import DictConfig, OmegaConf
 
 from torchtune_lce.commands import registry
-from torchtune_lce.commands.shared import config_reading, runs
+from torchtune_lce.commands.shared import config_reading
 from torchtune_lce.commands.shared.errors import CommandError
+from torchtune_lce.commands.shared.recipe_choice import TAKES, recipe_for
 
-_TAKES = "--config must be one of a LoRA or full fine-tune or of a distillation"
 _PLANNED = ("lora_finetune_", "full_finetune_", "knowledge_distillation_")
 _NEEDED = ("model._component_", "tokenizer._component_", "optimizer._component_", "loss._component_")
 # Methods whose config says so, of a file that no recipe has registered.
@@ -24,9 +24,9 @@ def check(name: str, config: DictConfig, devices: int | None) -> None:
     recipe = registry.find_recipe(name)
     other = _method_of_file(config) if recipe is None else recipe.name.removeprefix("lce_")
     if other is not None and not other.startswith(_PLANNED):
-        raise CommandError(f"{_TAKES}, {name} is for {other}")
-    config_reading.check_sections(name, config, _NEEDED, _TAKES)
-    runs.recipe_for(name, config, devices)
+        raise CommandError(f"{TAKES}, {name} is for {other}")
+    config_reading.check_sections(name, config, _NEEDED, TAKES)
+    recipe_for(name, config, devices)
     config_reading.check_positive("batch_size", config.get("batch_size"))
     config_reading.check_positive("gradient_accumulation_steps", config.get("gradient_accumulation_steps", 1))
     if config.tokenizer.get("max_seq_len") is not None:

@@ -8,11 +8,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from torchtune_lce.commands.bench.report import show as print_table
 from torchtune_lce.commands.plan import fine_tune
 from torchtune_lce.commands.plan.planning import USABLE, Planner
 from torchtune_lce.commands.shared import config_reading, distillation, loss_choices
 from torchtune_lce.commands.shared.errors import CommandError
+from torchtune_lce.commands.shared.tables import print_table
 
 _USUAL = "stock,stock_compiled,main_compiled,torch_compile,chunked,cce"
 _USUAL_OF_A_DISTILLATION = "stock,chunked,cce"

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchtune_lce.commands.bench.errors import BenchError
+from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.shapes import Shape
 
 IGNORE_INDEX = -100
@@ -48,7 +48,7 @@ def random_batch(shape: Shape, dtype: torch.dtype, device: torch.device, seed: i
 def file_batches(path: Path, dtype: torch.dtype, device: torch.device) -> list[Batch]:
     """Batches saved with torch.save: {"hidden", "weight", "targets"}, or {name: (hidden, weight, targets)}.
 
-    They are brought to ``dtype`` and ``device``. Raises BenchError for a file that holds something else.
+    They are brought to ``dtype`` and ``device``. Raises CommandError for a file that holds something else.
     """
     wanted = (
         f'--file: {path} must hold {{"hidden", "weight", "targets"}} or {{name: (hidden, weight, targets)}}, a dict of '
@@ -58,31 +58,33 @@ def file_batches(path: Path, dtype: torch.dtype, device: torch.device) -> list[B
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         # Its own text advises to load whatever it is, which would run what is in the file.
-        raise BenchError(f"{wanted}; torch.load(weights_only=True) does not read it") from error
+        raise CommandError(f"{wanted}; torch.load(weights_only=True) does not read it") from error
     if not isinstance(saved, dict) or not saved:
-        raise BenchError(f"{wanted}; it holds a {type(saved).__name__}{' of nothing' * (saved == {})}")
+        raise CommandError(f"{wanted}; it holds a {type(saved).__name__}{' of nothing' * (saved == {})}")
     if set(saved) == {"hidden", "weight", "targets"}:
         saved = {path.stem: (saved["hidden"], saved["weight"], saved["targets"])}
     elif any(isinstance(value, Tensor) for value in saved.values()):
-        raise BenchError(f"{wanted}; it holds {', '.join(map(repr, saved))}")
+        raise CommandError(f"{wanted}; it holds {', '.join(map(repr, saved))}")
     return [_checked_batch(path, name, tensors, dtype, device) for name, tensors in saved.items()]
 
 
 def _checked_batch(path: Path, name: str, tensors: object, dtype: torch.dtype, device: torch.device) -> Batch:
     wanted = f"--file: {path}: {name!r} must be a tuple of tensors hidden [N, D], weight [V, D] and targets [N]"
     if not isinstance(tensors, (tuple, list)) or not all(isinstance(x, Tensor) for x in tensors):
-        raise BenchError(f"{wanted}, got a {type(tensors).__name__}")
+        raise CommandError(f"{wanted}, got a {type(tensors).__name__}")
     if [x.ndim for x in tensors] != [2, 2, 1]:
-        raise BenchError(f"{wanted}, got {', '.join(str(list(x.shape)) for x in tensors)}")
+        raise CommandError(f"{wanted}, got {', '.join(str(list(x.shape)) for x in tensors)}")
     hidden, weight, targets = tensors
     if hidden.shape[1] != weight.shape[1] or hidden.shape[0] != targets.shape[0] or not weight.numel():
-        raise BenchError(f"{wanted}, got {list(hidden.shape)}, {list(weight.shape)}, {list(targets.shape)}")
+        raise CommandError(f"{wanted}, got {list(hidden.shape)}, {list(weight.shape)}, {list(targets.shape)}")
     if not hidden.is_floating_point() or not weight.is_floating_point() or targets.dtype not in _TARGET_DTYPES:
-        raise BenchError(
+        raise CommandError(
             f"{wanted}, floating and int64 or int32, got {hidden.dtype}, {weight.dtype} and {targets.dtype}"
         )
     valid = targets[targets != IGNORE_INDEX]
     if not len(valid) or valid.min() < 0 or valid.max() >= weight.shape[0]:
-        raise BenchError(f"{wanted}; every target must be {IGNORE_INDEX} or in [0, {weight.shape[0]}), some of them in")
+        raise CommandError(
+            f"{wanted}; every target must be {IGNORE_INDEX} or in [0, {weight.shape[0]}), some of them in"
+        )
     hidden, weight = (tensor.to(device, dtype).contiguous() for tensor in (hidden, weight))
     return Batch("file", name, hidden, weight, targets.to(device, torch.int64).contiguous())

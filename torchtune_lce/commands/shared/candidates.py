@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from torchtune_lce.commands.bench.errors import BenchError
 from torchtune_lce.commands.shared import peers
+from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.yardstick import UNFILTERED
 from torchtune_lce.functional import compute
 from torchtune_lce.implementations import choice
@@ -101,13 +101,13 @@ _ON_REQUEST = choice.CCE_PRESETS.keys() - {"cce", "cce_exact"}
 def select(names: list[str] | None, workspace_mib: int | None = None) -> list[Candidate]:
     """The named candidates, or all but the presets that are measured on request only; this package's with a workspace.
 
-    Raises BenchError for an unknown name.
+    Raises CommandError for an unknown name.
     """
     if names is None:
         names = [candidate.name for candidate in _ALL if candidate.name not in _ON_REQUEST]
     for name in names:
         if name not in CANDIDATES:
-            raise BenchError(f"--only takes {', '.join(CANDIDATES)}; got {name!r}")
+            raise CommandError(f"--only takes {', '.join(CANDIDATES)}; got {name!r}")
     settings = {} if workspace_mib is None else {"workspace_mib": workspace_mib}
     chosen = [candidate for candidate in _ALL if candidate.name in names]
     return [replace(candidate, settings=settings) if candidate.ours else candidate for candidate in chosen]

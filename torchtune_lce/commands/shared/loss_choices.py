@@ -7,14 +7,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.recipe_runs import OUR_LOSS, STOCK_LOSS
-from torchtune_lce.implementations import choice as implementations
+from torchtune_lce.implementations.choice import NAMES, obstacle
 
 STOCK, MAIN, COMPILED, SEED = "stock", "main", "_compiled", "@"
-KINDS = (STOCK, MAIN, *implementations.NAMES)
+KINDS = (STOCK, MAIN, *NAMES)
 # Taken when none are named, as far as they can run.
 USUAL = (STOCK, "chunked", "torch_compile", "cce", "cce_exact")
 MOST_SEED = 2**32 - 1  # torchtune's
-_MAIN_LOSS = "torchtune_lce.commands.compare.torchtune_main.ChunkedProjectionLoss"
+_MAIN_LOSS = "torchtune_lce.commands.shared.torchtune_main.ChunkedProjectionLoss"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class LossChoice:
         """Why it cannot run there, or None."""
         if self.kind in (STOCK, MAIN, "auto"):
             return None
-        return implementations.obstacle(self.kind, torch.device(device), dtype)
+        return obstacle(self.kind, torch.device(device), dtype)
 
 
 def parse(text: str) -> list[LossChoice]:

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from torchtune_lce.commands.bench.errors import BenchError
+from torchtune_lce.commands.shared.errors import CommandError
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ def parse_shape(text: str, tokens: int) -> Shape:
         return Shape(tokens, *MODELS[text])
     numbers = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
     if not numbers:
-        raise BenchError(f"a shape is TOKENSxHIDDENxVOCAB or one of {', '.join(MODELS)}; got {text!r}")
+        raise CommandError(f"a shape is TOKENSxHIDDENxVOCAB or one of {', '.join(MODELS)}; got {text!r}")
     return checked(Shape(*map(int, numbers.groups())))
 
 
 def checked(shape: Shape) -> Shape:
-    """``shape`` itself; raises BenchError for a size below 1."""
+    """``shape`` itself; raises CommandError for a size below 1."""
     for name, size in vars(shape).items():
         if size < 1:
-            raise BenchError(f"{name} must be at least 1, got {size}")
+            raise CommandError(f"{name} must be at least 1, got {size}")
     return shape

@@ -1,0 +1,30 @@
+"""Which of torchtune's recipes a config is for."""
+
+from omegaconf import DictConfig
+
+from torchtune_lce.commands import registry
+from torchtune_lce.commands.shared import distillation
+from torchtune_lce.commands.shared.errors import CommandError
+
+TAKES = "--config must be one of a LoRA or full fine-tune or of a distillation"
+
+
+def recipe_for(name: str, config: DictConfig, devices: int | None) -> str:
+    """The name of torchtune's recipe that the config is for; ``devices`` None means one, without torchrun.
+
+    Raises CommandError where a registered config and ``devices`` do not go together.
+    """
+    recipe = registry.find_recipe(name)
+    if recipe is not None:
+        method = recipe.name.removeprefix("lce_")
+        if method not in registry.CONFIG_SUFFIXES:
+            raise CommandError(f"{TAKES}, {name} is for {method}")
+        if recipe.supports_distributed != (devices is not None):
+            needs = "needs --nproc_per_node" if recipe.supports_distributed else "takes one device"
+            raise CommandError(f"{name} is for torchtune's {method}, which {needs}")
+        return method
+    if distillation.distils(config):
+        method = "knowledge_distillation"
+    else:
+        method = "lora_finetune" if "lora_rank" in (config.get("model") or ()) else "full_finetune"
+    return f"{method}_{'single_device' if devices is None else 'distributed'}"
