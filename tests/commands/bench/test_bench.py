@@ -689,6 +689,21 @@ def test_the_commit_is_that_of_the_checkout(tmp_path):
         assert environment.commit().removesuffix("+changes") == head.stdout.strip()
 
 
+def test_times_are_summed_up_by_their_quarters():
+    assert timing.timing([7.0]) == timing.Timing(7.0, 0.0)
+    assert timing.timing([4.0, 1.0, 3.0, 2.0]) == timing.Timing(2.5, 1.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("elements", [2**23, 2**27], ids=["fits the L2 cache", "does not"])
+def test_the_cards_timer_measures_what_tritons_does(device, elements):
+    from triton.testing import do_bench
+
+    x = torch.randn(elements, device=device, dtype=torch.bfloat16)
+    ours, tritons = timing.cuda_timer(x.neg).median, do_bench(x.neg, warmup=100, rep=500, return_mode="median")
+    assert ours == pytest.approx(tritons, rel=0.2)
+
+
 @pytest.mark.gpu
 def test_a_card_gives_times_and_peaks(device, tmp_path):
     shape = Shape(2048, 512, 32_000)
