@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import hashlib
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from project import ROOT
 from torchtune_lce.commands.tune_parser import TuneLCEParser
 
 LINKED = ("kernels", "recipes", "configs")
-PACKAGED = (".py", ".yaml")
+PACKAGED = (".py", ".yaml", ".typed")
 RECIPES = ("lora_finetune_single_device", "full_finetune_single_device")
 
 
@@ -30,7 +31,7 @@ def packaged_files() -> set[str]:
         if path.suffix in PACKAGED
     }
     assert {f"torchtune_lce/recipes/{name}.py" for name in RECIPES} < found
-    assert {"torchtune_lce/kernels/autograd.py", "torchtune_lce/functional.py"} < found
+    assert {"torchtune_lce/kernels/autograd.py", "torchtune_lce/functional.py", "torchtune_lce/py.typed"} < found
     assert len([name for name in found if name.endswith(".yaml")]) > 20
     return found
 
@@ -126,9 +127,13 @@ def test_wheel_holds_the_package_alone(wheels, way):
         names = wheel.namelist()
         (info,) = {name.split("/")[0] for name in names if ".dist-info/" in name}
         entry_points = wheel.read(f"{info}/entry_points.txt").decode()
+        said = wheel.read(f"{info}/METADATA").decode().partition("\n\n")[0].splitlines()
+        licence = wheel.read(f"{info}/licenses/LICENSE")
     assert {name.split("/")[0] for name in names} == {"torchtune_lce", info}
     assert {name for name in names if name.startswith("torchtune_lce/")} == packaged_files()
     assert "tune-lce = torchtune_lce.commands.cli:main" in entry_points
+    assert {"License-Expression: Apache-2.0", "License-File: LICENSE"} <= set(said)
+    assert licence == (ROOT / "LICENSE").read_bytes()
 
 
 @pytest.mark.slow
@@ -184,6 +189,12 @@ def test_folder_is_linked_into_the_package(name):
     assert os.readlink(link) == f"../{name}"
     assert (ROOT / name).is_dir()
     assert not list((ROOT / name).rglob("__init__.py"))
+
+
+def test_licence_is_unaltered():
+    """The text of apache.org/licenses/LICENSE-2.0.txt, its appendix included."""
+    known = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
+    assert hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest() == known
 
 
 def test_tests_are_no_package():
