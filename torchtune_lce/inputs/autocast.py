@@ -12,15 +12,19 @@ def is_available(device_type: str) -> bool:
     return torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
 
 
-def cast_inputs(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def cast_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Under autocast, what F.linear would do to its inputs."""
-    device = tensors[0].device.type
+    device = hidden.device.type
     # Autocast knows no meta device; asked which ones it knows, the compiler of torch 2.8 breaks its graph.
     if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
+        return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
-    # float64 stays as it is, in F.linear too.
-    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    return _cast(hidden, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 stays as it is, in F.linear too."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 def without_autocast(function: Callable) -> Callable:

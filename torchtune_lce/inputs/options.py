@@ -31,6 +31,6 @@ class Options:
         ``auto`` is finfo(dtype).eps / 32, 2^-12 for bfloat16: the smallest probability that still matters once the
         gradient is rounded to that dtype (Wijmans et al. 2024, arXiv 2411.09009, section 4.3).
         """
-        if self.filter_eps == "auto":
+        if isinstance(self.filter_eps, str):
             return torch.finfo(dtype).eps / 32
         return self.filter_eps or None

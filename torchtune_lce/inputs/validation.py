@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -212,7 +213,7 @@ def _check_integer(name: str, value) -> None:
         raise TypeError(f"{name} must be an int, got {value!r}")
 
 
-def _is_real(value) -> bool:
+def _is_real(value) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
