@@ -30,8 +30,11 @@ from torchtune_lce.commands.shared import config_reading, loss_choices
 from torchtune_lce.commands.shared.recipe_choice import recipe_for
 from torchtune_lce.commands.tune_parser import TuneLCEParser
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = ("tune", "tune-lce", "pip", "python", "pytest")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CHECKERS = ("ruff", "pyrefly")
+PROGRAMS = ("tune", "tune-lce", "pip", "python", "pytest", "bash", "pre-commit", *CHECKERS)
+CI = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+SETTING = re.compile(r"^\w+=\S+ ")
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,17 @@ def commands() -> list[tuple[str, str]]:
     found = []
     for snippet in [*snippets("bash"), *snippets("")]:
         for line in snippet.text.replace("\\\n", " ").splitlines():
-            found += [(snippet.page, part.strip()) for part in line.split("&&") if part.split()[:1]]
+            found += [(snippet.page, part) for part in map(_unset, line.split("&&")) if part]
     for page in PAGES:
         text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-        inline = (re.sub(r"\s+", " ", code) for code in re.findall(r"`([^`]+)`", text))
+        inline = (_unset(re.sub(r"\s+", " ", code)) for code in re.findall(r"`([^`]+)`", text))
         found += [(page.name, code) for code in inline if code.split()[0] in PROGRAMS and not re.search("[<…]", code)]
     return [(page, line) for page, line in dict.fromkeys(found) if line.split()[0] in PROGRAMS]
+
+
+def _unset(line: str) -> str:
+    """Without the environment variable that it sets."""
+    return SETTING.sub("", line.strip())
 
 
 COMMANDS = commands()
@@ -69,8 +77,9 @@ COMMANDS = commands()
 
 def test_commands_are_found():
     assert len(COMMANDS) > 40
-    assert {line.split()[0] for _, line in COMMANDS} >= {"tune", "tune-lce", "pip", "python"}
-    assert {"README.md", "benchmarks.md", "choosing-an-impl.md", "distributed.md"} <= {page for page, _ in COMMANDS}
+    assert {line.split()[0] for _, line in COMMANDS} >= set(PROGRAMS) - {"pytest"}
+    pages = {"README.md", "CONTRIBUTING.md", "benchmarks.md", "choosing-an-impl.md", "distributed.md"}
+    assert pages <= {page for page, _ in COMMANDS}
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[f"{page}: {line[:60]}" for page, line in COMMANDS])
@@ -84,6 +93,15 @@ def test_command(page, line, pytestconfig, monkeypatch):
     if program in ("python", "pytest"):
         check_python(program, words, pytestconfig, monkeypatch)
         return
+    if program in CHECKERS:
+        assert shlex.join([program, *words]) in CI, "CI does something else"
+        return
+    if program == "bash":
+        assert (ROOT / words[0]).is_file()
+        return
+    if program == "pre-commit":
+        assert words == ["install"]
+        return
     parser = (TuneLCEParser if program == "tune-lce" else TuneCLIParser)()._parser
     if not words:
         return
@@ -96,6 +114,12 @@ def test_command(page, line, pytestconfig, monkeypatch):
     args = parser.parse_args(words)
     check = {"run": check_run, "compare": check_compare, "bench": bench.read_sources}
     check.get(words[0], lambda args: None)(args)
+
+
+def test_hooks_do_what_ci_does():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    linted = {line.removesuffix(" --check") for line in CI if line.startswith("ruff ")}
+    assert {hook["entry"].removesuffix(" --force-exclude") for hook in hooks} == linted
 
 
 def check_pip(words: list[str]) -> None:
@@ -123,7 +147,8 @@ class ArgumentsTaken(Exception):
 
 def check_python(program: str, words: list[str], pytestconfig, monkeypatch) -> None:
     if program == "pytest" or words[:2] == ["-m", "pytest"]:
-        pytestconfig._parser.parse(words if program == "pytest" else words[2:])
+        args = pytestconfig._parser.parse(words if program == "pytest" else words[2:])
+        assert not [path for path in args.file_or_dir if not (ROOT / path).exists()]
         return
     if words[0] == "-m":
         assert importlib.util.find_spec(words[1])
@@ -222,6 +247,16 @@ def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
         if not link.startswith("https://"):
             assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
+def test_what_the_maps_name_is_there(page):
+    """Folders and files of the package, by their paths or by their names alone."""
+    text = (ROOT / page).read_text(encoding="utf-8").partition("## Files")[2 if page == "README.md" else 0]
+    named = set(re.findall(r"(?<![\w/.])(?!tests/)[a-z_]+(?:/[a-z_]+)*(?:/(?![\w<])|\.py)", text))
+    assert len(named) > 12
+    folders = [ROOT, ROOT / "kernels", *ROOT.glob("torchtune_lce/**")]
+    assert not [name for name in named if not any((folder / name).exists() for folder in folders)]
 
 
 def test_figure_shows_what_its_page_says(tmp_path):

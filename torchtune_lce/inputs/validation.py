@@ -104,7 +104,7 @@ def has_tangents(*tensors: Tensor | None) -> bool:
 
 
 def check_plain(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
-    """Raises for what is no tensor, shows another matrix than it holds, or lies on another device."""
+    """Raises for what is no tensor, shows another matrix than it holds (a DTensor, NF4), or lies on another device."""
     named = {"hidden": hidden, "weight": weight, "targets": targets}
     if bias is not None:
         named["bias"] = bias
