@@ -16,9 +16,8 @@ import torch
 import triton
 from torch import Tensor
 
-from torchtune_lce.implementations.choice import Filtering
 from torchtune_lce.inputs.call import Call
-from torchtune_lce.inputs.filtering import open_record
+from torchtune_lce.inputs.filtering import Filtering, open_record
 from torchtune_lce.inputs.validation import is_readable
 from torchtune_lce.kernels.backward import output_tiles, run_backward
 from torchtune_lce.kernels.descriptors import has_blocks

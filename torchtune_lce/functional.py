@@ -174,9 +174,8 @@ def _token_losses(call: Call, impl: str) -> choice.TokenLosses:
     """What computes the call's losses a token: an implementation, and around it what it does not do itself."""
     scaled = call.low_rank is not None and call.low_rank.scale is not None
     name, token_losses = choice.choose(impl, call.hidden, choice.beyond_kernels(call.options, scaled))
-    if name not in choice.MADE_OF_TORCH:
-        validation.check_transforms(name, *call.operands)
-    if call.options.label_smoothing and name in choice.CCE_PRESETS:
+    choice.check_transforms(name, *call.operands)
+    if call.options.label_smoothing and not choice.CAPABILITIES[name].capped_means:
         token_losses = with_mean_logits(token_losses)
     if call.shard is None:
         return token_losses

@@ -4,13 +4,21 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from torchtune_lce.implementations import chunked, compiled, reference
+from torchtune_lce.implementations.capabilities import (
+    ANYWHERE,
+    CAPABILITIES,
+    TRANSFORMABLE,
+    Capabilities,
+    able,
+    setting,
+)
+from torchtune_lce.inputs import validation
 from torchtune_lce.inputs.call import Call
 from torchtune_lce.inputs.options import Options
 
@@ -20,32 +28,18 @@ _log = logging.getLogger("torchtune_lce")
 TokenLosses = Callable[[Call], tuple[Tensor, ...]]
 
 
-@dataclass(frozen=True)
-class Filtering:
-    """Which gradients of a ``cce`` preset leave out softmax entries below ``filter_eps``."""
-
-    hidden: bool
-    weight: bool
-
-
-# The method's preset names (Wijmans et al. 2024). Sums are float32 in every one of them, which is what Kahan summation
-# was for, so cce_kahan is cce and cce_kahan_full_c_full_e is cce_exact.
-CCE_PRESETS = {
-    "cce": Filtering(hidden=True, weight=True),
-    "cce_exact": Filtering(hidden=False, weight=False),
-    "cce_kahan": Filtering(hidden=True, weight=True),
-    "cce_kahan_full_c": Filtering(hidden=True, weight=False),
-    "cce_kahan_full_e": Filtering(hidden=False, weight=True),
-    "cce_kahan_full_c_full_e": Filtering(hidden=False, weight=False),
-}
 _TORCH_IMPLS: dict[str, TokenLosses] = {
     "torch_compile": compiled.token_losses,
     "chunked": chunked.token_losses,
     "reference": reference.token_losses,
 }
-# Differentiated by autograd, in every mode that it has; the others are custom operators with a backward of their own.
-MADE_OF_TORCH = ("torch_compile", "reference")
-NAMES = ("auto", *CCE_PRESETS, *_TORCH_IMPLS)
+NAMES = ("auto", *CAPABILITIES)
+CCE_PRESETS = {name: can.filtering for name, can in CAPABILITIES.items() if can.needs_triton}
+# What settings may need that not every implementation can: fields of Capabilities, as messages say them.
+_NEEDS = {
+    "scaled_rows": "scale rows of the output projection, as DoRA on model.output does",
+    "capped_means": "sum up capped logits, as label_smoothing with a softcap does",
+}
 
 
 def check_name(impl: str) -> None:
@@ -54,15 +48,21 @@ def check_name(impl: str) -> None:
 
 
 def beyond_kernels(options: Options, scaled: bool) -> str | None:
-    """What these settings need of the logits that the ``cce`` implementations do not do, if anything.
+    """The field of Capabilities that these settings need and the ``cce`` implementations lack, if any.
 
     ``scaled``: a :class:`torchtune_lce.inputs.low_rank.LowRank` with a scale is part of the projection.
     """
     if scaled:
-        return "scale rows of the output projection, as DoRA on model.output does"
+        return "scaled_rows"
     if options.label_smoothing and options.softcap is not None:
-        return "sum up capped logits, as label_smoothing with a softcap does"
+        return "capped_means"
     return None
+
+
+def check_transforms(name: str, *tensors: Tensor | None) -> None:
+    """Raises RuntimeError for derivatives that the implementation's own backward does not give."""
+    if CAPABILITIES[name].own_backward:
+        validation.check_transforms(name, TRANSFORMABLE, *tensors)
 
 
 def choose(impl: str, hidden: Tensor, beyond: str | None = None) -> tuple[str, TokenLosses]:
@@ -78,7 +78,7 @@ def choose(impl: str, hidden: Tensor, beyond: str | None = None) -> tuple[str, T
     # Imported here: Triton may be absent, and TRITON_INTERPRET is read when the kernels are defined.
     from torchtune_lce.kernels import autograd
 
-    return name, autograd.token_losses(CCE_PRESETS[name])
+    return name, autograd.token_losses(CAPABILITIES[name].filtering)
 
 
 def _resolve(impl: str, device: torch.device, dtype: torch.dtype, beyond: str | None) -> str:
@@ -99,49 +99,64 @@ _resolve._dynamo_marked_constant = True
 
 def automatic(device: torch.device, dtype: torch.dtype, beyond: str | None = None) -> tuple[str, str]:
     """What ``auto`` takes there, and why."""
-    if beyond:
-        return "chunked", f"the kernels do not {beyond}"
+    kernels, compiled_logits = CAPABILITIES["cce"], CAPABILITIES["torch_compile"]
+    if beyond and not getattr(kernels, beyond):
+        return ANYWHERE, f"the kernels do not {_NEEDS[beyond]}"
     if device.type != "cuda":
-        return "chunked", f"{device.type} has no Triton kernels"
+        return ANYWHERE, f"{device.type} has no Triton kernels"
     if not _has_triton():
-        return "chunked", "Triton is not installed"
+        return ANYWHERE, "Triton is not installed"
     if torch.version.hip:
         return "torch_compile", "the kernels have not been run on ROCm"
     capability = torch.cuda.get_device_capability(device)
-    if capability < (7, 0):
-        return "chunked", f"Triton needs compute capability 7.0, this card has {_dotted(capability)}"
-    if capability < (8, 0):
-        return "torch_compile", f"the kernels need compute capability 8.0, this card has {_dotted(capability)}"
-    if dtype == torch.float64:
+    least = compiled_logits.compute_capability
+    if capability < least:
+        return ANYWHERE, f"Triton needs compute capability {_dotted(least)}, this card has {_dotted(capability)}"
+    least = kernels.compute_capability
+    if capability < least:
+        why = f"the kernels need compute capability {_dotted(least)}, this card has {_dotted(capability)}"
+        return "torch_compile", why
+    if dtype == torch.float64 and not kernels.float64:
         return "torch_compile", "the kernels do not take float64"
     return "cce", f"compute capability {_dotted(capability)}"
 
 
 def obstacle(impl: str, device: torch.device, dtype: torch.dtype, beyond: str | None = None) -> str | None:
-    """Why ``impl`` cannot run there and what to set instead, or None. PyTorch's own can run anywhere."""
-    if impl in _TORCH_IMPLS:
-        return None
-    if beyond:
-        return f"does not {beyond}; set impl='chunked' (what 'auto' takes for it), 'torch_compile' or 'reference'"
-    if not _has_triton():
-        return "needs Triton, which is not installed; set impl='chunked'"
-    if dtype == torch.float64:
-        return "does not take float64; set impl='chunked', 'torch_compile' or 'reference'"
+    """Why ``impl`` cannot run there and what to set instead, or None."""
+    can = CAPABILITIES[impl]
+    if beyond and not getattr(can, beyond):
+        instead = setting(able(beyond), about_first=" (what 'auto' takes for it)")
+        return f"does not {_NEEDS[beyond]}; set {instead}"
+    if can.needs_triton and not _has_triton():
+        return f"needs Triton, which is not installed; set {_what_runs(device, dtype)}"
+    if dtype == torch.float64 and not can.float64:
+        return f"does not take float64; set {setting(able('float64'))}"
+    return _obstacle_of_device(can, device, dtype) if can.cuda_only else None
+
+
+def _obstacle_of_device(can: Capabilities, device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
-            return "needs a CUDA card, not cpu; set impl='chunked' (TRITON_INTERPRET=1 runs it slowly, for tests)"
+            what_runs = _what_runs(device, dtype)
+            return f"needs a CUDA card, not cpu; set {what_runs} (TRITON_INTERPRET=1 runs it slowly, for tests)"
         if dtype == torch.bfloat16:
-            return "cannot take bfloat16 in Triton's interpreter, whose bfloat16 products are wrong; set impl='chunked'"
+            why = "cannot take bfloat16 in Triton's interpreter, whose bfloat16 products are wrong"
+            return f"{why}; set {_what_runs(device, dtype)}"
         return None
     if device.type != "cuda":
-        return f"needs a CUDA card, not {device.type}; set impl='chunked'"
+        return f"needs a CUDA card, not {device.type}; set {_what_runs(device, dtype)}"
     if torch.version.hip:
-        return "has not been run on ROCm; set impl='torch_compile' or 'chunked'"
+        return f"has not been run on ROCm; set {_what_runs(device, dtype)}"
     capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        instead = "impl='torch_compile' or 'chunked'" if capability >= (7, 0) else "impl='chunked'"
-        return f"needs compute capability 8.0, this card has {_dotted(capability)}; set {instead}"
+    if capability < can.compute_capability:
+        why = f"needs compute capability {_dotted(can.compute_capability)}, this card has {_dotted(capability)}"
+        return f"{why}; set {_what_runs(device, dtype)}"
     return None
+
+
+def _what_runs(device: torch.device, dtype: torch.dtype) -> str:
+    """What ``auto`` takes there, and what runs everywhere."""
+    return setting(dict.fromkeys((automatic(device, dtype)[0], ANYWHERE)))
 
 
 def _dotted(capability: tuple[int, int]) -> str:

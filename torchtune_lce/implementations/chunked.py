@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from torchtune_lce.implementations.capabilities import TWICE_DIFFERENTIABLE
 from torchtune_lce.inputs.autocast import without_autocast
 from torchtune_lce.inputs.call import Call
 from torchtune_lce.inputs.dtypes import accumulation_dtype
@@ -243,7 +244,7 @@ def _differentiate(ctx, d_nll, _, d_lse, d_means):
 
 
 def _refuse_second_derivative(ctx, *_):
-    raise RuntimeError("impl='chunked' has no second derivative (create_graph=True); set impl='reference'")
+    raise RuntimeError(f"impl='chunked' has no second derivative (create_graph=True); set {TWICE_DIFFERENTIABLE}")
 
 
 torch.library.register_autograd("torchtune_lce::chunked", _differentiate, setup_context=_setup_context)

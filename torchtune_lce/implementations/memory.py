@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
-from torchtune_lce.implementations import choice
+from torchtune_lce.implementations.capabilities import CAPABILITIES, able
 from torchtune_lce.implementations.chunked import entries_per_chunk, tokens_per_piece
 from torchtune_lce.inputs.dtypes import accumulation_dtype
 
@@ -113,8 +113,8 @@ def obstacle(loss: str, adapter: OutputAdapter | None) -> str | None:
     base = loss.removesuffix("_compiled")
     if adapter is not None and base == "main":
         return "has no formula for an adapter on the output (apply_lora_to_output: False)"
-    if adapter is not None and adapter.scaled and base in choice.CCE_PRESETS:
-        return "does not take DoRA on the output; chunked does"
+    if adapter is not None and adapter.scaled and base in CAPABILITIES and not CAPABILITIES[base].scaled_rows:
+        return f"does not take DoRA on the output; {able('scaled_rows')[0]} does"
     return None
 
 
@@ -137,7 +137,7 @@ def loss_memory(loss: str, problem: Problem) -> LossMemory:
         return _full_logits(problem)
     if base == "chunked":
         return _chunked(problem)
-    if base in choice.CCE_PRESETS:
+    if base in CAPABILITIES and CAPABILITIES[base].needs_triton:
         return _cce(problem)
     raise ValueError(f"no formula for the memory of {loss!r}")
 

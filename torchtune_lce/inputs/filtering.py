@@ -1,4 +1,7 @@
-"""What gradient filtering left out of a call, for whoever asks: nothing is kept or computed for others."""
+"""Gradient filtering: of which gradients, and what it left out of a call, for whoever asks.
+
+Nothing is kept or computed for others.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +10,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Filtering:
+    """Which gradients leave out softmax entries below ``filter_eps``."""
+
+    hidden: bool
+    weight: bool
+
+
+UNFILTERED = Filtering(hidden=False, weight=False)
 
 
 @dataclass

@@ -82,20 +82,22 @@ def check_ignore_index(ignore_index: int, targets: Tensor) -> None:
         )
 
 
-def check_transforms(impl: str, *tensors: Tensor | None) -> None:
+def check_transforms(impl: str, instead: str, *tensors: Tensor | None) -> None:
     """Raises RuntimeError where torch differentiates by other means than backward, which custom operators do not know.
 
     Under forward mode one would pass for a constant; under torch.func torch's own complaint is about an autograd
     function that the caller never wrote. That one is left to torch in compiled code, which cannot ask.
+
+    ``instead``: what to set, as the message says it.
     """
     if has_tangents(*tensors):
-        raise RuntimeError(f"impl={impl!r} has no forward-mode derivative (torch.func.jvp); set impl='reference'")
+        raise RuntimeError(f"impl={impl!r} has no forward-mode derivative (torch.func.jvp); set {instead}")
     if torch.compiler.is_compiling():
         return
     wrapped = (x for tensor in tensors if tensor is not None for x in _wrapped(tensor))
     if any(map(functorch.is_gradtrackingtensor, wrapped)):
         raise RuntimeError(
-            f"impl={impl!r} has no derivative by torch.func (grad, vjp, jacrev); set impl='reference', or call backward"
+            f"impl={impl!r} has no derivative by torch.func (grad, vjp, jacrev); set {instead}, or call backward"
         )
 
 

@@ -19,9 +19,8 @@ from torchtune_lce.commands.shared.candidates import BASELINE, CANDIDATES, Candi
 from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.shapes import MODELS, Shape, parse_shape
 from torchtune_lce.commands.shared.trained_batches import trained_batch
-from torchtune_lce.commands.shared.yardstick import UNFILTERED
 from torchtune_lce.implementations import choice
-from torchtune_lce.implementations.choice import Filtering
+from torchtune_lce.inputs.filtering import UNFILTERED, Filtering
 
 CPU = torch.device("cpu")
 TINY = Shape(130, 32, 140)

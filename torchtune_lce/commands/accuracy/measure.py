@@ -13,8 +13,9 @@ from torch import Tensor
 from torchtune_lce import linear_cross_entropy
 from torchtune_lce.commands.shared import yardstick
 from torchtune_lce.commands.shared.batches import Batch
-from torchtune_lce.commands.shared.yardstick import UNFILTERED, Errors, relative_error
-from torchtune_lce.implementations.choice import CCE_PRESETS
+from torchtune_lce.commands.shared.yardstick import Errors, relative_error
+from torchtune_lce.implementations.capabilities import CAPABILITIES
+from torchtune_lce.inputs.filtering import UNFILTERED
 from torchtune_lce.inputs.options import Options
 
 QUANTITIES = ("loss", "hidden", "weight")  # of :class:`Errors`
@@ -46,7 +47,7 @@ def rows_of(batch: Batch, impls: list[str]) -> list[Row]:
     """PyTorch's own errors, the strictest filter's if anything filters, then those of ``impls``; no target ignored."""
     dtype = batch.hidden.dtype
     name = str(dtype).removeprefix("torch.")
-    filters = {impl: CCE_PRESETS.get(impl, UNFILTERED) for impl in impls}
+    filters = {impl: CAPABILITIES[impl].filtering for impl in impls}
     filtering = any(found != UNFILTERED for found in filters.values())
     right = yardstick.measure(batch, Options().resolved_filter_eps(dtype) if filtering else None, torch.float64)
     rows = [Row(batch.data, name, "PyTorch", right.own)]

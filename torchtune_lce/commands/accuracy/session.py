@@ -13,7 +13,7 @@ from torchtune_lce.commands.shared import environment, output_folder
 from torchtune_lce.commands.shared.candidates import CANDIDATES
 from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.shapes import Shape
-from torchtune_lce.implementations.choice import CCE_PRESETS, NAMES
+from torchtune_lce.implementations.capabilities import CAPABILITIES
 
 MARKER, TABLE, PICTURE = ".tune-lce-accuracy", "accuracy.md", "accuracy.png"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -45,7 +45,7 @@ def examine(output: Path, command: str, device: torch.device | None = None, shap
     if wrong:
         verdict = f"FAIL: {', '.join(sorted({row.name for row in wrong}))} above what is allowed, see the table."
     else:
-        verdict = f"PASS: {len(ran)} of {len(NAMES) - 1} implementations ran, all as accurate as they must be."
+        verdict = f"PASS: {len(ran)} of {len(CAPABILITIES)} implementations ran, all as accurate as they must be."
     console.print("\n".join(report.table(rows)))
     for name, why in left_out.items():
         console.print(f"Not run: {name}, which {why}")
@@ -59,11 +59,9 @@ def examine(output: Path, command: str, device: torch.device | None = None, shap
 def runnable(device: torch.device, dtype: torch.dtype) -> tuple[list[str], dict[str, str]]:
     """The implementations that can run there, and why each other one cannot."""
     able, unable = [], {}
-    for name in NAMES:
-        if name == "auto":
-            continue
+    for name, can in CAPABILITIES.items():
         obstacle = CANDIDATES[name].obstacle(device, dtype)
-        if name in CCE_PRESETS and device.type == "cpu":
+        if can.cuda_only and device.type == "cpu":
             # Not in Triton's interpreter either: it would take hours.
             obstacle = "needs a CUDA card"
         if obstacle:

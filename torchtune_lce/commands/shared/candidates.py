@@ -11,11 +11,11 @@ from torch import Tensor
 
 from torchtune_lce.commands.shared import peers
 from torchtune_lce.commands.shared.errors import CommandError
-from torchtune_lce.commands.shared.yardstick import UNFILTERED
 from torchtune_lce.functional import compute
 from torchtune_lce.implementations import choice
-from torchtune_lce.implementations.choice import Filtering
+from torchtune_lce.implementations.capabilities import CAPABILITIES
 from torchtune_lce.inputs.call import checked
+from torchtune_lce.inputs.filtering import UNFILTERED, Filtering
 from torchtune_lce.inputs.options import Options
 
 # hidden [N, D], weight [V, D], targets [N] -> mean loss over the targets that are not -100
@@ -75,14 +75,14 @@ def _ours(name: str) -> Candidate:
         name,
         build,
         ours=True,
-        filtering=choice.CCE_PRESETS.get(name, UNFILTERED),
+        filtering=CAPABILITIES[name].filtering,
         any_size=True,
-        compiles=name == "torch_compile",
+        compiles=CAPABILITIES[name].needs_compiler,
     )
 
 
 _ALL = (
-    *(_ours(name) for name in choice.NAMES if name != "auto"),
+    *map(_ours, CAPABILITIES),
     Candidate("eager_full", lambda: peers.full_logits, any_size=True),
     Candidate(BASELINE, peers.compiled_full_logits, any_size=True, compiles=True),
     Candidate("torchtune", peers.torchtune_release, any_size=True, compiles=True),

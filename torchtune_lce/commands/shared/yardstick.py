@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchtune_lce.commands.shared.batches import IGNORE_INDEX, Batch
-from torchtune_lce.implementations.choice import Filtering
+from torchtune_lce.inputs.filtering import UNFILTERED, Filtering
 
-UNFILTERED = Filtering(hidden=False, weight=False)
 # Where the entries that would go hold more than this of the softmax, in the mean of a block of tokens, none of them do.
 _MOST_DROPPED, _BLOCK = 0.25, 128
 _LOGITS = 2**26  # held at a time, several times over
