@@ -1,20 +1,19 @@
 """What autograd lets anyone do with a loss: backward twice, any upstream gradient, hooks, checkpointing, transforms."""
 
-import importlib.util
-
 import pytest
 import torch
 import torch.nn.functional as F
+from grid import each
 from torch import nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from torchtune_lce import linear_cross_entropy
+from torchtune_lce.implementations.capabilities import CAPABILITIES
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-OPERATORS = ["chunked", pytest.param("cce", marks=needs_triton)]
-EACH = ["reference", *OPERATORS]
+TRIED = ("reference", "chunked", "cce")
+EACH, OPERATORS = each(*TRIED), each(*(name for name in TRIED if CAPABILITIES[name].own_backward))
 TOKENS, VOCABULARY, WIDTH = 21, 83, 12
 # float32 sums of 12 products and 83 exponentials; filtering at finfo(float32).eps / 32 is far below.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
@@ -255,7 +254,7 @@ def test_gradients_of_torch_func(impl, differentiate, device):
     def loss(states):
         return linear_cross_entropy(states, weight, targets, impl=impl)
 
-    if impl == "reference":
+    if CAPABILITIES[impl].transforms:
         expected = torch.func.grad(lambda x: plain(x, weight, targets))(hidden)
         torch.testing.assert_close(differentiate(loss, hidden), expected, **TOLERANCE)
     else:

@@ -3,21 +3,18 @@
 That a second call gives the same bits is in test_linear_cross_entropy.py, for every implementation.
 """
 
-import importlib.util
-
 import pytest
 import torch
 from calls import compute
+from grid import each, needs_triton, one
 
 from torchtune_lce.implementations.choice import CCE_PRESETS
 from torchtune_lce.inputs.options import Options
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 # The presets share cce's code; on a card each is tried.
 EACH = [
-    "reference",
-    "chunked",
-    *(pytest.param(impl, marks=[needs_triton, *([pytest.mark.gpu] * (impl != "cce"))]) for impl in CCE_PRESETS),
+    *each("reference", "chunked", "cce"),
+    *(one(impl, pytest.mark.gpu) for impl in CCE_PRESETS if impl != "cce"),
 ]
 # Ragged against every tile, a third of the tokens ignored.
 SMALL = {"tokens": 70, "vocabulary": 200, "width": 40}

@@ -1,11 +1,10 @@
 """Which dtypes go together, what autocast makes of them, and training in float16 with a gradient scaler."""
 
-import importlib.util
-
 import dtype_table
 import pytest
 import torch
 import torch.nn.functional as F
+from grid import each, needs_triton
 from torch import nn
 
 from torchtune_lce import linear_cross_entropy
@@ -15,8 +14,7 @@ from torchtune_lce.inputs.call import checked
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.terms.token_statistics import token_statistics
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-EACH = ["reference", "chunked", pytest.param("cce", marks=needs_triton)]
+EACH = each("reference", "chunked", "cce")
 TOKENS, VOCABULARY, WIDTH = 20, 40, 16
 
 

@@ -11,6 +11,7 @@ import torch
 
 from torchtune_lce import linear_cross_entropy
 from torchtune_lce.implementations import choice, chunked, compiled, reference
+from torchtune_lce.implementations.capabilities import CAPABILITIES
 from torchtune_lce.implementations.choice import CCE_PRESETS, NAMES, choose
 
 CPU, CUDA, MPS, XPU = (torch.device(kind) for kind in ("cpu", "cuda", "mps", "xpu"))
@@ -139,7 +140,7 @@ def test_named_kernels_that_cannot_run_say_what_to_set(where, impl, machine):
     assert ("torch_compile" in offered) == (where in ("sm75", "rocm", "float64", "cpu-interpreter-float64"))
 
 
-@pytest.mark.parametrize("impl", ["chunked", "torch_compile", "reference"])
+@pytest.mark.parametrize("impl", [name for name, can in CAPABILITIES.items() if not can.cuda_only])
 @pytest.mark.parametrize("case", AUTOMATIC)
 def test_named_one_is_not_replaced(case, impl, machine, caplog):
     device, dtype, described, *_ = AUTOMATIC[case]

@@ -3,7 +3,6 @@
 import importlib.util
 import itertools
 import math
-import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common_logits import COMMON, inputs_with_a_common_logit
+from grid import each, marks_of, needs_compiler, needs_triton, one
 from tolerance import Plain, Settings, Upstream, allowances, assert_as_accurate_as_torch, plain_torch
 
 from torchtune_lce import linear_cross_entropy
@@ -137,11 +137,6 @@ LARGE = Case(
     confident=0.9,
 )
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-needs_compiler = pytest.mark.skipif(
-    not torch.cuda.is_available() and not (shutil.which("c++") or shutil.which("g++")), reason="no C++ compiler"
-)
-
 
 @pytest.fixture(autouse=True)
 def _sparse(monkeypatch):
@@ -151,12 +146,7 @@ def _sparse(monkeypatch):
 
 
 # For what does not depend on the options: cce alone for its presets, which share its code.
-EACH = [
-    "reference",
-    "chunked",
-    pytest.param("torch_compile", marks=needs_compiler),
-    pytest.param("cce", marks=needs_triton),
-]
+EACH = each("reference", "chunked", "torch_compile", "cce")
 
 
 def _calls():
@@ -168,21 +158,21 @@ def _calls():
             if name in LOW_PRECISION:
                 for dtype in (fp16, bf16, fp64):
                     yield _call(impl, name, case, dtype)
-        yield _call("cce", name, case, fp32, needs_triton)
+        yield _call("cce", name, case, fp32)
         if name in LOW_PRECISION:
-            yield _call("cce", name, case, fp16, needs_triton)
+            yield _call("cce", name, case, fp16)
             # Triton's interpreter multiplies bfloat16 wrongly.
-            yield _call("cce", name, case, bf16, needs_triton, pytest.mark.gpu)
+            yield _call("cce", name, case, bf16, pytest.mark.gpu)
         if name in COMPILED:
-            yield _call("torch_compile", name, case, fp32, needs_compiler)
+            yield _call("torch_compile", name, case, fp32)
     # Hundreds of pieces: sums over them must not be rounded to the inputs' dtype on the way.
     many = Case(tokens=(40,), vocabulary=20_011, width=24, bias=True)
     for dtype in (fp32, fp16, bf16):
         yield _call("chunked", "many-pieces", many, dtype)
-    yield _call("torch_compile", "mean", CASES["mean"], bf16, needs_compiler)
+    yield _call("torch_compile", "mean", CASES["mean"], bf16)
     for name, case in FILTERING.items():
-        yield _call("cce", name, case, fp16, needs_triton)
-        yield _call("cce", name, case, bf16, needs_triton, pytest.mark.gpu)
+        yield _call("cce", name, case, fp16)
+        yield _call("cce", name, case, bf16, pytest.mark.gpu)
     for impl in ("chunked", "torch_compile", *CCE_PRESETS):
         for dtype in (fp32, fp16, bf16):
             yield _call(impl, "large", replace(LARGE, confident=0.0), dtype, pytest.mark.gpu)
@@ -190,7 +180,9 @@ def _calls():
 
 
 def _call(impl: str, name: str, case: Case, dtype: torch.dtype, *marks):
-    return pytest.param(impl, case, dtype, id=f"{impl}-{name}-{str(dtype).removeprefix('torch.')}", marks=marks)
+    return pytest.param(
+        impl, case, dtype, id=f"{impl}-{name}-{str(dtype).removeprefix('torch.')}", marks=[*marks_of(impl), *marks]
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -380,7 +372,7 @@ def test_not_a_number_is_not_swallowed(impl, value, device):
     "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str
 )
 @pytest.mark.parametrize("least", [False, True], ids=["-inf", "finfo.min"])
-@pytest.mark.parametrize("impl", [*EACH, pytest.param("cce_exact", marks=needs_triton)])
+@pytest.mark.parametrize("impl", [*EACH, one("cce_exact")])
 def test_a_bias_removes_entries(impl, least, dtype, device):
     """Whole tiles and pieces of them, the first ones: a running maximum starts at minus infinity too.
 
@@ -405,7 +397,7 @@ def test_a_bias_removes_entries(impl, least, dtype, device):
     compare(actual, native, exact, allowed(impl, case, dtype, exact, rest))
 
 
-@pytest.mark.parametrize("impl", [*EACH, pytest.param("cce_exact", marks=needs_triton)])
+@pytest.mark.parametrize("impl", [*EACH, one("cce_exact")])
 def test_a_vocabulary_masked_alike_is_flat(impl, device):
     """Where every logit is the least finite number, each entry is as likely as any other."""
     hidden, weight = torch.zeros(5, 8, device=device, requires_grad=True), torch.randn(300, 8, device=device)
@@ -456,9 +448,7 @@ def _with_and_without(impl, hidden, weight, targets, bias, **settings):
     "impl",
     [
         *EACH[:-1],
-        pytest.param(
-            "cce", marks=[needs_triton, pytest.mark.xfail(strict=True, reason="issue 16: one sum with p in it")]
-        ),
+        one("cce", pytest.mark.xfail(strict=True, reason="issue 16: one sum with p in it")),
     ],
 )
 def test_a_confident_token_costs_no_digits(impl, device):
@@ -501,7 +491,7 @@ def tiny_float64(impl, softcap):
     return results, inputs
 
 
-@pytest.mark.parametrize("impl", ["chunked", pytest.param("cce", marks=needs_triton)])
+@pytest.mark.parametrize("impl", each("chunked", "cce"))
 def test_second_derivative_is_refused(impl, device):
     """Their backward is computed by hand: differentiated, it would pass for a constant."""
     tensors = make_inputs(Case(), torch.float32, device)

@@ -1,10 +1,10 @@
 """Whatever a call is made of, its numbers are right or there is a sign: cases drawn by Hypothesis, bounded for CI."""
 
-import importlib.util
 from unittest import mock
 
 import pytest
 import torch
+from grid import needs_triton
 from hypothesis import given
 from hypothesis import strategies as st
 from property_cases import INPUTS, Call, bounded, calls
@@ -17,7 +17,6 @@ from torchtune_lce.implementations.choice import CCE_PRESETS
 
 EACH_IN_TORCH = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 IN_TORCH = pytest.mark.parametrize("impl", ["chunked", "reference"])
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
 def in_triton(test):

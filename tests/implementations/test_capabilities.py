@@ -1,0 +1,150 @@
+"""The table of what each impl can do: the code does it or refuses it by name, and the pages say the same."""
+
+import re
+
+import capability_table
+import pytest
+import torch
+import torch.nn.functional as F
+from grid import each
+from project import ROOT
+
+from torchtune_lce.functional import compute
+from torchtune_lce.implementations import choice, compiled, reference
+from torchtune_lce.implementations.capabilities import CAPABILITIES, able, setting
+from torchtune_lce.inputs.low_rank import LowRank
+from torchtune_lce.inputs.options import Options
+
+TOKENS, ENTRIES, WIDTH = 5, 19, 8
+
+
+def make_inputs(device, dtype=torch.float32):
+    hidden, weight = (torch.randn(n, WIDTH, device=device, dtype=dtype, requires_grad=True) for n in (TOKENS, ENTRIES))
+    return hidden, weight, torch.arange(TOKENS, device=device)
+
+
+def loss(impl, hidden, weight, targets, options=None, low_rank=None):
+    settings = {"options": options or Options(), "reduction": "mean", "shift": 0, "return_lse": False}
+    return compute(hidden, weight, targets, None, **settings, impl=impl, low_rank=low_rank)
+
+
+def plain(hidden, weight, targets, smoothing=0.0, softcap=None, low_rank=None):
+    logits = F.linear(hidden, weight)
+    if low_rank is not None:
+        logits = (logits + low_rank.low @ low_rank.up.T) * low_rank.scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+
+
+def smoothing_with_a_softcap(impl, device):
+    inputs, settings = make_inputs(device), {"softcap": 2.0}
+    ours = loss(impl, *inputs, Options(**settings, label_smoothing=0.2))
+    return _with_gradients(ours, plain(*inputs, **settings, smoothing=0.2), *inputs[:2])
+
+
+def rows_with_a_scale(impl, device):
+    inputs = make_inputs(device)
+    shapes = ((TOKENS, 3), (ENTRIES, 3), (ENTRIES,))
+    low_rank = LowRank(*(torch.randn(shape, device=device, requires_grad=True) for shape in shapes))
+    ours, expected = loss(impl, *inputs, low_rank=low_rank), plain(*inputs, low_rank=low_rank)
+    return _with_gradients(ours, expected, *inputs[:2], *low_rank)
+
+
+def doubles(impl, device):
+    inputs = make_inputs(device, torch.float64)
+    return _with_gradients(loss(impl, *inputs), plain(*inputs), *inputs[:2])
+
+
+def second_derivative(impl, device):
+    hidden, weight, targets = make_inputs(device)
+
+    def penalty(value):
+        return torch.autograd.grad(value, hidden, create_graph=True)[0].square().sum()
+
+    ours = torch.autograd.grad(penalty(loss(impl, hidden, weight, targets)), (hidden, weight))
+    return ours, torch.autograd.grad(penalty(plain(hidden, weight, targets)), (hidden, weight))
+
+
+def transform(impl, device):
+    hidden, weight, targets = (x.detach() for x in make_inputs(device))
+    ours = torch.func.grad(lambda x: loss(impl, x, weight, targets))(hidden)
+    return ours, torch.func.grad(lambda x: plain(x, weight, targets))(hidden)
+
+
+def forward_mode(impl, device):
+    hidden, weight, targets = (x.detach() for x in make_inputs(device))
+    ours = torch.func.jvp(lambda x: loss(impl, x, weight, targets), (hidden,), (weight[:TOKENS],))
+    return ours, torch.func.jvp(lambda x: plain(x, weight, targets), (hidden,), (weight[:TOKENS],))
+
+
+def _with_gradients(ours, expected, *leaves):
+    return tuple((value.detach(), *torch.autograd.grad(value, leaves)) for value in (ours, expected))
+
+
+TRIED = {
+    smoothing_with_a_softcap: "capped_means",
+    rows_with_a_scale: "scaled_rows",
+    doubles: "float64",
+    second_derivative: "second_derivative",
+    transform: "transforms",
+    forward_mode: "transforms",
+}
+
+
+@pytest.mark.parametrize("attempt", TRIED, ids=lambda attempt: attempt.__name__)
+@pytest.mark.parametrize("impl", each(*CAPABILITIES))
+def test_does_or_refuses(impl, attempt, device, monkeypatch):
+    """As exactly as plain PyTorch; or, if it has a backward of its own, in a sentence that names those that do."""
+    can, capability = CAPABILITIES[impl], TRIED[attempt]
+    if can.needs_compiler:
+        # Up to its code generation, which takes seconds: what it refuses, it refuses before.
+        torch._dynamo.reset()
+        quick = torch.compile(reference.token_losses, backend="aot_eager", fullgraph=True)
+        monkeypatch.setattr(compiled, "_compiled", lambda: quick)
+    if getattr(can, capability):
+        ours, expected = attempt(impl, device)
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+        return
+    with pytest.raises(RuntimeError) as caught:
+        attempt(impl, device)
+    if can.own_backward:
+        # The presets share their operators, whose backward does not know which one it serves.
+        named = "cce" if can.needs_triton and attempt is second_derivative else impl
+        assert str(caught.value).startswith(f"impl='{named}' ")
+        offered = re.findall(r"(?:impl=|, | or )'(\w+)'", str(caught.value).split("; set ")[1])
+        assert tuple(offered) == able(capability)
+
+
+def test_every_impl_has_its_row():
+    """Names in the order that messages and configs have them in."""
+    presets = ("cce", "cce_exact", "cce_kahan", "cce_kahan_full_c", "cce_kahan_full_e", "cce_kahan_full_c_full_e")
+    assert choice.NAMES == ("auto", *presets, "torch_compile", "chunked", "reference")
+    assert {name for name, can in CAPABILITIES.items() if not can.needs_triton} == choice._TORCH_IMPLS.keys()
+
+
+def test_what_runs_anywhere_needs_nothing():
+    can = CAPABILITIES[choice.ANYWHERE]
+    assert (can.needs_triton, can.needs_compiler, can.cuda_only) == (False, False, False)
+    assert can.compute_capability == (0, 0)
+    # What auto takes it for.
+    assert can.capped_means
+    assert can.scaled_rows
+    assert can.float64
+
+
+def test_page_has_the_table():
+    assert capability_table.written() == capability_table.table()
+
+
+def test_readme_tells_of_each():
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Which `impl`\n")[1].split("\n\n")[0]
+    first_cells = [line.split("|")[1] for line in section.splitlines()[2:]]
+    assert {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)} == set(choice.NAMES)
+
+
+def test_settings_in_words():
+    assert setting(["a"]) == "impl='a'"
+    assert setting(["a"], " (at once)") == "impl='a' (at once)"
+    assert setting(["a", "b"]) == "impl='a' or 'b'"
+    assert setting(["a", "b", "c"], " (at once)") == "impl='a' (at once), 'b' or 'c'"
