@@ -3,7 +3,7 @@
 Nothing is kept or computed for others.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ _records: ContextVar[list[FilterRecord] | None] = ContextVar("torchtune_lce_filt
 
 
 @contextmanager
-def recording() -> Iterator[list[FilterRecord]]:
+def recording() -> Generator[list[FilterRecord], None, None]:
     """Collects a :class:`FilterRecord` for each ``cce`` call made inside, in their order.
 
     Not for calls in code that torch.compile took down: its graph holds the kernels alone. The recipes leave the loss
