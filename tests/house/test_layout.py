@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-
 from house import FLOORS, LINKED, PACKAGE, complaints, files, imports, nameless, place
 from project import ROOT
 
