@@ -24,7 +24,7 @@ from torchtune_lce.model import output_adapter
 from torchtune_lce.model.foreign_settings import refuses_settings_of_torchtune
 from torchtune_lce.model.model_output import skip_output_layer
 from torchtune_lce.model.projection import Projection
-from torchtune_lce.model.sft_loss import SFTLoss
+from torchtune_lce.model.sft_loss import STOCK_RECIPES_BIND, SFTLoss
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -103,6 +103,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         self.tp_enabled = False
         # Entries of the tokenizer, where the recipe knows them: for the message about targets that name no row.
         self.tokenizer_size: int | None = None
+        self.bound_by_our_recipe = False
         # Called after each loss that has gradients: whoever listens decides what is worth it. See live_feedback.
         self.after_batch: list[Callable[[Batch], None]] = []
         # Neither is a Module, so nothing of the model is registered here: the loss has no parameters and no state.
@@ -307,6 +308,12 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
             f"Linear cross-entropy runs impl '{name}' (set: '{self.impl}') on {outputs.device.type} "
             f"in {outputs.dtype}, output projection {list(weight.shape)}{beside}.",
         )
+        if STOCK_RECIPES_BIND and not self.bound_by_our_recipe:
+            log_rank_zero(
+                get_logger(),
+                "The key log_loss_stats does nothing here, if the config has it: only this package's recipes know it, "
+                "`tune run torchtune_lce/recipes/<recipe>.py`.",
+            )
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

@@ -33,10 +33,10 @@ def with_interface(monkeypatch):
 
     def imported(interface: type) -> type:
         monkeypatch.setattr(torchtune.modules.loss, "SFTLoss", interface, raising=False)
-        for name in ("sft_loss", "loss"):
+        for package, name in ((torchtune_lce.model, "sft_loss"), (torchtune_lce, "loss")):
             # Put back afterwards, both as a module and as an attribute of the package.
-            monkeypatch.setattr(torchtune_lce, name, getattr(torchtune_lce, name))
-            monkeypatch.delitem(sys.modules, f"torchtune_lce.{name}")
+            monkeypatch.setattr(package, name, getattr(package, name))
+            monkeypatch.delitem(sys.modules, f"{package.__name__}.{name}")
         return importlib.import_module("torchtune_lce.loss").LinearCrossEntropyLoss
 
     importlib.import_module("torchtune_lce.loss")
@@ -166,6 +166,20 @@ def test_metrics_that_somebody_takes_are_not(caplog):
     [(tokens, labels)] = batches(1)
     loss(model(tokens), labels)
     assert not [record for record in caplog.records if "metrics" in record.message]
+
+
+@pytest.mark.parametrize("interface", [SFTLoss, None], ids=["main", "release"])
+def test_a_key_that_the_loss_never_sees_is_named_where_stock_recipes_bind(with_interface, caplog, interface):
+    """Main's recipes bind the loss themselves, and the YAML's top level is theirs alone. Said once, at the start."""
+    caplog.set_level(logging.INFO)
+    loss = with_interface(interface)() if interface else torchtune_lce.LinearCrossEntropyLoss()
+    model = as_on_main(build_model()) if interface else build_model()
+    loss.set_model_output(model)
+    for tokens, labels in batches(2):
+        loss(model(tokens), labels)
+    said = [record.message for record in caplog.records if "log_loss_stats" in record.message]
+    assert len(said) == (interface is not None)
+    assert all("torchtune_lce/recipes/" in message for message in said)
 
 
 @pytest.mark.parametrize("name", ["num_output_chunks", "mask_ignored_tokens"])

@@ -35,3 +35,5 @@ class _SFTLoss(ABC):
 
 
 SFTLoss = getattr(torchtune.modules.loss, "SFTLoss", _SFTLoss)
+# Whether torchtune's own recipes bind such a loss, as main's do.
+STOCK_RECIPES_BIND = SFTLoss is not _SFTLoss

@@ -27,6 +27,7 @@ class BindsLossToModel:
             return
         self._loss_fn = _compiled_its_own_way(self._loss_fn)
         if isinstance(loss, LinearCrossEntropyLoss):
+            loss.bound_by_our_recipe = True
             loss.tokenizer_size = getattr(self._tokenizer, "vocab_size", None)
             live_feedback.attach(self, cfg, loss)
         # After torchtune has sharded the model. torchtune main has done this already, and once more changes nothing.
