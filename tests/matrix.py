@@ -102,13 +102,19 @@ def run_pair(pair: Pair, arguments: argparse.Namespace, folder: Path) -> tuple[s
     asked = "from importlib.metadata import version; print(*map(version, ('torch', 'triton', 'torchtune')))"
     row[2:5] = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True).stdout.split()
     row[1] = platform_of(python)
-    tests = [str(path.relative_to(ROOT)) for name in arguments.tests for path in ROOT.glob(f"tests/*/{name}")]
+    tests = [str(file_of(name).relative_to(ROOT)) for name in arguments.tests]
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", *tests]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     (arguments.logs / f"{pair.name}.log").write_text(done.stdout + done.stderr)
     # A pytest that a signal ended has no closing line.
     result = summary(done.stdout) if done.returncode >= 0 else f"failed: pytest died of signal {-done.returncode}"
     return (*row, result, str(date.today()))
+
+
+def file_of(name: str) -> Path:
+    """Raises ValueError unless one file of the tests has that name."""
+    (path,) = (ROOT / "tests").rglob(name)
+    return path
 
 
 def platform_of(python: str) -> str:
@@ -138,7 +144,7 @@ def write(rows: list[tuple[str, ...]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", nargs="+", choices=[pair.name for pair in PAIRS], default=[p.name for p in PAIRS])
-    parser.add_argument("--tests", nargs="+", default=TESTS, help="files in tests/")
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="names of test files")
     parser.add_argument("--python", help="interpreter for every pair, in place of python3.11 and the like")
     parser.add_argument("--index-url", help="one more package index, with CPU builds of torch")
     parser.add_argument("--allow-cuda", action="store_true", help="take a CUDA build where there is no other")

@@ -67,6 +67,9 @@ def linear_cross_entropy(
         z_loss=z_loss,
         label_smoothing=label_smoothing,
     )
+    validation.check_reduction(reduction)
+    validation.check_flag("return_lse", return_lse)
+    choice.check_name(impl)
     call = checked(hidden, weight, targets, bias, options=options, shift=shift)
     return compute(call, reduction=reduction, impl=impl, return_lse=return_lse)
 
@@ -152,8 +155,6 @@ def compute(
     ``observe`` is called with each token's cross-entropy, before label smoothing and z-loss, and its log-sum-exp, [N],
     0 where ignored, without gradient.
     """
-    validation.check_reduction(reduction)
-    validation.check_flag("return_lse", return_lse)
     nll, peak, log_total, *means = _token_losses(call, impl)(call)
     if call.outside is not None:
         # A factor, not a replacement: the NaN then reaches the gradients too.
@@ -179,7 +180,7 @@ def _token_losses(call: Call, impl: str) -> choice.TokenLosses:
         token_losses = with_mean_logits(token_losses)
     if call.shard is None:
         return token_losses
-    # torch.distributed is loaded by whoever has a shard.
+    # torch.distributed.tensor is loaded by whoever has a shard.
     from torchtune_lce.implementations.tensor_parallel import over_ranks
 
     return over_ranks(token_losses)

@@ -243,7 +243,10 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         adapter: output_adapter.Adapter | None,
     ) -> Call:
         """What every call is asked, and what only a bound loss knows to ask; the first batch says what runs."""
+        validation.check_plain(outputs, weight, targets, bias)
         self._check_width(outputs, weight)
+        # In this order: compiled code must not depend on whether a batch has been.
+        first = validation.is_readable(targets) and self._first_batch
         tokenizer = "" if self.tokenizer_size is None else f", which has {self.tokenizer_size} entries"
         call = checked(
             outputs,
@@ -252,18 +255,18 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
             bias,
             options=self._options,
             shard=shard,
-            look=self._first_batch or self.check_targets,
+            look=first or self.check_targets,
             if_too_large=(
                 f". The model's output has {{vocabulary}} rows; the usual cause is a larger tokenizer{tokenizer}"
             ),
         )
-        if self._first_batch and validation.is_readable(targets):
+        if first:
             self._say_which(outputs, weight, adapter)
             self._first_batch = False
         if self.metrics and not self.after_batch and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._warn_once(
-                f"loss.metrics ({', '.join(self.metrics)}) are not logged here: only this package's recipes log them, "
-                "and the key log_loss_stats too. Use `tune run torchtune_lce/recipes/<recipe>.py`, or take them in "
+                f"loss.metrics ({', '.join(self.metrics)}) are not logged here: only this package's recipes log them. "
+                "Use `tune run torchtune_lce/recipes/<recipe>.py`, or take them in "
                 "loss.after_batch"
             )
         return call if adapter is None else replace(call, low_rank=output_adapter.low_rank(adapter, outputs))
@@ -287,9 +290,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         return self._loss(outputs, targets, weight, bias, shard)
 
     def _check_width(self, outputs: Tensor, weight: Tensor) -> None:
-        if not isinstance(outputs, Tensor) or not isinstance(weight, Tensor) or weight.ndim != 2:
-            return  # which is another complaint's
-        if outputs.shape[-1:] != weight.shape[1:]:
+        if weight.ndim == 2 and outputs.shape[-1:] != weight.shape[1:]:
             given_logits = outputs.shape[-1:] == weight.shape[:1]
             hint = (
                 ": those are logits: leave `with loss.logits()`, or call set_model_output again" if given_logits else ""

@@ -1,9 +1,9 @@
-"""The rules of the layout: who may import whom. The table of rooms is FLOORS in tests/support/house.py."""
+"""The rules of the layout: who may import whom. The table of rooms is FLOORS in tests/support/house_rules.py."""
 
 from pathlib import Path
 
 import pytest
-from house import FLOORS, LINKED, PACKAGE, complaints, files, imports, nameless, place
+from house_rules import FLOORS, LINKED, PACKAGE, complaints, files, imports, nameless, place
 from project import ROOT
 
 

@@ -6,10 +6,10 @@ import capability_table
 import pytest
 import torch
 import torch.nn.functional as F
+from calls import compute
 from grid import each
 from project import ROOT
 
-from torchtune_lce.functional import compute
 from torchtune_lce.implementations import choice, compiled, reference
 from torchtune_lce.implementations.capabilities import CAPABILITIES, able, setting
 from torchtune_lce.inputs.low_rank import LowRank
@@ -120,7 +120,7 @@ def test_every_impl_has_its_row():
     """Names in the order that messages and configs have them in."""
     presets = ("cce", "cce_exact", "cce_kahan", "cce_kahan_full_c", "cce_kahan_full_e", "cce_kahan_full_c_full_e")
     assert choice.NAMES == ("auto", *presets, "torch_compile", "chunked", "reference")
-    assert {name for name, can in CAPABILITIES.items() if not can.needs_triton} == choice._TORCH_IMPLS.keys()
+    assert CAPABILITIES.keys() == choice.CCE_PRESETS.keys() | choice._FUNCTIONS.keys()
 
 
 def test_what_runs_anywhere_needs_nothing():

@@ -81,7 +81,7 @@ def logits_of(head: Head) -> torch.Tensor:
 
 
 def by_formula(student, teacher, labels, name, normalize=True):
-    """In the dtype of the heads; the formulas as they stand in divergence.py."""
+    """In the dtype of the heads; the formulas as they stand in divergence/function.py."""
     log_q, log_p = (logits_of(head).log_softmax(-1) for head in (student, teacher))
     forward = -(log_p.exp() * log_q).sum(-1)
     reverse = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)

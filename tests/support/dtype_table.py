@@ -45,13 +45,13 @@ def product_dtype(mix, mode, impl: str = "chunked") -> str:
     """In which dtype hidden and weight are multiplied, or that they are refused."""
     seen = []
     tensors = inputs(mix)
-    right = choice._TORCH_IMPLS[impl]
+    right = choice._FUNCTIONS[impl]
 
     def spy(call):
         seen.append(call.hidden.dtype)
         return right(call)
 
-    with mock.patch.dict(choice._TORCH_IMPLS, {impl: spy}), autocast(mode):
+    with mock.patch.dict(choice._FUNCTIONS, {impl: spy}), autocast(mode):
         try:
             loss = linear_cross_entropy(**tensors, targets=torch.tensor([0, 2]), impl=impl)
         except TypeError:

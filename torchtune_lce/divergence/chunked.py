@@ -23,7 +23,6 @@ from torch import Tensor
 from torchtune_lce.divergence.operands import Pair, Shares
 from torchtune_lce.divergence.steps import steps, summary
 from torchtune_lce.divergence.wide_products import add_product, wide_logits
-from torchtune_lce.implementations.capabilities import TWICE_DIFFERENTIABLE
 from torchtune_lce.inputs.autocast import without_autocast
 from torchtune_lce.inputs.dtypes import accumulation_dtype
 
@@ -303,7 +302,7 @@ def _differentiate(ctx, d_total, *_):
 
 
 def _refuse_second_derivative(ctx, *_):
-    raise RuntimeError(f"this impl has no second derivative (create_graph=True); set {TWICE_DIFFERENTIABLE}")
+    raise RuntimeError("this impl has no second derivative (create_graph=True); set impl='reference'")
 
 
 torch.library.register_autograd("torchtune_lce::chunked_divergence", _differentiate, setup_context=_setup_context)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from torchtune_lce.divergence import chunked
 from torchtune_lce.divergence.operands import Head, Pair, Shares, checked
-from torchtune_lce.implementations.capabilities import TRANSFORMABLE
 from torchtune_lce.implementations.reference import full_logits
 from torchtune_lce.inputs import validation
 from torchtune_lce.inputs.autocast import without_autocast
@@ -55,7 +54,7 @@ def divergence(
     if impl == "reference":
         total, count = _reference(pair, shares)
     else:
-        validation.check_transforms(impl, TRANSFORMABLE, *pair.student.operands)
+        validation.check_transforms(impl, "impl='reference'", *pair.student.operands)
         total, count = chunked.total(pair, shares, workspace_mib, fused=impl == "torch_compile")
     return total / count.clamp(min=1) if normalize else total
 

@@ -68,6 +68,8 @@ CAPABILITIES = {
     "chunked": replace(_REFERENCE, own_backward=True, second_derivative=False, transforms=False),
     "reference": _REFERENCE,
 }
+# The method's preset names, which kernels/autograd.py has one function for.
+PRESETS = ("cce", "cce_exact", "cce_kahan", "cce_kahan_full_c", "cce_kahan_full_e", "cce_kahan_full_c_full_e")
 
 
 def able(capability: str) -> tuple[str, ...]:

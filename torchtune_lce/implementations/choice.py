@@ -13,6 +13,7 @@ from torchtune_lce.implementations import chunked, compiled, reference
 from torchtune_lce.implementations.capabilities import (
     ANYWHERE,
     CAPABILITIES,
+    PRESETS,
     TRANSFORMABLE,
     Capabilities,
     able,
@@ -28,13 +29,14 @@ _log = logging.getLogger("torchtune_lce")
 TokenLosses = Callable[[Call], tuple[Tensor, ...]]
 
 
-_TORCH_IMPLS: dict[str, TokenLosses] = {
+# Of all but the presets, whose kernels are imported when they are first chosen.
+_FUNCTIONS: dict[str, TokenLosses] = {
     "torch_compile": compiled.token_losses,
     "chunked": chunked.token_losses,
     "reference": reference.token_losses,
 }
 NAMES = ("auto", *CAPABILITIES)
-CCE_PRESETS = {name: can.filtering for name, can in CAPABILITIES.items() if can.needs_triton}
+CCE_PRESETS = {name: CAPABILITIES[name].filtering for name in PRESETS}
 # What settings may need that not every implementation can: fields of Capabilities, as messages say them.
 _NEEDS = {
     "scaled_rows": "scale rows of the output projection, as DoRA on model.output does",
@@ -73,8 +75,8 @@ def choose(impl: str, hidden: Tensor, beyond: str | None = None) -> tuple[str, T
     Raises ValueError for an unknown name and RuntimeError, saying what to set instead, for one that cannot run here.
     """
     name = _resolve(impl, hidden.device, hidden.dtype, beyond)
-    if name in _TORCH_IMPLS:
-        return name, _TORCH_IMPLS[name]
+    if name not in CCE_PRESETS:
+        return name, _FUNCTIONS[name]
     # Imported here: Triton may be absent, and TRITON_INTERPRET is read when the kernels are defined.
     from torchtune_lce.kernels import autograd
 

@@ -15,9 +15,9 @@ from torchtune_lce.inputs.options import Options
 from torchtune_lce.inputs.shard import VocabularyShard
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
-    """What :func:`checked` has made of a call's arguments.
+    """What :func:`checked` has made of a call's arguments, and what a bound loss puts beside them, ``low_rank``.
 
     ``hidden``, ``weight`` and ``bias`` are of one dtype. With a ``shard`` the latter two are this rank's rows of the
     vocabulary that ``labels`` are in. ``low_rank``, of as many tokens as ``hidden`` and not with ``shard``, is a part

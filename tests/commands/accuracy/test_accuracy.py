@@ -110,13 +110,13 @@ def wrong_by(error):
         def backward(ctx, upstream):
             return upstream * (1 + error)
 
-    right = choice._TORCH_IMPLS["reference"]
+    right = choice._FUNCTIONS["reference"]
     return lambda call: right(replace(call, hidden=Scaled.apply(call.hidden)))
 
 
 @pytest.mark.parametrize(("error", "code", "verdict"), [(0.0, 0, "PASS: 2 of"), (1e-2, 1, "FAIL: chunked above")])
 def test_exit_status_and_files(tmp_path, monkeypatch, capsys, error, code, verdict):
-    monkeypatch.setitem(choice._TORCH_IMPLS, "chunked", wrong_by(error))
+    monkeypatch.setitem(choice._FUNCTIONS, "chunked", wrong_by(error))
     monkeypatch.setattr(session, "runnable", lambda *_: (["chunked", "reference"], {"cce": "needs a CUDA card"}))
     examine = session.examine
     monkeypatch.setattr(session, "examine", lambda output, said: examine(output, said, CPU, SMALL))

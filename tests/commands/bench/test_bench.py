@@ -661,9 +661,9 @@ def test_presets_only_on_request():
 
 def test_the_workspace_is_our_losses_own(monkeypatch):
     seen = []
-    real = choice._TORCH_IMPLS["chunked"]
+    real = choice._FUNCTIONS["chunked"]
     monkeypatch.setitem(
-        choice._TORCH_IMPLS, "chunked", lambda call: seen.append(call.options.workspace_mib) or real(call)
+        choice._FUNCTIONS, "chunked", lambda call: seen.append(call.options.workspace_mib) or real(call)
     )
     batch = random_batch(TINY, torch.float32, CPU)
     right = yardstick.measure(batch)

@@ -327,7 +327,7 @@ def run(tmp_path) -> Run:
 
 
 def logging(*values):
-    """What stands in for a recipe: logs these loss_choices."""
+    """What stands in for a recipe: logs these losses."""
 
     def recipe(command, folder, steps, on_step, log, warmup, process):
         lines = [f"Step {i} | loss:{loss} tokens_per_second_per_gpu:{10.0 * i} \n" for i, loss in enumerate(values)]
@@ -678,7 +678,7 @@ def test_full_on_random_weights_in_mains_way(tmp_path, tied):
 
 
 def test_distillation_on_random_weights_beside_stocks(tmp_path):
-    """Student, teacher and both loss_choices, in torchtune's recipe and in ours."""
+    """Student, teacher and both losses, in torchtune's recipe and in ours."""
     write_assets(assets := tmp_path / "assets")
     curves = {}
     for kind, recipe in (("stock", stock_recipe), ("chunked", our_recipe), ("auto", our_recipe)):

@@ -330,7 +330,7 @@ def test_interrupt_is_no_traceback(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_demo_end_to_end(tmp_path, monkeypatch, capsys):
-    """In a folder of its own, as a user would: real chats, tokenizer, model, recipes, both losses, three steps."""
+    """In a folder of its own, as a user would: real data, tokenizer, model, recipes, both losses, three steps."""
     output = tmp_path / "a demo"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "60")

@@ -42,7 +42,7 @@ def test_on_a_card_the_kernels_are_taken():
 
 def scaled(by_loss: float, by_gradient: float):
     """``chunked`` with its losses, and apart from that its gradient by hidden, off by a factor."""
-    right = choice._TORCH_IMPLS["chunked"]
+    right = choice._FUNCTIONS["chunked"]
 
     class Scaled(torch.autograd.Function):
         @staticmethod
@@ -62,7 +62,7 @@ def scaled(by_loss: float, by_gradient: float):
 
 
 def test_a_wrong_gradient_is_noticed(monkeypatch):
-    monkeypatch.setitem(choice._TORCH_IMPLS, "chunked", scaled(1, 1.001))
+    monkeypatch.setitem(choice._FUNCTIONS, "chunked", scaled(1, 1.001))
     outcome = selftest.run("chunked", torch.device("cpu"), torch.float32)
     assert not outcome.passed
     well, text = shown()
@@ -72,7 +72,7 @@ def test_a_wrong_gradient_is_noticed(monkeypatch):
 
 @pytest.mark.parametrize(("by_loss", "by_gradient"), [(1, 1), (1.01, 1), (1, 1.03)])
 def test_in_bfloat16_a_few_percent_are_noticed(monkeypatch, by_loss, by_gradient):
-    monkeypatch.setitem(choice._TORCH_IMPLS, "chunked", scaled(by_loss, by_gradient))
+    monkeypatch.setitem(choice._FUNCTIONS, "chunked", scaled(by_loss, by_gradient))
     outcome = selftest.run("chunked", torch.device("cpu"), torch.bfloat16)
     assert outcome.passed == (by_loss == by_gradient == 1), outcome
 

@@ -19,8 +19,7 @@ class _SavesNothing:
 class RandomWeights(_SavesNothing):
     """Weights of the shapes of ``model``, a config's section, in bfloat16.
 
-    See :mod:`torchtune_lce.commands.shared.random_weights`. Layers past the eighth repeat
-    those of the first eight.
+    See :mod:`torchtune_lce.commands.shared.random_weights`. Layers past the eighth repeat those of the first eight.
     """
 
     def __init__(self, model: dict, seed: int = 0, **settings):

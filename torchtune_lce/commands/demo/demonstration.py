@@ -21,7 +21,7 @@ _BATCH_SIZE = {"cpu": 8, "cuda": 32}
 
 
 def demonstrate(output: Path, impl: str, steps: int) -> bool:
-    """Makes the chats, runs the recipes, shows the comparison; whether the losses agree.
+    """Makes the data, runs the recipes, shows the comparison; whether the losses agree.
 
     Raises CommandError if it cannot run; what the arguments alone can tell is told before anything is written.
     """
