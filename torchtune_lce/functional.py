@@ -69,7 +69,6 @@ def linear_cross_entropy(
     )
     validation.check_reduction(reduction)
     validation.check_flag("return_lse", return_lse)
-    choice.check_name(impl)
     call = checked(hidden, weight, targets, bias, options=options, shift=shift)
     return compute(call, reduction=reduction, impl=impl, return_lse=return_lse)
 
@@ -175,7 +174,7 @@ def _token_losses(call: Call, impl: str) -> choice.TokenLosses:
     """What computes the call's losses a token: an implementation, and around it what it does not do itself."""
     scaled = call.low_rank is not None and call.low_rank.scale is not None
     name, token_losses = choice.choose(impl, call.hidden, choice.beyond_kernels(call.options, scaled))
-    choice.check_transforms(name, *call.operands)
+    choice.check_transforms(name, *call.given, *(call.low_rank or ()))
     if call.options.label_smoothing and not choice.CAPABILITIES[name].capped_means:
         token_losses = with_mean_logits(token_losses)
     if call.shard is None:

@@ -126,7 +126,9 @@ def allowances(
     magnitude = hidden @ weight.T + (0 if bias is None else bias.detach().double().abs())
     d_logit = sum_error(hidden.shape[1], wide) * magnitude
     # The same in forward and backward, unlike the error of the sums, which may be taken in another order there.
-    rounded = rounding(exact.logits, logits_dtype)
+    # F.linear rounds what it has added the bias to, `chunked` the product that it adds a bias to.
+    product = exact.logits if bias is None else exact.logits - bias.detach().double()
+    rounded = rounding(torch.maximum(exact.logits.abs(), product.abs()), logits_dtype)
     capped, slope, d_slope = exact.logits, 1.0, 0.0
     if settings.softcap is not None:
         capped = settings.softcap * torch.tanh(exact.logits / settings.softcap)

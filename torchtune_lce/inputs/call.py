@@ -21,7 +21,8 @@ class Call:
 
     ``hidden``, ``weight`` and ``bias`` are of one dtype. With a ``shard`` the latter two are this rank's rows of the
     vocabulary that ``labels`` are in. ``low_rank``, of as many tokens as ``hidden`` and not with ``shard``, is a part
-    of the projection beside ``weight``.
+    of the projection beside ``weight``. ``given`` is for whoever asks how torch differentiates: under torch.func what
+    is made of a constant looks like what is differentiated.
     """
 
     hidden: Tensor  # [N, D]
@@ -31,6 +32,7 @@ class Call:
     options: Options
     shape: torch.Size  # of targets as they came
     shift: int
+    given: tuple[Tensor | None, ...]  # hidden, weight and bias as they came
     outside: Tensor | None = None  # [N] bool, where nobody could look: labels that name no entry and became 0
     low_rank: LowRank | None = None
     shard: VocabularyShard | None = None
@@ -82,13 +84,14 @@ def checked(
     validation.check_shift(shift)
     validation.check_plain(hidden, weight, targets, bias)
     validation.check_tensors(hidden, weight, targets, bias)
+    given = hidden, weight, bias
     hidden, weight, bias = cast_inputs(hidden, weight, bias)
     validation.check_same_dtype(hidden, weight, bias)
     validation.check_softcap(options.softcap, accumulation_dtype(hidden.dtype))
     validation.check_ignore_index(options.ignore_index, targets)
     labels = (_aligned(targets, shift, options.ignore_index) if shift else targets).reshape(-1)
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    call = Call(hidden, weight, bias, labels, options, targets.shape, shift, shard=shard)
+    call = Call(hidden, weight, bias, labels, options, targets.shape, shift, given, shard=shard)
     if (look or labels.device.type == "cpu") and validation.is_readable(labels):
         hint = if_too_large.format(vocabulary=call.vocabulary)
         validation.check_range(labels, call.vocabulary, options.ignore_index, hint)
