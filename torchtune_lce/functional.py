@@ -43,7 +43,7 @@ def linear_cross_entropy(
         shift: k >= 0: ``hidden[..., :-k, :]`` predicts ``targets[..., k:]``, without a copy of either. With ``none``
             the first k positions of the last axis are 0.
         impl: one of :data:`torchtune_lce.implementations.choice.NAMES`.
-        filter_eps: softmax entries below it may be left out of the gradients of the filtering choice, unless
+        filter_eps: softmax entries below it may be left out of the gradients of the filtering implementations, unless
             together they hold more than a quarter of the softmax, in the mean of a block of 128 tokens: then nothing
             of that block is. ``auto`` is finfo(dtype).eps / 32, None keeps everything.
         workspace_mib: the most memory in MiB that an implementation may use beyond gradients and O(N + V). With a

@@ -180,6 +180,13 @@ def test_a_key_that_the_loss_never_sees_is_named_where_stock_recipes_bind(with_i
     said = [record.message for record in caplog.records if "log_loss_stats" in record.message]
     assert len(said) == (interface is not None)
     assert all("torchtune_lce/recipes/" in message for message in said)
+    # This package's recipes know it.
+    caplog.clear()
+    loss.bound_by_our_recipe = True
+    loss.set_model_output(model)
+    for tokens, labels in batches(1):
+        loss(model(tokens), labels)
+    assert not [record for record in caplog.records if "log_loss_stats" in record.message]
 
 
 @pytest.mark.parametrize("name", ["num_output_chunks", "mask_ignored_tokens"])

@@ -1,5 +1,7 @@
 """Entropy and accuracy of each token against plain PyTorch on full logits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -281,6 +283,16 @@ def test_memory_of_the_gradient(softcap):
     states = 4 * shape.tokens * shape.width
     gradients = 4 * shape.vocabulary * shape.width + states
     assert gradients <= used.peak <= MIB + gradients + 3 * states + 2 * shape.vectors()
+
+
+def test_a_target_that_nobody_could_look_at_is_not_correct():
+    """As on a card: a label out of range became entry 0, which is here the most likely one."""
+    hidden, weight = torch.ones(3, 4), torch.zeros(ENTRIES, 4)
+    weight[0] = 1
+    call = checked(hidden, weight, torch.tensor([0, -100, 0]), None, options=Options())
+    outside = torch.tensor([False, False, True])
+    _, correct = token_statistics(replace(call, outside=outside))
+    assert correct.tolist() == [True, False, False]
 
 
 def test_never_waits_for_the_device():

@@ -52,15 +52,18 @@ _REFERENCE = Capabilities(
     cuda_only=False,
     compute_capability=(0, 0),
 )
+# The method's preset names (Wijmans et al. 2024), which kernels/autograd.py has one function for. Sums are float32 in
+# all of them, which is what Kahan summation was for, so cce_kahan is cce and cce_kahan_full_c_full_e is cce_exact.
+CCE_PRESETS = {
+    "cce": Filtering(hidden=True, weight=True),
+    "cce_exact": UNFILTERED,
+    "cce_kahan": Filtering(hidden=True, weight=True),
+    "cce_kahan_full_c": Filtering(hidden=True, weight=False),
+    "cce_kahan_full_e": Filtering(hidden=False, weight=True),
+    "cce_kahan_full_c_full_e": UNFILTERED,
+}
 CAPABILITIES = {
-    # The method's preset names (Wijmans et al. 2024). Sums are float32 in every one of them, which is what Kahan
-    # summation was for, so cce_kahan is cce and cce_kahan_full_c_full_e is cce_exact.
-    "cce": replace(_KERNELS, filtering=Filtering(hidden=True, weight=True)),
-    "cce_exact": _KERNELS,
-    "cce_kahan": replace(_KERNELS, filtering=Filtering(hidden=True, weight=True)),
-    "cce_kahan_full_c": replace(_KERNELS, filtering=Filtering(hidden=True, weight=False)),
-    "cce_kahan_full_e": replace(_KERNELS, filtering=Filtering(hidden=False, weight=True)),
-    "cce_kahan_full_c_full_e": _KERNELS,
+    **{name: replace(_KERNELS, filtering=filtering) for name, filtering in CCE_PRESETS.items()},
     # On a card torch's compiler is Triton, which needs 7.0.
     "torch_compile": replace(
         _REFERENCE, second_derivative=False, transforms=False, needs_compiler=True, compute_capability=(7, 0)
@@ -68,8 +71,6 @@ CAPABILITIES = {
     "chunked": replace(_REFERENCE, own_backward=True, second_derivative=False, transforms=False),
     "reference": _REFERENCE,
 }
-# The method's preset names, which kernels/autograd.py has one function for.
-PRESETS = ("cce", "cce_exact", "cce_kahan", "cce_kahan_full_c", "cce_kahan_full_e", "cce_kahan_full_c_full_e")
 
 
 def able(capability: str) -> tuple[str, ...]:

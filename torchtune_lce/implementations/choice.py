@@ -13,7 +13,7 @@ from torchtune_lce.implementations import chunked, compiled, reference
 from torchtune_lce.implementations.capabilities import (
     ANYWHERE,
     CAPABILITIES,
-    PRESETS,
+    CCE_PRESETS,
     TRANSFORMABLE,
     Capabilities,
     able,
@@ -36,7 +36,6 @@ _FUNCTIONS: dict[str, TokenLosses] = {
     "reference": reference.token_losses,
 }
 NAMES = ("auto", *CAPABILITIES)
-CCE_PRESETS = {name: CAPABILITIES[name].filtering for name in PRESETS}
 # What settings may need that not every implementation can: fields of Capabilities, as messages say them.
 _NEEDS = {
     "scaled_rows": "scale rows of the output projection, as DoRA on model.output does",
@@ -80,7 +79,7 @@ def choose(impl: str, hidden: Tensor, beyond: str | None = None) -> tuple[str, T
     # Imported here: Triton may be absent, and TRITON_INTERPRET is read when the kernels are defined.
     from torchtune_lce.kernels import autograd
 
-    return name, autograd.token_losses(CAPABILITIES[name].filtering)
+    return name, autograd.token_losses(CCE_PRESETS[name])
 
 
 def _resolve(impl: str, device: torch.device, dtype: torch.dtype, beyond: str | None) -> str:

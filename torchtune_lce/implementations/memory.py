@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
-from torchtune_lce.implementations.capabilities import CAPABILITIES, PRESETS, able
+from torchtune_lce.implementations.capabilities import CAPABILITIES, CCE_PRESETS, able
 from torchtune_lce.implementations.chunked import entries_per_chunk, tokens_per_piece
 from torchtune_lce.inputs.dtypes import accumulation_dtype
 
@@ -137,7 +137,7 @@ def loss_memory(loss: str, problem: Problem) -> LossMemory:
         return _full_logits(problem)
     if base == "chunked":
         return _chunked(problem)
-    if base in PRESETS:
+    if base in CCE_PRESETS:
         return _cce(problem)
     raise ValueError(f"no formula for the memory of {loss!r}")
 
