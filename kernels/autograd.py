@@ -6,7 +6,6 @@ tensor's values on the host.
 
 from __future__ import annotations  # torch 2.8 compiles nested functions, but not `Tensor | None`
 
-import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -19,13 +18,18 @@ from torch import Tensor
 from torchtune_lce.inputs.call import Call
 from torchtune_lce.inputs.filtering import Filtering, open_record
 from torchtune_lce.inputs.validation import is_readable
+from torchtune_lce.kernels import dense_operators  # defines the operators of the dense way
 from torchtune_lce.kernels.backward import output_tiles, run_backward
 from torchtune_lce.kernels.descriptors import has_blocks
 from torchtune_lce.kernels.forward import MOST_TILES, Activity, lse_and_target_logit
 from torchtune_lce.kernels.operands import Gradients, Operands, Places
+from torchtune_lce.kernels.operators import compact, on_its_device, refuse_second_derivative, rows_contiguous
 from torchtune_lce.kernels.plan import make_plan
 from torchtune_lce.kernels.tail import tail_bytes, tail_direction
 from torchtune_lce.kernels.tuning import Config, config_for
+
+# Whether hidden states alone, with nothing filtered, go the dense way.
+DENSE_WAY = True
 
 
 def token_losses(filtering: Filtering) -> Callable:
@@ -38,13 +42,15 @@ def token_losses(filtering: Filtering) -> Callable:
             # Under autocast the adapter's second matrix comes in its own dtype.
             low, up = low.to(hidden.dtype), up.to(hidden.dtype)
         # Here, so that what has to be copied is copied once for both operators.
-        hidden, weight, low, up = map(_rows_contiguous, (hidden, weight, low, up))
+        hidden, weight, low, up = map(rows_contiguous, (hidden, weight, low, up))
         eps = options.resolved_filter_eps(hidden.dtype)
         needs_hidden, needs_weight = (
             any(x is not None and x.requires_grad for x in operands) for operands in ((hidden, low), (weight, bias, up))
         )
         filters = filtering.hidden and needs_hidden or filtering.weight and needs_weight
         records = bool(eps) and filters and torch.is_grad_enabled()
+        if DENSE_WAY and low is None and needs_hidden and not needs_weight and torch.is_grad_enabled() and not records:
+            return dense_operators.token_losses(hidden, weight, bias, call.labels, options)
         # A gradient that nobody wants must not make the others keep more.
         filter_hidden, filter_weight = filtering.hidden or not needs_hidden, filtering.weight or not needs_weight
         nll, peak, log_total, *_ = torch.ops.torchtune_lce.cut_cross_entropy(
@@ -75,19 +81,8 @@ torch.library.define(
 )
 
 
-def _on_its_device(function: Callable) -> Callable:
-    """Runs an operator on the card of its first tensor: Triton launches on the current one."""
-
-    @functools.wraps(function)
-    def run(*arguments):
-        with torch.cuda.device_of(next(x for x in arguments if isinstance(x, Tensor))):
-            return function(*arguments)
-
-    return run
-
-
 @torch.library.impl("torchtune_lce::cut_cross_entropy", "default")
-@_on_its_device
+@on_its_device
 def _forward(
     hidden, weight, bias, low, up, targets, ignore_index, softcap, eps, filter_hidden, filter_weight, workspace_mib
 ):
@@ -100,7 +95,7 @@ def _forward(
     """
     operands = _operands(hidden, weight, bias, low, up, softcap)
     config = config_for(hidden.device, hidden.dtype)
-    rows, labels, count = _compact(targets, ignore_index)
+    rows, labels, count = compact(targets, ignore_index)
     tokens = rows.numel()
     activity = None if eps is None else _empty_activity(tokens, weight.shape[0], config, hidden.device)
     row_total = hidden.new_zeros((tokens, 2), dtype=torch.float32)
@@ -162,7 +157,7 @@ torch.library.define(
 
 
 @torch.library.impl("torchtune_lce::cut_cross_entropy_backward", "default")
-@_on_its_device
+@on_its_device
 def _backward(
     d_nll,
     d_lse,
@@ -295,19 +290,8 @@ def _differentiate(ctx, d_nll, _, d_lse, *__):
     return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 7
 
 
-def _refuse_second_derivative(ctx, *_):
-    raise RuntimeError("impl='cce' has no second derivative (create_graph=True); set impl='reference'")
-
-
 torch.library.register_autograd("torchtune_lce::cut_cross_entropy", _differentiate, setup_context=_setup_context)
-torch.library.register_autograd("torchtune_lce::cut_cross_entropy_backward", _refuse_second_derivative)
-
-
-def _rows_contiguous(matrix: Tensor | None) -> Tensor | None:
-    """Kernels take any row stride; features must lie next to each other."""
-    if matrix is None or matrix.stride(-1) == 1 or matrix.shape[-1] == 1:
-        return matrix
-    return matrix.contiguous()
+torch.library.register_autograd("torchtune_lce::cut_cross_entropy_backward", refuse_second_derivative)
 
 
 def _operands(
@@ -318,7 +302,7 @@ def _operands(
     up: Tensor | None,
     softcap: float | None,
 ) -> Operands:
-    hidden, weight, low, up = map(_rows_contiguous, (hidden, weight, low, up))
+    hidden, weight, low, up = map(rows_contiguous, (hidden, weight, low, up))
     return Operands(hidden, weight, bias if bias is None else bias.contiguous(), low, up, softcap)
 
 
@@ -331,14 +315,6 @@ def _taken(operands: Operands, rows: Tensor, used: Tensor) -> Operands:
 def _in_order(hidden: Tensor, rows: Tensor, used: Tensor) -> Tensor:
     """Hidden states of ``rows``; past those ``used`` the first again, since what stands in ignored ones may be NaN."""
     return hidden[rows.where(torch.arange(rows.numel(), device=rows.device) < used, rows[0])]
-
-
-def _compact(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens in use first, in their order, and how many: on the device, so that nothing waits for the count."""
-    ignored = targets == ignore_index
-    rows = ignored.to(torch.uint8).sort(stable=True).indices
-    count = ignored.logical_not().sum(dtype=torch.int32).view(1)
-    return rows, targets[rows], count
 
 
 def _activity_shape(tokens: int, vocabulary: int, config: Config) -> tuple[int, int]:

@@ -54,6 +54,24 @@ class Places:
         return Places(self.rows[piece], self.labels[piece], count, self.row_total[piece], self.d_nll[piece], d_lse)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Tokens that the dense way takes at once: places ``first`` to ``first + M``; those before the count are in use."""
+
+    operands: Operands  # without an adapter
+    rows: Tensor  # [M] int64: row of hidden at each place
+    labels: Tensor  # [M]
+    count: Tensor  # [1] int32, on the device: places in use, of all pieces
+    first: int
+    states: Tensor  # [M, D]: hidden states in the order of the places, zero past the count
+    targets: Tensor  # [M] float32: logits of the labels
+    references: Tensor  # [M] float32: what exponentials are measured from
+
+    @property
+    def tokens(self) -> int:
+        return self.rows.numel()
+
+
 class Gradients(NamedTuple):
     """By operand; None where nobody wants it."""
 

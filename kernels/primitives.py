@@ -7,6 +7,8 @@ from torchtune_lce.kernels.tuning import is_interpreted
 
 IS_INTERPRETED = tl.constexpr(is_interpreted())
 LOG2_E = tl.constexpr(1.4426950408889634)
+# The same as float32 holds it, for arithmetic whose two sides must see one number.
+LOG2_E_SINGLE = tl.constexpr(1.4426950216293335)
 # Depth of products over an adapter's rank, the least that tl.dot takes: addresses of deeper ones spill.
 RANK_DEPTH = tl.constexpr(16)
 # Of loops over products with an adapter's matrix, which are not pipelined: by Triton 3.6, on sm90 in 16 bits, sums over
@@ -24,6 +26,45 @@ def softcapped(logits, softcap):
     y = x * x
     series = logits * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
     return tl.where(y < 1 / 16, series, softcap * (2 * tl.sigmoid(2 * x) - 1))
+
+
+@triton.jit
+def multiply_add(a, b, c):
+    """a * b + c in float32, rounded once. The interpreter of older Tritons would round the product too."""
+    if IS_INTERPRETED:
+        return (a.to(tl.float64) * b + c).to(tl.float32)
+    else:
+        return tl.fma(a, b, c)
+
+
+@triton.jit
+def log_one_plus(x):
+    """log(1 + x) for x >= 0 to 2e-7 of it, however small x is: 1 + x would lose what makes a confident loss."""
+    s = x / (2 + x)
+    y = s * s
+    series = 1 / 13
+    series = series * y + 1 / 11
+    series = series * y + 1 / 9
+    series = series * y + 1 / 7
+    series = series * y + 1 / 5
+    series = series * y + 1 / 3
+    return tl.where(x < 1, 2 * s * (series * y + 1), tl.log(1 + x))
+
+
+@triton.jit
+def rounded_to_tf32(values):
+    """Positive float32 values to the 11 bits that tensor cores look at: those cut the rest off, always downwards."""
+    bits = values.to(tl.int32, bitcast=True)
+    rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    # The bits of a NaN may be all ones.
+    return tl.where(values == values, rounded, values)
+
+
+@triton.jit
+def softcap_slope(capped, softcap):
+    """Derivative of :func:`softcapped`, from its result."""
+    share = capped / softcap
+    return 1 - share * share
 
 
 @triton.jit

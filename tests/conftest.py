@@ -29,6 +29,7 @@ GARBAGE_BYTE = 0x5A
 ONE_WORKER = (
     "test_distributed_recipes",
     "test_import",
+    "test_other_cards",
     "test_packaging",
     "test_qat_recipes",
     "test_stock_configs",
@@ -36,7 +37,13 @@ ONE_WORKER = (
 )
 
 # Parts of the ids of tests that take gigabytes of a card, and how many of them may run on it at once.
-LARGE = ("test_huge.py::", "-large", "::test_cce_on_a_card", "::test_after_running_out_of_memory")
+LARGE = (
+    "test_huge.py::",
+    "-large",
+    "::test_cce_on_a_card",
+    "::test_second_products_on_a_card",
+    "::test_after_running_out_of_memory",
+)
 LARGE_AT_ONCE = 3
 
 interpreter.make_faster()

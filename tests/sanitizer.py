@@ -84,21 +84,45 @@ CALLS = (
     Call("frozen weight, rows of no whole 16 bytes", width=70, frozen=("weight",), paths=("descriptor",)),
     Call("one of everything", tokens=(0, 1), vocabulary=(0, 1), width=16, bias=True, paths=("descriptor",)),
     Call("narrow blocks", paths=("pointer",), narrow=True),
+    Call("dense way", vocabulary=(4, 8), width=None, impl="cce_exact", frozen=("weight",), ignored=True),
+    Call(
+        "dense way, everything",
+        vocabulary=(14, 0),
+        width=264,
+        impl="cce_exact",
+        bias=True,
+        softcap=20.0,
+        with_lse=True,
+        workspace_mib=1,
+        frozen=("weight", "bias"),
+    ),
 )
 
+BY_DTYPE = (
+    ("_exponential_kernel", "FOR_TF32", True, ("bfloat16", "float32"), "float16's alone are multiplied in tf32"),
+    ("_exponential_kernel", "FOR_TF32", False, ("float16",), "float16's are multiplied in tf32"),
+    ("_redo_kernel", "FOR_TF32", True, ("bfloat16", "float32"), "float16's alone are multiplied in tf32"),
+    ("_redo_kernel", "FOR_TF32", False, ("float16",), "float16's are multiplied in tf32"),
+    ("_finish_kernel", "NORMALISED", True, ("bfloat16", "float32"), "float16 alone has no room for small values"),
+    ("_finish_kernel", "NORMALISED", False, ("float16",), "float16 has no room for small values"),
+)
 # What cannot be met: kernel, flag (None for all of it), value, and the dtypes in which it cannot.
 IMPOSSIBLE = (
     ("_backward_kernel", "GRADIENT_TMA", True, ("float32",), "the copy engine takes logit gradients of 16 bits alone"),
     ("_pair_kernel", "PAIRED", True, ("float32",), "a forward's tile of float32 is as wide as a backward's"),
+    *BY_DTYPE,
 )
 WITHOUT_COPY_ENGINE = (
     ("_descriptor_kernel", None, None, DTYPES, "sm90 and newer alone have a copy engine"),
     ("_backward_kernel", "HIDDEN_TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
     ("_backward_kernel", "WEIGHT_TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
     ("_backward_kernel", "GRADIENT_TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
+    ("_exponential_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
+    ("_product_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
 )
 IN_INTERPRETER = (
     *WITHOUT_COPY_ENGINE,
+    *BY_DTYPE,
     ("_pair_kernel", "PAIRED", False, DTYPES, "the interpreter has one configuration"),
 )
 

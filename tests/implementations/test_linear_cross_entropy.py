@@ -116,6 +116,26 @@ LOW_PRECISION = (
     "frozen-hidden",
     "frozen-weight",
 )
+# Of cce_exact with a frozen head, which has kernels of its own: places and reductions, upstream gradients, ragged
+# sizes, softcap and bias, layouts.
+FROZEN_HEAD = (
+    "mean",
+    "bias-softcap-none",
+    "saturated-softcap",
+    "shift-1-none-lse",
+    "all-ignored",
+    "all-ignored-none",
+    "lse-only",
+    "lse-confident",
+    "large-logits",
+    "rank-1",
+    "strided",
+    "int32-shift",
+    "no-tokens",
+    "tiles",
+    "one-of-all",
+)
+FROZEN_HEAD_IN_16_BITS = ("sum", "bias-softcap-none", "lse-confident", "tiles", "one-wide")
 # Compiling is what takes the time: the differences in code that the compiler sees.
 COMPILED = ("mean", "bias-softcap-none", "shift-1-none-lse", "all-ignored", "no-tokens", "frozen-weight", "strided")
 # A tile goes if no entry in it reaches the threshold and no target lies in it: what is probable keeps to the first
@@ -147,6 +167,9 @@ def _sparse(monkeypatch):
 
 # For what does not depend on the options: cce alone for its presets, which share its code.
 EACH = each("reference", "chunked", "torch_compile", "cce")
+# With what is trained: a frozen head has cce_exact take another way.
+TRAINED = [pytest.param(*impl.values, INPUTS, marks=impl.marks, id=impl.id) for impl in EACH]
+FROZEN = pytest.param("cce_exact", ("hidden",), marks=marks_of("cce_exact"), id="cce_exact-frozen-head")
 
 
 def _calls():
@@ -213,6 +236,39 @@ def test_agrees_with_float64(impl, case, dtype, device):
         assert not actual["hidden"][ignored].any(), "ignored tokens have gradients"
     for name, tensor in before.items():
         assert torch.equal(tensor, tensors[name]), f"{name} was written to"
+
+
+def _frozen_head_calls():
+    for names, dtype, marks in (
+        (FROZEN_HEAD, torch.float32, ()),
+        (FROZEN_HEAD_IN_16_BITS, torch.float16, ()),
+        # Triton's interpreter multiplies bfloat16 wrongly.
+        (FROZEN_HEAD_IN_16_BITS, torch.bfloat16, (pytest.mark.gpu,)),
+    ):
+        for name in names:
+            yield _call("cce_exact", name, replace(CASES[name], frozen=("weight", "bias")), dtype, *marks)
+
+
+@pytest.mark.parametrize(("impl", "case", "dtype"), list(_frozen_head_calls()))
+def test_frozen_head_agrees_with_float64(impl, case, dtype, device, monkeypatch):
+    """In pieces of two row blocks and strips of two tiles, whatever the workspace holds."""
+    from torchtune_lce.kernels import dense
+
+    divided = []
+
+    def divide(*arguments):
+        divided.append(dense.Division(2 * arguments[-1].row_block, 2))
+        return divided[-1]
+
+    monkeypatch.setattr(dense, "divide", divide)
+    tensors, upstream = make_inputs(case, dtype, device), make_upstream(case, device)
+    actual = run(impl, case, tensors, upstream)
+    exact, native = (plain_torch(**tensors, settings=case.settings, upstream=upstream, dtype=d) for d in (F64, dtype))
+    compare(actual, native, exact, allowed(impl, case, dtype, exact, tensors))
+    assert bool(divided) == (tensors["targets"].numel() > 0)
+    if not case.settings.shift:
+        ignored = tensors["targets"] == case.settings.ignore_index
+        assert not actual["hidden"][ignored].any(), "ignored tokens have gradients"
 
 
 @needs_triton
@@ -410,16 +466,16 @@ def test_a_vocabulary_masked_alike_is_flat(impl, device):
 
 
 @pytest.mark.parametrize("added", [{}, {"label_smoothing": 0.2}, {"z_loss": 1e-6}], ids=["alone", "smoothed", "z-loss"])
-@pytest.mark.parametrize("impl", EACH)
-def test_a_common_logit_costs_no_digits(impl, added, device):
+@pytest.mark.parametrize(("impl", "trained"), [*TRAINED, FROZEN])
+def test_a_common_logit_costs_no_digits(impl, trained, added, device):
     """The loss and its gradients do not depend on what all logits share, be it far larger than their differences.
 
     The z-loss is meant to, and is as far off as a log-sum-exp of that size is: by its rounding.
     """
     for where, common in itertools.product(("bias", "logits", "all of them"), COMMON):
         hidden, weight, bias, targets = inputs_with_a_common_logit(common, where, device)
-        results = _with_and_without(impl, hidden, weight, targets, bias, **added)
-        for name, actual, exact in zip(("loss", *INPUTS), *results, strict=True):
+        results = _with_and_without(impl, trained, hidden, weight, targets, bias, **added)
+        for name, actual, exact in zip(("loss", *trained), *results, strict=True):
             if name == "hidden" and where != "bias":
                 # That by the common column is a sum that cancels.
                 actual, exact = actual[:, 1:], exact[:, 1:]
@@ -427,8 +483,8 @@ def test_a_common_logit_costs_no_digits(impl, added, device):
             assert error < 4e-7, f"{common} in {where}: {name} is {error:.1e} off"
 
 
-def _with_and_without(impl, hidden, weight, targets, bias, **settings):
-    """Losses and gradients of each, in float32 by the implementation, and in float64 by plain PyTorch."""
+def _with_and_without(impl, trained, hidden, weight, targets, bias, **settings):
+    """Losses and gradients by ``trained``, in float32 by the implementation, and in float64 by plain PyTorch."""
 
     def plain(hidden, weight, targets, bias, reduction, label_smoothing=0.0, z_loss=0.0):
         logits = F.linear(hidden, weight, bias)
@@ -437,26 +493,34 @@ def _with_and_without(impl, hidden, weight, targets, bias, **settings):
 
     results = []
     for dtype, function in ((torch.float32, partial(linear_cross_entropy, impl=impl, filter_eps=None)), (F64, plain)):
-        leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight, bias)]
+        leaves = {"hidden": hidden, "weight": weight, "bias": bias}
+        leaves = {name: x.detach().to(dtype).requires_grad_(name in trained) for name, x in leaves.items()}
         # Without a threshold all presets are cce_exact.
-        losses = function(*leaves[:2], targets, leaves[2], reduction="none", **settings)
-        results.append([losses.detach(), *torch.autograd.grad(losses.sum(), leaves)])
+        losses = function(**leaves, targets=targets, reduction="none", **settings)
+        results.append([losses.detach(), *torch.autograd.grad(losses.sum(), [leaves[name] for name in trained])])
     return results
 
 
 @pytest.mark.parametrize(
-    "impl",
+    ("impl", "trained"),
     [
-        *EACH[:-1],
-        one("cce", pytest.mark.xfail(strict=True, reason="issue 16: one sum with p in it")),
+        *TRAINED[:-1],
+        pytest.param(
+            "cce",
+            INPUTS,
+            marks=[*marks_of("cce"), pytest.mark.xfail(strict=True, reason="issue 16: one sum with p in it")],
+            id="cce",
+        ),
+        FROZEN,
     ],
 )
-def test_a_confident_token_costs_no_digits(impl, device):
+def test_a_confident_token_costs_no_digits(impl, trained, device):
     """1 - p near 1e-5: p - 1 is what the others have, not the difference of two numbers near 1."""
     weight, targets = F.normalize(torch.randn(300, 64, device=device), dim=-1), torch.arange(40, device=device)
-    results = _with_and_without(impl, 20 * weight[targets], weight, targets, torch.zeros(300, device=device))
+    bias = torch.zeros(300, device=device)
+    results = _with_and_without(impl, trained, 20 * weight[targets], weight, targets, bias)
     assert 1e-6 < results[1][0].median() < 1e-4
-    for name, actual, exact in zip(("loss", *INPUTS), *results, strict=True):
+    for name, actual, exact in zip(("loss", *trained), *results, strict=True):
         error = ((actual.double() - exact).norm() / exact.norm()).item()
         assert error < 2e-5, f"{name} is {error:.1e} off"
 

@@ -102,6 +102,30 @@ def test_cce_on_a_card(shape, impl, workspace_mib, device):
     assert_cce_bounds(impl, shape, inputs, workspace_mib)
 
 
+@pytest.mark.parametrize(
+    ("shape", "workspace_mib"),
+    [
+        (FEW_LONG, WORKSPACE_MIB),
+        *(
+            pytest.param(Shape(*sizes), mib, marks=pytest.mark.gpu, id=f"{name}-{mib}-large")
+            for name, sizes in (("llama", (8192, 128_256, 2048)), ("wide", (16_384, 32_000, 4096)))
+            for mib in (16, 128)
+        ),
+    ],
+)
+def test_cce_exact_with_a_frozen_head(shape, workspace_mib, device):
+    """Beside the workspace there are vectors, and values for the backward in the memory of a hidden gradient."""
+    pytest.importorskip("triton")
+    inputs = make_inputs(shape, torch.float32, device)
+    inputs["weight"].requires_grad_(False)
+    assert shape.logits(4) > workspace_mib * MIB + shape.vectors(), "the bound would hold anyway"
+    forward, backward = usage_of_both("cce_exact", inputs, workspace_mib)
+    states = inputs["hidden"].nbytes
+    assert forward.peak <= workspace_mib * MIB + states + shape.vectors()
+    assert forward.kept <= states + shape.vectors()
+    assert backward.peak <= gradient_bytes(inputs) + shape.vectors()
+
+
 @pytest.mark.parametrize("impl", ["chunked", "cce"])
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
 def test_frozen_input_has_no_gradient_in_memory(impl, frozen, device):

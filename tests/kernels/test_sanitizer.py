@@ -73,7 +73,8 @@ def test_the_calls_meet_every_flag_of_every_kernel(met):
     dtype, coverage, _ = met
     assert sanitizer.missing(coverage, dtype, sanitizer.IN_INTERPRETER) == []
     # Nothing stands among what cannot be met there that is met.
-    assert len(sanitizer.missing(coverage, dtype, ())) == len(sanitizer.IN_INTERPRETER)
+    excused = [line for line in sanitizer.IN_INTERPRETER if dtype in line[3]]
+    assert len(sanitizer.missing(coverage, dtype, ())) == len(excused)
 
 
 def test_a_flag_that_was_never_on_is_missed(met):

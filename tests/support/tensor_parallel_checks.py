@@ -38,6 +38,8 @@ def check_vocabulary_parallel(mesh: DeviceMesh, impls: tuple[str, ...]) -> None:
         _check_gradient_through_log_sum_exp(mesh)
         _check_label_smoothing(mesh, impls)
         _check_common_logit(mesh, impls)
+        if "cce_exact" in impls:
+            _check_frozen_head(mesh)
         _check_confident_tokens(mesh)
         _check_ignore_index_that_is_a_row(mesh)
         _check_sequence_parallel_hidden(mesh)
@@ -89,7 +91,9 @@ def _problem(bias: bool = False, scale: float = 1.0) -> Problem:
     )
 
 
-def _bound(mesh: DeviceMesh, problem: Problem, **settings) -> tuple[LinearCrossEntropyLoss, nn.Module]:
+def _bound(
+    mesh: DeviceMesh, problem: Problem, frozen: bool = False, **settings
+) -> tuple[LinearCrossEntropyLoss, nn.Module]:
     model = build_model(tied=False)
     model.output = nn.Linear(EMBED_DIM, RAGGED, bias=problem.bias is not None)
     with torch.no_grad():
@@ -97,6 +101,7 @@ def _bound(mesh: DeviceMesh, problem: Problem, **settings) -> tuple[LinearCrossE
         if problem.bias is not None:
             model.output.bias.copy_(problem.bias)
     parallelize_module(model, mesh, OUTPUT_PLAN)
+    model.output.requires_grad_(not frozen)
     loss = LinearCrossEntropyLoss(**settings)
     loss.set_model_output(model)
     return loss, model
@@ -196,6 +201,32 @@ def _check_common_logit(mesh, impls: tuple[str, ...]) -> None:
         _assert_close(hidden.grad[..., 1:], gradients["hidden"][..., 1:], f"{case}, hidden")
         _assert_close(model.output.weight.grad, gradients["weight"], f"{case}, weight")
         _assert_close(model.output.bias.grad, gradients["bias"], f"{case}, bias")
+
+
+def _check_frozen_head(mesh) -> None:
+    """`cce_exact` then measures from a logit that is not the largest: the target's, or what stands in for it here."""
+    problems = {
+        "plain": (_problem(bias=True), 2e-6),
+        "common logit": (_problem_with_a_common_logit("logits", COMMON[-1]), 2e-6),
+        "unlikely targets": (_problem(bias=True, scale=10.0), 2e-5),
+        "confident": (_confident_problem(), 2e-5),
+        "rank masked by -inf": (_masked_problem(mesh, -torch.inf, False), 2e-6),
+        "rank masked by the least number": (_masked_problem(mesh, torch.finfo(torch.float32).min, False), 2e-6),
+    }
+    for name, setting in itertools.product(problems, ({}, {"label_smoothing": 0.2}, {"z_loss": 1e-6})):
+        if "masked" in name and "label_smoothing" in setting:  # all losses are infinite, or as large as the bias
+            continue
+        problem, tolerance = problems[name]
+        settings = {"reduction": "none", **setting}
+        expected, gradients = _expected(problem, **settings)
+        loss, _ = _bound(mesh, problem, frozen=True, impl="cce_exact", **settings)
+        hidden = problem.hidden.clone().requires_grad_()
+        actual = loss(hidden, problem.targets)
+        _backward(actual, problem.upstream)
+        _assert_close(actual, expected, f"frozen head, {name}, {setting}, loss", tolerance)
+        # The common column's is a sum that cancels.
+        by_hidden = (x[..., name == "common logit" :] for x in (hidden.grad, gradients["hidden"]))
+        _assert_close(*by_hidden, f"frozen head, {name}, {setting}, hidden", tolerance)
 
 
 def _problem_with_a_common_logit(where: str, common: float) -> Problem:
@@ -349,17 +380,12 @@ def _check_masked_rank(mesh, impls: tuple[str, ...]) -> None:
     """No row of one rank can be, nor the first of another: no share in any gradient, and for a target there a loss that
     is infinite, or as large as the bias is small: vocabularies are padded so too.
     """
-    last = -(-RAGGED // mesh.size()) * (mesh.size() - 1)
     least = torch.finfo(torch.float32).min
     masks = (-torch.inf, False), (-torch.inf, True), (least, False), (torch.finfo(torch.bfloat16).min, True)
     added = {}, {"label_smoothing": 0.1}, {"z_loss": 0.1}
     for impl, (mask, target_there), setting in itertools.product(impls, masks, added):
-        problem = _problem(bias=True)
-        problem.bias[last:] = problem.bias[0] = mask
+        problem = _masked_problem(mesh, mask, target_there)
         valid = problem.targets != -100
-        problem.targets[valid] = problem.targets[valid].clamp(min=1, max=last - 1)
-        if target_there:
-            problem.targets[0, :2] = last
         case = f"masked rank, {impl}, bias {mask}, target there {target_there}, {setting}"
         settings = {"reduction": "none", **setting}
         expected, gradients = _expected(problem, **settings)
@@ -381,6 +407,18 @@ def _check_masked_rank(mesh, impls: tuple[str, ...]) -> None:
         can_be = problem.bias.isfinite()
         _assert_close(bias_gradient[can_be], gradients["bias"][can_be], f"{case}, bias")
         assert bias_gradient.isfinite().all(), case
+
+
+def _masked_problem(mesh: DeviceMesh, mask: float, target_there: bool) -> Problem:
+    """All rows of the last rank are masked, and the first of all."""
+    problem = _problem(bias=True)
+    last = -(-RAGGED // mesh.size()) * (mesh.size() - 1)
+    problem.bias[last:] = problem.bias[0] = mask
+    valid = problem.targets != -100
+    problem.targets[valid] = problem.targets[valid].clamp(min=1, max=last - 1)
+    if target_there:
+        problem.targets[0, :2] = last
+    return problem
 
 
 def _check_autocast(mesh) -> None:

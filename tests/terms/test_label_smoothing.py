@@ -88,7 +88,12 @@ FROZEN = [("weight", "bias"), ("hidden",), ("bias",), ("hidden", "weight")]
 
 
 @pytest.mark.parametrize(
-    ("impl", "frozen"), [*itertools.product(["chunked", "reference"], FROZEN), *itertools.product(["cce"], FROZEN[:2])]
+    ("impl", "frozen"),
+    [
+        *itertools.product(["chunked", "reference"], FROZEN),
+        *itertools.product(["cce"], FROZEN[:2]),
+        ("cce_exact", FROZEN[0]),
+    ],
 )
 def test_frozen_inputs(impl, frozen, device):
     tensors, targets = make_tensors(device, frozen=frozen)

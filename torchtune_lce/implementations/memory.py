@@ -13,7 +13,8 @@ reference: float32 logits, 4NV, their exponentials, and a mask of the targets, N
 in place of the logits. With an adapter the two parts of the sum of logits; with DoRA's scale, in the backward, what it
 scales, the gradient, and the gradient's products with either.
 chunked: the workspace, whatever NV is, and vectors; with a trained head the hidden states' sums beside it.
-cce: the workspace, but not less than its tiles and their lists take.
+cce: the workspace, but not less than its tiles and their lists take. With a frozen head, no adapter, and nothing
+filtered, as in cce_exact, values of the hidden states' gradient's size are kept for the backward, NDb.
 
 LoRA on the output, of rank r, adds its gradients, Vrb and rDb, to those above, and an Nr product; its dropout keeps the
 thinned out hidden states and their mask, (b + 1)ND. DoRA's scale of the rows has a gradient that needs what it scales:
@@ -138,7 +139,8 @@ def loss_memory(loss: str, problem: Problem) -> LossMemory:
     if base == "chunked":
         return _chunked(problem)
     if base in CCE_PRESETS:
-        return _cce(problem)
+        strips = not (problem.trained_head or problem.adapter or CAPABILITIES[base].filtering.hidden)
+        return _cce_in_strips(problem) if strips else _cce(problem)
     raise ValueError(f"no formula for the memory of {loss!r}")
 
 
@@ -234,6 +236,17 @@ def _cce(problem: Problem) -> LossMemory:
     workspace = max(min(problem.workspace_mib * 2**20, most), _least_workspace(problem)) + _vectors(problem)
     workspace += problem.adapter_kept
     return LossMemory(workspace, workspace + problem.hidden_bytes + problem.head_bytes + problem.adapter_bytes)
+
+
+def _cce_in_strips(problem: Problem) -> LossMemory:
+    """Of kernels/dense.py: a strip of exponentials, the hidden states' sums, and a sum a tile of the vocabulary."""
+    columns = -(-problem.vocabulary // _TILE)
+    sums = 4 * (problem.features + columns + 5)
+    most = problem.tokens * (sums + (columns + 1) * _TILE * problem.itemsize)
+    least = min(problem.tokens, _TILE) * (sums + 2 * _TILE * problem.itemsize)
+    workspace = max(min(problem.workspace_mib * 2**20, most), least)
+    kept = problem.hidden_bytes + _vectors(problem)
+    return LossMemory(workspace + kept, problem.hidden_bytes + kept)
 
 
 def _least_workspace(problem: Problem) -> int:

@@ -28,7 +28,8 @@ def token_losses(call: Call) -> tuple[Tensor, ...]:
     smoothing, their mean are less the peak. [N] each in the accumulation dtype, 0 where ignored.
 
     The peak is the largest logit, 0 where that is not finite, and has no gradient. It stands apart because it may be
-    large where all logits share a value, and a sum with it would be rounded at its size.
+    large where all logits share a value, and a sum with it would be rounded at its size. An implementation may return
+    another value less than 70 below the log-sum-exp in its place, so that exp of the difference is finite.
 
     Holds [N, V] logits, as ``F.linear`` followed by ``F.cross_entropy`` does.
     """

@@ -250,6 +250,24 @@ def test_workspace_holds_the_kernels_tiles_and_lists(trained, tokens, vocabulary
     assert planned <= 1.1 * max(128 * 2**20, taken + bits) + 64 * tokens + 32 * vocabulary
 
 
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(100, 1000), (8192, 128_256), (131_072, 256_000)])
+def test_workspace_holds_the_strips_of_a_frozen_head(tokens, vocabulary):
+    """As cce_exact divides them, which keeps values of a gradient's size for the backward."""
+    pytest.importorskip("triton")
+    from torchtune_lce.kernels import dense, tuning
+
+    config = tuning._cuda_config((9, 0), torch.bfloat16, "ieee")
+    tiles = -(-vocabulary // config.forward_entries)
+    division = dense.divide(tokens, vocabulary, 2048, torch.bfloat16, 128 * 2**20, 132, config)
+    rows = min(division.tokens, tokens)
+    taken = rows * (dense._bytes_beside(tiles, 2048) + 2 * division.tiles * config.forward_entries)
+    planned = loss_memory("cce_exact", Problem(tokens, 2048, vocabulary, 2, False))
+    kept = 2 * tokens * 2048
+    assert taken + kept <= planned.forward <= 128 * 2**20 + kept + 64 * tokens + 32 * vocabulary
+    assert planned.forward < 1.1 * (taken + kept) or taken > 64 * 2**20
+    assert 2 * kept <= planned.backward <= 2 * kept + 64 * tokens + 32 * vocabulary
+
+
 # --- whole steps against the CPU's allocator ---
 
 

@@ -1,0 +1,113 @@
+"""The dense way as two custom operators: losses and log-sum-exps with all that the hidden gradient needs, then that.
+
+The second sees no vocabulary: any upstream gradients, and any number of backwards, cost two passes over [N, D].
+"""
+
+from __future__ import annotations  # torch 2.8 compiles nested functions, but not `Tensor | None`
+
+import torch
+import triton
+from torch import Tensor
+
+from torchtune_lce.inputs.filtering import open_record
+from torchtune_lce.inputs.options import Options
+from torchtune_lce.inputs.validation import is_readable
+from torchtune_lce.kernels.dense import dense_rows
+from torchtune_lce.kernels.operands import Operands
+from torchtune_lce.kernels.operators import compact, on_its_device, refuse_second_derivative, rows_contiguous
+from torchtune_lce.kernels.row_gradients import row_gradients
+from torchtune_lce.kernels.tuning import config_for
+
+
+def token_losses(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the function that :func:`torchtune_lce.kernels.autograd.token_losses` makes returns, with nothing filtered.
+
+    With a gradient by hidden alone. What stands for the peak is each row's reference, see reference_logits.py.
+    """
+    nll, peak, log_total, *_ = torch.ops.torchtune_lce.dense_cross_entropy(
+        hidden, weight, bias, targets, options.ignore_index, options.softcap, options.workspace_mib
+    )
+    return nll, peak.detach(), log_total
+
+
+torch.library.define(
+    "torchtune_lce::dense_cross_entropy",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float? softcap, int workspace_mib) "
+    "-> (Tensor nll, Tensor peak, Tensor log_total, Tensor values, Tensor coefficients, Tensor rows, Tensor labels, "
+    "Tensor count)",
+)
+
+
+@torch.library.impl("torchtune_lce::dense_cross_entropy", "default")
+@on_its_device
+def _forward(hidden, weight, bias, targets, ignore_index, softcap, workspace_mib):
+    """nll, peak and log_total [N] float32, 0 where ignored; then what the backward needs, see :func:`dense_rows`.
+
+    rows [N] int64 lists the tokens in use first, count [1] int32 how many those are; labels are in that order.
+    """
+    bias = bias if bias is None else bias.contiguous()
+    operands = Operands(rows_contiguous(hidden), rows_contiguous(weight), bias, None, None, softcap)
+    rows, labels, count = compact(targets, ignore_index)
+    config = config_for(hidden.device, hidden.dtype)
+    return *dense_rows(operands, rows, labels, count, workspace_mib * 2**20, config), rows, labels, count
+
+
+@torch.library.register_fake("torchtune_lce::dense_cross_entropy")
+def _(hidden, weight, bias, targets, ignore_index, softcap, workspace_mib):
+    tokens = targets.shape[0]
+    return (
+        *(hidden.new_empty(tokens, dtype=torch.float32) for _ in range(3)),
+        hidden.new_empty(hidden.shape),
+        hidden.new_empty((2, tokens), dtype=torch.float32),
+        hidden.new_empty(tokens, dtype=torch.int64),
+        torch.empty_like(targets),
+        hidden.new_empty(1, dtype=torch.int32),
+    )
+
+
+torch.library.define(
+    "torchtune_lce::dense_cross_entropy_backward",
+    "(Tensor? d_nll, Tensor? d_lse, Tensor weight, Tensor values, Tensor coefficients, Tensor rows, Tensor labels, "
+    "Tensor count) -> Tensor d_hidden",
+)
+
+
+@torch.library.impl("torchtune_lce::dense_cross_entropy_backward", "default")
+@on_its_device
+def _backward(d_nll, d_lse, weight, values, coefficients, rows, labels, count):
+    if d_nll is None:
+        d_nll = coefficients.new_zeros(1).expand(rows.numel())
+    return row_gradients(values, coefficients, rows_contiguous(weight), rows, labels, count, d_nll, d_lse)
+
+
+@torch.library.register_fake("torchtune_lce::dense_cross_entropy_backward")
+def _(d_nll, d_lse, weight, values, *_):
+    return values.new_empty(values.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, weight, *_ = inputs
+    *_, values, coefficients, rows, labels, count = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(weight, values, coefficients, rows, labels, count)
+    # A trace has no calls to tell of.
+    ctx.record = open_record(rows.numel(), rows.device) if is_readable(rows) else None
+
+
+def _differentiate(ctx, d_nll, _, d_lse, *__):
+    weight, values, _, rows, _, count = ctx.saved_tensors
+    d_hidden = torch.ops.torchtune_lce.dense_cross_entropy_backward(d_nll, d_lse, *ctx.saved_tensors)
+    if ctx.record:
+        # In the units of the filtering kernels.
+        config = config_for(values.device, values.dtype)
+        columns = triton.cdiv(weight.shape[0], config.entry_tile)
+        kept = (count + (config.row_block - 1)) // config.row_block
+        every = torch.full_like(kept, triton.cdiv(rows.numel(), config.row_block))
+        ctx.record.tiles = torch.cat([kept, every]).long() * columns
+    return d_hidden, *[None] * 6
+
+
+torch.library.register_autograd("torchtune_lce::dense_cross_entropy", _differentiate, setup_context=_setup_context)
+torch.library.register_autograd("torchtune_lce::dense_cross_entropy_backward", refuse_second_derivative)

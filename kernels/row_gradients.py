@@ -1,0 +1,241 @@
+"""From a row's sums to its loss and to its gradient by hidden, for any upstream gradients.
+
+With T, S' and u' as in dense.py, g and l the upstream gradients of a row's loss and log-sum-exp, c the softcap's
+derivative and t the target:
+
+    dE = (g + l) (u' + T c_t w_t) / (T + S') - g c_t w_t
+       = (g + l) (u' - S' c_t w_t) / (T + S') + l c_t w_t
+
+They are equal. For a likely target, T >= S', the terms of the first cancel; for an unlikely one those of the second do
+where g is small beside l. So a row keeps what multiplies g + l in the one that suits it, rounded once to the inputs'
+dtype, and c_t, whose sign says which.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchtune_lce.kernels.operands import Piece
+from torchtune_lce.kernels.overflow import overflown
+from torchtune_lce.kernels.primitives import LOG2_E_SINGLE, log_one_plus, multiply_add, softcap_slope
+from torchtune_lce.kernels.tuning import LAUNCH
+
+# Sums below it have no inverse in float32; what they are in a gradient is below any number of it.
+NEGLIGIBLE = tl.constexpr(2.0**-120)
+
+
+def _block(device: torch.device) -> dict[str, int]:
+    """A program's rows and columns. The interpreter takes programs in turn: there few of them."""
+    return {"ROWS": 64 if device.type == "cpu" else 8, "COLUMNS": 256}
+
+
+@triton.jit(do_not_specialize=["first_place", "tokens"])
+def _finish_kernel(
+    totals,
+    weight,
+    rows,
+    labels,
+    targets,
+    references,
+    row_sums,
+    redone,
+    losses,
+    peaks,
+    log_totals,
+    values,
+    slopes,
+    scales,
+    count,
+    first_place,
+    tokens,
+    features,
+    weight_stride,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Loss, reference and log-sum-exp less it at each place's row; values, slopes and scales, for the gradient, at it.
+
+    The slope is that of the softcap at the target, negative where it belongs to the loss's upstream gradient. With
+    NORMALISED the values of a likely target are not scaled by 1 - p, which the scale then is: float16 has no room for
+    what a confident token leaves.
+    """
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = place < tokens
+    used = place < tl.minimum(tl.load(count) - first_place, tokens)
+    target = tl.load(targets + place, mask=used, other=0.0)
+    reference = tl.load(references + place, mask=used, other=0.0)
+    others = tl.load(row_sums + place, mask=used, other=0.0)
+    again = used & overflown(others, target, reference)
+    reference = tl.where(again, tl.load(redone + place, mask=again, other=0.0), reference)
+    others = tl.where(again, tl.load(redone + tokens + place, mask=again, other=0.0), others)
+    # The reference in base 2 was rounded: so is the target's own exponential, and what should be 1 at the reference.
+    offset = reference * -LOG2_E_SINGLE
+    own = tl.exp2(tl.where(again, (target - reference) * LOG2_E_SINGLE, multiply_add(target, LOG2_E_SINGLE, offset)))
+    unit = tl.where(again, 1.0, tl.exp2(multiply_add(reference, LOG2_E_SINGLE, offset)))
+    whole = own + others
+    is_own = reference == target
+    beyond = tl.where(is_own, log_one_plus(others / own), tl.log(whole / unit))
+    slope = tl.full((ROWS,), 1.0, tl.float32)
+    if HAS_SOFTCAP:
+        slope = softcap_slope(target, softcap)
+    # A NaN is unlikely nowhere.
+    unlikely = others > own
+
+    row = tl.load(rows + place, mask=inside, other=0)
+    write = place < tl.where(tl.program_id(1) == 0, tokens, 0)
+    loss = tl.where(is_own, beyond, (reference - target) + beyond)
+    # Where an infinity is the largest logit, it is the log-sum-exp.
+    log_total = tl.where(tl.abs(reference) == float("inf"), reference, beyond)
+    peak = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
+    tl.store(losses + row, tl.where(used, loss, 0.0), mask=write)
+    tl.store(peaks + row, tl.where(used, peak, 0.0), mask=write)
+    tl.store(log_totals + row, tl.where(used, log_total, 0.0), mask=write)
+    factor = 1 / whole
+    scale = tl.full((ROWS,), 1.0, tl.float32)
+    if NORMALISED:
+        scale = tl.where(unlikely, 1.0, others / whole)
+        factor = tl.where(unlikely, factor, tl.where(others < NEGLIGIBLE, 0.0, 1 / others))
+        of_target = slope * tl.where(unlikely, own * factor, -1.0)
+    else:
+        of_target = slope * tl.where(unlikely, own, -others) * factor
+    tl.store(slopes + place, tl.where(used, tl.where(unlikely, -slope, slope), 0.0), mask=write)
+    tl.store(scales + place, tl.where(used, scale, 0.0), mask=write)
+
+    d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    exists = (d < features)[None, :]
+    at = place.to(tl.int64)[:, None] * features + d[None, :]
+    label = tl.load(labels + place, mask=used, other=0).to(tl.int64)
+    w = tl.load(weight + label[:, None] * weight_stride + d[None, :], mask=used[:, None] & exists, other=0.0)
+    total = tl.load(totals + at, mask=used[:, None] & exists, other=0.0)
+    value = total * factor[:, None] + of_target[:, None] * w.to(tl.float32)
+    value = tl.where(used[:, None], value, 0.0)
+    tl.store(values + at, value.to(values.dtype.element_ty), mask=inside[:, None] & exists)
+
+
+@triton.jit(do_not_specialize=["tokens", "d_loss_stride", "d_log_sum_stride"])
+def _gradient_kernel(
+    values,
+    slopes,
+    scales,
+    weight,
+    rows,
+    labels,
+    count,
+    d_losses,
+    d_log_sums,
+    d_hidden,
+    tokens,
+    features,
+    weight_stride,
+    d_loss_stride,
+    d_log_sum_stride,
+    HAS_D_LSE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The gradient at each place's row of hidden, 0 where not in use."""
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = place < tokens
+    used = place < tl.load(count)
+    row = tl.load(rows + place, mask=inside, other=0)
+    of_loss = tl.load(d_losses + row * d_loss_stride, mask=used, other=0.0)
+    both = of_loss
+    of_log_sum = tl.zeros((ROWS,), tl.float32)
+    if HAS_D_LSE:
+        of_log_sum = tl.load(d_log_sums + row * d_log_sum_stride, mask=used, other=0.0)
+        both += of_log_sum
+    slope = tl.load(slopes + place, mask=used, other=0.0)
+    at_target = slope * tl.where(slope < 0, of_loss, of_log_sum)
+    scaled = both * tl.load(scales + place, mask=used, other=0.0)
+    d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    exists = (d < features)[None, :]
+    mask = used[:, None] & exists
+    value = tl.load(values + place.to(tl.int64)[:, None] * features + d[None, :], mask=mask, other=0.0)
+    label = tl.load(labels + place, mask=used, other=0).to(tl.int64)
+    # Of likely targets nothing is added where the log-sum-exp has no gradient.
+    needed = (at_target != 0)[:, None] & mask
+    w = tl.load(weight + label[:, None] * weight_stride + d[None, :], mask=needed, other=0.0)
+    gradient = scaled[:, None] * value.to(tl.float32) + at_target[:, None] * w.to(tl.float32)
+    out = d_hidden + row[:, None] * features + d[None, :]
+    tl.store(out, gradient.to(d_hidden.dtype.element_ty), mask=inside[:, None] & exists)
+
+
+def finish_rows(
+    piece: Piece,
+    totals: Tensor,  # [M, D] float32: u'
+    row_sums: Tensor,  # [M] float32: S'
+    redone: Tensor,  # [2, M] float32: see redo_overflown
+    results: list[Tensor],  # losses, peaks and log_totals, [N] float32, filled at the piece's rows of hidden
+    coefficients: Tensor,  # [2, M] float32, filled with slopes and scales
+) -> None:
+    """One launch. Values take the place of the piece's states."""
+    weight, values = piece.operands.weight, piece.states
+    tokens, features = values.shape
+    softcap = piece.operands.softcap
+    block = _block(values.device)
+    _finish_kernel[(triton.cdiv(tokens, block["ROWS"]), triton.cdiv(features, block["COLUMNS"]))](
+        totals,
+        weight,
+        piece.rows,
+        piece.labels,
+        piece.targets,
+        piece.references,
+        row_sums,
+        redone,
+        *results,
+        values,
+        *coefficients,
+        piece.count,
+        piece.first,
+        tokens,
+        features,
+        weight.stride(0),
+        softcap or 1.0,
+        HAS_SOFTCAP=softcap is not None,
+        NORMALISED=values.dtype == torch.float16,
+        **block,
+        num_warps=4,
+        **LAUNCH,
+    )
+
+
+def row_gradients(
+    values: Tensor,  # [N, D] of the inputs' dtype
+    coefficients: Tensor,  # [2, N] float32
+    weight: Tensor,  # [V, D]
+    rows: Tensor,  # [N] int64
+    labels: Tensor,  # [N]
+    count: Tensor,  # [1] int32
+    d_losses: Tensor,  # [N] float32, in the order of hidden
+    d_log_sums: Tensor | None,  # [N] float32
+) -> Tensor:  # [N, D], gradient by hidden
+    """One launch."""
+    tokens, features = values.shape
+    d_hidden = torch.empty_like(values)
+    block = _block(values.device)
+    if tokens:
+        _gradient_kernel[(triton.cdiv(tokens, block["ROWS"]), triton.cdiv(features, block["COLUMNS"]))](
+            values,
+            *coefficients,
+            weight,
+            rows,
+            labels,
+            count,
+            d_losses,
+            d_log_sums,
+            d_hidden,
+            tokens,
+            features,
+            weight.stride(0),
+            d_losses.stride(0),
+            0 if d_log_sums is None else d_log_sums.stride(0),
+            HAS_D_LSE=d_log_sums is not None,
+            **block,
+            num_warps=4,
+            **LAUNCH,
+        )
+    return d_hidden

@@ -1,0 +1,43 @@
+"""Cards that are not here: each kernel compiles for them, by the compiler that is here, within their shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from project import ROOT, SUPPORT
+
+pytest.importorskip("triton")
+
+# KiB that a program may take, by capability (CUDA C++ Programming Guide, "Technical Specifications").
+SHARED_MEMORY = {"80": 163, "86": 99, "89": 99, "90": 227, "100": 227, "120": 99}
+# float32 takes the most of it where it is least.
+CASES = [*(f"{capability}:bfloat16" for capability in SHARED_MEMORY), "86:float32"]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    """By one process for all of them, which starts once."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, SUPPORT / "compile_kernels.py", *CASES],
+        env=environment | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_kernels_compile(capability, compiled):
+    here = [kernel for kernel in compiled if kernel["capability"] == capability]
+    # What is launched once a strip; where the vocabulary ends in a tile it has a variant.
+    assert {kernel["kernel"] for kernel in here} >= {"_exponential_kernel", "_product_kernel", "_redo_kernel"}
+    assert {kernel["dtype"] for kernel in here} == {
+        dtype for card, dtype in (case.split(":") for case in CASES) if card == capability
+    }
+    for kernel in here:
+        assert kernel["shared"] <= SHARED_MEMORY[capability] * 1024, kernel

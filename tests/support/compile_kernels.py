@@ -1,0 +1,102 @@
+"""Compiles kernels for a card that is not here: `python tests/support/compile_kernels.py 90:bfloat16`, not interpreted.
+
+A call of the operators runs on the CPU with a driver that says which card it is and launches nothing: what is compiled
+is what that card would be given, with its blocks, flags and alignments. Each line printed is one kernel: its name, its
+flags that are on, and the bytes of shared memory and of the stack that it takes.
+"""
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+from torchtune_lce.inputs.options import Options
+from torchtune_lce.kernels import dense, dense_operators, overflow, tuning
+
+# The vocabulary ends within a tile of its one strip. No softcap: it takes registers, and thrice the time.
+TOKENS, VOCABULARY, WIDTH = 2048, 50_021, 2048
+OPTIONS = Options(workspace_mib=4096)
+
+
+class Elsewhere:
+    """A Triton driver of a card that is not here."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def compiled_for(capability: int, dtype: torch.dtype) -> list[dict]:
+    """What a forward and a backward of the dense way would launch there, each kernel once."""
+    config = tuning._cuda_config((capability // 10, capability % 10), dtype, "tf32x3")
+    found = {}
+    run = jit.JITFunction.run
+
+    def compile_alone(kernel, *arguments, grid, warmup, **options):
+        compiled = run(kernel, *arguments, grid=grid, warmup=True, **options)
+        compiled = compiled.result() if hasattr(compiled, "result") else compiled
+        flags = [name for name, value in options.items() if name.isupper() and value is True]
+        found[compiled.hash] = {
+            "kernel": kernel.fn.__name__,
+            "flags": flags,
+            "shared": compiled.metadata.shared,
+            "stack": stack_bytes(compiled.asm["cubin"]),
+        }
+
+    with contextlib.ExitStack() as undo:
+        for module, name, value in (
+            (jit.JITFunction, "run", compile_alone),
+            (dense_operators, "config_for", lambda *_: config),
+            (dense, "programs", lambda _: 132),
+            (overflow, "programs", lambda _: 132),
+        ):
+            undo.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, value)
+        # Nothing is read: memory that is never touched is never there.
+        hidden = torch.empty(TOKENS, WIDTH, dtype=dtype, requires_grad=True)
+        weight, bias = torch.empty(VOCABULARY, WIDTH, dtype=dtype), torch.empty(VOCABULARY, dtype=dtype)
+        targets = torch.zeros(TOKENS, dtype=torch.int64)
+        nll, _, log_total = dense_operators.token_losses(hidden, weight, bias, targets, OPTIONS)
+        (nll + log_total).sum().backward()
+    return list(found.values())
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """Of a thread: registers that had no room."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return max(int(bytes_) for bytes_ in re.findall(r"STACK:(\d+)", usage))
+
+
+def main(*cases: str) -> None:
+    for case in cases:
+        capability, dtype = case.split(":")
+        driver.set_active(Elsewhere(int(capability)))
+        for kernel in compiled_for(int(capability), getattr(torch, dtype)):
+            print(json.dumps({"capability": capability, "dtype": dtype, **kernel}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
