@@ -60,14 +60,17 @@ def _reference_kernel(
     target_rows = weight + label.to(tl.int64)[None, :] * weight_stride
     sampled_rows = weight + sampled.to(tl.int64)[None, :] * weight_stride
     own_states = states + place.to(tl.int64)[:, None] * features
-    # A loop for each product: with both in one, pipelined by Triton 3.6 on sm90, targets' logits were wrong by up to
-    # one, other ones in each run.
-    targets = tl.zeros((TOKENS, TOKENS), tl.float32)
     for start in range(0, features, BLOCK_D):
         d = start + depth
         exists = d < features
         a = tl.load(hidden_rows + d[None, :], mask=used[:, None] & exists[None, :], other=0.0)
         tl.store(own_states + d[None, :], a, mask=inside[:, None] & exists[None, :])
+    # Loops of their own: what a product reads must have no other use in its loop, see tests/house/test_kernel_loops.py.
+    targets = tl.zeros((TOKENS, TOKENS), tl.float32)
+    for start in range(0, features, BLOCK_D):
+        d = start + depth
+        exists = d < features
+        a = tl.load(hidden_rows + d[None, :], mask=used[:, None] & exists[None, :], other=0.0)
         b = tl.load(target_rows + d[:, None], mask=used[None, :] & exists[:, None], other=0.0)
         targets = tl.dot(a, b, targets, input_precision=PRECISION)
     others = tl.zeros((TOKENS, SAMPLED_ENTRIES), tl.float32)
