@@ -1,6 +1,7 @@
 """Students and teachers for tests of the divergences, and torchtune's own losses and formulas beside them."""
 
 from contextlib import contextmanager
+from functools import cache
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torchtune_lce.inputs.low_rank import LowRank
 # With 1 MiB of workspace several pieces of tokens, of several blocks each, and several chunks of the vocabulary.
 TOKENS, ENTRIES, WIDTH, TEACHER_WIDTH = (3, 37), 3001, 24, 40
 
+_COMPILE = torch.compile  # before a test puts another in its place
 
 SHARES = {"Forward": Shares(1.0, 0.0), "Reverse": Shares(0.0, 1.0), "Symmetric": Shares(0.3, 0.7)}
 
@@ -130,16 +132,21 @@ def assert_heads_as_accurate(impl, name, heads_and_labels):
             assert relative_error(actual, expected) <= allowed
 
 
+@cache
+def _traced(function, **settings):
+    """Kept, as a process keeps it: what one test has traced, the next need not."""
+    return _COMPILE(function, backend="aot_eager", **settings)
+
+
 @contextmanager
 def traced_steps():
     """A list of the functions that ``torch_compile`` traces, without the seconds that generating code takes."""
-    compiled, compile_ = [], torch.compile
+    compiled = []
 
     def tracing(function, **settings):
         compiled.append(function.__name__)
-        return compile_(function, backend="aot_eager", **settings)
+        return _traced(function, **settings)
 
-    torch._dynamo.reset()
     divergence_steps.steps.cache_clear()
     try:
         with pytest.MonkeyPatch.context() as patch:
