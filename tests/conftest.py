@@ -8,6 +8,8 @@ from pathlib import Path
 
 # Before torch starts its thread pool: the tensors here are small, and workers or child processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Each process that compiles would start another one, which imports torch, to compile in parallel.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -35,6 +37,9 @@ ONE_WORKER = (
     "test_stock_configs",
     "test_token_feedback",
 )
+
+# Without a card, a part of the ids of tests that compile: in two workers the same would be compiled twice.
+COMPILING = "compile"
 
 # Parts of the ids of tests that take gigabytes of a card, and how many of them may run on it at once.
 LARGE = (
@@ -78,6 +83,8 @@ def _group(nodeid: str) -> str | None:
     file = Path(nodeid.partition("::")[0]).stem
     if file in ONE_WORKER:
         return file
+    if INTERPRETED and COMPILING in nodeid:
+        return COMPILING
     if any(part in nodeid for part in LARGE):
         # Always the same one, so that two runs share the card alike.
         return f"large {zlib.crc32(nodeid.encode()) % LARGE_AT_ONCE}"
