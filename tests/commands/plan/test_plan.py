@@ -104,8 +104,6 @@ def test_formula_of_a_loss(name, frozen, tokens, features, vocabulary, dtype):
     hidden = torch.randn(tokens, features).to(dtype).requires_grad_()
     weight = (torch.randn(vocabulary, features) / 8).to(dtype).requires_grad_(not frozen)
     targets = torch.randint(vocabulary, (tokens,))
-    LOSSES[name](hidden, weight, targets).backward()
-    hidden.grad = weight.grad = None
     held = []
     forward = usage(lambda: held.append(LOSSES[name](hidden, weight, targets)), CPU, False)
     backward = usage(lambda: held.pop().backward(), CPU, False)
@@ -136,9 +134,6 @@ class OnTheOutput:
 
     def peaks(self, name) -> tuple[int, int]:
         """Of the forward, and with the backward."""
-        self.loss(name).backward()
-        for tensor in (self.hidden, *self.output.parameters()):
-            tensor.grad = None
         held = []
         forward = usage(lambda: held.append(self.loss(name)), CPU, False)
         backward = usage(lambda: held.pop().backward(), CPU, False)
@@ -212,8 +207,6 @@ def test_formula_of_a_distillation(name, workspace_mib, divergence_name, dtype):
     student.hidden.requires_grad_()
     targets = torch.randint(vocabulary, (tokens,))
     arguments = name, divergence_name, workspace_mib, student, teacher, targets
-    distilled(*arguments).backward()
-    student.hidden.grad = None
     held = []
     forward = usage(lambda: held.append(distilled(*arguments)), CPU, False)
     backward = usage(lambda: held.pop().backward(), CPU, False)
