@@ -379,9 +379,11 @@ def test_kernels_allocate_nothing_as_large_as_the_weight(device):
     def step():
         loss(hidden, targets).backward()
 
-    step()
-    for tensor in (hidden, *output.parameters()):
-        tensor.grad = None
+    if device.type == "cuda":
+        # What is compiled and made once a process does not count.
+        step()
+        for tensor in (hidden, *output.parameters()):
+            tensor.grad = None
     assert usage(step, device, interpreted=device.type == "cpu").peak < output.weight.nbytes / 2
 
 
