@@ -571,7 +571,6 @@ def tune_lce(monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("_small_checks")
-@pytest.mark.usefixtures("_small_checks")
 def test_check_only_runs_anywhere(tune_lce):
     names = ("cce", "chunked", "reference", "eager_full", "torchtune_main")
     status, printed = tune_lce("--check-only", "--only", ", ".join((*names, "liger")), "--dtype", "float32")
