@@ -28,9 +28,6 @@ from torchtune_lce.kernels.plan import make_plan
 from torchtune_lce.kernels.tail import tail_bytes, tail_direction
 from torchtune_lce.kernels.tuning import Config, config_for
 
-# Whether hidden states alone, with nothing filtered, go the dense way.
-DENSE_WAY = True
-
 
 def token_losses(filtering: Filtering) -> Callable:
     """The preset's function, with the contract of :func:`torchtune_lce.implementations.reference.token_losses`."""
@@ -49,7 +46,8 @@ def token_losses(filtering: Filtering) -> Callable:
         )
         filters = filtering.hidden and needs_hidden or filtering.weight and needs_weight
         records = bool(eps) and filters and torch.is_grad_enabled()
-        if DENSE_WAY and low is None and needs_hidden and not needs_weight and torch.is_grad_enabled() and not records:
+        # Hidden states alone, with nothing filtered: the forward has their gradient.
+        if low is None and needs_hidden and not needs_weight and torch.is_grad_enabled() and not records:
             return dense_operators.token_losses(hidden, weight, bias, call.labels, options)
         # A gradient that nobody wants must not make the others keep more.
         filter_hidden, filter_weight = filtering.hidden or not needs_hidden, filtering.weight or not needs_weight

@@ -52,6 +52,8 @@ def compiled_for(capability: int, dtype: torch.dtype) -> list[dict]:
     run = jit.JITFunction.run
 
     def compile_alone(kernel, *arguments, grid, warmup, **options):
+        # What is kept is kept for a device, whatever card it was when another case asked.
+        kernel.device_caches.clear()
         compiled = run(kernel, *arguments, grid=grid, warmup=True, **options)
         compiled = compiled.result() if hasattr(compiled, "result") else compiled
         flags = [name for name, value in options.items() if name.isupper() and value is True]
