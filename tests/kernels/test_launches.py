@@ -1,0 +1,53 @@
+"""How many kernels and operations of torch a step launches: each costs the host 10 to 60 us of its time."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from launches import counted
+
+from torchtune_lce import LinearCrossEntropyLoss, linear_cross_entropy
+from torchtune_lce.inputs import validation
+
+TOKENS, VOCABULARY, WIDTH = 70, 300, 32
+# At the most, forward and backward: Triton's kernels, and operations of torch, of which one is autograd's own.
+STEPS = {
+    "exact-frozen": ({"impl": "cce_exact"}, (7, 24), (1, 3)),
+    "exact-both": ({"impl": "cce_exact"}, (7, 58), (6, 43)),
+    "filtered-both": ({"impl": "cce"}, (7, 74), (10, 61)),
+}
+
+
+@pytest.fixture
+def inputs(device, monkeypatch):
+    """As on a card, where nobody looks at targets."""
+    monkeypatch.setattr(validation, "is_readable", lambda _: False)
+    hidden = torch.randn(TOKENS, WIDTH, device=device, requires_grad=True)
+    weight = torch.randn(VOCABULARY, WIDTH, device=device)
+    return hidden, weight, torch.randint(0, VOCABULARY, (TOKENS,), device=device)
+
+
+@pytest.mark.parametrize("way", ["function", "module"])
+@pytest.mark.parametrize("step", STEPS)
+def test_launches_of_a_step(step, way, inputs):
+    settings, *most = STEPS[step]
+    hidden, weight, targets = inputs
+    weight.requires_grad_("frozen" not in step)
+    loss = LinearCrossEntropyLoss(**settings)
+    with counted() as forward:
+        if way == "module":
+            result = loss(hidden, targets, weight)
+        else:
+            result = linear_cross_entropy(hidden, weight, targets, **settings)
+    with counted() as backward:
+        result.backward()
+    for launches, (kernels, operations) in zip((forward, backward), most, strict=True):
+        assert len(launches.kernels) <= kernels, str(launches)
+        assert len(launches.operations) <= operations, str(launches)
+
+
+def test_a_launch_and_its_place_are_told(device):
+    with counted() as launches:
+        torch.zeros(3, device=device).view(1, 3).add_(1).contiguous().to(torch.float32).to(torch.int32)
+    assert launches.operations == ["zeros at autograd", "add_.Tensor at autograd", "_to_copy at autograd"]
