@@ -23,7 +23,8 @@ from torchtune_lce.kernels.backward import output_tiles, run_backward
 from torchtune_lce.kernels.descriptors import has_blocks
 from torchtune_lce.kernels.forward import MOST_TILES, Activity, lse_and_target_logit
 from torchtune_lce.kernels.operands import Gradients, Operands, Places
-from torchtune_lce.kernels.operators import compact, on_its_device, refuse_second_derivative, rows_contiguous
+from torchtune_lce.kernels.operators import on_its_device, refuse_second_derivative, rows_contiguous
+from torchtune_lce.kernels.places import compact
 from torchtune_lce.kernels.plan import make_plan
 from torchtune_lce.kernels.tail import tail_bytes, tail_direction
 from torchtune_lce.kernels.tuning import Config, config_for
@@ -93,7 +94,7 @@ def _forward(
     """
     operands = _operands(hidden, weight, bias, low, up, softcap)
     config = config_for(hidden.device, hidden.dtype)
-    rows, labels, count = compact(targets, ignore_index)
+    rows, labels, count = compact(targets.contiguous(), ignore_index, weight.shape[0])
     tokens = rows.numel()
     activity = None if eps is None else _empty_activity(tokens, weight.shape[0], config, hidden.device)
     row_total = hidden.new_zeros((tokens, 2), dtype=torch.float32)

@@ -14,7 +14,8 @@ from torchtune_lce.inputs.options import Options
 from torchtune_lce.inputs.validation import is_readable
 from torchtune_lce.kernels.dense import dense_rows
 from torchtune_lce.kernels.operands import Operands
-from torchtune_lce.kernels.operators import compact, on_its_device, refuse_second_derivative, rows_contiguous
+from torchtune_lce.kernels.operators import on_its_device, refuse_second_derivative, rows_contiguous
+from torchtune_lce.kernels.places import compact
 from torchtune_lce.kernels.row_gradients import row_gradients
 from torchtune_lce.kernels.tuning import config_for
 
@@ -49,7 +50,7 @@ def _forward(hidden, weight, bias, targets, ignore_index, softcap, workspace_mib
     """
     bias = bias if bias is None else bias.contiguous()
     operands = Operands(rows_contiguous(hidden), rows_contiguous(weight), bias, None, None, softcap)
-    rows, labels, count = compact(targets, ignore_index)
+    rows, labels, count = compact(targets.contiguous(), ignore_index, weight.shape[0])
     config = config_for(hidden.device, hidden.dtype)
     return *dense_rows(operands, rows, labels, count, workspace_mib * 2**20, config), rows, labels, count
 

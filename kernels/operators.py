@@ -1,4 +1,4 @@
-"""What the custom operators share: the device they run on, rows as kernels read them, tokens in use first."""
+"""What the custom operators share: the device they run on, rows as kernels read them."""
 
 from __future__ import annotations  # torch 2.8 compiles what calls these, but not `Tensor | None`
 
@@ -25,17 +25,6 @@ def rows_contiguous(matrix: Tensor | None) -> Tensor | None:
     if matrix is None or matrix.stride(-1) == 1 or matrix.shape[-1] == 1:
         return matrix
     return matrix.contiguous()
-
-
-def compact(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens in use first, in their order, and how many: on the device, so that nothing waits for the count.
-
-    Their rows [N] int64, their labels [N] and the number [1] int32.
-    """
-    ignored = targets == ignore_index
-    rows = ignored.to(torch.uint8).sort(stable=True).indices
-    count = ignored.logical_not().sum(dtype=torch.int32).view(1)
-    return rows, targets[rows], count
 
 
 def refuse_second_derivative(ctx, *_):

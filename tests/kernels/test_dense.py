@@ -16,7 +16,7 @@ from torchtune_lce import linear_cross_entropy
 from torchtune_lce.inputs import filtering
 from torchtune_lce.kernels import dense, dense_operators, tuning
 from torchtune_lce.kernels.operands import Operands
-from torchtune_lce.kernels.operators import compact
+from torchtune_lce.kernels.places import compact
 from torchtune_lce.kernels.reference_logits import reference_logits
 
 EXACT = partial(linear_cross_entropy, impl="cce_exact")
@@ -462,7 +462,7 @@ def test_reference_logits_on_a_card(tokens, width, dtype, device):
     """Each is the float64 product to its rounding, in every run the same: a pipeline's race shows as neither."""
     hidden, weight, targets = inputs(device, tokens=tokens, vocabulary=1024, width=width, dtype=dtype)
     operands = Operands(hidden.detach(), weight, None, None, None, None)
-    rows, labels, count = compact(targets, -100)
+    rows, labels, count = compact(targets, -100, 1024)
     config = tuning.config_for(device, dtype)
     exact = (hidden.detach().double() * weight[targets].double()).sum(1)
     first = None

@@ -35,7 +35,12 @@ def compiled() -> list[dict]:
 def test_kernels_compile(capability, compiled):
     here = [kernel for kernel in compiled if kernel["capability"] == capability]
     # What is launched once a strip; where the vocabulary ends in a tile it has a variant.
-    assert {kernel["kernel"] for kernel in here} >= {"_exponential_kernel", "_product_kernel", "_redo_kernel"}
+    assert {kernel["kernel"] for kernel in here} >= {
+        "_exponential_kernel",
+        "_product_kernel",
+        "_redo_kernel",
+        "_places_kernel",
+    }
     assert {kernel["dtype"] for kernel in here} == {
         dtype for card, dtype in (case.split(":") for case in CASES) if card == capability
     }

@@ -1,0 +1,57 @@
+"""Where each token goes: those in use first, in their order, and how many they are.
+
+One launch, and nothing that the host waits for. Each program counts the tokens in use before its block, and all of
+them, from the targets themselves: reading those again costs less than another launch that has counted them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchtune_lce.kernels.tuning import LAUNCH
+
+# Tokens of a program. 131,072 are 32 programs, each of which reads all targets once.
+BLOCK = 4096
+
+
+@triton.jit(do_not_specialize=["tokens", "entries_total", "ignore_index"])
+def _places_kernel(targets, rows, labels, count, tokens, entries_total, ignore_index, BLOCK: tl.constexpr):
+    """rows[place] and labels[place] of this program's tokens; the first program stores the count."""
+    first = tl.program_id(0) * BLOCK
+    index = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.int32)
+    before = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, tokens, BLOCK):
+        mask = start + index < tokens
+        # Compared in the targets' dtype, which holds the index.
+        used = mask & (tl.load(targets + start + index, mask=mask, other=0) != ignore_index)
+        total += used.to(tl.int32)
+        before += (used & (start < first)).to(tl.int32)
+    in_use = tl.sum(total, 0)
+    row = first + index
+    inside = row < tokens
+    label = tl.load(targets + row, mask=inside, other=0)
+    used = inside & (label != ignore_index)
+    place = tl.sum(before, 0) + tl.cumsum(used.to(tl.int32), 0) - used.to(tl.int32)
+    # Of an ignored token: behind all in use, and the ignored ones before it.
+    place = tl.where(used, place, in_use + row - place)
+    tl.store(rows + place, row.to(tl.int64), mask=inside)
+    names_entry = (label >= 0) & (label < entries_total)
+    tl.store(labels + place, tl.where(names_entry, label, 0), mask=inside)
+    tl.store(count, in_use, mask=first == 0)
+
+
+def compact(targets: Tensor, ignore_index: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of targets [N], contiguous: rows [N] int64, tokens in use first and both in their order; labels [N] in that
+    order, 0 where they name no entry, which nothing then reads past; and the number in use [1] int32.
+    """
+    tokens = targets.numel()
+    rows = targets.new_empty(tokens, dtype=torch.int64)
+    labels = torch.empty_like(targets)
+    count = targets.new_empty(1, dtype=torch.int32)
+    # Without tokens there is a count too.
+    _places_kernel[(max(triton.cdiv(tokens, BLOCK), 1),)](
+        targets, rows, labels, count, tokens, vocabulary, ignore_index, BLOCK=BLOCK, num_warps=8, **LAUNCH
+    )
+    return rows, labels, count
