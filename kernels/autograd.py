@@ -26,6 +26,7 @@ from torchtune_lce.kernels.operands import Gradients, Operands, Places
 from torchtune_lce.kernels.operators import on_its_device, refuse_second_derivative, rows_contiguous
 from torchtune_lce.kernels.places import compact
 from torchtune_lce.kernels.plan import make_plan
+from torchtune_lce.kernels.row_losses import row_losses
 from torchtune_lce.kernels.tail import tail_bytes, tail_direction
 from torchtune_lce.kernels.tuning import Config, config_for
 
@@ -86,7 +87,7 @@ def _forward(
     hidden, weight, bias, low, up, targets, ignore_index, softcap, eps, filter_hidden, filter_weight, workspace_mib
 ):
     """What :func:`torchtune_lce.implementations.reference.token_losses` returns, [N] float32; then what the backward
-    needs.
+    needs. ``targets`` may hold anything.
 
     rows [N] int64 lists the tokens in use first, count [1] int32 how many those are, labels and row_total [N, 2] are in
     that order. The latter is peak and log_total, as in :class:`Places`. words and dropped_mass are an
@@ -94,11 +95,12 @@ def _forward(
     """
     operands = _operands(hidden, weight, bias, low, up, softcap)
     config = config_for(hidden.device, hidden.dtype)
-    rows, labels, count = compact(targets.contiguous(), ignore_index, weight.shape[0])
+    targets = targets.contiguous()
+    rows, labels, count = compact(targets, ignore_index, weight.shape[0])
     tokens = rows.numel()
     activity = None if eps is None else _empty_activity(tokens, weight.shape[0], config, hidden.device)
-    row_total = hidden.new_zeros((tokens, 2), dtype=torch.float32)
-    target_logit = hidden.new_zeros(tokens, dtype=torch.float32)
+    row_total = hidden.new_empty((tokens, 2), dtype=torch.float32)
+    target_logit = hidden.new_empty(tokens, dtype=torch.float32)
     workspace = workspace_mib * 2**20 - (activity.words.nbytes if activity else 0)
     for piece in _pieces(tokens, _forward_bytes(operands), workspace, config):
         blocks = slice(piece.start // config.row_block, triton.cdiv(piece.stop, config.row_block))
@@ -110,16 +112,7 @@ def _forward(
             activity and activity.of(blocks, piece),
             math.log(eps) if activity else 0.0,
         )
-    used = torch.arange(tokens, device=rows.device) < count
-    row_total = row_total.where(used[:, None], 0)
-    peak, log_sum = row_total.unbind(1)
-    # The peak and the target's logit first: their difference is exact where it is small. A sum that the target is
-    # nearly alone in may round to just below it, and a loss is never negative.
-    row_nll = (peak - target_logit + log_sum).clamp(min=0)
-    # An infinity is in the sum too.
-    peak = peak.where(peak.isfinite(), 0)
-    by_row = row_nll, peak, torch.maximum(log_sum, target_logit - peak)
-    results = [torch.zeros_like(values).scatter_(0, rows, values.where(used, 0)) for values in by_row]
+    results = row_losses(row_total, target_logit, rows, targets, count, weight.shape[0])
     if activity is None:
         nothing = [hidden.new_empty(0, dtype=dtype) for dtype in (torch.int32, torch.float32)]
         return *results, rows, labels, count, row_total, *nothing

@@ -308,6 +308,7 @@ def product_precision(dtype: torch.dtype, config: Config) -> str:
 
 def dense_rows(
     operands: Operands,  # without an adapter
+    targets: Tensor,  # [N], as they came: where one names no entry, its token's results are NaN
     rows: Tensor,  # [N] int64: rows of hidden, those in use first
     labels: Tensor,  # [N], in that order
     count: Tensor,  # [1] int32, rows in use, on the device
@@ -326,7 +327,7 @@ def dense_rows(
     coefficients = values.new_empty((2, tokens), dtype=torch.float32)
     if not tokens:
         return *results, values, coefficients
-    logits = reference_logits(operands, rows, labels, count, values, config)
+    logits = reference_logits(operands, targets, rows, count, values, config)
     tiles = _ceil(operands.weight.shape[0], config.forward_entries)
     workers = programs(hidden.device)
     division = divide(tokens, operands.weight.shape[0], features, hidden.dtype, workspace, workers, config)

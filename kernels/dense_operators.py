@@ -45,14 +45,16 @@ torch.library.define(
 @on_its_device
 def _forward(hidden, weight, bias, targets, ignore_index, softcap, workspace_mib):
     """nll, peak and log_total [N] float32, 0 where ignored; then what the backward needs, see :func:`dense_rows`.
+    ``targets`` may hold anything.
 
     rows [N] int64 lists the tokens in use first, count [1] int32 how many those are; labels are in that order.
     """
     bias = bias if bias is None else bias.contiguous()
     operands = Operands(rows_contiguous(hidden), rows_contiguous(weight), bias, None, None, softcap)
-    rows, labels, count = compact(targets.contiguous(), ignore_index, weight.shape[0])
+    targets = targets.contiguous()
+    rows, labels, count = compact(targets, ignore_index, weight.shape[0])
     config = config_for(hidden.device, hidden.dtype)
-    return *dense_rows(operands, rows, labels, count, workspace_mib * 2**20, config), rows, labels, count
+    return *dense_rows(operands, targets, rows, labels, count, workspace_mib * 2**20, config), rows, labels, count
 
 
 @torch.library.register_fake("torchtune_lce::dense_cross_entropy")

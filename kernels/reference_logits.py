@@ -26,8 +26,8 @@ def _reference_kernel(
     hidden,
     weight,
     bias,
+    targets,
     rows,
-    labels,
     count,
     states,
     target_logits,
@@ -47,13 +47,16 @@ def _reference_kernel(
     """Of TOKENS places: their hidden states in order, zero past the count, their targets' logits and references.
 
     The target's logit is the diagonal of hidden times the targets' weight rows, in the steps over D of the other
-    kernels: where accumulation rounds towards zero, another order would move every loss the same way.
+    kernels: where accumulation rounds towards zero, another order would move every loss the same way. It is NaN where a
+    target names no entry.
     """
     place = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside = place < tokens
     used = place < tl.load(count)
     row = tl.load(rows + place, mask=used, other=0)
-    label = tl.load(labels + place, mask=used, other=0)
+    label = tl.load(targets + row, mask=used, other=0)
+    names_entry = (label >= 0) & (label < entries_total)
+    label = tl.where(names_entry, label, 0)
     sampled = (tl.arange(0, SAMPLED_ENTRIES).to(tl.int64) * entries_total // SAMPLED_ENTRIES).to(tl.int32)
     depth = tl.arange(0, BLOCK_D)
     hidden_rows = hidden + row[:, None] * hidden_stride
@@ -66,13 +69,13 @@ def _reference_kernel(
         a = tl.load(hidden_rows + d[None, :], mask=used[:, None] & exists[None, :], other=0.0)
         tl.store(own_states + d[None, :], a, mask=inside[:, None] & exists[None, :])
     # Loops of their own: what a product reads must have no other use in its loop, see tests/house/test_kernel_loops.py.
-    targets = tl.zeros((TOKENS, TOKENS), tl.float32)
+    products = tl.zeros((TOKENS, TOKENS), tl.float32)
     for start in range(0, features, BLOCK_D):
         d = start + depth
         exists = d < features
         a = tl.load(hidden_rows + d[None, :], mask=used[:, None] & exists[None, :], other=0.0)
         b = tl.load(target_rows + d[:, None], mask=used[None, :] & exists[:, None], other=0.0)
-        targets = tl.dot(a, b, targets, input_precision=PRECISION)
+        products = tl.dot(a, b, products, input_precision=PRECISION)
     others = tl.zeros((TOKENS, SAMPLED_ENTRIES), tl.float32)
     for start in range(0, features, BLOCK_D):
         d = start + depth
@@ -81,13 +84,15 @@ def _reference_kernel(
         b = tl.load(sampled_rows + d[:, None], mask=exists[:, None], other=0.0)
         others = tl.dot(a, b, others, input_precision=PRECISION)
     own = tl.arange(0, TOKENS)[:, None] == tl.arange(0, TOKENS)[None, :]
-    target = tl.sum(tl.where(own, targets, 0.0), 1)
+    target = tl.sum(tl.where(own, products, 0.0), 1)
     if HAS_BIAS:
         target += tl.load(bias + label, mask=used, other=0.0).to(tl.float32)
         others += tl.load(bias + sampled).to(tl.float32)[None, :]
     if HAS_SOFTCAP:
         target = softcapped(target, softcap)
         others = softcapped(others, softcap)
+    # From here on it spoils all results of its token, and of no other.
+    target = tl.where(names_entry, target, float("nan"))
     reference = tl.maximum(target, tl.max(others, 1) - FURTHEST_BELOW)
     tl.store(target_logits + place, target, mask=inside)
     tl.store(references + place, reference, mask=inside)
@@ -95,8 +100,8 @@ def _reference_kernel(
 
 def reference_logits(
     operands: Operands,  # without an adapter
+    targets: Tensor,  # [N], as they came
     rows: Tensor,  # [N] int64, those in use first
-    labels: Tensor,  # [N]
     count: Tensor,  # [1] int32, rows in use, on the device
     states: Tensor,  # [N, D], filled with the hidden states of ``rows``, zero past the count
     config: Config,
@@ -109,8 +114,8 @@ def reference_logits(
         hidden,
         weight,
         operands.bias,
+        targets,
         rows,
-        labels,
         count,
         states,
         logits[0],

@@ -88,8 +88,8 @@ def _finish_kernel(
     row = tl.load(rows + place, mask=inside, other=0)
     write = place < tl.where(tl.program_id(1) == 0, tokens, 0)
     loss = tl.where(is_own, beyond, (reference - target) + beyond)
-    # Where an infinity is the largest logit, it is the log-sum-exp.
-    log_total = tl.where(tl.abs(reference) == float("inf"), reference, beyond)
+    # Where an infinity is the largest logit, it is the log-sum-exp, unless the target's is a NaN.
+    log_total = tl.where((tl.abs(reference) == float("inf")) & (target == target), reference, beyond)
     peak = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
     tl.store(losses + row, tl.where(used, loss, 0.0), mask=write)
     tl.store(peaks + row, tl.where(used, peak, 0.0), mask=write)

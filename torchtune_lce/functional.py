@@ -155,10 +155,6 @@ def compute(
     0 where ignored, without gradient.
     """
     nll, peak, log_total, *means = _token_losses(call, impl)(call)
-    if call.outside is not None:
-        # A factor, not a replacement: the NaN then reaches the gradients too.
-        poison = torch.ones_like(nll).masked_fill_(call.outside, torch.nan)
-        nll, log_total = nll * poison, log_total * poison
     lse = peak + log_total
     if observe is not None:
         observe(nll.detach(), lse.detach())
@@ -177,12 +173,27 @@ def _token_losses(call: Call, impl: str) -> choice.TokenLosses:
     choice.check_transforms(name, *call.given, *(call.low_rank or ()))
     if call.options.label_smoothing and not choice.CAPABILITIES[name].capped_means:
         token_losses = with_mean_logits(token_losses)
-    if call.shard is None:
-        return token_losses
-    # torch.distributed.tensor is loaded by whoever has a shard.
-    from torchtune_lce.implementations.tensor_parallel import over_ranks
+    if call.shard is not None:
+        # torch.distributed.tensor is loaded by whoever has a shard.
+        from torchtune_lce.implementations.tensor_parallel import over_ranks
 
-    return over_ranks(token_losses)
+        token_losses = over_ranks(token_losses)
+    elif choice.CAPABILITIES[name].any_label:
+        return token_losses
+    return token_losses if call.in_range else _with_nan_outside(token_losses)
+
+
+def _with_nan_outside(token_losses: choice.TokenLosses) -> choice.TokenLosses:
+    """The same, with NaN for tokens whose label names no entry."""
+
+    def run(call: Call) -> tuple[Tensor, ...]:
+        call, outside = call.without_labels_outside()
+        nll, peak, log_total, *means = token_losses(call)
+        # A factor, not a replacement: the NaN then reaches the gradients too.
+        poison = torch.ones_like(nll).masked_fill_(outside, torch.nan)
+        return nll * poison, peak, log_total * poison, *means
+
+    return run
 
 
 def _reduced(nll: Tensor, call: Call, reduction: str) -> Tensor:

@@ -12,10 +12,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torchao.dtypes.nf4tensor import to_nf4
 
-from torchtune_lce import LinearCrossEntropyLoss, linear_cross_entropy
+from torchtune_lce import LinearCrossEntropyLoss, functional, linear_cross_entropy
 from torchtune_lce.implementations.choice import NAMES
 from torchtune_lce.inputs import validation
+from torchtune_lce.inputs.call import checked
 from torchtune_lce.inputs.options import Options
+from torchtune_lce.inputs.shard import VocabularyShard
 
 ANY = ("reference", "chunked", "torch_compile", "cce", "cce_exact", "auto")
 # The kernels take CPU tensors in the interpreter alone; where there is a card, conftest.py leaves it off.
@@ -173,10 +175,10 @@ def test_target_that_is_shifted_off_may_be_anything(impl):
     torch.testing.assert_close(linear_cross_entropy(**good, shift=1, impl=impl), expected)
 
 
-def assert_bad_targets_are_nan(losses, targets, vocabulary, ignore_index):
+def assert_bad_targets_are_nan(losses, targets, vocabulary, ignore_index, trained=True):
     """Loss, log-sum-exp and gradient of a token are NaN where its target is bad, there alone; the mean counts it."""
     hidden = torch.randn(len(targets), 8, requires_grad=True)
-    weight = torch.randn(vocabulary, 8, requires_grad=True)
+    weight = torch.randn(vocabulary, 8, requires_grad=trained)
     ignored = targets == ignore_index
     bad = ((targets < 0) | (targets >= vocabulary)) & ~ignored
     loss, lse = losses(hidden, weight, targets)
@@ -190,7 +192,7 @@ def assert_bad_targets_are_nan(losses, targets, vocabulary, ignore_index):
     )
     (expected,) = torch.autograd.grad(expected / (~ignored).sum(), hidden)
     torch.testing.assert_close(hidden.grad[good], expected[good])
-    assert weight.grad.isnan().all(-1).any()
+    assert not trained or weight.grad.isnan().all(-1).any()
 
 
 # Of a vocabulary of one entry, and of what stands in for a bad target being ignored itself.
@@ -198,8 +200,9 @@ VOCABULARY_AND_IGNORED = [(11, -100), (11, 0), (11, 10), (1, -100), (1, 0)]
 
 
 @pytest.mark.parametrize(("vocabulary", "ignore_index"), VOCABULARY_AND_IGNORED)
+@pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("impl", [impl for impl in RUNNABLE if impl != "torch_compile"])
-def test_bad_target_that_nobody_looks_at_is_nan(impl, vocabulary, ignore_index, monkeypatch):
+def test_bad_target_that_nobody_looks_at_is_nan(impl, trained, vocabulary, ignore_index, monkeypatch):
     """As on a card, where looking would wait for it."""
     monkeypatch.setattr(validation, "is_readable", lambda targets: False)
     targets = torch.tensor([0, vocabulary - 1, ignore_index, vocabulary, -1, 0, 2**31 - 1]).int()
@@ -211,7 +214,7 @@ def test_bad_target_that_nobody_looks_at_is_nan(impl, vocabulary, ignore_index, 
         assert mean.isnan()
         return loss, lse
 
-    assert_bad_targets_are_nan(losses, targets, vocabulary, ignore_index)
+    assert_bad_targets_are_nan(losses, targets, vocabulary, ignore_index, trained)
 
 
 @pytest.mark.parametrize("ignore_index", [-100, 0])
@@ -251,6 +254,19 @@ def mesh():
         yield init_device_mesh("cpu", (1,))
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 0])
+@pytest.mark.parametrize("impl", [impl for impl in RUNNABLE if impl != "torch_compile"])
+def test_bad_target_that_no_rank_owns_is_nan(mesh, impl, ignore_index, monkeypatch):
+    monkeypatch.setattr(validation, "is_readable", lambda targets: False)
+
+    def losses(hidden, weight, targets):
+        shard = VocabularyShard(mesh, 0, 11, 11)
+        call = checked(hidden, weight, targets, None, options=Options(ignore_index=ignore_index), shard=shard)
+        return functional.compute(call, reduction="none", impl=impl, return_lse=True)
+
+    assert_bad_targets_are_nan(losses, torch.tensor([0, 10, ignore_index, 11, -1, 3]), 11, ignore_index)
 
 
 @pytest.mark.parametrize("impl", ANY)

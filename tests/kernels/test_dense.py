@@ -13,7 +13,7 @@ from torch.autograd import grad
 pytest.importorskip("triton")
 
 from torchtune_lce import linear_cross_entropy
-from torchtune_lce.inputs import filtering
+from torchtune_lce.inputs import filtering, validation
 from torchtune_lce.kernels import dense, dense_operators, tuning
 from torchtune_lce.kernels.operands import Operands
 from torchtune_lce.kernels.places import compact
@@ -455,6 +455,31 @@ def test_second_products_on_a_card(by_library, device, monkeypatch):
         assert torch.equal(actual, again)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("impl", ["cce", "cce_exact"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_target_that_names_no_entry_spoils_its_token_alone(dtype, impl, trained, device, monkeypatch):
+    """Its loss, log-sum-exp and the gradient of either, of a token whose logits are infinite too."""
+    monkeypatch.setattr(validation, "is_readable", lambda _: False)
+    hidden, weight, targets = inputs(device, dtype=dtype)
+    with torch.no_grad():
+        hidden[40] = 0
+        hidden[40, 0] = torch.inf
+        weight[:, 0].abs_()
+    weight.requires_grad_(trained)
+    bad = torch.tensor([3, 40, 69], device=device)
+    targets[bad] = torch.tensor([-1, 200, 2**40], device=device)
+    spoilt = torch.zeros(70, dtype=torch.bool, device=device).index_fill_(0, bad, True)
+    settings = {"impl": impl, "reduction": "none", "return_lse": True, "z_loss": 1e-4}
+    without = linear_cross_entropy(hidden, weight, targets.masked_fill(spoilt, -100), **settings)
+    for result, expected in zip(linear_cross_entropy(hidden, weight, targets, **settings), without, strict=True):
+        assert torch.equal(result.isnan(), spoilt)
+        torch.testing.assert_close(result[~spoilt], expected[~spoilt])
+        (d_hidden,) = grad(result.sum(), hidden, retain_graph=True)
+        assert torch.equal(d_hidden.isnan().any(1), spoilt)
+        torch.testing.assert_close(d_hidden[~spoilt], grad(expected.sum(), hidden, retain_graph=True)[0][~spoilt])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("tokens", "width"), [(384, 256), (333, 1000)])
@@ -462,13 +487,13 @@ def test_reference_logits_on_a_card(tokens, width, dtype, device):
     """Each is the float64 product to its rounding, in every run the same: a pipeline's race shows as neither."""
     hidden, weight, targets = inputs(device, tokens=tokens, vocabulary=1024, width=width, dtype=dtype)
     operands = Operands(hidden.detach(), weight, None, None, None, None)
-    rows, labels, count = compact(targets, -100, 1024)
+    rows, _, count = compact(targets, -100, 1024)
     config = tuning.config_for(device, dtype)
     exact = (hidden.detach().double() * weight[targets].double()).sum(1)
     first = None
     for _ in range(5):
         states = torch.empty_like(hidden)
-        found = reference_logits(operands, rows, labels, count, states, config)
+        found = reference_logits(operands, targets, rows, count, states, config)
         assert (found[0].double() - exact).abs().max() < 2e-5
         assert torch.equal(found[0], found[1])
         assert torch.equal(states, hidden)

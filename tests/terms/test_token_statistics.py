@@ -286,12 +286,12 @@ def test_memory_of_the_gradient(softcap):
 
 
 def test_a_target_that_nobody_could_look_at_is_not_correct():
-    """As on a card: a label out of range became entry 0, which is here the most likely one."""
+    """As on a card: a label out of range becomes entry 0, which is here the most likely one."""
     hidden, weight = torch.ones(3, 4), torch.zeros(ENTRIES, 4)
     weight[0] = 1
     call = checked(hidden, weight, torch.tensor([0, -100, 0]), None, options=Options())
-    outside = torch.tensor([False, False, True])
-    _, correct = token_statistics(replace(call, outside=outside))
+    labels = torch.tensor([0, -100, ENTRIES])
+    _, correct = token_statistics(replace(call, labels=labels, in_range=False))
     assert correct.tolist() == [True, False, False]
 
 

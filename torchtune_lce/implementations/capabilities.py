@@ -17,6 +17,7 @@ class Capabilities:
     capped_means: bool  # returns the mean of softcapped logits, which label_smoothing needs; without a softcap all can
     scaled_rows: bool  # takes a LowRank with a scale, which DoRA on the output is
     float64: bool
+    any_label: bool  # takes labels that name no entry, and gives NaN for their tokens; others are given none
     own_backward: bool  # custom operators, which refuse derivatives that they lack; others leave that to torch
     second_derivative: bool  # create_graph=True
     transforms: bool  # derivatives by torch.func, and forward mode
@@ -31,6 +32,7 @@ _KERNELS = Capabilities(
     capped_means=False,
     scaled_rows=False,
     float64=False,
+    any_label=True,
     own_backward=True,
     second_derivative=False,
     transforms=False,
@@ -44,6 +46,7 @@ _REFERENCE = Capabilities(
     capped_means=True,
     scaled_rows=True,
     float64=True,
+    any_label=False,
     own_backward=False,
     second_derivative=True,
     transforms=True,

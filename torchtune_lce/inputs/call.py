@@ -28,12 +28,12 @@ class Call:
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
-    labels: Tensor  # [N] int64 | int32, each with the hidden state that predicts it: ignore_index, or an entry
+    labels: Tensor  # [N] int64 | int32, each with the hidden state that predicts it: ignore_index, or see in_range
     options: Options
     shape: torch.Size  # of targets as they came
     shift: int
     given: tuple[Tensor | None, ...]  # hidden, weight and bias as they came
-    outside: Tensor | None = None  # [N] bool, where nobody could look: labels that name no entry and became 0
+    in_range: bool = True  # all other labels are entries; False where nobody could look
     low_rank: LowRank | None = None
     shard: VocabularyShard | None = None
 
@@ -51,6 +51,19 @@ class Call:
     def operands(self) -> tuple[Tensor | None, ...]:
         """What the logits are made of: hidden, weight, bias, and low, up and scale of the low rank."""
         return self.hidden, self.weight, self.bias, *(self.low_rank or (None, None, None))
+
+    def without_labels_outside(self) -> tuple[Call, Tensor | None]:
+        """The same with every label an entry or ignored, so that nothing reads out of bounds, and which, [N] bool, were
+        neither and are now 0; None where that cannot be.
+        """
+        if self.in_range:
+            return self, None
+        labels, options = self.labels, self.options
+        outside = validation.out_of_range(labels, self.vocabulary, options.ignore_index)
+        if options.ignore_index == 0:
+            # What stands in for a bad label, 0, must not be ignored.
+            labels, options = labels.where(labels != 0, -1), replace(options, ignore_index=-1)
+        return replace(self, labels=labels.where(~outside, 0), options=options, in_range=True), outside
 
     def at_targets(self, values: Tensor) -> Tensor:
         """Values [N] back at their targets; the positions rolled round are shifted off, so they hold 0."""
@@ -96,7 +109,7 @@ def checked(
         hint = if_too_large.format(vocabulary=call.vocabulary)
         validation.check_range(labels, call.vocabulary, options.ignore_index, hint)
         return call
-    return _without_labels_outside(call)
+    return replace(call, in_range=False)
 
 
 def _aligned(targets: Tensor, shift: int, ignore_index: int) -> Tensor:
@@ -105,13 +118,3 @@ def _aligned(targets: Tensor, shift: int, ignore_index: int) -> Tensor:
     if targets.ndim and shift < targets.shape[-1]:
         aligned[..., :-shift] = targets[..., shift:]
     return aligned
-
-
-def _without_labels_outside(call: Call) -> Call:
-    """Every label an entry or ignored, so that nothing reads out of bounds, and which ones were not."""
-    labels, options = call.labels, call.options
-    outside = validation.out_of_range(labels, call.vocabulary, options.ignore_index)
-    if options.ignore_index == 0:
-        # What stands in for a bad label, 0, must not be ignored.
-        labels, options = labels.where(labels != 0, -1), replace(options, ignore_index=-1)
-    return replace(call, labels=labels.where(~outside, 0), options=options, outside=outside)

@@ -179,6 +179,7 @@ def token_statistics(call: Call) -> tuple[Tensor, Tensor]:
     The entropy has gradients by the operands, but with a shard, whose rows are only some of the vocabulary's: then
     every rank of its mesh must call this, for figures alone.
     """
+    call, outside = call.without_labels_outside()
     options, operands = call.options, call.operands
     constants = [x if x is None else x.detach() for x in operands]
     found = Predictions(*torch.ops.torchtune_lce.predictions(*constants, options.softcap, options.workspace_mib))
@@ -195,7 +196,7 @@ def token_statistics(call: Call) -> tuple[Tensor, Tensor]:
         options.workspace_mib,
     )
     correct = (found.place == call.labels) & call.valid
-    return entropy, correct if call.outside is None else correct & ~call.outside
+    return entropy, correct if outside is None else correct & ~outside
 
 
 def _over_ranks(found: Predictions, shard: VocabularyShard) -> Predictions:

@@ -1,0 +1,65 @@
+"""From a row's log-sum-exp and target logit to its token's results, where the forward leaves no gradient behind."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchtune_lce.kernels.tuning import LAUNCH
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _loss_kernel(
+    row_total,
+    target_logits,
+    rows,
+    targets,
+    count,
+    losses,
+    peaks,
+    log_totals,
+    tokens,
+    entries_total,
+    BLOCK: tl.constexpr,
+):
+    """Results at each place's row, 0 past the count, where row_total becomes 0 too."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < tokens
+    used = place < tl.minimum(tl.load(count), tokens)
+    row = tl.load(rows + place, mask=inside, other=0)
+    label = tl.load(targets + row, mask=used, other=0)
+    target = tl.load(target_logits + place, mask=used, other=0.0)
+    peak = tl.load(row_total + 2 * place, mask=used, other=0.0)
+    log_sum = tl.load(row_total + 2 * place + 1, mask=used, other=0.0)
+    # With it the softmax of a token whose target names no entry, and so all gradients that it is in.
+    log_sum = tl.where((label >= 0) & (label < entries_total), log_sum, float("nan"))
+    # The peak and the target's logit first: their difference is exact where it is small. A sum that the target is
+    # nearly alone in may round to just below it, and a loss is never negative.
+    loss = peak - target + log_sum
+    loss = tl.where(loss < 0, 0.0, loss)
+    finite = tl.where(tl.abs(peak) < float("inf"), peak, 0.0)
+    # An infinity is in the sum too, and so is a NaN.
+    rest = target - finite
+    log_total = tl.where((log_sum >= rest) | (log_sum != log_sum), log_sum, rest)
+    tl.store(losses + row, loss, mask=inside)
+    tl.store(peaks + row, finite, mask=inside)
+    tl.store(log_totals + row, log_total, mask=inside)
+    tl.store(row_total + 2 * place, peak, mask=inside)
+    tl.store(row_total + 2 * place + 1, log_sum, mask=inside)
+
+
+def row_losses(
+    row_total: Tensor,  # [N, 2] float32: peak and log of the sum measured from it, in the order of ``rows``
+    target_logits: Tensor,  # [N] float32, in that order
+    rows: Tensor,  # [N] int64, those in use first
+    targets: Tensor,  # [N], as they came
+    count: Tensor,  # [1] int32, rows in use, on the device
+    vocabulary: int,
+) -> list[Tensor]:  # nll, peak and log_total, [N] float32, 0 where not in use
+    """One launch. Where a target names no entry, NaN in nll, log_total and the log of the sum in ``row_total``."""
+    tokens = rows.numel()
+    results = [target_logits.new_empty(tokens) for _ in range(3)]
+    if tokens:
+        _loss_kernel[(triton.cdiv(tokens, 256),)](
+            row_total, target_logits, rows, targets, count, *results, tokens, vocabulary, BLOCK=256, **LAUNCH
+        )
+    return results
