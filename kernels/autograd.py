@@ -17,6 +17,7 @@ from torch import Tensor
 
 from torchtune_lce.inputs.call import Call
 from torchtune_lce.inputs.filtering import Filtering, open_record
+from torchtune_lce.inputs.losses import Losses
 from torchtune_lce.inputs.validation import is_readable
 from torchtune_lce.kernels import dense_operators  # defines the operators of the dense way
 from torchtune_lce.kernels.backward import output_tiles, run_backward
@@ -32,9 +33,9 @@ from torchtune_lce.kernels.tuning import Config, config_for
 
 
 def token_losses(filtering: Filtering) -> Callable:
-    """The preset's function, with the contract of :func:`torchtune_lce.implementations.reference.token_losses`."""
+    """The preset's function."""
 
-    def run(call: Call) -> tuple[Tensor, ...]:
+    def run(call: Call) -> Losses:
         hidden, weight, bias, low, up, _ = call.operands
         options = call.options
         if low is not None:
@@ -53,7 +54,7 @@ def token_losses(filtering: Filtering) -> Callable:
             return dense_operators.token_losses(hidden, weight, bias, call.labels, options)
         # A gradient that nobody wants must not make the others keep more.
         filter_hidden, filter_weight = filtering.hidden or not needs_hidden, filtering.weight or not needs_weight
-        nll, peak, log_total, *_ = torch.ops.torchtune_lce.cut_cross_entropy(
+        nll, peak, log_total, *_, divisor = torch.ops.torchtune_lce.cut_cross_entropy(
             hidden,
             weight,
             bias,
@@ -67,7 +68,7 @@ def token_losses(filtering: Filtering) -> Callable:
             filter_weight,
             options.workspace_mib,
         )
-        return nll, peak.detach(), log_total
+        return Losses(nll, peak.detach(), log_total, divisor=divisor)
 
     return run
 
@@ -77,7 +78,7 @@ torch.library.define(
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor targets, int ignore_index, "
     "float? softcap, float? eps, bool filter_hidden, bool filter_weight, int workspace_mib) "
     "-> (Tensor nll, Tensor peak, Tensor log_total, Tensor rows, Tensor labels, Tensor count, Tensor row_total, "
-    "Tensor words, Tensor dropped_mass)",
+    "Tensor words, Tensor dropped_mass, Tensor divisor)",
 )
 
 
@@ -86,17 +87,17 @@ torch.library.define(
 def _forward(
     hidden, weight, bias, low, up, targets, ignore_index, softcap, eps, filter_hidden, filter_weight, workspace_mib
 ):
-    """What :func:`torchtune_lce.implementations.reference.token_losses` returns, [N] float32; then what the backward
+    """nll, peak and log_total as in :class:`torchtune_lce.inputs.losses.Losses`, [N] float32; then what the backward
     needs. ``targets`` may hold anything.
 
     rows [N] int64 lists the tokens in use first, count [1] int32 how many those are, labels and row_total [N, 2] are in
     that order. The latter is peak and log_total, as in :class:`Places`. words and dropped_mass are an
-    :class:`Activity`, the first in one row, both empty without eps.
+    :class:`Activity`, the first in one row, both empty without eps. Last what a mean divides by.
     """
     operands = _operands(hidden, weight, bias, low, up, softcap)
     config = config_for(hidden.device, hidden.dtype)
     targets = targets.contiguous()
-    rows, labels, count = compact(targets, ignore_index, weight.shape[0])
+    rows, labels, count, divisor = compact(targets, ignore_index, weight.shape[0])
     tokens = rows.numel()
     activity = None if eps is None else _empty_activity(tokens, weight.shape[0], config, hidden.device)
     row_total = hidden.new_empty((tokens, 2), dtype=torch.float32)
@@ -115,8 +116,8 @@ def _forward(
     results = row_losses(row_total, target_logit, rows, targets, count, weight.shape[0])
     if activity is None:
         nothing = [hidden.new_empty(0, dtype=dtype) for dtype in (torch.int32, torch.float32)]
-        return *results, rows, labels, count, row_total, *nothing
-    return *results, rows, labels, count, row_total, activity.words.view(-1), activity.dropped_mass
+        return *results, rows, labels, count, row_total, *nothing, divisor
+    return *results, rows, labels, count, row_total, activity.words.view(-1), activity.dropped_mass, divisor
 
 
 @torch.library.register_fake("torchtune_lce::cut_cross_entropy")
@@ -136,6 +137,7 @@ def _(hidden, weight, bias, low, up, targets, ignore_index, softcap, eps, filter
         # One row: with an axis of row blocks a compiler would compile anew where there is only one.
         empty(row_blocks * words, dtype=torch.int32),
         empty(tokens if eps is not None else 0),
+        empty(dtype=torch.int32),
     )
 
 
@@ -259,7 +261,7 @@ def _(d_nll, d_lse, *arguments):
 
 def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, bias, low, up, _, _, softcap, _, *settings = inputs
-    _, _, _, rows, labels, count, row_total, words, dropped_mass = output
+    _, _, _, rows, labels, count, row_total, words, dropped_mass, _ = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, low, up, rows, labels, count, row_total, words)
     ctx.settings = softcap, *settings

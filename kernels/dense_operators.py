@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from torchtune_lce.inputs.filtering import open_record
+from torchtune_lce.inputs.losses import Losses
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.inputs.validation import is_readable
 from torchtune_lce.kernels.dense import dense_rows
@@ -20,24 +21,22 @@ from torchtune_lce.kernels.row_gradients import row_gradients
 from torchtune_lce.kernels.tuning import config_for
 
 
-def token_losses(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options
-) -> tuple[Tensor, Tensor, Tensor]:
+def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options) -> Losses:
     """What the function that :func:`torchtune_lce.kernels.autograd.token_losses` makes returns, with nothing filtered.
 
     With a gradient by hidden alone. What stands for the peak is each row's reference, see reference_logits.py.
     """
-    nll, peak, log_total, *_ = torch.ops.torchtune_lce.dense_cross_entropy(
+    nll, peak, log_total, *_, divisor = torch.ops.torchtune_lce.dense_cross_entropy(
         hidden, weight, bias, targets, options.ignore_index, options.softcap, options.workspace_mib
     )
-    return nll, peak.detach(), log_total
+    return Losses(nll, peak.detach(), log_total, divisor=divisor)
 
 
 torch.library.define(
     "torchtune_lce::dense_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float? softcap, int workspace_mib) "
     "-> (Tensor nll, Tensor peak, Tensor log_total, Tensor values, Tensor coefficients, Tensor rows, Tensor labels, "
-    "Tensor count)",
+    "Tensor count, Tensor divisor)",
 )
 
 
@@ -47,14 +46,16 @@ def _forward(hidden, weight, bias, targets, ignore_index, softcap, workspace_mib
     """nll, peak and log_total [N] float32, 0 where ignored; then what the backward needs, see :func:`dense_rows`.
     ``targets`` may hold anything.
 
-    rows [N] int64 lists the tokens in use first, count [1] int32 how many those are; labels are in that order.
+    rows [N] int64 lists the tokens in use first, count [1] int32 how many those are; labels are in that order. Last
+    what a mean divides by.
     """
     bias = bias if bias is None else bias.contiguous()
     operands = Operands(rows_contiguous(hidden), rows_contiguous(weight), bias, None, None, softcap)
     targets = targets.contiguous()
-    rows, labels, count = compact(targets, ignore_index, weight.shape[0])
+    rows, labels, count, divisor = compact(targets, ignore_index, weight.shape[0])
     config = config_for(hidden.device, hidden.dtype)
-    return *dense_rows(operands, targets, rows, labels, count, workspace_mib * 2**20, config), rows, labels, count
+    results = dense_rows(operands, targets, rows, labels, count, workspace_mib * 2**20, config)
+    return *results, rows, labels, count, divisor
 
 
 @torch.library.register_fake("torchtune_lce::dense_cross_entropy")
@@ -67,6 +68,7 @@ def _(hidden, weight, bias, targets, ignore_index, softcap, workspace_mib):
         hidden.new_empty(tokens, dtype=torch.int64),
         torch.empty_like(targets),
         hidden.new_empty(1, dtype=torch.int32),
+        hidden.new_empty((), dtype=torch.int32),
     )
 
 
@@ -92,7 +94,7 @@ def _(d_nll, d_lse, weight, values, *_):
 
 def _setup_context(ctx, inputs, output) -> None:
     _, weight, *_ = inputs
-    *_, values, coefficients, rows, labels, count = output
+    *_, values, coefficients, rows, labels, count, _ = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(weight, values, coefficients, rows, labels, count)
     # A trace has no calls to tell of.

@@ -16,8 +16,8 @@ BLOCK = 4096
 
 
 @triton.jit(do_not_specialize=["tokens", "entries_total", "ignore_index"])
-def _places_kernel(targets, rows, labels, count, tokens, entries_total, ignore_index, BLOCK: tl.constexpr):
-    """rows[place] and labels[place] of this program's tokens; the first program stores the count."""
+def _places_kernel(targets, rows, labels, count, divisor, tokens, entries_total, ignore_index, BLOCK: tl.constexpr):
+    """rows[place] and labels[place] of this program's tokens; the first program stores count and divisor."""
     first = tl.program_id(0) * BLOCK
     index = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.int32)
@@ -40,18 +40,21 @@ def _places_kernel(targets, rows, labels, count, tokens, entries_total, ignore_i
     names_entry = (label >= 0) & (label < entries_total)
     tl.store(labels + place, tl.where(names_entry, label, 0), mask=inside)
     tl.store(count, in_use, mask=first == 0)
+    tl.store(divisor, tl.maximum(in_use, 1), mask=first == 0)
 
 
-def compact(targets: Tensor, ignore_index: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+def compact(targets: Tensor, ignore_index: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of targets [N], contiguous: rows [N] int64, tokens in use first and both in their order; labels [N] in that
-    order, 0 where they name no entry, which nothing then reads past; and the number in use [1] int32.
+    order, 0 where they name no entry, which nothing then reads past; the number in use [1] int32; and [] int32 what
+    their mean divides by, 1 if there are none.
     """
     tokens = targets.numel()
     rows = targets.new_empty(tokens, dtype=torch.int64)
     labels = torch.empty_like(targets)
     count = targets.new_empty(1, dtype=torch.int32)
+    divisor = targets.new_empty((), dtype=torch.int32)
     # Without tokens there is a count too.
     _places_kernel[(max(triton.cdiv(tokens, BLOCK), 1),)](
-        targets, rows, labels, count, tokens, vocabulary, ignore_index, BLOCK=BLOCK, num_warps=8, **LAUNCH
+        targets, rows, labels, count, divisor, tokens, vocabulary, ignore_index, BLOCK=BLOCK, num_warps=8, **LAUNCH
     )
-    return rows, labels, count
+    return rows, labels, count, divisor

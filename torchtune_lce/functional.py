@@ -9,6 +9,7 @@ from torch import Tensor
 from torchtune_lce.implementations import choice
 from torchtune_lce.inputs import validation
 from torchtune_lce.inputs.call import Call, checked
+from torchtune_lce.inputs.losses import Losses
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.terms.label_smoothing import smooth, with_mean_logits
 from torchtune_lce.terms.token_statistics import token_statistics
@@ -154,15 +155,15 @@ def compute(
     ``observe`` is called with each token's cross-entropy, before label smoothing and z-loss, and its log-sum-exp, [N],
     0 where ignored, without gradient.
     """
-    nll, peak, log_total, *means = _token_losses(call, impl)(call)
-    lse = peak + log_total
+    losses, options = _token_losses(call, impl)(call), call.options
+    # What nobody asks for is a launch of a kernel.
+    lse = losses.peak + losses.log_total if return_lse or options.z_loss or observe is not None else None
     if observe is not None:
-        observe(nll.detach(), lse.detach())
-    if call.options.label_smoothing:
-        nll = smooth(nll, log_total, *means, call.options)
-    if call.options.z_loss:
-        nll = nll + call.options.z_loss * lse.square()
-    loss = _reduced(nll, call, reduction)
+        observe(losses.nll.detach(), lse.detach())
+    nll = smooth(losses, options) if options.label_smoothing else losses.nll
+    if options.z_loss:
+        nll = nll + options.z_loss * lse.square()
+    loss = _reduced(nll, call, reduction, losses.divisor)
     return (loss, call.at_targets(lse)) if return_lse else loss
 
 
@@ -186,18 +187,20 @@ def _token_losses(call: Call, impl: str) -> choice.TokenLosses:
 def _with_nan_outside(token_losses: choice.TokenLosses) -> choice.TokenLosses:
     """The same, with NaN for tokens whose label names no entry."""
 
-    def run(call: Call) -> tuple[Tensor, ...]:
+    def run(call: Call) -> Losses:
         call, outside = call.without_labels_outside()
-        nll, peak, log_total, *means = token_losses(call)
+        losses = token_losses(call)
         # A factor, not a replacement: the NaN then reaches the gradients too.
-        poison = torch.ones_like(nll).masked_fill_(outside, torch.nan)
-        return nll * poison, peak, log_total * poison, *means
+        poison = torch.ones_like(losses.nll).masked_fill_(outside, torch.nan)
+        return losses._replace(nll=losses.nll * poison, log_total=losses.log_total * poison)
 
     return run
 
 
-def _reduced(nll: Tensor, call: Call, reduction: str) -> Tensor:
+def _reduced(nll: Tensor, call: Call, reduction: str, divisor: Tensor | None) -> Tensor:
     if reduction == "none":
         return call.at_targets(nll)
     total = nll.sum()
-    return total if reduction == "sum" else total / call.valid.sum().clamp(min=1)
+    if reduction == "sum":
+        return total
+    return total / (call.valid.sum().clamp(min=1) if divisor is None else divisor)

@@ -487,7 +487,7 @@ def test_reference_logits_on_a_card(tokens, width, dtype, device):
     """Each is the float64 product to its rounding, in every run the same: a pipeline's race shows as neither."""
     hidden, weight, targets = inputs(device, tokens=tokens, vocabulary=1024, width=width, dtype=dtype)
     operands = Operands(hidden.detach(), weight, None, None, None, None)
-    rows, _, count = compact(targets, -100, 1024)
+    rows, _, count, _ = compact(targets, -100, 1024)
     config = tuning.config_for(device, dtype)
     exact = (hidden.detach().double() * weight[targets].double()).sum(1)
     first = None

@@ -16,7 +16,8 @@ def expected(targets, ignore_index):
     rows = ignored.to(torch.uint8).sort(stable=True).indices
     labels = targets[rows]
     outside = (labels < 0) | (labels >= VOCABULARY)
-    return rows, labels.masked_fill(outside, 0), (~ignored).sum(dtype=torch.int32).view(1)
+    count = (~ignored).sum(dtype=torch.int32)
+    return rows, labels.masked_fill(outside, 0), count.view(1), count.clamp(min=1)
 
 
 # A share of the targets and what marks them.
@@ -43,7 +44,7 @@ def test_labels_that_name_no_entry_are_in_use(dtype, device):
     """And as an entry that there is, so that nothing is read out of bounds."""
     info = torch.iinfo(dtype)
     targets = torch.tensor([5, VOCABULARY, -1, -100, info.max, info.min, 999], dtype=dtype, device=device)
-    rows, labels, count = compact(targets, -100, VOCABULARY)
+    rows, labels, count, _ = compact(targets, -100, VOCABULARY)
     assert rows.tolist() == [0, 1, 2, 4, 5, 6, 3]
     assert labels[:6].tolist() == [5, 0, 0, 0, 0, 999]
     assert count.item() == 6
@@ -53,7 +54,7 @@ def test_an_index_of_64_bits(device):
     """No value of 32 bits is taken for it."""
     targets = torch.tensor([2**32, 0, 2**40 + 3, 3], device=device)
     for ignore_index in (2**32, 2**40 + 3):
-        rows, _, count = compact(targets, ignore_index, VOCABULARY)
+        rows, _, count, _ = compact(targets, ignore_index, VOCABULARY)
         last = targets.tolist().index(ignore_index)
         assert rows.tolist() == [row for row in range(4) if row != last] + [last]
         assert count.item() == 3

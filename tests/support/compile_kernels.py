@@ -77,8 +77,8 @@ def compiled_for(capability: int, dtype: torch.dtype) -> list[dict]:
         hidden = torch.empty(TOKENS, WIDTH, dtype=dtype, requires_grad=True)
         weight, bias = torch.empty(VOCABULARY, WIDTH, dtype=dtype), torch.empty(VOCABULARY, dtype=dtype)
         targets = torch.zeros(TOKENS, dtype=torch.int64)
-        nll, _, log_total = dense_operators.token_losses(hidden, weight, bias, targets, OPTIONS)
-        (nll + log_total).sum().backward()
+        losses = dense_operators.token_losses(hidden, weight, bias, targets, OPTIONS)
+        (losses.nll + losses.log_total).sum().backward()
     return list(found.values())
 
 

@@ -21,12 +21,12 @@ from torchtune_lce.implementations.capabilities import (
 )
 from torchtune_lce.inputs import validation
 from torchtune_lce.inputs.call import Call
+from torchtune_lce.inputs.losses import Losses
 from torchtune_lce.inputs.options import Options
 
 _log = logging.getLogger("torchtune_lce")
 
-# What each returns: see reference.token_losses.
-TokenLosses = Callable[[Call], tuple[Tensor, ...]]
+TokenLosses = Callable[[Call], Losses]
 
 
 # Of all but the presets, whose kernels are imported when they are first chosen.

@@ -18,6 +18,7 @@ from torchtune_lce.implementations.capabilities import TWICE_DIFFERENTIABLE
 from torchtune_lce.inputs.autocast import without_autocast
 from torchtune_lce.inputs.call import Call
 from torchtune_lce.inputs.dtypes import accumulation_dtype
+from torchtune_lce.inputs.losses import Losses
 from torchtune_lce.inputs.low_rank import LowRank
 
 
@@ -339,8 +340,8 @@ def _chunk_gradient(hidden, weight, bias, low_rank, start, chunk, softcap, by_lo
     return d_logits.mul_(scale), d_scale
 
 
-def token_losses(call: Call) -> tuple[Tensor, ...]:
-    """Same contract as :func:`torchtune_lce.implementations.reference.token_losses`."""
+def token_losses(call: Call) -> Losses:
+    """By the operator."""
     options = call.options
     nll, peak, log_total, means = torch.ops.torchtune_lce.chunked(
         *call.operands,
@@ -350,5 +351,4 @@ def token_losses(call: Call) -> tuple[Tensor, ...]:
         options.workspace_mib,
         bool(options.label_smoothing),
     )
-    results = nll, peak.detach(), log_total
-    return (*results, means) if options.label_smoothing else results
+    return Losses(nll, peak.detach(), log_total, means if options.label_smoothing else None)

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from functools import cache, wraps
 
 import torch
-from torch import Tensor
 
 from torchtune_lce.implementations import reference
 from torchtune_lce.inputs.call import Call
+from torchtune_lce.inputs.losses import Losses
 
 
 def compiled_always(function: Callable) -> Callable:
@@ -34,11 +34,8 @@ def _compiled() -> Callable:
     return compiled_always(reference.token_losses)
 
 
-def token_losses(call: Call) -> tuple[Tensor, ...]:
-    """Same contract as :func:`torchtune_lce.implementations.reference.token_losses`.
-
-    The logits are held once, in the input dtype.
-    """
+def token_losses(call: Call) -> Losses:
+    """The logits are held once, in the input dtype."""
     # A caller that compiles fuses it himself.
     run = reference.token_losses if torch.compiler.is_compiling() else _compiled()
     return run(call)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from torchtune_lce.inputs.call import Call
 from torchtune_lce.inputs.dtypes import accumulation_dtype
+from torchtune_lce.inputs.losses import Losses
 from torchtune_lce.inputs.low_rank import LowRank
 
 
@@ -23,16 +24,8 @@ def full_logits(
     return logits if low_rank.scale is None else logits * low_rank.scale
 
 
-def token_losses(call: Call) -> tuple[Tensor, ...]:
-    """Negative log-likelihood of each token, the peak of its logits, and what their log-sum-exp and, with label
-    smoothing, their mean are less the peak. [N] each in the accumulation dtype, 0 where ignored.
-
-    The peak is the largest logit, 0 where that is not finite, and has no gradient. It stands apart because it may be
-    large where all logits share a value, and a sum with it would be rounded at its size. An implementation may return
-    another value less than 70 below the log-sum-exp in its place, so that exp of the difference is finite.
-
-    Holds [N, V] logits, as ``F.linear`` followed by ``F.cross_entropy`` does.
-    """
+def token_losses(call: Call) -> Losses:
+    """Holds [N, V] logits, as ``F.linear`` followed by ``F.cross_entropy`` does."""
     options = call.options
     logits = full_logits(call.hidden, call.weight, call.bias, call.low_rank)
     if options.softcap is not None:
@@ -54,4 +47,4 @@ def token_losses(call: Call) -> tuple[Tensor, ...]:
     near = own.abs() < 20
     confident = torch.log1p(others * (-own.where(near, 0)).exp())
     results = [confident.where(near, total.log() - own), peak, total.log(), *means]
-    return tuple(result.where(valid, 0) for result in results)
+    return Losses(*(result.where(valid, 0) for result in results))

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from torchtune_lce.implementations.choice import TokenLosses
 from torchtune_lce.inputs.call import Call
+from torchtune_lce.inputs.losses import Losses
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.inputs.shard import VocabularyShard
 
@@ -27,7 +28,7 @@ def over_ranks(local: TokenLosses) -> TokenLosses:
     states and labels.
     """
 
-    def run(call: Call) -> tuple[Tensor, ...]:
+    def run(call: Call) -> Losses:
         shard, hidden, valid = call.shard, call.hidden, call.valid
         group = shard.mesh.get_group()
         place = call.labels - shard.start
@@ -39,13 +40,13 @@ def over_ranks(local: TokenLosses) -> TokenLosses:
             hidden = _SumGradients.apply(hidden, group)
         bias, beyond = _apart_from_all_masked(call.bias, call.options)
         options = replace(call.options, ignore_index=-1)
-        nll, own_peak, log_total, *means = local(
-            replace(call, hidden=hidden, bias=bias, labels=place, options=options, shard=None)
-        )
-        nll, peak, log_total = _Merge.apply(nll + beyond, own_peak, log_total, valid, owned, group)
-        share = shard.rows / shard.vocabulary
-        parts = (share * (mean + (own_peak - peak) - beyond) for mean in means)
-        return nll, peak, log_total, *(_Sum.apply(part.where(valid, 0), group) for part in parts)
+        own = local(replace(call, hidden=hidden, bias=bias, labels=place, options=options, shard=None))
+        nll, peak, log_total = _Merge.apply(own.nll + beyond, own.peak, own.log_total, valid, owned, group)
+        merged = Losses(nll, peak, log_total, divisor=own.divisor)
+        if own.mean is None:
+            return merged
+        part = shard.rows / shard.vocabulary * (own.mean + (own.peak - peak) - beyond)
+        return merged._replace(mean=_Sum.apply(part.where(valid, 0), group))
 
     return run
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchtune_lce.implementations.choice import TokenLosses
 from torchtune_lce.inputs.autocast import without_autocast
 from torchtune_lce.inputs.call import Call
+from torchtune_lce.inputs.losses import Losses
 from torchtune_lce.inputs.options import Options
 
 # Elements of a matrix that a CPU widens at a time to add them up; a card widens what it reads.
@@ -25,12 +26,12 @@ _ELEMENTS_ON_CPU = 2**16
 
 
 def with_mean_logits(token_losses: TokenLosses) -> TokenLosses:
-    """The same, with the mean of each token's logits less the largest as a fourth result.
+    """The same, with the mean of each token's logits.
 
     For calls without a softcap, and without a scale in their low rank.
     """
 
-    def run(call: Call) -> tuple[Tensor, ...]:
+    def run(call: Call) -> Losses:
         hidden, weight, bias, low, up, _ = call.operands
         options, valid = call.options, call.valid
         # Before the losses: autograd goes backwards, and adds the means' gradients to those that the implementation has
@@ -40,15 +41,16 @@ def with_mean_logits(token_losses: TokenLosses) -> TokenLosses:
             means = means + bias.mean(dtype=means.dtype).where(valid, 0)
         if low is not None:
             means = means + _mean_logits(low, up, valid, options)
-        nll, peak, log_total = token_losses(call)
-        return nll, peak, log_total, (means - peak).to(peak.dtype)
+        losses = token_losses(call)
+        return losses._replace(mean=(means - losses.peak).to(losses.peak.dtype))
 
     return run
 
 
-def smooth(nll: Tensor, log_total: Tensor, mean: Tensor, options: Options) -> Tensor:
-    """The smoothed loss of each token, [N], from what an implementation returns; all three are 0 where ignored."""
-    return (1 - options.label_smoothing) * nll + options.label_smoothing * (log_total - mean)
+def smooth(losses: Losses, options: Options) -> Tensor:
+    """The smoothed loss of each token, [N], from what an implementation returns; 0 where ignored."""
+    share = options.label_smoothing
+    return (1 - share) * losses.nll + share * (losses.log_total - losses.mean)
 
 
 def _mean_logits(hidden: Tensor, weight: Tensor, valid: Tensor, options: Options) -> Tensor:

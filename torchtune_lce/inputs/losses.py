@@ -1,0 +1,22 @@
+"""What an implementation returns for a call."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Losses(NamedTuple):
+    """Of each token, [N] each in the accumulation dtype, 0 where ignored.
+
+    The peak is the largest logit, 0 where that is not finite, and has no gradient. It stands apart because it may be
+    large where all logits share a value, and a sum with it would be rounded at its size. An implementation may return
+    another value less than 70 below the log-sum-exp in its place, so that exp of the difference is finite.
+    """
+
+    nll: Tensor  # negative log-likelihood
+    peak: Tensor
+    log_total: Tensor  # log-sum-exp of the logits, less the peak
+    mean: Tensor | None = None  # of the logits, less the peak; with label smoothing
+    divisor: Tensor | None = None  # [] integer: tokens in use, 1 if there are none; from those that have it at hand
