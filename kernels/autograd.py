@@ -24,7 +24,7 @@ from torchtune_lce.kernels.backward import output_tiles, run_backward
 from torchtune_lce.kernels.descriptors import has_blocks
 from torchtune_lce.kernels.forward import MOST_TILES, Activity, lse_and_target_logit
 from torchtune_lce.kernels.operands import Gradients, Operands, Places
-from torchtune_lce.kernels.operators import on_its_device, refuse_second_derivative, rows_contiguous
+from torchtune_lce.kernels.operators import operator, refuse_second_derivative, rows_contiguous
 from torchtune_lce.kernels.places import compact
 from torchtune_lce.kernels.plan import make_plan
 from torchtune_lce.kernels.row_losses import row_losses
@@ -54,7 +54,7 @@ def token_losses(filtering: Filtering) -> Callable:
             return dense_operators.token_losses(hidden, weight, bias, call.labels, options)
         # A gradient that nobody wants must not make the others keep more.
         filter_hidden, filter_weight = filtering.hidden or not needs_hidden, filtering.weight or not needs_weight
-        nll, peak, log_total, *_, divisor = torch.ops.torchtune_lce.cut_cross_entropy(
+        nll, peak, log_total, *_, divisor = _cut_cross_entropy(
             hidden,
             weight,
             bias,
@@ -82,8 +82,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("torchtune_lce::cut_cross_entropy", "default")
-@on_its_device
 def _forward(
     hidden, weight, bias, low, up, targets, ignore_index, softcap, eps, filter_hidden, filter_weight, workspace_mib
 ):
@@ -150,8 +148,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("torchtune_lce::cut_cross_entropy_backward", "default")
-@on_its_device
 def _backward(
     d_nll,
     d_lse,
@@ -276,7 +272,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _differentiate(ctx, d_nll, _, d_lse, *__):
     softcap, filter_hidden, filter_weight, workspace_mib = ctx.settings
     needs = list(ctx.needs_input_grad[:5])
-    *gradients, tiles = torch.ops.torchtune_lce.cut_cross_entropy_backward(
+    *gradients, tiles = _cut_cross_entropy_backward(
         d_nll, d_lse, *ctx.saved_tensors, softcap, filter_hidden, filter_weight, needs, workspace_mib
     )
     if ctx.record:
@@ -284,8 +280,8 @@ def _differentiate(ctx, d_nll, _, d_lse, *__):
     return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 7
 
 
-torch.library.register_autograd("torchtune_lce::cut_cross_entropy", _differentiate, setup_context=_setup_context)
-torch.library.register_autograd("torchtune_lce::cut_cross_entropy_backward", refuse_second_derivative)
+_cut_cross_entropy = operator("cut_cross_entropy", _forward, _differentiate, _setup_context)
+_cut_cross_entropy_backward = operator("cut_cross_entropy_backward", _backward, refuse_second_derivative)
 
 
 def _operands(

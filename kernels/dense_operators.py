@@ -15,7 +15,7 @@ from torchtune_lce.inputs.options import Options
 from torchtune_lce.inputs.validation import is_readable
 from torchtune_lce.kernels.dense import dense_rows
 from torchtune_lce.kernels.operands import Operands
-from torchtune_lce.kernels.operators import on_its_device, refuse_second_derivative, rows_contiguous
+from torchtune_lce.kernels.operators import operator, refuse_second_derivative, rows_contiguous
 from torchtune_lce.kernels.places import compact
 from torchtune_lce.kernels.row_gradients import row_gradients
 from torchtune_lce.kernels.tuning import config_for
@@ -26,7 +26,7 @@ def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: T
 
     With a gradient by hidden alone. What stands for the peak is each row's reference, see reference_logits.py.
     """
-    nll, peak, log_total, *_, divisor = torch.ops.torchtune_lce.dense_cross_entropy(
+    nll, peak, log_total, *_, divisor = _dense_cross_entropy(
         hidden, weight, bias, targets, options.ignore_index, options.softcap, options.workspace_mib
     )
     return Losses(nll, peak.detach(), log_total, divisor=divisor)
@@ -40,8 +40,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("torchtune_lce::dense_cross_entropy", "default")
-@on_its_device
 def _forward(hidden, weight, bias, targets, ignore_index, softcap, workspace_mib):
     """nll, peak and log_total [N] float32, 0 where ignored; then what the backward needs, see :func:`dense_rows`.
     ``targets`` may hold anything.
@@ -79,8 +77,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("torchtune_lce::dense_cross_entropy_backward", "default")
-@on_its_device
 def _backward(d_nll, d_lse, weight, values, coefficients, rows, labels, count):
     if d_nll is None:
         d_nll = coefficients.new_zeros(1).expand(rows.numel())
@@ -103,7 +99,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, d_nll, _, d_lse, *__):
     weight, values, _, rows, _, count = ctx.saved_tensors
-    d_hidden = torch.ops.torchtune_lce.dense_cross_entropy_backward(d_nll, d_lse, *ctx.saved_tensors)
+    d_hidden = _dense_cross_entropy_backward(d_nll, d_lse, *ctx.saved_tensors)
     if ctx.record:
         # In the units of the filtering kernels.
         config = config_for(values.device, values.dtype)
@@ -114,5 +110,5 @@ def _differentiate(ctx, d_nll, _, d_lse, *__):
     return d_hidden, *[None] * 6
 
 
-torch.library.register_autograd("torchtune_lce::dense_cross_entropy", _differentiate, setup_context=_setup_context)
-torch.library.register_autograd("torchtune_lce::dense_cross_entropy_backward", refuse_second_derivative)
+_dense_cross_entropy = operator("dense_cross_entropy", _forward, _differentiate, _setup_context)
+_dense_cross_entropy_backward = operator("dense_cross_entropy_backward", _backward, refuse_second_derivative)

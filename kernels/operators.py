@@ -1,4 +1,4 @@
-"""What the custom operators share: the device they run on, rows as kernels read them."""
+"""What the custom operators share: the device they run on, rows as kernels read them, a short way for eager calls."""
 
 from __future__ import annotations  # torch 2.8 compiles what calls these, but not `Tensor | None`
 
@@ -7,14 +7,69 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 
-def on_its_device(function: Callable) -> Callable:
-    """Runs an operator on the card of its first tensor: Triton launches on the current one."""
+def operator(
+    name: str, implementation: Callable, differentiate: Callable, setup_context: Callable | None = None
+) -> Callable:
+    """The operator ``torchtune_lce::name``, whose schema is defined, with its implementation and gradient.
+
+    To tracers it is one node. An eager call takes the same parts without torch's dispatcher, whose way through an
+    operator with a gradient of its own, and back, takes the host longer than the smaller kernels run.
+    """
+    qualified = f"torchtune_lce::{name}"
+    implementation = _on_its_device(implementation)
+    torch.library.impl(qualified, "default", implementation)
+    torch.library.register_autograd(qualified, differentiate, setup_context=setup_context)
+    heard = getattr(torch.ops.torchtune_lce, name).default
+
+    if setup_context is None:
+
+        def unheard(*arguments):
+            # With a graph of gradients the operator says what it has not.
+            return (heard if torch.is_grad_enabled() else implementation)(*arguments)
+
+    else:
+
+        class Unheard(torch.autograd.Function):
+            # In one: given apart, torch looks at signatures in each call.
+            @staticmethod
+            def forward(ctx, *arguments):
+                results = implementation(*arguments)
+                setup_context(ctx, arguments, results)
+                return results
+
+            backward = staticmethod(differentiate)
+
+        unheard = Unheard.apply
+
+    def call(*arguments):
+        return (heard if _somebody_listens(arguments) else unheard)(*arguments)
+
+    return call
+
+
+def _somebody_listens(arguments: tuple) -> bool:
+    """Tracers, transforms and modes, to which an operator must be one; or there is no memory to launch kernels on."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return True
+    tensor = _first_tensor(arguments)
+    return tensor.device.type == "meta" or is_fake(tensor)
+
+
+def _first_tensor(arguments: tuple) -> Tensor:
+    return next(x for x in arguments if isinstance(x, Tensor))
+
+
+def _on_its_device(function: Callable) -> Callable:
+    """Runs it on the card of its first tensor: Triton launches on the current one."""
 
     @functools.wraps(function)
     def run(*arguments):
-        with torch.cuda.device_of(next(x for x in arguments if isinstance(x, Tensor))):
+        with torch.cuda.device_of(_first_tensor(arguments)):
             return function(*arguments)
 
     return run

@@ -1,0 +1,41 @@
+"""An eager call of a kernel's operator goes past torch's dispatcher; whoever listens to operators sees one."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+
+from torchtune_lce import linear_cross_entropy
+
+
+class Listener(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.heard = []
+
+    def __torch_dispatch__(self, operation, _, arguments=(), settings=None):
+        if operation.namespace == "torchtune_lce":
+            self.heard.append(operation.name().removeprefix("torchtune_lce::"))
+        return operation(*arguments, **(settings or {}))
+
+
+@pytest.mark.parametrize(("trained", "name"), [(False, "dense_cross_entropy"), (True, "cut_cross_entropy")])
+def test_both_ways_are_one(trained, name, device):
+    hidden, weight = torch.randn(70, 32, device=device, requires_grad=True), torch.randn(300, 32, device=device)
+    weight.requires_grad_(trained)
+    targets = torch.randint(0, 300, (70,), device=device)
+
+    def step():
+        loss, lse = linear_cross_entropy(hidden, weight, targets, impl="cce_exact", return_lse=True)
+        return [loss, lse, *torch.autograd.grad(loss + lse.sum(), (hidden, weight) if trained else hidden)]
+
+    with profile(activities=[ProfilerActivity.CPU]) as events:
+        plain = step()
+    assert not [event.key for event in events.key_averages() if event.key.startswith("torchtune_lce::")]
+    with Listener() as listener:
+        heard = step()
+    assert listener.heard == [name, f"{name}_backward"]
+    for mine, theirs in zip(plain, heard, strict=True):
+        assert torch.equal(mine, theirs)
