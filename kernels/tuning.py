@@ -48,7 +48,13 @@ def config_for(device: torch.device, dtype: torch.dtype) -> Config:
     if device.type == "cpu":
         return Config(32, 32, 64, 32, 32, 32, 32, 2, 4, 1, 1, tma=False, precision="ieee")
     precision = "tf32" if dtype == torch.float32 and _allows_tf32() else "tf32x3"
-    return _cuda_config(torch.cuda.get_device_capability(device), dtype, precision)
+    return _cuda_config(_capability(device), dtype, precision)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Each call of a kernel asks for it, and torch takes microseconds to say it."""
+    return torch.cuda.get_device_capability(device)
 
 
 def _allows_tf32() -> bool:
@@ -78,6 +84,7 @@ def rank_block(rank: int) -> int:
     return min(128, max(16, 1 << (rank - 1).bit_length()))
 
 
+@cache
 def programs(device: torch.device) -> int:
     """Size of a persistent grid: a program a multiprocessor; one alone in the interpreter, which runs them in turn."""
     if device.type == "cpu":
