@@ -17,6 +17,8 @@ STEPS = {
     "exact-both": ({"impl": "cce_exact"}, (9, 15), (6, 42)),
     "filtered-both": ({"impl": "cce"}, (9, 31), (10, 60)),
 }
+# A backward with a trained head may first put hidden states in order, for a card's copy engine.
+ON_A_CARD = (3, 12)
 
 
 @pytest.fixture
@@ -43,6 +45,8 @@ def test_launches_of_a_step(step, way, inputs):
     with counted() as backward:
         result.backward()
     for launches, (kernels, operations) in zip((forward, backward), most, strict=True):
+        if launches is backward and weight.requires_grad and weight.is_cuda:
+            kernels, operations = kernels + ON_A_CARD[0], operations + ON_A_CARD[1]
         assert len(launches.kernels) <= kernels, str(launches)
         assert len(launches.operations) <= operations, str(launches)
 
