@@ -19,7 +19,7 @@ from torchtune_lce.inputs.call import Call
 from torchtune_lce.inputs.filtering import Filtering, open_record
 from torchtune_lce.inputs.losses import Losses
 from torchtune_lce.inputs.validation import is_readable
-from torchtune_lce.kernels import dense_operators  # defines the operators of the dense way
+from torchtune_lce.kernels import strip_operators  # defines the operators of the walk over strips
 from torchtune_lce.kernels.backward import output_tiles, run_backward
 from torchtune_lce.kernels.descriptors import has_blocks
 from torchtune_lce.kernels.forward import MOST_TILES, Activity, lse_and_target_logit
@@ -49,9 +49,9 @@ def token_losses(filtering: Filtering) -> Callable:
         )
         filters = filtering.hidden and needs_hidden or filtering.weight and needs_weight
         records = bool(eps) and filters and torch.is_grad_enabled()
-        # Hidden states alone, with nothing filtered: the forward has their gradient.
-        if low is None and needs_hidden and not needs_weight and torch.is_grad_enabled() and not records:
-            return dense_operators.token_losses(hidden, weight, bias, call.labels, options)
+        # Hidden states alone: the forward has their gradient.
+        if low is None and needs_hidden and not needs_weight and torch.is_grad_enabled():
+            return strip_operators.token_losses(hidden, weight, bias, call.labels, eps if records else None, options)
         # A gradient that nobody wants must not make the others keep more.
         filter_hidden, filter_weight = filtering.hidden or not needs_hidden, filtering.weight or not needs_weight
         nll, peak, log_total, *_, divisor = _cut_cross_entropy(

@@ -56,7 +56,7 @@ class Places:
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens that the dense way takes at once: places ``first`` to ``first + M``; those before the count are in use."""
+    """Tokens that a walk over strips takes at once, places ``first`` to ``first + M``: in use are those before the count."""
 
     operands: Operands  # without an adapter
     rows: Tensor  # [M] int64: row of hidden at each place
@@ -66,10 +66,23 @@ class Piece:
     states: Tensor  # [M, D]: hidden states in the order of the places, zero past the count
     targets: Tensor  # [M] float32: logits of the labels
     references: Tensor  # [M] float32: what exponentials are measured from
+    floors: Tensor  # [M] float32: a lower bound of the softmax's denominator, measured so
 
     @property
     def tokens(self) -> int:
         return self.rows.numel()
+
+
+class Walk(NamedTuple):
+    """What a walk over the vocabulary in strips leaves, by row of hidden or by place."""
+
+    losses: Tensor  # [N] float32, 0 where not in use, as the next two and the last but one
+    references: Tensor  # [N] float32; one that is not finite is 0
+    log_totals: Tensor  # [N] float32: log-sum-exps less the references
+    dropped_mass: Tensor  # [N] float32, or [0] without a filter: the softmax mass that the gradient leaves out
+    values: Tensor  # [N, D] in the dtype of hidden, by place: see :func:`row_gradients`
+    coefficients: Tensor  # [2, N] float32, by place
+    kept: Tensor  # [row blocks] int32, or [0]: columns of each that the gradient is made of
 
 
 class Gradients(NamedTuple):

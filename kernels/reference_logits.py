@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchtune_lce.kernels.operands import Operands
-from torchtune_lce.kernels.primitives import softcapped
+from torchtune_lce.kernels.primitives import LOG2_E_SINGLE, multiply_add, softcapped
 from torchtune_lce.kernels.tuning import LAUNCH, Config
 
 # Entries spread over the vocabulary.
@@ -32,6 +32,7 @@ def _reference_kernel(
     states,
     target_logits,
     references,
+    floors,
     tokens,
     entries_total,
     features,
@@ -44,7 +45,7 @@ def _reference_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of TOKENS places: their hidden states in order, zero past the count, their targets' logits and references.
+    """Of TOKENS places: their hidden states in order, zero past the count, targets' logits, references and floors.
 
     The target's logit is the diagonal of hidden times the targets' weight rows, in the steps over D of the other
     kernels: where accumulation rounds towards zero, another order would move every loss the same way. It is NaN where a
@@ -57,7 +58,10 @@ def _reference_kernel(
     label = tl.load(targets + row, mask=used, other=0)
     names_entry = (label >= 0) & (label < entries_total)
     label = tl.where(names_entry, label, 0)
-    sampled = (tl.arange(0, SAMPLED_ENTRIES).to(tl.int64) * entries_total // SAMPLED_ENTRIES).to(tl.int32)
+    number = tl.arange(0, SAMPLED_ENTRIES).to(tl.int64)
+    sampled = (number * entries_total // SAMPLED_ENTRIES).to(tl.int32)
+    # Of a smaller vocabulary an entry is there several times.
+    is_first = (number == 0) | (sampled != (tl.maximum(number - 1, 0) * entries_total // SAMPLED_ENTRIES).to(tl.int32))
     depth = tl.arange(0, BLOCK_D)
     hidden_rows = hidden + row[:, None] * hidden_stride
     target_rows = weight + label.to(tl.int64)[None, :] * weight_stride
@@ -96,6 +100,13 @@ def _reference_kernel(
     reference = tl.maximum(target, tl.max(others, 1) - FURTHEST_BELOW)
     tl.store(target_logits + place, target, mask=inside)
     tl.store(references + place, reference, mask=inside)
+    # The target's own exponential, and those of the sample's other entries.
+    offset = reference * -LOG2_E_SINGLE
+    powers = tl.exp2(multiply_add(others, LOG2_E_SINGLE, offset[:, None]))
+    floor = tl.exp2(multiply_add(target, LOG2_E_SINGLE, offset))
+    counts = is_first[None, :] & (sampled[None, :] != label[:, None])
+    floor += tl.sum(tl.where(counts, powers, 0.0), 1)
+    tl.store(floors + place, floor, mask=inside)
 
 
 def reference_logits(
@@ -105,11 +116,11 @@ def reference_logits(
     count: Tensor,  # [1] int32, rows in use, on the device
     states: Tensor,  # [N, D], filled with the hidden states of ``rows``, zero past the count
     config: Config,
-) -> Tensor:  # [2, N] float32: target logits and references, in that order; of no meaning past the count
+) -> Tensor:  # [3, N] float32: target logits, references, and lower bounds of sums; of no meaning past the count
     """One launch; reads nothing back to the host."""
     hidden, weight = operands.hidden, operands.weight
     tokens, features = states.shape
-    logits = states.new_empty((2, tokens), dtype=torch.float32)
+    logits = states.new_empty((3, tokens), dtype=torch.float32)
     _reference_kernel[(triton.cdiv(tokens, config.sample),)](
         hidden,
         weight,
@@ -118,8 +129,7 @@ def reference_logits(
         rows,
         count,
         states,
-        logits[0],
-        logits[1],
+        *logits,
         tokens,
         weight.shape[0],
         features,

@@ -1,6 +1,6 @@
 """From a row's sums to its loss and to its gradient by hidden, for any upstream gradients.
 
-With T, S' and u' as in dense.py, g and l the upstream gradients of a row's loss and log-sum-exp, c the softcap's
+With T, S' and u' as in strips.py, g and l the upstream gradients of a row's loss and log-sum-exp, c the softcap's
 derivative and t the target:
 
     dE = (g + l) (u' + T c_t w_t) / (T + S') - g c_t w_t
@@ -11,23 +11,27 @@ where g is small beside l. So a row keeps what multiplies g + l in the one that 
 dtype, and c_t, whose sign says which.
 """
 
+from __future__ import annotations
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchtune_lce.kernels.operands import Piece
+from torchtune_lce.kernels.active_columns import Dropped
+from torchtune_lce.kernels.division import GROUPS
+from torchtune_lce.kernels.operands import Piece, Walk
 from torchtune_lce.kernels.overflow import overflown
 from torchtune_lce.kernels.primitives import LOG2_E_SINGLE, log_one_plus, multiply_add, softcap_slope
-from torchtune_lce.kernels.tuning import LAUNCH
+from torchtune_lce.kernels.tuning import LAUNCH, Config
 
 # Sums below it have no inverse in float32; what they are in a gradient is below any number of it.
 NEGLIGIBLE = tl.constexpr(2.0**-120)
 
 
 def _block(device: torch.device) -> dict[str, int]:
-    """A program's rows and columns. The interpreter takes programs in turn: there few of them."""
-    return {"ROWS": 64 if device.type == "cpu" else 8, "COLUMNS": 256}
+    """A program's rows, of one row block, and columns. The interpreter takes programs in turn: there few of them."""
+    return {"ROWS": 32 if device.type == "cpu" else 8, "COLUMNS": 256}
 
 
 @triton.jit(do_not_specialize=["first_place", "tokens"])
@@ -43,17 +47,25 @@ def _finish_kernel(
     losses,
     peaks,
     log_totals,
+    dropped_mass,
     values,
     slopes,
     scales,
+    dropped,
+    means,
     count,
     first_place,
     tokens,
     features,
     weight_stride,
+    parts,
+    blocks_a_group,
     softcap,
     HAS_SOFTCAP: tl.constexpr,
+    FILTER: tl.constexpr,
     NORMALISED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -111,6 +123,15 @@ def _finish_kernel(
     label = tl.load(labels + place, mask=used, other=0).to(tl.int64)
     w = tl.load(weight + label[:, None] * weight_stride + d[None, :], mask=used[:, None] & exists, other=0.0)
     total = tl.load(totals + at, mask=used[:, None] & exists, other=0.0)
+    if FILTER:
+        # Rows that were done again have all of it.
+        mass = tl.where(again, 0.0, tl.load(dropped + place, mask=used, other=0.0))
+        tl.store(dropped_mass + row, tl.where(used, mass / whole, 0.0), mask=write)
+        group = tl.program_id(0) * ROWS // ROW_BLOCK // blocks_a_group
+        mean = tl.zeros((COLUMNS,), tl.float32)
+        for part in range(0, parts):
+            mean += tl.load(means + (group + part * GROUPS).to(tl.int64) * features + d, mask=d < features, other=0.0)
+        total += mass[:, None] * mean[None, :]
     value = total * factor[:, None] + of_target[:, None] * w.to(tl.float32)
     value = tl.where(used[:, None], value, 0.0)
     tl.store(values + at, value.to(values.dtype.element_ty), mask=inside[:, None] & exists)
@@ -169,8 +190,9 @@ def finish_rows(
     totals: Tensor,  # [M, D] float32: u'
     row_sums: Tensor,  # [M] float32: S'
     redone: Tensor,  # [2, M] float32: see redo_overflown
-    results: list[Tensor],  # losses, peaks and log_totals, [N] float32, filled at the piece's rows of hidden
-    coefficients: Tensor,  # [2, M] float32, filled with slopes and scales
+    left_out: Dropped | None,
+    walk: Walk,  # filled at the piece's rows of hidden, and its places
+    config: Config,
 ) -> None:
     """One launch. Values take the place of the piece's states."""
     weight, values = piece.operands.weight, piece.states
@@ -186,16 +208,26 @@ def finish_rows(
         piece.references,
         row_sums,
         redone,
-        *results,
+        walk.losses,
+        walk.references,
+        walk.log_totals,
+        walk.dropped_mass,
         values,
-        *coefficients,
+        *walk.coefficients[:, piece.first : piece.first + tokens],
+        left_out and left_out.mass,
+        left_out and left_out.means,
         piece.count,
         piece.first,
         tokens,
         features,
         weight.stride(0),
+        left_out.means.shape[0] if left_out else 0,
+        left_out.sample.blocks_a_group if left_out else 1,
         softcap or 1.0,
         HAS_SOFTCAP=softcap is not None,
+        FILTER=left_out is not None,
+        GROUPS=GROUPS.value,
+        ROW_BLOCK=config.row_block,
         NORMALISED=values.dtype == torch.float16,
         **block,
         num_warps=4,

@@ -252,15 +252,15 @@ def _frozen_head_calls():
 @pytest.mark.parametrize(("impl", "case", "dtype"), list(_frozen_head_calls()))
 def test_frozen_head_agrees_with_float64(impl, case, dtype, device, monkeypatch):
     """In pieces of two row blocks and strips of two tiles, whatever the workspace holds."""
-    from torchtune_lce.kernels import dense
+    from torchtune_lce.kernels import division, strips
 
     divided = []
 
     def divide(*arguments):
-        divided.append(dense.Division(2 * arguments[-1].row_block, 2))
+        divided.append(division.Division(2 * arguments[-1].row_block, 2))
         return divided[-1]
 
-    monkeypatch.setattr(dense, "divide", divide)
+    monkeypatch.setattr(strips, "divide", divide)
     tensors, upstream = make_inputs(case, dtype, device), make_upstream(case, device)
     actual = run(impl, case, tensors, upstream)
     exact, native = (plain_torch(**tensors, settings=case.settings, upstream=upstream, dtype=d) for d in (F64, dtype))

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
 from torchtune_lce.inputs.options import Options
-from torchtune_lce.kernels import dense, dense_operators, overflow, tuning
+from torchtune_lce.kernels import division, exponentials, overflow, strip_operators, strip_product, strips, tuning
 
 # The vocabulary ends within a tile of its one strip. No softcap: it takes registers, and thrice the time.
 TOKENS, VOCABULARY, WIDTH = 2048, 50_021, 2048
@@ -46,7 +46,7 @@ class Elsewhere:
 
 
 def compiled_for(capability: int, dtype: torch.dtype) -> list[dict]:
-    """What a forward and a backward of the dense way would launch there, each kernel once."""
+    """What a forward and a backward would launch there, with a filter and without, each kernel once."""
     config = tuning._cuda_config((capability // 10, capability % 10), dtype, "tf32x3")
     found = {}
     run = jit.JITFunction.run
@@ -67,9 +67,11 @@ def compiled_for(capability: int, dtype: torch.dtype) -> list[dict]:
     with contextlib.ExitStack() as undo:
         for module, name, value in (
             (jit.JITFunction, "run", compile_alone),
-            (dense_operators, "config_for", lambda *_: config),
-            (dense, "programs", lambda _: 132),
-            (overflow, "programs", lambda _: 132),
+            (strip_operators, "config_for", lambda *_: config),
+            *(
+                (module, "programs", lambda _: 132)
+                for module in (division, exponentials, overflow, strip_product, strips)
+            ),
         ):
             undo.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, value)
@@ -77,8 +79,9 @@ def compiled_for(capability: int, dtype: torch.dtype) -> list[dict]:
         hidden = torch.empty(TOKENS, WIDTH, dtype=dtype, requires_grad=True)
         weight, bias = torch.empty(VOCABULARY, WIDTH, dtype=dtype), torch.empty(VOCABULARY, dtype=dtype)
         targets = torch.zeros(TOKENS, dtype=torch.int64)
-        losses = dense_operators.token_losses(hidden, weight, bias, targets, OPTIONS)
-        (losses.nll + losses.log_total).sum().backward()
+        for eps in (None, 2.0**-12):
+            losses = strip_operators.token_losses(hidden, weight, bias, targets, eps, OPTIONS)
+            (losses.nll + losses.log_total).sum().backward()
     return list(found.values())
 
 

@@ -239,7 +239,7 @@ def _cce(problem: Problem) -> LossMemory:
 
 
 def _cce_in_strips(problem: Problem) -> LossMemory:
-    """Of kernels/dense.py: a strip of exponentials, the hidden states' sums, and a sum a tile of the vocabulary."""
+    """Of kernels/strips.py: a strip of exponentials, the hidden states' sums, and a sum a tile of the vocabulary."""
     columns = -(-problem.vocabulary // _TILE)
     sums = 4 * (problem.features + columns + 5)
     most = problem.tokens * (sums + (columns + 1) * _TILE * problem.itemsize)

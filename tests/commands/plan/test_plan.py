@@ -247,13 +247,14 @@ def test_workspace_holds_the_kernels_tiles_and_lists(trained, tokens, vocabulary
 def test_workspace_holds_the_strips_of_a_frozen_head(tokens, vocabulary):
     """As cce_exact divides them, which keeps values of a gradient's size for the backward."""
     pytest.importorskip("triton")
-    from torchtune_lce.kernels import dense, tuning
+    from torchtune_lce.kernels import division, tuning
 
     config = tuning._cuda_config((9, 0), torch.bfloat16, "ieee")
     tiles = -(-vocabulary // config.forward_entries)
-    division = dense.divide(tokens, vocabulary, 2048, torch.bfloat16, 128 * 2**20, 132, config)
-    rows = min(division.tokens, tokens)
-    taken = rows * (dense._bytes_beside(tiles, 2048) + 2 * division.tiles * config.forward_entries)
+    parts = division.divide(tokens, vocabulary, 2048, torch.bfloat16, False, 128 * 2**20, 132, config)
+    rows = min(parts.tokens, tokens)
+    taken = division.bytes_beside(rows, tiles, 2048, False, config)
+    taken += parts.tiles * division.tile_bytes(rows, torch.bfloat16, False, config)
     planned = loss_memory("cce_exact", Problem(tokens, 2048, vocabulary, 2, False))
     kept = 2 * tokens * 2048
     assert taken + kept <= planned.forward <= 128 * 2**20 + kept + 64 * tokens + 32 * vocabulary

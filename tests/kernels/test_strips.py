@@ -1,4 +1,4 @@
-"""The dense way: loss and hidden gradient in one walk, for a projection that is not trained and nothing filtered."""
+"""The walk over strips: loss and hidden gradient in the forward, for a projection that is not trained; unfiltered."""
 
 import dataclasses
 import itertools
@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from torchtune_lce import linear_cross_entropy
 from torchtune_lce.inputs import filtering, validation
-from torchtune_lce.kernels import dense, dense_operators, tuning
+from torchtune_lce.kernels import division, exponentials, strip_operators, strip_product, strips, tuning
 from torchtune_lce.kernels.operands import Operands
 from torchtune_lce.kernels.places import compact
 from torchtune_lce.kernels.reference_logits import reference_logits
@@ -25,15 +25,15 @@ MIB = 2**20
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Pieces of the dense way, as :func:`dense._walk` gets them."""
+    """Pieces of tokens and thresholds, as :func:`strips.walk` gets them."""
     made = []
-    walk = dense._walk
+    walk = strips.walk
 
     def spy(piece, *rest):
-        made.append(piece)
+        made.append((piece, rest[-2]))
         walk(piece, *rest)
 
-    monkeypatch.setattr(dense, "_walk", spy)
+    monkeypatch.setattr(strips, "walk", spy)
     return made
 
 
@@ -42,26 +42,27 @@ def small_strips(monkeypatch):
     """Pieces of two row blocks and strips of two tiles, whatever the workspace holds."""
 
     def divide(*arguments):
-        return dense.Division(2 * arguments[-1].row_block, 2)
+        return division.Division(2 * arguments[-1].row_block, 2)
 
-    monkeypatch.setattr(dense, "divide", divide)
+    monkeypatch.setattr(strips, "divide", divide)
 
 
 @pytest.mark.parametrize(
-    ("impl", "eps", "is_dense"),
+    ("impl", "eps", "filters"),
     [
-        ("cce", None, True),
-        ("cce", 0.0, True),
-        ("cce", "auto", False),
-        ("cce_exact", "auto", True),
-        ("cce_kahan_full_e", "auto", True),
-        ("cce_kahan_full_c", "auto", False),
+        ("cce", None, False),
+        ("cce", 0.0, False),
+        ("cce", 0.25, True),
+        ("cce_exact", 0.25, False),
+        ("cce_kahan_full_e", 0.25, False),
+        ("cce_kahan_full_c", 0.25, True),
     ],
 )
-def test_goes_the_dense_way_where_the_hidden_gradient_is_not_filtered(impl, eps, is_dense, device, calls):
+def test_walks_where_the_head_is_frozen_and_filters_what_the_preset_does(impl, eps, filters, device, calls):
     hidden, weight, targets = inputs(device, tokens=5, vocabulary=90)
     linear_cross_entropy(hidden, weight, targets, impl=impl, filter_eps=eps).backward()
-    assert bool(calls) == is_dense
+    ((_, found),) = calls
+    assert found == (0.25 if filters else None)
     calls.clear()
     with torch.no_grad():
         linear_cross_entropy(hidden, weight, targets, impl=impl, filter_eps=eps)
@@ -162,7 +163,7 @@ def blind_sample(monkeypatch):
         logits[1] = logits[0]
         return logits
 
-    monkeypatch.setattr(dense, "reference_logits", blind)
+    monkeypatch.setattr(strips, "reference_logits", blind)
 
 
 @pytest.mark.parametrize("softcap", [None, 300.0])
@@ -314,7 +315,7 @@ def test_another_backward_with_other_upstream_gradients(device):
     assert not grad(results[0].sum() * 0, hidden)[0].any()
 
 
-DIVISIONS = (dense.Division(32, 1), dense.Division(96, 3), dense.Division(64, 100))
+DIVISIONS = (division.Division(32, 1), division.Division(96, 3), division.Division(64, 100))
 
 
 @pytest.mark.usefixtures("products_term_by_term")
@@ -333,9 +334,9 @@ def test_a_token_has_the_same_bits_in_any_division_and_company(device, monkeypat
     for rows in (slice(40, 41), slice(31, 70), torch.randperm(90)):
         for whole, part in zip(everything[:2], results(rows)[:2], strict=True):
             assert torch.equal(whole[rows], part)
-    for division in DIVISIONS:
-        division = dataclasses.replace(division, tokens=division.tokens * (4 if device.type == "cuda" else 1))
-        monkeypatch.setattr(dense, "divide", lambda *_, division=division: division)
+    for parts in DIVISIONS:
+        parts = dataclasses.replace(parts, tokens=parts.tokens * (4 if device.type == "cuda" else 1))
+        monkeypatch.setattr(strips, "divide", lambda *_, parts=parts: parts)
         divided = results(slice(None))
         for whole, part in zip(everything[:2], divided[:2], strict=True):
             assert torch.equal(whole, part)
@@ -352,10 +353,10 @@ def test_descriptor_path_equals_pointer_path(width, dtype, device, monkeypatch, 
     if not tuning.has_tma(torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)):
         pytest.skip("no copy engine")
     results, descriptors = [], []
-    made = dense.in_blocks
-    monkeypatch.setattr(dense, "in_blocks", lambda *args: descriptors.append(args) or made(*args))
+    made = exponentials.in_blocks
+    monkeypatch.setattr(exponentials, "in_blocks", lambda *args: descriptors.append(args) or made(*args))
     for tma in (False, True):
-        monkeypatch.setattr(dense_operators, "config_for", lambda *_, tma=tma: dataclasses.replace(config, tma=tma))
+        monkeypatch.setattr(strip_operators, "config_for", lambda *_, tma=tma: dataclasses.replace(config, tma=tma))
         loss = EXACT(hidden, weight, targets, reduction="none")
         results.append((loss.detach(), grad(loss.sum(), hidden)[0]))
         assert bool(descriptors) == (tma and width == 40)
@@ -363,23 +364,24 @@ def test_descriptor_path_equals_pointer_path(width, dtype, device, monkeypatch, 
         torch.testing.assert_close(pointer, descriptor, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("filters", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("workspace_mib", [1, 3, 128, 4096])
 @pytest.mark.parametrize("tokens", [1, 130, 8192, 131_072])
-def test_division_fits_the_workspace_and_covers_everything(tokens, workspace_mib, dtype):
+def test_division_fits_the_workspace_and_covers_everything(tokens, workspace_mib, dtype, filters):
     """But for the least there is, a row block and a tile."""
     for capability, vocabulary, features in itertools.product(
         ((8, 0), (8, 6), (9, 0)), (1, 50_021, 256_000), (8, 4096)
     ):
         config = tuning._cuda_config(capability, dtype, "tf32x3")
-        division = dense.divide(tokens, vocabulary, features, dtype, workspace_mib * MIB, 132, config)
+        parts = division.divide(tokens, vocabulary, features, dtype, filters, workspace_mib * MIB, 132, config)
         tiles = -(-vocabulary // config.forward_entries)
-        assert division.tokens % config.row_block == 0
-        assert 1 <= division.tiles <= tiles
-        places = min(division.tokens, tokens)
-        taken = 4 * places * (features + max(tiles, 2) + 3)
-        taken += places * division.tiles * config.forward_entries * dense.strip_dtype(dtype).itemsize
-        assert taken <= workspace_mib * MIB or (division.tokens, division.tiles) == (config.row_block, 1)
+        assert parts.tokens % config.row_block == 0
+        assert 1 <= parts.tiles <= tiles
+        places = min(parts.tokens, tokens)
+        taken = division.bytes_beside(places, tiles, features, filters, config)
+        taken += parts.tiles * division.tile_bytes(places, dtype, filters, config)
+        assert taken <= workspace_mib * MIB or (parts.tokens, parts.tiles) == (config.row_block, 1)
 
 
 def test_where_the_workspace_is_small_tokens_are_taken_in_pieces(device, calls, monkeypatch):
@@ -389,8 +391,8 @@ def test_where_the_workspace_is_small_tokens_are_taken_in_pieces(device, calls, 
     whole = EXACT(hidden, weight, targets)
     assert len(calls) == 1
     calls.clear()
-    divide = dense.divide
-    monkeypatch.setattr(dense, "divide", lambda *args: divide(*args[:4], args[4] // 100, *args[5:]))
+    divide = strips.divide
+    monkeypatch.setattr(strips, "divide", lambda *args: divide(*args[:5], args[5] // 100, *args[6:]))
     loss = EXACT(hidden, weight, targets, workspace_mib=1)
     assert len(calls) > 1 or device.type == "cuda"
     torch.testing.assert_close(grad(loss, hidden), grad(whole, hidden), rtol=1e-5, atol=1e-7)
@@ -412,8 +414,8 @@ def test_operators_keep_the_rules(softcap, with_bias, device):
     hidden, weight, targets = inputs(device, tokens=20)
     targets[:4] = -100
     bias = torch.randn(200, device=device) if with_bias else None
-    arguments = (hidden, weight, bias, targets, -100, softcap, 64)
-    torch.library.opcheck(torch.ops.torchtune_lce.dense_cross_entropy.default, arguments)
+    arguments = (hidden, weight, bias, targets, -100, softcap, None, 64)
+    torch.library.opcheck(torch.ops.torchtune_lce.strip_cross_entropy.default, arguments)
 
 
 def test_compiled_into_one_graph(device):
@@ -439,7 +441,7 @@ def test_second_derivative_is_refused(device):
 @pytest.mark.parametrize("by_library", [False, True])
 def test_second_products_on_a_card(by_library, device, monkeypatch):
     """Ragged, and with pieces; cuBLAS multiplies ignored tokens too, whatever is in their rows."""
-    monkeypatch.setattr(dense, "LEAST_FILL", 2.0 if by_library else 0.0)
+    monkeypatch.setattr(strip_product, "LEAST_FILL", 2.0 if by_library else 0.0)
     hidden, weight, targets = inputs(device, tokens=3001, vocabulary=20_011, width=520, dtype=torch.bfloat16)
     targets[::3] = -100
     safe, used = targets.where(targets != -100, 0), targets != -100
@@ -496,6 +498,7 @@ def test_reference_logits_on_a_card(tokens, width, dtype, device):
         found = reference_logits(operands, targets, rows, count, states, config)
         assert (found[0].double() - exact).abs().max() < 2e-5
         assert torch.equal(found[0], found[1])
+        assert (found[2] >= 1).all()
         assert torch.equal(states, hidden)
         first = found if first is None else first
         assert torch.equal(found, first)

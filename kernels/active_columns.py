@@ -1,0 +1,201 @@
+"""Packs the active columns of a strip: the values of an entry for the tokens of a row block, one after the other.
+
+A second product over them reads nothing else. What is dropped is summed by column as well, for a sample of tokens and
+of tiles: see dropped_mean.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchtune_lce.kernels.division import GROUPS, Sample
+from torchtune_lce.kernels.exponentials import WORD_BITS, Strip
+from torchtune_lce.kernels.operands import Piece
+from torchtune_lce.kernels.overflow import OVERFLOWS
+from torchtune_lce.kernels.tuning import LAUNCH, Config
+
+# Tokens of a row block, its first, that a direction is estimated from.
+SAMPLED_TOKENS = tl.constexpr(32)
+TILES_A_PROGRAM = 4
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What the strips of a piece of M tokens leave out."""
+
+    sample: Sample
+    # [2, 2, M] float32, by parity of the strip: sums of E of all entries through it, and of those that were dropped.
+    running: Tensor
+    columns: Tensor  # [GROUPS, sampled entries] float32: sums over sampled tokens of E c / floor, of inactive entries
+    masses: Tensor  # [GROUPS, sampled tiles] float32: the same of E, over the entries of a tile
+    is_whole: Tensor  # [strips, row blocks] int32: 1 where a row block keeps a strip whole, active or not
+    means: Tensor  # [parts, GROUPS, D] float32: their sum over parts is what a unit of dropped mass adds to u'
+    kept: Tensor  # [row blocks] int32: columns kept of all strips; 0 of row blocks without tokens in use
+    mass: Tensor  # [M] float32: sums of E that were dropped, through the last strip
+
+    @staticmethod
+    def empty(piece: Piece, sample: Sample, kept: Tensor, strip: Strip, config: Config) -> Dropped:
+        vocabulary, features = piece.operands.weight.shape
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return kept.new_empty(shape, dtype=dtype)
+
+        running = empty(2, 2, piece.tokens)
+        strips = len(strip.parts(triton.cdiv(vocabulary, config.forward_entries)))
+        return Dropped(
+            sample,
+            running,
+            empty(GROUPS.value, sample.tiles * config.forward_entries),
+            empty(GROUPS.value, sample.tiles),
+            empty(strips, kept.numel(), dtype=torch.int32),
+            empty(sample.parts(features, kept.device, config), GROUPS.value, features),
+            kept,
+            running[(strips - 1) % 2, 1],
+        )
+
+
+@triton.jit
+def _bits_set(word):
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    word = word + (word >> 8)
+    return (word + (word >> 16)) & 0x3F
+
+
+@triton.jit(do_not_specialize=["first_place", "tokens", "first_tile", "tiles", "first_sampled", "sampled_tiles"])
+def _pack_kernel(
+    words,
+    strip,
+    dropped_sums,
+    floors,
+    packed,
+    columns,
+    active,
+    dropped_columns,
+    dropped_masses,
+    count,
+    first_place,
+    tokens,
+    words_stride,
+    strip_stride,
+    slots,
+    first_tile,
+    tiles,
+    first_sampled,
+    sample_every,
+    blocks_a_group,
+    sampled_tiles,
+    ROW_BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    TILES: tl.constexpr,
+    SLOTS_A_STEP: tl.constexpr,
+):
+    """Of a row block and TILES tiles: their active columns, as far as there are slots; the last tiles' also the number.
+
+    And of a sampled row block and sampled tiles the sums of what is not active, over SAMPLED_TOKENS tokens.
+    """
+    row_block = tl.program_id(0)
+    first = tl.program_id(1) * TILES
+    used = tl.minimum(tl.load(count) - first_place, tokens)
+    in_use = row_block * ROW_BLOCK < used
+    WORDS: tl.constexpr = ENTRIES // WORD_BITS
+    SPAN: tl.constexpr = TILES * ENTRIES
+    own_words = words + row_block.to(tl.int64) * words_stride
+    in_span = tl.arange(0, SPAN)
+    before = tl.where(in_use, first * WORDS, 0)
+    set_before = tl.zeros((SPAN,), tl.int32)
+    for start in range(0, before, SPAN):
+        set_before += _bits_set(tl.load(own_words + start + in_span, mask=start + in_span < before, other=0))
+    first_slot = tl.sum(set_before, 0)
+    # Of a row block without tokens in use no bit is set anywhere.
+    exists = in_span < tl.where(in_use, (tiles - first) * ENTRIES, 0)
+    at = (first + in_span // ENTRIES) * WORDS + in_span % WORDS
+    is_active = (tl.load(own_words + at, mask=exists, other=0) >> (in_span % ENTRIES // WORDS)) & 1
+    slot = first_slot + tl.cumsum(is_active, 0) - 1
+    own_columns = columns + row_block.to(tl.int64) * slots
+    tl.store(own_columns + slot, first * ENTRIES + in_span, mask=(is_active > 0) & (slot < slots))
+    end = first_slot + tl.sum(is_active, 0)
+    tl.store(active + row_block, end, mask=first + TILES >= tiles)
+
+    # What some threads have listed, others read.
+    tl.debug_barrier()
+    place = row_block * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    present = place < used
+    in_step = tl.arange(0, SLOTS_A_STEP)
+    own_packed = packed + row_block.to(tl.int64) * slots * ROW_BLOCK + tl.arange(0, ROW_BLOCK)[None, :]
+    strip_rows = strip + place.to(tl.int64)[None, :] * strip_stride
+    for start in range(first_slot, tl.minimum(end, slots), SLOTS_A_STEP):
+        slot_here = start + in_step
+        listed = slot_here < tl.minimum(end, slots)
+        column = tl.load(own_columns + slot_here, mask=listed, other=0)
+        values = tl.load(strip_rows + column[:, None], mask=listed[:, None] & present[None, :], other=0.0)
+        tl.store(own_packed + slot_here.to(tl.int64)[:, None] * ROW_BLOCK, values, mask=listed[:, None])
+
+    is_sampled = in_use & (row_block % blocks_a_group == 0)
+    group = (row_block // blocks_a_group).to(tl.int64)
+    sampled = row_block * ROW_BLOCK + tl.arange(0, SAMPLED_TOKENS)
+    floor = tl.load(floors + sampled, mask=sampled < used, other=0.0)
+    counts = (floor > 0) & (floor < OVERFLOWS)
+    scale = tl.where(counts, 1 / tl.where(counts, floor, 1.0), 0.0)
+    in_tile = tl.arange(0, ENTRIES)
+    # The first sampled tile from `first` on.
+    number = tl.maximum(first_tile + first - first_sampled + sample_every - 1, 0) // sample_every
+    next_tile = first_sampled + number * sample_every - first_tile
+    last = tl.where(is_sampled, tl.minimum(first + TILES, tiles), 0)
+    for tile in range(next_tile, last, sample_every):
+        word_at = tile * WORDS + in_tile % WORDS
+        is_left = ((tl.load(own_words + word_at) >> (in_tile // WORDS)) & 1) == 0
+        e_at = strip + sampled.to(tl.int64)[:, None] * strip_stride + (tile * ENTRIES + in_tile)[None, :]
+        e = tl.load(e_at, mask=(sampled < used)[:, None] & is_left[None, :], other=0.0).to(tl.float32)
+        by_column = tl.sum(tl.where(e < OVERFLOWS, e * scale[:, None], 0.0), 0)
+        at_group = group * sampled_tiles + (first_tile + tile - first_sampled) // sample_every
+        tl.store(dropped_columns + at_group * ENTRIES + in_tile, by_column)
+        mass = tl.load(dropped_sums + tile * tokens.to(tl.int64) + sampled, mask=sampled < used, other=0.0)
+        tl.store(dropped_masses + at_group, tl.sum(tl.where(mass < OVERFLOWS, mass * scale, 0.0), 0))
+
+
+def pack_active(
+    piece: Piece,
+    strip: Strip,  # packed, columns and active are filled
+    dropped: Dropped,  # columns and masses are filled
+    first: int,  # tile of the vocabulary
+    tiles: int,
+    config: Config,
+) -> None:
+    """One launch."""
+    sample = dropped.sample
+    _pack_kernel[(triton.cdiv(piece.tokens, config.row_block), triton.cdiv(tiles, TILES_A_PROGRAM))](
+        strip.words,
+        strip.values,
+        strip.dropped_sums,
+        piece.floors,
+        strip.packed,
+        strip.columns,
+        strip.active,
+        dropped.columns,
+        dropped.masses,
+        piece.count,
+        piece.first,
+        piece.tokens,
+        strip.words.stride(0),
+        strip.values.stride(0),
+        strip.columns.stride(0),
+        first,
+        tiles,
+        sample.first,
+        sample.every,
+        sample.blocks_a_group,
+        sample.tiles,
+        ROW_BLOCK=config.row_block,
+        ENTRIES=config.forward_entries,
+        TILES=TILES_A_PROGRAM,
+        SLOTS_A_STEP=32,
+        num_warps=4,
+        **LAUNCH,
+    )

@@ -1,0 +1,163 @@
+"""How tokens and vocabulary are walked within a workspace: pieces of tokens, strips of the vocabulary."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton.language as tl
+
+from torchtune_lce.kernels.tuning import Config, programs
+
+# Directions of what is dropped that a piece of tokens has: tl.dot takes no fewer rows than 16.
+GROUPS = tl.constexpr(16)
+# A strip has a slot for a column of each so many entries. With more of them its product in whole is as fast.
+ENTRIES_A_SLOT = 4
+# Parts that the sampled tiles are summed in, each by a program: more would be read again for every row.
+MOST_PARTS = 16
+
+
+@dataclass(frozen=True)
+class Division:
+    """How tokens and vocabulary are walked within a workspace."""
+
+    tokens: int  # of a piece, whole row blocks; the last may be shorter
+    tiles: int  # of a strip, of config.forward_entries entries; the last strip may have fewer
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Tiles ``first``, ``first + every`` and so on of the vocabulary, and of each group of row blocks the first."""
+
+    first: int
+    every: int
+    blocks_a_group: int
+    tiles: int  # how many those are
+
+    def parts(self, features: int, device: torch.device, config: Config) -> int:
+        """How many programs share the sampled tiles of a chunk of features."""
+        return max(min(2 * programs(device) // _ceil(features, config.entry_tile), self.tiles, MOST_PARTS), 1)
+
+    @staticmethod
+    def of(piece: int, pieces: int, row_blocks: int, tiles: int) -> "Sample":
+        """Of the piece-th piece of tokens: together they take every tile once, if that is enough of them for each.
+
+        The mean of some 16,000 weight rows differs from that of all by a hundredth of a row's length.
+        """
+        every = min(max(pieces, 4), 8, max(tiles // 64, 1))
+        first = piece % every
+        return Sample(first, every, _ceil(row_blocks, GROUPS.value), len(range(first, tiles, every)))
+
+
+# What an H100 was measured to lose, in rounds of its 132 programs with a tile of logits each: by a token of a strip for
+# sums that are read and written; by a strip, times the features, for two launches; and by tiles of half as many
+# features, how many times as long they take, since what they load serves fewer products.
+ROUNDS_A_TOKEN, ROUNDS_A_STRIP, HALF_A_CHUNK = 1.6e-4, 800, 1.3
+
+
+@cache
+def divide(
+    tokens: int,
+    vocabulary: int,
+    features: int,
+    dtype: torch.dtype,
+    filters: bool,
+    workspace: int,
+    workers: int,
+    config: Config,
+) -> Division:
+    """The division that takes the fewest rounds within ``workspace`` bytes; the smallest one if none fits.
+
+    Among few, since every number of tokens that a training meets is divided.
+    """
+    tiles = _ceil(vocabulary, config.forward_entries)
+    row_blocks = _ceil(tokens, config.row_block)
+    best, least = Division(config.row_block, 1), math.inf
+    for pieces in itertools.takewhile(row_blocks.__ge__, _numbers_of_pieces()):
+        blocks = _ceil(row_blocks, pieces)
+        places = min(blocks * config.row_block, tokens)
+        room = workspace - bytes_beside(places, tiles, features, filters, config)
+        widest = min(room // tile_bytes(places, dtype, filters, config), tiles)
+        if widest < 1:
+            continue
+        fewest = _ceil(tiles, widest)
+        for strips in range(fewest, min(fewest + 3, tiles) + 1):
+            width = _ceil(tiles, strips)
+            a_strip = _strip_rounds(blocks, width, features, dtype, workers, config)
+            rounds = _ceil(row_blocks, blocks) * _ceil(tiles, width) * a_strip
+            if rounds < least:
+                best, least = Division(blocks * config.row_block, width), rounds
+        if widest == tiles:
+            break
+    return best
+
+
+def _numbers_of_pieces() -> Iterator[int]:
+    """1, 2, 3, 4, 6, 8, 12 and so on."""
+    yield 1
+    for power in itertools.count(1):
+        yield 2**power
+        yield 3 * 2 ** (power - 1)
+
+
+def _ceil(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)
+
+
+def tile_bytes(places: int, dtype: torch.dtype, filters: bool, config: Config) -> int:
+    """Of a tile of a strip's width: its exponentials; which entries are active, their columns, and what is dropped."""
+    entries, size = config.forward_entries, strip_dtype(dtype).itemsize
+    exponentials = entries * places * size
+    if not filters:
+        return exponentials
+    row_blocks = _ceil(places, config.row_block)
+    of_block = entries // 8 + entries // ENTRIES_A_SLOT * (config.row_block * size + 4)
+    return exponentials + row_blocks * of_block + 4 * places
+
+
+def bytes_beside(places: int, tiles: int, features: int, filters: bool, config: Config) -> int:
+    """Of a piece beside its strip: u', the sums of all tiles, S', where rows are done again; and what is dropped."""
+    numbers = places * (features + max(tiles, 2) + 3)
+    if filters:
+        sampled = Sample.of(0, 1, 1, tiles).tiles
+        row_blocks = _ceil(places, config.row_block)
+        by_group = sampled * (config.forward_entries + 1) + MOST_PARTS * features
+        numbers += 4 * places + row_blocks * (tiles + 1) + GROUPS.value * by_group
+    return 4 * numbers
+
+
+def _strip_rounds(blocks: int, width: int, features: int, dtype: torch.dtype, workers: int, config: Config) -> float:
+    sums = min(product_rounds(blocks, features, chunk, workers, config) for chunk in chunks(dtype, config))
+    lost = blocks * config.row_block * ROUNDS_A_TOKEN + ROUNDS_A_STRIP / features
+    return _ceil(blocks * width, workers) + sums * width + lost
+
+
+def product_rounds(blocks: int, features: int, chunk: int, workers: int, config: Config) -> float:
+    """Of the second product, a tile of a strip's width."""
+    slowness = 1 if chunk == config.features else HALF_A_CHUNK
+    return _ceil(blocks * _ceil(features, chunk), workers) * chunk / features * slowness
+
+
+def fill(row_blocks: int, features: int, workers: int, config: Config) -> float:
+    """Of the programs in the rounds that the second product's tiles take, how many have one."""
+    tiles = row_blocks * _ceil(features, config.features)
+    return tiles / (_ceil(tiles, workers) * workers)
+
+
+def chunks(dtype: torch.dtype, config: Config) -> tuple[int, ...]:
+    """How many columns of D a program of the second product may sum at once."""
+    if dtype == torch.float16:
+        return (config.entry_tile,)  # its operands are float32
+    return config.features, config.features // 2
+
+
+def strip_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of E for inputs of a dtype: float16 has no room for it, and its products are taken in tf32, which holds it."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def product_precision(dtype: torch.dtype, config: Config) -> str:
+    """Of the second product, as tl.dot names it."""
+    return "tf32" if dtype == torch.float16 else config.precision

@@ -1,0 +1,285 @@
+"""A strip of the vocabulary: exponentials of its logits, measured from each token's reference, and their sums.
+
+With a filter an entry is active in a row block if some of its tokens gives it ``filter_eps`` or more of what is known
+of its softmax's denominator, a lower bound: from the sample before any strip, and the strips before this one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
+from torchtune_lce.kernels.division import ENTRIES_A_SLOT, strip_dtype
+from torchtune_lce.kernels.operands import Piece
+from torchtune_lce.kernels.primitives import (
+    LOG2_E_SINGLE,
+    bitwise_or,
+    multiply_add,
+    rounded_to_tf32,
+    softcap_slope,
+    softcapped,
+    tile_coordinates,
+)
+from torchtune_lce.kernels.tuning import LAUNCH, Config, programs
+
+WORD_BITS = tl.constexpr(32)
+# Of the first strip with a filter: the entries of a tokenizer's first ids are its most frequent.
+FIRST_TILES = 8
+
+
+@triton.jit(do_not_specialize=["first_place", "tokens", "first_tile", "tiles"])
+def _exponential_kernel(
+    states,
+    state_blocks,
+    weight,
+    weight_blocks,
+    bias,
+    labels,
+    references,
+    floors,
+    totals_before,
+    strip,
+    strip_blocks,
+    sums,
+    dropped_sums,
+    words,
+    count,
+    first_place,
+    tokens,
+    entries_total,
+    features,
+    weight_stride,
+    strip_stride,
+    words_stride,
+    first_tile,
+    tiles,
+    softcap,
+    eps,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    FILTER: tl.constexpr,
+    TMA: tl.constexpr,
+    RAGGED: tl.constexpr,
+    FOR_TF32: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """E of `tiles` tiles of ENTRIES entries from `first_tile` on, and each tile's sum of it a token: sums[tile, place].
+
+    The target's own cell is 0, in both. What is stored is E times the softcap's derivative; sums are of E alone. With
+    FILTER also a bit for each row block and entry, 1 where active, and each tile's sums over the entries that are not.
+    Entry e of a tile of W words is bit e // W of its word e % W, the order in which one thread holds its columns.
+    """
+    used = tl.minimum(tl.load(count) - first_place, tokens)
+    row_blocks = tl.cdiv(tl.maximum(used, 0), ROW_BLOCK)
+    for index in tl.range(tl.program_id(0), row_blocks * tiles, tl.num_programs(0), flatten=TMA):
+        row_block, column = tile_coordinates(index, row_blocks, tiles, GROUP)
+        tile = first_tile + column
+        place = row_block * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+        present = place < used
+        in_tile = tl.arange(0, ENTRIES)
+        entries = tile * ENTRIES + in_tile
+        logits = tl.zeros((ROW_BLOCK, ENTRIES), tl.float32)
+        if TMA:
+            for start in range(0, features, BLOCK_D):
+                a = state_blocks.load([row_block * ROW_BLOCK, start])
+                b = weight_blocks.load([tile * ENTRIES, start])
+                logits = tl.dot(a, b.T, logits, input_precision=PRECISION)
+        else:
+            depth = tl.arange(0, BLOCK_D)
+            state_rows = states + place.to(tl.int64)[:, None] * features
+            weight_rows = weight + entries.to(tl.int64)[None, :] * weight_stride
+            exists = (entries < entries_total)[None, :]
+            for start in range(0, features, BLOCK_D):
+                d = start + depth
+                a = tl.load(state_rows + d[None, :], mask=present[:, None] & (d < features)[None, :], other=0.0)
+                b = tl.load(weight_rows + d[:, None], mask=exists & (d < features)[:, None], other=0.0)
+                logits = tl.dot(a, b, logits, input_precision=PRECISION)
+        if HAS_BIAS:
+            logits += tl.load(bias + entries, mask=entries < entries_total, other=0.0).to(tl.float32)[None, :]
+        if HAS_SOFTCAP:
+            logits = softcapped(logits, softcap)
+        reference = tl.load(references + place, mask=present, other=0.0)
+        powers = tl.exp2(multiply_add(logits, LOG2_E_SINGLE, (reference * -LOG2_E_SINGLE)[:, None]))
+        own = tl.load(labels + place, mask=present, other=0).to(tl.int32) - tile * ENTRIES
+        left_out = in_tile[None, :] == own[:, None]
+        if RAGGED:
+            left_out = left_out | (entries >= entries_total)[None, :]
+        powers = tl.where(left_out, 0.0, powers)
+        tl.store(sums + tile.to(tl.int64) * tokens + place, tl.sum(powers, 1), mask=present)
+        if FILTER:
+            WORDS: tl.constexpr = ENTRIES // WORD_BITS
+            least = tl.load(floors + place, mask=present, other=float("inf"))
+            before = tl.load(totals_before + place, mask=place < tl.where(first_tile > 0, used, 0), other=0.0)
+            least = tl.maximum(least, before) * eps
+            # False for a NaN, which has no vote.
+            votes = tl.reshape(powers > least[:, None], (ROW_BLOCK, WORD_BITS, WORDS))
+            in_word = tl.arange(0, WORD_BITS)
+            word = tl.reduce(tl.sum(tl.where(votes, 1 << in_word[None, :, None], 0), 1), 0, bitwise_or)
+            own_words = words + row_block.to(tl.int64) * words_stride + column * WORDS
+            tl.store(own_words + tl.arange(0, WORDS), word)
+            is_active = (word[None, None, :] >> in_word[None, :, None]) & 1
+            left = tl.where(is_active > 0, 0.0, tl.reshape(powers, (ROW_BLOCK, WORD_BITS, WORDS)))
+            dropped = tl.sum(tl.sum(left, 1), 1)
+            tl.store(dropped_sums + column.to(tl.int64) * tokens + place, dropped, mask=present)
+        if HAS_SOFTCAP:
+            powers *= softcap_slope(logits, softcap)
+        if FOR_TF32:
+            powers = rounded_to_tf32(powers)
+        values = powers.to(strip.dtype.element_ty)
+        if TMA and strip.dtype.element_ty != tl.float32:
+            strip_blocks.store([row_block * ROW_BLOCK, column * ENTRIES], values)
+        else:
+            # In halves: reordered for wide stores, all of a tile would not fit beside the operands.
+            HALF: tl.constexpr = ENTRIES // 2
+            left, right = values.reshape(ROW_BLOCK, 2, HALF).permute(0, 2, 1).split()
+            half = column * ENTRIES + tl.arange(0, HALF)
+            at = strip + place.to(tl.int64)[:, None] * strip_stride + half[None, :]
+            tl.store(at, left, mask=present[:, None])
+            tl.store(at + HALF, right, mask=present[:, None])
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Memory of the widest strip of M places; with a filter also which entries of it are active, and their columns.
+
+    A column is the values of an entry for the tokens of a row block. Where more of them are active than ``packed`` has
+    room for, the row block keeps the strip whole.
+    """
+
+    tiles: int
+    first_tiles: int  # of the first strip: fewer with a filter, since it knows least of the denominators
+    values: Tensor  # [M, entries] of strip_dtype: E times the softcap's derivative
+    words: Tensor | None  # [row blocks, entries / 32] int32: a bit an entry, as _exponential_kernel orders them
+    dropped_sums: Tensor | None  # [tiles, M] float32: sums of E over a tile's entries that are not active
+    packed: Tensor | None  # [row blocks, slots, tokens of a row block]: active columns of ``values``, in their order
+    columns: Tensor | None  # [row blocks, slots] int32: their entries, counted from the strip's first
+    active: Tensor | None  # [row blocks] int32: how many are active
+
+    @staticmethod
+    def empty(places: int, tiles: int, filters: bool, hidden: Tensor, config: Config) -> Strip:
+        entries = tiles * config.forward_entries
+        values = hidden.new_empty((places, entries), dtype=strip_dtype(hidden.dtype))
+        if not filters:
+            return Strip(tiles, tiles, values, *[None] * 5)
+        row_blocks = triton.cdiv(places, config.row_block)
+        slots = entries // ENTRIES_A_SLOT
+
+        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+            return hidden.new_empty(shape, dtype=dtype)
+
+        return Strip(
+            tiles,
+            min(tiles, FIRST_TILES),
+            values,
+            empty(row_blocks, entries // WORD_BITS.value, dtype=torch.int32),
+            empty(tiles, places, dtype=torch.float32),
+            empty(row_blocks, slots, config.row_block, dtype=values.dtype),
+            empty(row_blocks, slots, dtype=torch.int32),
+            empty(row_blocks, dtype=torch.int32),
+        )
+
+    def parts(self, tiles: int) -> list[tuple[int, int]]:
+        """(first tile, tiles) of each strip of a vocabulary."""
+        starts = [0, *range(self.first_tiles, tiles, self.tiles)]
+        return [(start, end - start) for start, end in itertools.pairwise([*starts, tiles])]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Descriptors of a piece's states, of the weight and of the strip, None where the copy engine cannot read them.
+
+    ``weight`` and ``stored`` are a tile of the forward's, ``weight_rows`` and ``strip_rows`` a step of the second
+    product's; the copy engine stores 16 bits alone.
+    """
+
+    states: object | None = None
+    weight: object | None = None
+    stored: object | None = None
+    weight_rows: object | None = None
+    strip_rows: object | None = None
+
+    @staticmethod
+    def of(piece: Piece, strip: Strip, depth: int, features: int, config: Config) -> Blocks:
+        """``depth`` and ``features`` of a step of the second product."""
+        weight, states = piece.operands.weight, piece.states
+        if not has_blocks(config, states, weight):
+            return Blocks()
+        stored = None
+        if strip.values.element_size() == 2:
+            stored = in_blocks(strip.values, config.row_block, config.forward_entries)
+        return Blocks(
+            in_blocks(states, config.row_block, config.block_d),
+            in_blocks(weight, config.forward_entries, config.block_d),
+            stored,
+            in_blocks(weight, depth, features),
+            in_blocks(strip.values, config.row_block, depth),
+        )
+
+
+def strip_exponentials(
+    piece: Piece,
+    strip: Strip,  # filled
+    blocks: Blocks,
+    tile_sums: Tensor,  # [tiles, M] float32, filled for the strip's tiles
+    totals_before: Tensor | None,  # [M] float32: with a filter T + S' of the strips before, of no meaning in the first
+    first: int,  # tile of the vocabulary
+    tiles: int,
+    eps: float | None,
+    config: Config,
+) -> None:
+    """One launch."""
+    operands, states = piece.operands, piece.states
+    vocabulary, features = operands.weight.shape
+    row_blocks = triton.cdiv(piece.tokens, config.row_block)
+    _exponential_kernel[(min(programs(states.device), row_blocks * tiles),)](
+        states,
+        blocks.states,
+        operands.weight,
+        blocks.weight,
+        operands.bias,
+        piece.labels,
+        piece.references,
+        piece.floors,
+        totals_before,
+        strip.values,
+        blocks.stored,
+        tile_sums,
+        strip.dropped_sums,
+        strip.words,
+        piece.count,
+        piece.first,
+        piece.tokens,
+        vocabulary,
+        features,
+        operands.weight.stride(0),
+        strip.values.stride(0),
+        strip.tiles * config.forward_entries // WORD_BITS.value,
+        first,
+        tiles,
+        operands.softcap or 1.0,
+        eps or 0.0,
+        HAS_BIAS=operands.bias is not None,
+        HAS_SOFTCAP=operands.softcap is not None,
+        FILTER=eps is not None,
+        TMA=blocks.states is not None,
+        RAGGED=(first + tiles) * config.forward_entries > vocabulary,
+        FOR_TF32=states.dtype == torch.float16,
+        ROW_BLOCK=config.row_block,
+        ENTRIES=config.forward_entries,
+        BLOCK_D=config.block_d,
+        GROUP=config.group,
+        PRECISION=config.precision,
+        num_warps=config.warps,
+        num_stages=config.forward_stages,
+        **LAUNCH,
+    )

@@ -1,0 +1,128 @@
+"""Loss and hidden gradient in one walk over the vocabulary, for a projection that is not trained.
+
+With E = exp(logit - reference), measured a row from its target's logit (reference_logits.py), and S' and u' the sums of
+E and of E c w over all entries but the target, c being the softcap's derivative:
+
+    loss = log(1 + S' / T),    gradient of loss and log-sum-exp by hidden = g (u' - S' c_t w_t) / (T + S') + ...
+
+with T = E of the target; row_gradients.py has all of it. So what u' needs of a strip of the vocabulary is known as soon
+as the strip's logits are: one kernel leaves E of the strip and its row sums (exponentials.py), a second product adds E
+times the strip's weight rows to u' (strip_product.py). With a filter that is over the active columns of each row block
+alone (active_columns.py), and what they leave out gives its mean (dropped_mean.py). The backward then has no kernel
+that sees the vocabulary. The workspace holds one strip and u'. Where it is small, tokens are taken in pieces: with
+narrow strips the sums would be read and written too often (division.py).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchtune_lce.kernels.active_columns import Dropped, pack_active
+from torchtune_lce.kernels.division import Sample, divide, product_precision
+from torchtune_lce.kernels.dropped_mean import find_means
+from torchtune_lce.kernels.exponentials import Blocks, Strip, strip_exponentials
+from torchtune_lce.kernels.operands import Operands, Piece, Walk
+from torchtune_lce.kernels.overflow import redo_overflown
+from torchtune_lce.kernels.reference_logits import reference_logits
+from torchtune_lce.kernels.row_gradients import finish_rows
+from torchtune_lce.kernels.strip_product import add_product, step
+from torchtune_lce.kernels.tuning import LAUNCH, Config, programs
+
+
+# Tiles are added in their order, from the first on, whatever strips they came in, and how threads share the work must
+# not depend on whether a number is a multiple of 16: a token's sum has the same bits in any company.
+@triton.jit(do_not_specialize=["first_place", "tokens", "tiles"])
+def _row_sum_kernel(sums, row_sums, count, first_place, tokens, tiles, TILES: tl.constexpr, BLOCK: tl.constexpr):
+    """row_sums[place] = sum of sums[:, place]."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    present = place < tl.minimum(tl.load(count) - first_place, tokens)
+    tile = tl.arange(0, TILES)
+    total = tl.zeros((BLOCK,), tl.float32)
+    parts = sums + tile.to(tl.int64)[:, None] * tokens + place[None, :]
+    for first in range(0, tiles, TILES):
+        mask = (first + tile < tiles)[:, None] & present[None, :]
+        total += tl.sum(tl.load(parts, mask=mask, other=0.0), 0)
+        parts += TILES * tokens.to(tl.int64)
+    tl.store(row_sums + place, total, mask=present)
+
+
+def walk_rows(
+    operands: Operands,  # without an adapter
+    targets: Tensor,  # [N], as they came: where one names no entry, its token's results are NaN
+    rows: Tensor,  # [N] int64: rows of hidden, those in use first
+    labels: Tensor,  # [N], in that order
+    count: Tensor,  # [1] int32, rows in use, on the device
+    eps: float | None,  # None: nothing is filtered
+    workspace: int,  # bytes
+    config: Config,
+) -> Walk:
+    """Reads nothing back to the host. The values' memory holds the hidden states in the places' order before."""
+    hidden = operands.hidden
+    tokens, features = hidden.shape
+    vocabulary = operands.weight.shape[0]
+    filters = eps is not None
+    values = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return values.new_empty(shape, dtype=dtype)
+
+    row_blocks = triton.cdiv(tokens, config.row_block)
+    dropped_mass, kept = (
+        empty(tokens * filters),
+        values.new_zeros(row_blocks, dtype=torch.int32) if filters else empty(0, dtype=torch.int32),
+    )
+    results = Walk(empty(tokens), empty(tokens), empty(tokens), dropped_mass, values, empty(2, tokens), kept)
+    if not tokens:
+        return results
+    logits = reference_logits(operands, targets, rows, count, values, config)
+    tiles = triton.cdiv(vocabulary, config.forward_entries)
+    workers = programs(hidden.device)
+    division = divide(tokens, vocabulary, features, hidden.dtype, filters, workspace, workers, config)
+    places = min(division.tokens, tokens)
+    totals = empty(places, features)
+    sums = empty((max(tiles, 2) + 3) * places)
+    strip = Strip.empty(places, division.tiles, filters, hidden, config)
+    for number, first in enumerate(range(0, tokens, places)):
+        here = slice(first, first + places)
+        piece = Piece(operands, rows[here], labels[here], count, first, values[here], *logits[:, here])
+        row_sums, redone, tile_sums = (
+            sums[from_ * piece.tokens : to * piece.tokens] for from_, to in ((0, 1), (1, 3), (3, max(tiles, 2) + 3))
+        )
+        left_out = None
+        if filters:
+            blocks = slice(first // config.row_block, triton.cdiv(first + piece.tokens, config.row_block))
+            sample = Sample.of(number, triton.cdiv(tokens, places), blocks.stop - blocks.start, tiles)
+            left_out = Dropped.empty(piece, sample, kept[blocks], strip, config)
+        walk(piece, totals, strip, tile_sums, left_out, eps, config)
+        _row_sum_kernel[(triton.cdiv(piece.tokens, 32),)](
+            tile_sums, row_sums, count, first, piece.tokens, tiles, TILES=64, BLOCK=32, num_warps=4, **LAUNCH
+        )
+        redo_overflown(piece, row_sums, tile_sums, redone, totals, product_precision(hidden.dtype, config), config)
+        if left_out is not None:
+            find_means(piece, left_out, strip, config)
+        finish_rows(piece, totals, row_sums, redone, left_out, results, config)
+    return results
+
+
+def walk(
+    piece: Piece,
+    totals: Tensor,  # [M, D] float32, filled: u'
+    strip: Strip,
+    tile_sums: Tensor,  # [tiles, M] float32, filled: sums of E
+    dropped: Dropped | None,  # filled
+    eps: float | None,
+    config: Config,
+) -> None:
+    """Every strip's exponentials and their product with its weight rows."""
+    vocabulary = piece.operands.weight.shape[0]
+    tiles = triton.cdiv(vocabulary, config.forward_entries)
+    row_blocks = triton.cdiv(piece.tokens, config.row_block)
+    depth, chunk = step(row_blocks, piece.states.shape[1], piece.states.dtype, programs(piece.states.device), config)
+    blocks = Blocks.of(piece, strip, depth, chunk, config)
+    for number, (first, here) in enumerate(strip.parts(tiles)):
+        before = dropped and dropped.running[(number - 1) % 2, 0]
+        strip_exponentials(piece, strip, blocks, tile_sums, before, first, here, eps, config)
+        if dropped is not None:
+            pack_active(piece, strip, dropped, first, here, config)
+        add_product(piece, strip, blocks, tile_sums, dropped, totals, number, first, here, config)
