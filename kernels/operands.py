@@ -56,7 +56,7 @@ class Places:
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens that a walk over strips takes at once, places ``first`` to ``first + M``: those before the count are in use."""
+    """Tokens that a walk over strips takes at once, places ``first`` to ``first + M``; in use are those below count."""
 
     operands: Operands  # without an adapter
     rows: Tensor  # [M] int64: row of hidden at each place
