@@ -531,6 +531,8 @@ def test_the_mean_of_what_is_dropped_is_added_back(device, strips, monkeypatch):
     if strips == "many":
         monkeypatch.setattr(autograd, "make_plan", lambda *args: plan.make_plan(*args[:6], 2 * args[4], *args[7:]))
     hidden.requires_grad_()
+    # With a frozen projection it is another walk, see test_sparse.py.
+    weight.requires_grad_()
     upstream = torch.randn(2, len(targets), device=device)
 
     def gradient(impl):
@@ -565,12 +567,11 @@ def test_same_bits_every_run(device):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize("frozen", ["hidden", "weight"])
-def test_a_frozen_input_leaves_the_other_gradient_as_it_is(device, frozen):
+def test_frozen_hidden_states_leave_the_weight_gradient_as_it_is(device):
     hidden, weight, targets = peaked(device)
-    both = dict(zip(("hidden", "weight"), gradients(hidden, weight, targets), strict=True))
-    (alone,) = gradients(hidden, weight, targets, frozen=(frozen,))
-    assert torch.equal(alone, both["weight" if frozen == "hidden" else "hidden"])
+    _, both = gradients(hidden, weight, targets)
+    (alone,) = gradients(hidden, weight, targets, frozen=("hidden",))
+    assert torch.equal(alone, both)
 
 
 @pytest.mark.usefixtures("products_term_by_term")
