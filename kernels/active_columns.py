@@ -1,11 +1,12 @@
-"""Packs the active columns of a strip: the values of an entry for the tokens of a row block, one after the other.
+"""Packs the active columns of strips: the values of an entry for the tokens of a row block, one after the other.
 
-A second product over them reads nothing else. What is dropped is summed by column as well, for a sample of tokens and
-of tiles: see dropped_mean.py.
+They wait there, those of several strips, for a second product that reads nothing else: each product reads and writes
+all of u'. What is dropped is summed by column as well, for a sample of tokens and of tiles: see dropped_mean.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,8 @@ from torchtune_lce.kernels.division import GROUPS, Sample
 from torchtune_lce.kernels.exponentials import WORD_BITS, Strip
 from torchtune_lce.kernels.operands import Piece
 from torchtune_lce.kernels.overflow import OVERFLOWS
-from torchtune_lce.kernels.tuning import LAUNCH, Config
+from torchtune_lce.kernels.repeated import Repeated
+from torchtune_lce.kernels.tuning import Config
 
 # Tokens of a row block, its first, that a direction is estimated from.
 SAMPLED_TOKENS = tl.constexpr(32)
@@ -68,15 +70,18 @@ def _bits_set(word):
     return (word + (word >> 16)) & 0x3F
 
 
-@triton.jit(do_not_specialize=["first_place", "tokens", "first_tile", "tiles", "first_sampled", "sampled_tiles"])
+@triton.jit(
+    do_not_specialize=["first_place", "tokens", "first_sampled", "sampled_tiles", "number", "first_tile", "tiles"]
+)
 def _pack_kernel(
     words,
     strip,
     dropped_sums,
     floors,
     packed,
-    columns,
+    packed_entries,
     active,
+    waiting,
     dropped_columns,
     dropped_masses,
     count,
@@ -85,18 +90,21 @@ def _pack_kernel(
     words_stride,
     strip_stride,
     slots,
-    first_tile,
-    tiles,
+    row_blocks,
     first_sampled,
     sample_every,
     blocks_a_group,
     sampled_tiles,
+    number,
+    first_tile,
+    tiles,
     ROW_BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
     TILES: tl.constexpr,
     SLOTS_A_STEP: tl.constexpr,
 ):
-    """Of a row block and TILES tiles: their active columns, as far as there are slots; the last tiles' also the number.
+    """Of a row block and TILES tiles: their active columns, behind those that wait, as far as there are slots; the last
+    tiles' also the number.
 
     And of a sampled row block and sampled tiles the sums of what is not active, over SAMPLED_TOKENS tokens.
     """
@@ -112,29 +120,31 @@ def _pack_kernel(
     set_before = tl.zeros((SPAN,), tl.int32)
     for start in range(0, before, SPAN):
         set_before += _bits_set(tl.load(own_words + start + in_span, mask=start + in_span < before, other=0))
-    first_slot = tl.sum(set_before, 0)
+    waiting_here = tl.load(waiting + number % 2 * 2 * row_blocks + row_block, mask=number > 0, other=0)
+    first_slot = waiting_here + tl.sum(set_before, 0)
     # Of a row block without tokens in use no bit is set anywhere.
     exists = in_span < tl.where(in_use, (tiles - first) * ENTRIES, 0)
     at = (first + in_span // ENTRIES) * WORDS + in_span % WORDS
     is_active = (tl.load(own_words + at, mask=exists, other=0) >> (in_span % ENTRIES // WORDS)) & 1
     slot = first_slot + tl.cumsum(is_active, 0) - 1
-    own_columns = columns + row_block.to(tl.int64) * slots
-    tl.store(own_columns + slot, first * ENTRIES + in_span, mask=(is_active > 0) & (slot < slots))
+    own_entries = packed_entries + row_block.to(tl.int64) * slots
+    first_entry = first_tile * ENTRIES
+    tl.store(own_entries + slot, first_entry + first * ENTRIES + in_span, mask=(is_active > 0) & (slot < slots))
     end = first_slot + tl.sum(is_active, 0)
     tl.store(active + row_block, end, mask=first + TILES >= tiles)
 
     # What some threads have listed, others read.
     tl.debug_barrier()
-    place = row_block * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
-    present = place < used
     in_step = tl.arange(0, SLOTS_A_STEP)
-    own_packed = packed + row_block.to(tl.int64) * slots * ROW_BLOCK + tl.arange(0, ROW_BLOCK)[None, :]
-    strip_rows = strip + place.to(tl.int64)[None, :] * strip_stride
+    in_block = tl.arange(0, ROW_BLOCK)
+    own_packed = packed + row_block.to(tl.int64) * slots * ROW_BLOCK + in_block[None, :]
+    own_columns = strip + row_block * ROW_BLOCK + in_block[None, :]
     for start in range(first_slot, tl.minimum(end, slots), SLOTS_A_STEP):
         slot_here = start + in_step
         listed = slot_here < tl.minimum(end, slots)
-        column = tl.load(own_columns + slot_here, mask=listed, other=0)
-        values = tl.load(strip_rows + column[:, None], mask=listed[:, None] & present[None, :], other=0.0)
+        column = tl.load(own_entries + slot_here, mask=listed, other=0) - first_entry
+        # Of tokens that are not in use there may be anything: it stays in their rows.
+        values = tl.load(own_columns + column.to(tl.int64)[:, None] * strip_stride, mask=listed[:, None], other=0.0)
         tl.store(own_packed + slot_here.to(tl.int64)[:, None] * ROW_BLOCK, values, mask=listed[:, None])
 
     is_sampled = in_use & (row_block % blocks_a_group == 0)
@@ -145,13 +155,13 @@ def _pack_kernel(
     scale = tl.where(counts, 1 / tl.where(counts, floor, 1.0), 0.0)
     in_tile = tl.arange(0, ENTRIES)
     # The first sampled tile from `first` on.
-    number = tl.maximum(first_tile + first - first_sampled + sample_every - 1, 0) // sample_every
-    next_tile = first_sampled + number * sample_every - first_tile
+    nth = tl.maximum(first_tile + first - first_sampled + sample_every - 1, 0) // sample_every
+    next_tile = first_sampled + nth * sample_every - first_tile
     last = tl.where(is_sampled, tl.minimum(first + TILES, tiles), 0)
     for tile in range(next_tile, last, sample_every):
         word_at = tile * WORDS + in_tile % WORDS
         is_left = ((tl.load(own_words + word_at) >> (in_tile // WORDS)) & 1) == 0
-        e_at = strip + sampled.to(tl.int64)[:, None] * strip_stride + (tile * ENTRIES + in_tile)[None, :]
+        e_at = strip + (tile * ENTRIES + in_tile).to(tl.int64)[None, :] * strip_stride + sampled[:, None]
         e = tl.load(e_at, mask=(sampled < used)[:, None] & is_left[None, :], other=0.0).to(tl.float32)
         by_column = tl.sum(tl.where(e < OVERFLOWS, e * scale[:, None], 0.0), 0)
         at_group = group * sampled_tiles + (first_tile + tile - first_sampled) // sample_every
@@ -162,40 +172,46 @@ def _pack_kernel(
 
 def pack_active(
     piece: Piece,
-    strip: Strip,  # packed, columns and active are filled
+    strip: Strip,  # packed, entries and active are filled
     dropped: Dropped,  # columns and masses are filled
-    first: int,  # tile of the vocabulary
-    tiles: int,
     config: Config,
-) -> None:
-    """One launch."""
+) -> Callable[[int, int, int], None]:
+    """What launches it for a strip: its number, its first tile of the vocabulary, and how many tiles it has."""
     sample = dropped.sample
-    _pack_kernel[(triton.cdiv(piece.tokens, config.row_block), triton.cdiv(tiles, TILES_A_PROGRAM))](
-        strip.words,
-        strip.values,
-        strip.dropped_sums,
-        piece.floors,
-        strip.packed,
-        strip.columns,
-        strip.active,
-        dropped.columns,
-        dropped.masses,
-        piece.count,
-        piece.first,
-        piece.tokens,
-        strip.words.stride(0),
-        strip.values.stride(0),
-        strip.columns.stride(0),
-        first,
-        tiles,
-        sample.first,
-        sample.every,
-        sample.blocks_a_group,
-        sample.tiles,
+    row_blocks = triton.cdiv(piece.tokens, config.row_block)
+    kernel = Repeated(
+        _pack_kernel,
+        (
+            strip.words,
+            strip.values,
+            strip.dropped_sums,
+            piece.floors,
+            strip.packed,
+            strip.entries,
+            strip.active,
+            strip.waiting,
+            dropped.columns,
+            dropped.masses,
+            piece.count,
+            piece.first,
+            piece.tokens,
+            strip.words.stride(0),
+            strip.values.stride(0),
+            strip.entries.stride(0),
+            strip.waiting.stride(1),
+            sample.first,
+            sample.every,
+            sample.blocks_a_group,
+            sample.tiles,
+        ),
         ROW_BLOCK=config.row_block,
         ENTRIES=config.forward_entries,
         TILES=TILES_A_PROGRAM,
         SLOTS_A_STEP=32,
         num_warps=4,
-        **LAUNCH,
     )
+
+    def launch(number: int, first: int, tiles: int) -> None:
+        kernel((row_blocks, triton.cdiv(tiles, TILES_A_PROGRAM)), number, first, tiles)
+
+    return launch

@@ -109,10 +109,10 @@ def _ceil(dividend: int, divisor: int) -> int:
 def tile_bytes(places: int, dtype: torch.dtype, filters: bool, config: Config) -> int:
     """Of a tile of a strip's width: its exponentials; which entries are active, their columns, and what is dropped."""
     entries, size = config.forward_entries, strip_dtype(dtype).itemsize
-    exponentials = entries * places * size
+    row_blocks = _ceil(places, config.row_block)
+    exponentials = entries * row_blocks * config.row_block * size
     if not filters:
         return exponentials
-    row_blocks = _ceil(places, config.row_block)
     of_block = entries // 8 + entries // ENTRIES_A_SLOT * (config.row_block * size + 4)
     return exponentials + row_blocks * of_block + 4 * places
 
@@ -124,7 +124,7 @@ def bytes_beside(places: int, tiles: int, features: int, filters: bool, config: 
         sampled = Sample.of(0, 1, 1, tiles).tiles
         row_blocks = _ceil(places, config.row_block)
         by_group = sampled * (config.forward_entries + 1) + MOST_PARTS * features
-        numbers += 4 * places + row_blocks * (tiles + 1) + GROUPS.value * by_group
+        numbers += 4 * places + row_blocks * (tiles + 6) + GROUPS.value * by_group
     return 4 * numbers
 
 

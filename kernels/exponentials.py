@@ -7,6 +7,7 @@ of its softmax's denominator, a lower bound: from the sample before any strip, a
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,14 +27,15 @@ from torchtune_lce.kernels.primitives import (
     softcapped,
     tile_coordinates,
 )
-from torchtune_lce.kernels.tuning import LAUNCH, Config, programs
+from torchtune_lce.kernels.repeated import Repeated
+from torchtune_lce.kernels.tuning import Config, programs
 
 WORD_BITS = tl.constexpr(32)
 # Of the first strip with a filter: the entries of a tokenizer's first ids are its most frequent.
 FIRST_TILES = 8
 
 
-@triton.jit(do_not_specialize=["first_place", "tokens", "first_tile", "tiles"])
+@triton.jit(do_not_specialize=["first_place", "tokens", "number", "first_tile", "tiles"])
 def _exponential_kernel(
     states,
     state_blocks,
@@ -43,7 +45,7 @@ def _exponential_kernel(
     labels,
     references,
     floors,
-    totals_before,
+    running,
     strip,
     strip_blocks,
     sums,
@@ -57,10 +59,11 @@ def _exponential_kernel(
     weight_stride,
     strip_stride,
     words_stride,
-    first_tile,
-    tiles,
     softcap,
     eps,
+    number,
+    first_tile,
+    tiles,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     FILTER: tl.constexpr,
@@ -75,8 +78,9 @@ def _exponential_kernel(
 ):
     """E of `tiles` tiles of ENTRIES entries from `first_tile` on, and each tile's sum of it a token: sums[tile, place].
 
-    The target's own cell is 0, in both. What is stored is E times the softcap's derivative; sums are of E alone. With
-    FILTER also a bit for each row block and entry, 1 where active, and each tile's sums over the entries that are not.
+    The target's own cell is 0, in both. What is stored, by entry, is E times the softcap's derivative; sums are of E
+    alone. With FILTER also a bit for each row block and entry, 1 where active, and each tile's sums over the entries
+    that are not.
     Entry e of a tile of W words is bit e // W of its word e % W, the order in which one thread holds its columns.
     """
     used = tl.minimum(tl.load(count) - first_place, tokens)
@@ -119,7 +123,8 @@ def _exponential_kernel(
         if FILTER:
             WORDS: tl.constexpr = ENTRIES // WORD_BITS
             least = tl.load(floors + place, mask=present, other=float("inf"))
-            before = tl.load(totals_before + place, mask=place < tl.where(first_tile > 0, used, 0), other=0.0)
+            known = running + ((number + 1) % 2).to(tl.int64) * 2 * tokens + place
+            before = tl.load(known, mask=place < tl.where(number > 0, used, 0), other=0.0)
             least = tl.maximum(least, before) * eps
             # False for a NaN, which has no vote.
             votes = tl.reshape(powers > least[:, None], (ROW_BLOCK, WORD_BITS, WORDS))
@@ -136,42 +141,44 @@ def _exponential_kernel(
         if FOR_TF32:
             powers = rounded_to_tf32(powers)
         values = powers.to(strip.dtype.element_ty)
-        if TMA and strip.dtype.element_ty != tl.float32:
-            strip_blocks.store([row_block * ROW_BLOCK, column * ENTRIES], values)
+        if strip_blocks is not None:
+            strip_blocks.store([column * ENTRIES, row_block * ROW_BLOCK], values.T)
         else:
             # In halves: reordered for wide stores, all of a tile would not fit beside the operands.
             HALF: tl.constexpr = ENTRIES // 2
             left, right = values.reshape(ROW_BLOCK, 2, HALF).permute(0, 2, 1).split()
             half = column * ENTRIES + tl.arange(0, HALF)
-            at = strip + place.to(tl.int64)[:, None] * strip_stride + half[None, :]
+            at = strip + half.to(tl.int64)[None, :] * strip_stride + place[:, None]
             tl.store(at, left, mask=present[:, None])
-            tl.store(at + HALF, right, mask=present[:, None])
+            tl.store(at + HALF * strip_stride, right, mask=present[:, None])
 
 
 @dataclass(frozen=True)
 class Strip:
     """Memory of the widest strip of M places; with a filter also which entries of it are active, and their columns.
 
-    A column is the values of an entry for the tokens of a row block. Where more of them are active than ``packed`` has
-    room for, the row block keeps the strip whole.
+    A column is the values of an entry for the tokens of a row block: one run of memory, M being whole row blocks. Those
+    of active entries are copied to where they wait for a product with those of later strips. Where there is no room for
+    a strip's, the row block keeps it whole.
     """
 
     tiles: int
     first_tiles: int  # of the first strip: fewer with a filter, since it knows least of the denominators
-    values: Tensor  # [M, entries] of strip_dtype: E times the softcap's derivative
+    values: Tensor  # [entries, M] of strip_dtype: E times the softcap's derivative
     words: Tensor | None  # [row blocks, entries / 32] int32: a bit an entry, as _exponential_kernel orders them
     dropped_sums: Tensor | None  # [tiles, M] float32: sums of E over a tile's entries that are not active
     packed: Tensor | None  # [row blocks, slots, tokens of a row block]: active columns of ``values``, in their order
-    columns: Tensor | None  # [row blocks, slots] int32: their entries, counted from the strip's first
-    active: Tensor | None  # [row blocks] int32: how many are active
+    entries: Tensor | None  # [row blocks, slots] int32: whose columns those are
+    active: Tensor | None  # [row blocks] int32: how many have waited, and those of this strip
+    waiting: Tensor | None  # [2, 2, row blocks] int32, by parity of the strip: how many wait; whether u' has any
 
     @staticmethod
     def empty(places: int, tiles: int, filters: bool, hidden: Tensor, config: Config) -> Strip:
         entries = tiles * config.forward_entries
-        values = hidden.new_empty((places, entries), dtype=strip_dtype(hidden.dtype))
-        if not filters:
-            return Strip(tiles, tiles, values, *[None] * 5)
         row_blocks = triton.cdiv(places, config.row_block)
+        values = hidden.new_empty((entries, row_blocks * config.row_block), dtype=strip_dtype(hidden.dtype))
+        if not filters:
+            return Strip(tiles, tiles, values, *[None] * 6)
         slots = entries // ENTRIES_A_SLOT
 
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -186,6 +193,7 @@ class Strip:
             empty(row_blocks, slots, config.row_block, dtype=values.dtype),
             empty(row_blocks, slots, dtype=torch.int32),
             empty(row_blocks, dtype=torch.int32),
+            empty(2, 2, row_blocks, dtype=torch.int32),
         )
 
     def parts(self, tiles: int) -> list[tuple[int, int]]:
@@ -198,7 +206,7 @@ class Strip:
 class Blocks:
     """Descriptors of a piece's states, of the weight and of the strip, None where the copy engine cannot read them.
 
-    ``weight`` and ``stored`` are a tile of the forward's, ``weight_rows`` and ``strip_rows`` a step of the second
+    ``weight`` and ``stored`` are a tile of the forward's, ``weight_rows`` and ``columns`` a step of the second
     product's; the copy engine stores 16 bits alone.
     """
 
@@ -206,7 +214,7 @@ class Blocks:
     weight: object | None = None
     stored: object | None = None
     weight_rows: object | None = None
-    strip_rows: object | None = None
+    columns: object | None = None
 
     @staticmethod
     def of(piece: Piece, strip: Strip, depth: int, features: int, config: Config) -> Blocks:
@@ -215,14 +223,14 @@ class Blocks:
         if not has_blocks(config, states, weight):
             return Blocks()
         stored = None
-        if strip.values.element_size() == 2:
-            stored = in_blocks(strip.values, config.row_block, config.forward_entries)
+        if strip.values.element_size() == 2 and config.stores_transposed:
+            stored = in_blocks(strip.values, config.forward_entries, config.row_block)
         return Blocks(
             in_blocks(states, config.row_block, config.block_d),
             in_blocks(weight, config.forward_entries, config.block_d),
             stored,
             in_blocks(weight, depth, features),
-            in_blocks(strip.values, config.row_block, depth),
+            in_blocks(strip.values, depth, config.row_block),
         )
 
 
@@ -231,48 +239,46 @@ def strip_exponentials(
     strip: Strip,  # filled
     blocks: Blocks,
     tile_sums: Tensor,  # [tiles, M] float32, filled for the strip's tiles
-    totals_before: Tensor | None,  # [M] float32: with a filter T + S' of the strips before, of no meaning in the first
-    first: int,  # tile of the vocabulary
-    tiles: int,
+    running: Tensor | None,  # [2, 2, M] float32: with a filter, see :class:`Dropped`
     eps: float | None,
     config: Config,
-) -> None:
-    """One launch."""
+) -> Callable[[int, int, int], None]:
+    """What launches it for a strip: its number, its first tile of the vocabulary, and how many tiles it has."""
     operands, states = piece.operands, piece.states
     vocabulary, features = operands.weight.shape
     row_blocks = triton.cdiv(piece.tokens, config.row_block)
-    _exponential_kernel[(min(programs(states.device), row_blocks * tiles),)](
-        states,
-        blocks.states,
-        operands.weight,
-        blocks.weight,
-        operands.bias,
-        piece.labels,
-        piece.references,
-        piece.floors,
-        totals_before,
-        strip.values,
-        blocks.stored,
-        tile_sums,
-        strip.dropped_sums,
-        strip.words,
-        piece.count,
-        piece.first,
-        piece.tokens,
-        vocabulary,
-        features,
-        operands.weight.stride(0),
-        strip.values.stride(0),
-        strip.tiles * config.forward_entries // WORD_BITS.value,
-        first,
-        tiles,
-        operands.softcap or 1.0,
-        eps or 0.0,
+    kernel = Repeated(
+        _exponential_kernel,
+        (
+            states,
+            blocks.states,
+            operands.weight,
+            blocks.weight,
+            operands.bias,
+            piece.labels,
+            piece.references,
+            piece.floors,
+            running,
+            strip.values,
+            blocks.stored,
+            tile_sums,
+            strip.dropped_sums,
+            strip.words,
+            piece.count,
+            piece.first,
+            piece.tokens,
+            vocabulary,
+            features,
+            operands.weight.stride(0),
+            strip.values.stride(0),
+            strip.tiles * config.forward_entries // WORD_BITS.value,
+            operands.softcap or 1.0,
+            eps or 0.0,
+        ),
         HAS_BIAS=operands.bias is not None,
         HAS_SOFTCAP=operands.softcap is not None,
         FILTER=eps is not None,
         TMA=blocks.states is not None,
-        RAGGED=(first + tiles) * config.forward_entries > vocabulary,
         FOR_TF32=states.dtype == torch.float16,
         ROW_BLOCK=config.row_block,
         ENTRIES=config.forward_entries,
@@ -281,5 +287,10 @@ def strip_exponentials(
         PRECISION=config.precision,
         num_warps=config.warps,
         num_stages=config.forward_stages,
-        **LAUNCH,
     )
+
+    def launch(number: int, first: int, tiles: int) -> None:
+        ragged = (first + tiles) * config.forward_entries > vocabulary
+        kernel((min(programs(states.device), row_blocks * tiles),), number, first, tiles, RAGGED=ragged)
+
+    return launch

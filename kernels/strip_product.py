@@ -3,9 +3,14 @@
 A threshold on single entries says nothing about their sum: where the softmax is flat, as in an untrained model, all of
 it lies in entries below any threshold. So the mass of what is not active is summed too, and where a row block's mean of
 what is dropped, through this strip, would pass ``DROPPED_MASS_LIMIT``, the row block keeps the strip whole.
+
+Each product reads and writes all of u'. So active columns wait for those of later strips while there is room for them.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 import triton
@@ -18,7 +23,8 @@ from torchtune_lce.kernels.exponentials import Blocks, Strip
 from torchtune_lce.kernels.operands import Piece
 from torchtune_lce.kernels.overflow import OVERFLOWS
 from torchtune_lce.kernels.primitives import LOG2_E_SINGLE, multiply_add, tile_coordinates
-from torchtune_lce.kernels.tuning import LAUNCH, Config, programs
+from torchtune_lce.kernels.repeated import Repeated
+from torchtune_lce.kernels.tuning import Config, programs
 
 # How full our tiles must make the card for our own kernel, which takes the tokens in use alone. Below it cuBLAS, which
 # parts the sums too, is faster, though it multiplies ignored tokens as well.
@@ -40,17 +46,17 @@ def _row_totals(
     place,
     used,
     tokens,
+    number,
     first_tile,
     tiles,
-    ROW_BLOCK: tl.constexpr,
 ):
     """Through this strip T + S', and what is dropped if all that is not active is; what was; which rows count."""
     present = place < used
-    later = place < tl.where(first_tile > 0, used, 0)
+    later = place < tl.where(number > 0, used, 0)
     target = tl.load(targets + place, mask=present, other=0.0)
     reference = tl.load(references + place, mask=present, other=0.0)
     own = tl.exp2(multiply_add(target, LOG2_E_SINGLE, reference * -LOG2_E_SINGLE))
-    total = tl.where(first_tile > 0, tl.load(totals_before + place, mask=later, other=0.0), own)
+    total = tl.where(number > 0, tl.load(totals_before + place, mask=later, other=0.0), own)
     before = tl.load(totals_before + tokens + place, mask=later, other=0.0)
     dropped = before
     in_step = tl.arange(0, TILES_A_STEP)
@@ -64,21 +70,33 @@ def _row_totals(
     return total, dropped, before, present & (total < OVERFLOWS) & (total > 0)
 
 
-@triton.jit(do_not_specialize=["first_place", "tokens", "first_tile", "tiles"])
+@triton.jit
+def _keeps_whole(row_total, dropped, before, counts, entries_before, entries):
+    """Whether what is not active, of all entries so far or of these alone, is more than may be dropped."""
+    rows = tl.sum(counts.to(tl.float32), 0)
+    scale = tl.where(counts, 1 / tl.where(counts, row_total, 1.0), 0.0)
+    share = tl.sum(tl.where(counts, dropped * scale, 0.0), 0)
+    # This strip alone may leave out its part of the entries so far: all of a flat softmax is kept.
+    here = tl.sum(tl.where(counts, (dropped - before) * scale, 0.0), 0)
+    part = entries.to(tl.float32) / (entries_before + entries)
+    return (share > DROPPED_MASS_LIMIT * rows) | (here > DROPPED_MASS_LIMIT * part * rows)
+
+
+@triton.jit(do_not_specialize=["first_place", "tokens", "number", "first_tile", "tiles"])
 def _product_kernel(
     strip,
     strip_blocks,
     weight,
     weight_blocks,
     packed,
-    columns,
+    packed_entries,
     active,
+    waiting,
     sums,
     dropped_sums,
     targets,
     references,
-    totals_before,
-    totals_after,
+    running,
     strip_is_whole,
     kept,
     totals,
@@ -90,6 +108,8 @@ def _product_kernel(
     weight_stride,
     strip_stride,
     slots,
+    waiting_stride,
+    number,
     first_tile,
     tiles,
     FILTER: tl.constexpr,
@@ -101,10 +121,11 @@ def _product_kernel(
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """totals [tokens, D] += strip [tokens, tiles * ENTRIES] @ weight[first_tile * ENTRIES:]; the first strip sets them.
+    """totals [tokens, D] += strip [tiles * ENTRIES, tokens].T @ weight[first_tile * ENTRIES:]; the first one sets them.
 
-    With FILTER over the packed columns, unless the row block keeps the strip whole; then also its sums through this
-    strip, and how much it kept.
+    With FILTER over the packed columns, of this strip and those that waited, and over the strip if the row block keeps
+    it whole; neither if there is room for the next strip's columns, too. Then also the sums through this strip, how
+    many columns it kept, and how many now wait.
     """
     used = tl.minimum(tl.load(count) - first_place, tokens)
     row_blocks = tl.cdiv(tl.maximum(used, 0), ROW_BLOCK)
@@ -120,64 +141,66 @@ def _product_kernel(
         d = chunk * FEATURES + tl.arange(0, FEATURES)
         total = tl.zeros((ROW_BLOCK, FEATURES), tl.float32)
         whole_depth = depth
+        has_before = tl.where(number > 0, 1, 0)
+        adds = 1
         if FILTER:
+            old = waiting + (number % 2) * 2 * waiting_stride + row_block
+            new = waiting + ((number + 1) % 2) * 2 * waiting_stride + row_block
+            waited = tl.load(old, mask=number > 0, other=0)
+            has_before = tl.load(old + waiting_stride, mask=number > 0, other=0)
             listed = tl.load(active + row_block)
+            before_at = running + ((number + 1) % 2).to(tl.int64) * 2 * tokens
+            after_at = running + (number % 2).to(tl.int64) * 2 * tokens
             row_total, dropped, before, counts = _row_totals(
-                sums,
-                dropped_sums,
-                totals_before,
-                targets,
-                references,
-                place,
-                used,
-                tokens,
-                first_tile,
-                tiles,
-                ROW_BLOCK,
+                sums, dropped_sums, before_at, targets, references, place, used, tokens, number, first_tile, tiles
             )
-            rows = tl.sum(counts.to(tl.float32), 0)
-            scale = tl.where(counts, 1 / tl.where(counts, row_total, 1.0), 0.0)
-            share = tl.sum(tl.where(counts, dropped * scale, 0.0), 0)
-            # This strip alone may leave out its part of the entries so far: all of a flat softmax is kept.
-            here = tl.sum(tl.where(counts, (dropped - before) * scale, 0.0), 0)
-            part = depth.to(tl.float32) / (first_entry + depth)
-            flat = (share > DROPPED_MASS_LIMIT * rows) | (here > DROPPED_MASS_LIMIT * part * rows)
+            flat = _keeps_whole(row_total, dropped, before, counts, first_entry, depth)
             is_whole = tl.where(flat | (listed > slots), 1, 0)
+            found = (listed - waited) * (1 - is_whole)
+            listed = waited + found
+            # The next strip has room if it finds no more than this one and a quarter.
+            is_last = first_entry + depth >= entries_total
+            adds = tl.where(is_last | (listed + found + found // 4 > slots), 1, is_whole)
             whole_depth = depth * is_whole
-            listed = listed * (1 - is_whole)
             write = place < tl.where(chunk == 0, used, 0)
-            tl.store(totals_after + place, row_total, mask=write)
-            tl.store(totals_after + tokens + place, tl.where(is_whole > 0, before, dropped), mask=write)
-            tl.store(strip_is_whole + row_block, is_whole, mask=chunk == 0)
+            tl.store(after_at + place, row_total, mask=write)
+            tl.store(after_at + tokens + place, tl.where(is_whole > 0, before, dropped), mask=write)
+            tl.store(strip_is_whole + number * tl.cdiv(tokens, ROW_BLOCK) + row_block, is_whole, mask=chunk == 0)
             # Past the vocabulary a strip has nothing.
             all_here = tl.minimum(depth, entries_total - first_entry) * is_whole
-            tl.store(kept + row_block, tl.load(kept + row_block) + listed + all_here, mask=chunk == 0)
-            own_columns = columns + row_block.to(tl.int64) * slots
+            tl.store(kept + row_block, tl.load(kept + row_block) + found + all_here, mask=chunk == 0)
+            tl.store(new, listed * (1 - adds), mask=chunk == 0)
+            tl.store(new + waiting_stride, has_before | adds, mask=chunk == 0)
+            own_entries = packed_entries + row_block.to(tl.int64) * slots
             own_packed = packed + row_block.to(tl.int64) * slots * ROW_BLOCK + tl.arange(0, ROW_BLOCK)[None, :]
-            for start in range(0, listed, BLOCK_K):
+            entry = tl.load(own_entries + in_step, mask=in_step < listed, other=0)
+            for start in range(0, listed * adds, BLOCK_K):
                 slot = start + in_step
-                column = tl.load(own_columns + slot, mask=slot < listed, other=0)
                 e = tl.load(
                     own_packed + slot.to(tl.int64)[:, None] * ROW_BLOCK, mask=(slot < listed)[:, None], other=0.0
                 )
-                at = weight + (first_entry + column).to(tl.int64)[:, None] * weight_stride + d[None, :]
+                at = weight + entry.to(tl.int64)[:, None] * weight_stride + d[None, :]
                 w = tl.load(at, mask=(d < features)[None, :], other=0.0)
                 total = tl.dot(e.T, w.to(e.dtype), total, input_precision=PRECISION)
+                # Known a step ahead: loads that wait for one another are hardly pipelined.
+                entry = tl.load(own_entries + slot + BLOCK_K, mask=slot + BLOCK_K < listed, other=0)
         if TMA:
             for start in range(0, whole_depth, BLOCK_K):
-                e = strip_blocks.load([row_block * ROW_BLOCK, start])
+                e = strip_blocks.load([start, row_block * ROW_BLOCK])
                 w = weight_blocks.load([first_entry + start, chunk * FEATURES])
-                total = tl.dot(e, w.to(e.dtype), total, input_precision=PRECISION)
+                total = tl.dot(e.T, w.to(e.dtype), total, input_precision=PRECISION)
         else:
-            strip_rows = strip + place.to(tl.int64)[:, None] * strip_stride + in_step[None, :]
+            columns = strip + place[:, None]
             for start in range(0, whole_depth, BLOCK_K):
-                entry = first_entry + start + in_step
-                e = tl.load(strip_rows + start, mask=present[:, None], other=0.0)
+                here = start + in_step
+                e = tl.load(columns + here.to(tl.int64)[None, :] * strip_stride, mask=present[:, None], other=0.0)
+                entry = first_entry + here
                 at = weight + entry.to(tl.int64)[:, None] * weight_stride + d[None, :]
                 w = tl.load(at, mask=(entry < entries_total)[:, None] & (d < features)[None, :], other=0.0)
                 total = tl.dot(e, w.to(e.dtype), total, input_precision=PRECISION)
         # In halves, so that fewer registers hold old and new sums at once.
-        summed = (place < tl.where(first_entry > 0, used, 0))[:, None]
+        present = place < used * adds
+        summed = (place < used * has_before * adds)[:, None]
         left, right = total.reshape(ROW_BLOCK, 2, HALF).permute(0, 2, 1).split()
         column = chunk * FEATURES + tl.arange(0, HALF)
         own = totals + place.to(tl.int64)[:, None] * features + column[None, :]
@@ -197,59 +220,51 @@ def step(row_blocks: int, features: int, dtype: torch.dtype, workers: int, confi
 
 def add_product(
     piece: Piece,
-    strip: Strip,
+    strip: Strip,  # waiting is filled
     blocks: Blocks,
     tile_sums: Tensor,  # [tiles, M] float32
     dropped: Dropped | None,  # running, is_whole and kept are filled
     totals: Tensor,  # [M, D] float32: u', set by the first strip
-    number: int,  # of the strip
-    first: int,  # tile of the vocabulary
-    tiles: int,
     config: Config,
-) -> None:
-    """One launch."""
+) -> Callable[[int, int, int], None]:
+    """What launches it for a strip: its number, its first tile of the vocabulary, and how many tiles it has."""
     weight, states = piece.operands.weight, piece.states
     vocabulary, features = weight.shape
     row_blocks = triton.cdiv(piece.tokens, config.row_block)
     workers = programs(states.device)
     is_library = strip.values.dtype == torch.bfloat16 and strip.values.is_cuda and dropped is None
     if is_library and fill(row_blocks, features, workers, config) < LEAST_FILL:
-        entry, end = first * config.forward_entries, min((first + tiles) * config.forward_entries, vocabulary)
-        factors = strip.values[: piece.tokens, : end - entry], weight[entry:end]
-        own = totals[: piece.tokens]
-        if first == 0:
-            torch.mm(*factors, out_dtype=torch.float32, out=own)
-        else:
-            torch.addmm(own, *factors, out_dtype=torch.float32, out=own)
-        return
+        return functools.partial(_library_product, piece, strip, totals, config.forward_entries)
     block_k, chunk = step(row_blocks, features, states.dtype, workers, config)
-    _product_kernel[(min(workers, row_blocks * triton.cdiv(features, chunk)),)](
-        strip.values,
-        blocks.strip_rows,
-        weight,
-        blocks.weight_rows,
-        strip.packed,
-        strip.columns,
-        strip.active,
-        tile_sums,
-        strip.dropped_sums,
-        piece.targets,
-        piece.references,
-        dropped and dropped.running[(number - 1) % 2],
-        dropped and dropped.running[number % 2],
-        dropped and dropped.is_whole[number],
-        dropped and dropped.kept,
-        totals,
-        piece.count,
-        piece.first,
-        piece.tokens,
-        vocabulary,
-        features,
-        weight.stride(0),
-        strip.values.stride(0),
-        strip.values.shape[1] // ENTRIES_A_SLOT,
-        first,
-        tiles,
+    kernel = Repeated(
+        _product_kernel,
+        (
+            strip.values,
+            blocks.columns,
+            weight,
+            blocks.weight_rows,
+            strip.packed,
+            strip.entries,
+            strip.active,
+            strip.waiting,
+            tile_sums,
+            strip.dropped_sums,
+            piece.targets,
+            piece.references,
+            dropped and dropped.running,
+            dropped and dropped.is_whole,
+            dropped and dropped.kept,
+            totals,
+            piece.count,
+            piece.first,
+            piece.tokens,
+            vocabulary,
+            features,
+            weight.stride(0),
+            strip.values.stride(0),
+            strip.values.shape[0] // ENTRIES_A_SLOT,
+            strip.waiting.stride(1) if dropped else 0,
+        ),
         FILTER=dropped is not None,
         TMA=blocks.states is not None,
         ROW_BLOCK=config.row_block,
@@ -260,5 +275,17 @@ def add_product(
         PRECISION=product_precision(states.dtype, config),
         num_warps=config.warps,
         num_stages=config.backward_stages,
-        **LAUNCH,
     )
+    return functools.partial(kernel, (min(workers, row_blocks * triton.cdiv(features, chunk)),))
+
+
+def _library_product(piece: Piece, strip: Strip, totals: Tensor, of_tile: int, _: int, first: int, tiles: int) -> None:
+    """cuBLAS's, of a strip in whole; ``of_tile`` entries are a tile."""
+    weight = piece.operands.weight
+    entries = weight[first * of_tile : (first + tiles) * of_tile]
+    factors = strip.values[: len(entries), : piece.tokens].T, entries
+    own = totals[: piece.tokens]
+    if first == 0:
+        torch.mm(*factors, out_dtype=torch.float32, out=own)
+    else:
+        torch.addmm(own, *factors, out_dtype=torch.float32, out=own)

@@ -120,9 +120,10 @@ def walk(
     row_blocks = triton.cdiv(piece.tokens, config.row_block)
     depth, chunk = step(row_blocks, piece.states.shape[1], piece.states.dtype, programs(piece.states.device), config)
     blocks = Blocks.of(piece, strip, depth, chunk, config)
+    launches = [strip_exponentials(piece, strip, blocks, tile_sums, dropped and dropped.running, eps, config)]
+    if dropped is not None:
+        launches.append(pack_active(piece, strip, dropped, config))
+    launches.append(add_product(piece, strip, blocks, tile_sums, dropped, totals, config))
     for number, (first, here) in enumerate(strip.parts(tiles)):
-        before = dropped and dropped.running[(number - 1) % 2, 0]
-        strip_exponentials(piece, strip, blocks, tile_sums, before, first, here, eps, config)
-        if dropped is not None:
-            pack_active(piece, strip, dropped, first, here, config)
-        add_product(piece, strip, blocks, tile_sums, dropped, totals, number, first, here, config)
+        for launch in launches:
+            launch(number, first, here)

@@ -33,6 +33,8 @@ class Config:
     backward_stages: int
     tma: bool
     precision: str  # of float32 products, as tl.dot names it
+    # Whether the copy engine stores tiles of 16 bits transposed. Triton 3.9 does not compile that for sm100.
+    stores_transposed: bool = False
 
 
 def is_interpreted() -> bool:
@@ -76,7 +78,8 @@ def _cuda_config(capability: tuple[int, int], dtype: torch.dtype, precision: str
         return Config(128, 128, 128, 128, 64, 32, 32, 8, 8, 3, 3, tma=False, precision="ieee")
     if capability < (9, 0):
         return Config(128, 128, 256, 256, 64, 32, 32, 8, 8, 3, 3, tma=False, precision="ieee")
-    return Config(128, 128, 256, 256, 64, 64, 64, 8, 8, 3, 3, tma=tma, precision="ieee")
+    transposed = capability < (10, 0)
+    return Config(128, 128, 256, 256, 64, 64, 64, 8, 8, 3, 3, tma=tma, precision="ieee", stores_transposed=transposed)
 
 
 def rank_block(rank: int) -> int:

@@ -38,14 +38,19 @@ def lists(monkeypatch):
     found = []
     add_product = strips.add_product
 
-    def spy(piece, strip, blocks, tile_sums, dropped, totals, number, first, tiles, config):
-        add_product(piece, strip, blocks, tile_sums, dropped, totals, number, first, tiles, config)
-        first_block = piece.first // config.row_block
-        for block, (count, whole) in enumerate(
-            zip(strip.active.tolist(), dropped.is_whole[number].tolist(), strict=False)
-        ):
-            columns = None if whole else strip.columns[block, :count].cpu().clone()
-            found.append((first_block + block, first * config.forward_entries, tiles * config.forward_entries, columns))
+    def spy(piece, strip, blocks, tile_sums, dropped, totals, config):
+        launch = add_product(piece, strip, blocks, tile_sums, dropped, totals, config)
+
+        def launch_and_look(number, first, tiles):
+            launch(number, first, tiles)
+            first_block, first_entry = piece.first // config.row_block, first * config.forward_entries
+            waited = strip.waiting[number % 2, 0].tolist() if number else itertools.repeat(0)
+            states = zip(waited, strip.active.tolist(), dropped.is_whole[number].tolist(), strict=False)
+            for block, (start, end, whole) in enumerate(states):
+                columns = None if whole else strip.entries[block, start:end].cpu() - first_entry
+                found.append((first_block + block, first_entry, tiles * config.forward_entries, columns))
+
+        return launch_and_look
 
     monkeypatch.setattr(strips, "add_product", spy)
     return found
