@@ -16,10 +16,10 @@ from torch import Tensor
 
 from torchtune_lce.kernels.division import GROUPS, Sample
 from torchtune_lce.kernels.exponentials import WORD_BITS, Strip
+from torchtune_lce.kernels.launching import Repeated
 from torchtune_lce.kernels.operands import Piece
 from torchtune_lce.kernels.overflow import OVERFLOWS
-from torchtune_lce.kernels.repeated import Repeated
-from torchtune_lce.kernels.tuning import Config
+from torchtune_lce.kernels.tuning import Config, ceil_div
 
 # Tokens of a row block, its first, that a direction is estimated from.
 SAMPLED_TOKENS = tl.constexpr(32)
@@ -48,7 +48,7 @@ class Dropped:
             return kept.new_empty(shape, dtype=dtype)
 
         running = empty(2, 2, piece.tokens)
-        strips = len(strip.parts(triton.cdiv(vocabulary, config.forward_entries)))
+        strips = len(strip.parts(ceil_div(vocabulary, config.forward_entries)))
         return Dropped(
             sample,
             running,
@@ -178,7 +178,7 @@ def pack_active(
 ) -> Callable[[int, int, int], None]:
     """What launches it for a strip: its number, its first tile of the vocabulary, and how many tiles it has."""
     sample = dropped.sample
-    row_blocks = triton.cdiv(piece.tokens, config.row_block)
+    row_blocks = ceil_div(piece.tokens, config.row_block)
     kernel = Repeated(
         _pack_kernel,
         (
@@ -212,6 +212,6 @@ def pack_active(
     )
 
     def launch(number: int, first: int, tiles: int) -> None:
-        kernel((row_blocks, triton.cdiv(tiles, TILES_A_PROGRAM)), number, first, tiles)
+        kernel((row_blocks, ceil_div(tiles, TILES_A_PROGRAM)), number, first, tiles)
 
     return launch

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 import triton.language as tl
 
-from torchtune_lce.kernels.tuning import Config, programs
+from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 
 # Directions of what is dropped that a piece of tokens has: tl.dot takes no fewer rows than 16.
 GROUPS = tl.constexpr(16)
@@ -38,7 +38,7 @@ class Sample:
 
     def parts(self, features: int, device: torch.device, config: Config) -> int:
         """How many programs share the sampled tiles of a chunk of features."""
-        return max(min(2 * programs(device) // _ceil(features, config.entry_tile), self.tiles, MOST_PARTS), 1)
+        return max(min(2 * programs(device) // ceil_div(features, config.entry_tile), self.tiles, MOST_PARTS), 1)
 
     @staticmethod
     def of(piece: int, pieces: int, row_blocks: int, tiles: int) -> "Sample":
@@ -48,7 +48,7 @@ class Sample:
         """
         every = min(max(pieces, 4), 8, max(tiles // 64, 1))
         first = piece % every
-        return Sample(first, every, _ceil(row_blocks, GROUPS.value), len(range(first, tiles, every)))
+        return Sample(first, every, ceil_div(row_blocks, GROUPS.value), len(range(first, tiles, every)))
 
 
 # What an H100 was measured to lose, in rounds of its 132 programs with a tile of logits each: by a token of a strip for
@@ -72,21 +72,21 @@ def divide(
 
     Among few, since every number of tokens that a training meets is divided.
     """
-    tiles = _ceil(vocabulary, config.forward_entries)
-    row_blocks = _ceil(tokens, config.row_block)
+    tiles = ceil_div(vocabulary, config.forward_entries)
+    row_blocks = ceil_div(tokens, config.row_block)
     best, least = Division(config.row_block, 1), math.inf
     for pieces in itertools.takewhile(row_blocks.__ge__, _numbers_of_pieces()):
-        blocks = _ceil(row_blocks, pieces)
+        blocks = ceil_div(row_blocks, pieces)
         places = min(blocks * config.row_block, tokens)
         room = workspace - bytes_beside(places, tiles, features, filters, config)
         widest = min(room // tile_bytes(places, dtype, filters, config), tiles)
         if widest < 1:
             continue
-        fewest = _ceil(tiles, widest)
+        fewest = ceil_div(tiles, widest)
         for strips in range(fewest, min(fewest + 3, tiles) + 1):
-            width = _ceil(tiles, strips)
+            width = ceil_div(tiles, strips)
             a_strip = _strip_rounds(blocks, width, features, dtype, workers, config)
-            rounds = _ceil(row_blocks, blocks) * _ceil(tiles, width) * a_strip
+            rounds = ceil_div(row_blocks, blocks) * ceil_div(tiles, width) * a_strip
             if rounds < least:
                 best, least = Division(blocks * config.row_block, width), rounds
         if widest == tiles:
@@ -102,14 +102,10 @@ def _numbers_of_pieces() -> Iterator[int]:
         yield 3 * 2 ** (power - 1)
 
 
-def _ceil(dividend: int, divisor: int) -> int:
-    return -(-dividend // divisor)
-
-
 def tile_bytes(places: int, dtype: torch.dtype, filters: bool, config: Config) -> int:
     """Of a tile of a strip's width: its exponentials; which entries are active, their columns, and what is dropped."""
     entries, size = config.forward_entries, strip_dtype(dtype).itemsize
-    row_blocks = _ceil(places, config.row_block)
+    row_blocks = ceil_div(places, config.row_block)
     exponentials = entries * row_blocks * config.row_block * size
     if not filters:
         return exponentials
@@ -122,7 +118,7 @@ def bytes_beside(places: int, tiles: int, features: int, filters: bool, config: 
     numbers = places * (features + max(tiles, 2) + 3)
     if filters:
         sampled = Sample.of(0, 1, 1, tiles).tiles
-        row_blocks = _ceil(places, config.row_block)
+        row_blocks = ceil_div(places, config.row_block)
         by_group = sampled * (config.forward_entries + 1) + MOST_PARTS * features
         numbers += 4 * places + row_blocks * (tiles + 6) + GROUPS.value * by_group
     return 4 * numbers
@@ -131,19 +127,19 @@ def bytes_beside(places: int, tiles: int, features: int, filters: bool, config: 
 def _strip_rounds(blocks: int, width: int, features: int, dtype: torch.dtype, workers: int, config: Config) -> float:
     sums = min(product_rounds(blocks, features, chunk, workers, config) for chunk in chunks(dtype, config))
     lost = blocks * config.row_block * ROUNDS_A_TOKEN + ROUNDS_A_STRIP / features
-    return _ceil(blocks * width, workers) + sums * width + lost
+    return ceil_div(blocks * width, workers) + sums * width + lost
 
 
 def product_rounds(blocks: int, features: int, chunk: int, workers: int, config: Config) -> float:
     """Of the second product, a tile of a strip's width."""
     slowness = 1 if chunk == config.features else HALF_A_CHUNK
-    return _ceil(blocks * _ceil(features, chunk), workers) * chunk / features * slowness
+    return ceil_div(blocks * ceil_div(features, chunk), workers) * chunk / features * slowness
 
 
 def fill(row_blocks: int, features: int, workers: int, config: Config) -> float:
     """Of the programs in the rounds that the second product's tiles take, how many have one."""
-    tiles = row_blocks * _ceil(features, config.features)
-    return tiles / (_ceil(tiles, workers) * workers)
+    tiles = row_blocks * ceil_div(features, config.features)
+    return tiles / (ceil_div(tiles, workers) * workers)
 
 
 def chunks(dtype: torch.dtype, config: Config) -> tuple[int, ...]:

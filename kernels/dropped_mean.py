@@ -13,8 +13,9 @@ import triton.language as tl
 from torchtune_lce.kernels.active_columns import Dropped
 from torchtune_lce.kernels.division import GROUPS
 from torchtune_lce.kernels.exponentials import Strip
+from torchtune_lce.kernels.launching import launch
 from torchtune_lce.kernels.operands import Piece
-from torchtune_lce.kernels.tuning import LAUNCH, Config
+from torchtune_lce.kernels.tuning import Config, ceil_div
 
 
 @triton.jit(do_not_specialize=["first_place", "tokens", "tiles", "first_sampled"])
@@ -88,25 +89,29 @@ def find_means(piece: Piece, dropped: Dropped, strip: Strip, config: Config) -> 
     """Fills ``dropped.means``. One launch."""
     weight, sample = piece.operands.weight, dropped.sample
     features = weight.shape[1]
-    _mean_kernel[(triton.cdiv(features, config.entry_tile), dropped.means.shape[0])](
-        dropped.columns,
-        dropped.masses,
-        dropped.is_whole,
-        weight,
-        dropped.means,
-        piece.count,
-        piece.first,
-        piece.tokens,
-        weight.shape[0],
-        features,
-        weight.stride(0),
-        sample.tiles,
-        sample.first,
-        sample.every,
-        sample.blocks_a_group,
-        strip.tiles,
-        strip.tiles - strip.first_tiles,
-        dropped.is_whole.shape[1],
+    launch(
+        _mean_kernel,
+        (ceil_div(features, config.entry_tile), dropped.means.shape[0]),
+        (
+            dropped.columns,
+            dropped.masses,
+            dropped.is_whole,
+            weight,
+            dropped.means,
+            piece.count,
+            piece.first,
+            piece.tokens,
+            weight.shape[0],
+            features,
+            weight.stride(0),
+            sample.tiles,
+            sample.first,
+            sample.every,
+            sample.blocks_a_group,
+            strip.tiles,
+            strip.tiles - strip.first_tiles,
+            dropped.is_whole.shape[1],
+        ),
         ROW_BLOCK=config.row_block,
         ENTRIES=config.forward_entries,
         FEATURES=config.entry_tile,
@@ -115,5 +120,4 @@ def find_means(piece: Piece, dropped: Dropped, strip: Strip, config: Config) -> 
         PRECISION="tf32" if weight.dtype == torch.float16 else config.precision,
         num_warps=4,
         num_stages=4,
-        **LAUNCH,
     )

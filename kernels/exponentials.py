@@ -17,6 +17,7 @@ from torch import Tensor
 
 from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
 from torchtune_lce.kernels.division import ENTRIES_A_SLOT, strip_dtype
+from torchtune_lce.kernels.launching import Repeated
 from torchtune_lce.kernels.operands import Piece
 from torchtune_lce.kernels.primitives import (
     LOG2_E_SINGLE,
@@ -27,8 +28,7 @@ from torchtune_lce.kernels.primitives import (
     softcapped,
     tile_coordinates,
 )
-from torchtune_lce.kernels.repeated import Repeated
-from torchtune_lce.kernels.tuning import Config, programs
+from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 
 WORD_BITS = tl.constexpr(32)
 # Of the first strip with a filter: the entries of a tokenizer's first ids are its most frequent.
@@ -175,7 +175,7 @@ class Strip:
     @staticmethod
     def empty(places: int, tiles: int, filters: bool, hidden: Tensor, config: Config) -> Strip:
         entries = tiles * config.forward_entries
-        row_blocks = triton.cdiv(places, config.row_block)
+        row_blocks = ceil_div(places, config.row_block)
         values = hidden.new_empty((entries, row_blocks * config.row_block), dtype=strip_dtype(hidden.dtype))
         if not filters:
             return Strip(tiles, tiles, values, *[None] * 6)
@@ -246,7 +246,7 @@ def strip_exponentials(
     """What launches it for a strip: its number, its first tile of the vocabulary, and how many tiles it has."""
     operands, states = piece.operands, piece.states
     vocabulary, features = operands.weight.shape
-    row_blocks = triton.cdiv(piece.tokens, config.row_block)
+    row_blocks = ceil_div(piece.tokens, config.row_block)
     kernel = Repeated(
         _exponential_kernel,
         (

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchtune_lce.kernels.launching import launch
 from torchtune_lce.kernels.operands import Piece
 from torchtune_lce.kernels.primitives import LOG2_E_SINGLE, rounded_to_tf32, softcap_slope, softcapped
-from torchtune_lce.kernels.tuning import LAUNCH, Config, programs
+from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 
 # Below it neither the sums of weight rows times E nor the inverse of a row's sum leaves float32.
 OVERFLOWS = tl.constexpr(2.0**96)
@@ -227,8 +228,8 @@ def redo_overflown(
     operands, states = piece.operands, piece.states
     weight = operands.weight
     tokens, features = states.shape
-    row_blocks = triton.cdiv(tokens, config.sample)
-    shares = min(MOST_SHARES, maxima.shape[0], triton.cdiv(programs(states.device), row_blocks))
+    row_blocks = ceil_div(tokens, config.sample)
+    shares = min(MOST_SHARES, maxima.shape[0], ceil_div(programs(states.device), row_blocks))
     logits = {
         "HAS_BIAS": operands.bias is not None,
         "HAS_SOFTCAP": operands.softcap is not None,
@@ -238,34 +239,41 @@ def redo_overflown(
         "PRECISION": config.precision,
         "num_warps": 4,
         "num_stages": config.forward_stages,
-        **LAUNCH,
     }
     sizes = (piece.count, piece.first, tokens, weight.shape[0], features, weight.stride(0), operands.softcap or 1.0)
-    _maximum_kernel[(row_blocks, shares)](
-        states,
-        weight,
-        operands.bias,
-        piece.targets,
-        piece.references,
-        row_sums,
-        maxima,
-        *sizes,
-        shares,
+    launch(
+        _maximum_kernel,
+        (row_blocks, shares),
+        (
+            states,
+            weight,
+            operands.bias,
+            piece.targets,
+            piece.references,
+            row_sums,
+            maxima,
+            *sizes,
+            shares,
+        ),
         **logits,
     )
-    _redo_kernel[(row_blocks, triton.cdiv(features, config.entry_tile))](
-        states,
-        weight,
-        operands.bias,
-        piece.labels,
-        piece.targets,
-        piece.references,
-        row_sums,
-        maxima,
-        redone,
-        totals,
-        *sizes,
-        shares,
+    launch(
+        _redo_kernel,
+        (row_blocks, ceil_div(features, config.entry_tile)),
+        (
+            states,
+            weight,
+            operands.bias,
+            piece.labels,
+            piece.targets,
+            piece.references,
+            row_sums,
+            maxima,
+            redone,
+            totals,
+            *sizes,
+            shares,
+        ),
         FOR_TF32=product_precision == "tf32" and states.element_size() == 2,
         FEATURES=config.entry_tile,
         PRODUCT_PRECISION=product_precision,

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchtune_lce.kernels.tuning import LAUNCH
+from torchtune_lce.kernels.launching import launch
+from torchtune_lce.kernels.tuning import ceil_div
 
 # Tokens of a program. 131,072 are 32 programs, each of which reads all targets once.
 BLOCK = 4096
@@ -54,7 +55,20 @@ def compact(targets: Tensor, ignore_index: int, vocabulary: int) -> tuple[Tensor
     count = targets.new_empty(1, dtype=torch.int32)
     divisor = targets.new_empty((), dtype=torch.int32)
     # Without tokens there is a count too.
-    _places_kernel[(max(triton.cdiv(tokens, BLOCK), 1),)](
-        targets, rows, labels, count, divisor, tokens, vocabulary, ignore_index, BLOCK=BLOCK, num_warps=8, **LAUNCH
+    launch(
+        _places_kernel,
+        (max(ceil_div(tokens, BLOCK), 1),),
+        (
+            targets,
+            rows,
+            labels,
+            count,
+            divisor,
+            tokens,
+            vocabulary,
+            ignore_index,
+        ),
+        BLOCK=BLOCK,
+        num_warps=8,
     )
     return rows, labels, count, divisor

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchtune_lce.kernels.launching import launch
 from torchtune_lce.kernels.operands import Operands
 from torchtune_lce.kernels.primitives import LOG2_E_SINGLE, multiply_add, softcapped
-from torchtune_lce.kernels.tuning import LAUNCH, Config
+from torchtune_lce.kernels.tuning import Config, ceil_div
 
 # Entries spread over the vocabulary.
 SAMPLED_ENTRIES = tl.constexpr(256)
@@ -121,21 +122,25 @@ def reference_logits(
     hidden, weight = operands.hidden, operands.weight
     tokens, features = states.shape
     logits = states.new_empty((3, tokens), dtype=torch.float32)
-    _reference_kernel[(triton.cdiv(tokens, config.sample),)](
-        hidden,
-        weight,
-        operands.bias,
-        targets,
-        rows,
-        count,
-        states,
-        *logits,
-        tokens,
-        weight.shape[0],
-        features,
-        hidden.stride(0),
-        weight.stride(0),
-        operands.softcap or 1.0,
+    launch(
+        _reference_kernel,
+        (ceil_div(tokens, config.sample),),
+        (
+            hidden,
+            weight,
+            operands.bias,
+            targets,
+            rows,
+            count,
+            states,
+            *logits,
+            tokens,
+            weight.shape[0],
+            features,
+            hidden.stride(0),
+            weight.stride(0),
+            operands.softcap or 1.0,
+        ),
         HAS_BIAS=operands.bias is not None,
         HAS_SOFTCAP=operands.softcap is not None,
         TOKENS=config.sample,
@@ -143,6 +148,5 @@ def reference_logits(
         PRECISION=config.precision,
         num_warps=config.warps,
         num_stages=config.forward_stages,
-        **LAUNCH,
     )
     return logits

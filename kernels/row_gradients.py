@@ -20,10 +20,11 @@ from torch import Tensor
 
 from torchtune_lce.kernels.active_columns import Dropped
 from torchtune_lce.kernels.division import GROUPS
+from torchtune_lce.kernels.launching import launch
 from torchtune_lce.kernels.operands import Piece, Walk
 from torchtune_lce.kernels.overflow import overflown
 from torchtune_lce.kernels.primitives import LOG2_E_SINGLE, log_one_plus, multiply_add, softcap_slope
-from torchtune_lce.kernels.tuning import LAUNCH, Config
+from torchtune_lce.kernels.tuning import Config, ceil_div
 
 # Sums below it have no inverse in float32; what they are in a gradient is below any number of it.
 NEGLIGIBLE = tl.constexpr(2.0**-120)
@@ -199,31 +200,35 @@ def finish_rows(
     tokens, features = values.shape
     softcap = piece.operands.softcap
     block = _block(values.device)
-    _finish_kernel[(triton.cdiv(tokens, block["ROWS"]), triton.cdiv(features, block["COLUMNS"]))](
-        totals,
-        weight,
-        piece.rows,
-        piece.labels,
-        piece.targets,
-        piece.references,
-        row_sums,
-        redone,
-        walk.losses,
-        walk.references,
-        walk.log_totals,
-        walk.dropped_mass,
-        values,
-        *walk.coefficients[:, piece.first : piece.first + tokens],
-        left_out and left_out.mass,
-        left_out and left_out.means,
-        piece.count,
-        piece.first,
-        tokens,
-        features,
-        weight.stride(0),
-        left_out.means.shape[0] if left_out else 0,
-        left_out.sample.blocks_a_group if left_out else 1,
-        softcap or 1.0,
+    launch(
+        _finish_kernel,
+        (ceil_div(tokens, block["ROWS"]), ceil_div(features, block["COLUMNS"])),
+        (
+            totals,
+            weight,
+            piece.rows,
+            piece.labels,
+            piece.targets,
+            piece.references,
+            row_sums,
+            redone,
+            walk.losses,
+            walk.references,
+            walk.log_totals,
+            walk.dropped_mass,
+            values,
+            *walk.coefficients[:, piece.first : piece.first + tokens],
+            left_out and left_out.mass,
+            left_out and left_out.means,
+            piece.count,
+            piece.first,
+            tokens,
+            features,
+            weight.stride(0),
+            left_out.means.shape[0] if left_out else 0,
+            left_out.sample.blocks_a_group if left_out else 1,
+            softcap or 1.0,
+        ),
         HAS_SOFTCAP=softcap is not None,
         FILTER=left_out is not None,
         GROUPS=GROUPS.value,
@@ -231,7 +236,6 @@ def finish_rows(
         NORMALISED=values.dtype == torch.float16,
         **block,
         num_warps=4,
-        **LAUNCH,
     )
 
 
@@ -250,24 +254,27 @@ def row_gradients(
     d_hidden = torch.empty_like(values)
     block = _block(values.device)
     if tokens:
-        _gradient_kernel[(triton.cdiv(tokens, block["ROWS"]), triton.cdiv(features, block["COLUMNS"]))](
-            values,
-            *coefficients,
-            weight,
-            rows,
-            labels,
-            count,
-            d_losses,
-            d_log_sums,
-            d_hidden,
-            tokens,
-            features,
-            weight.stride(0),
-            d_losses.stride(0),
-            0 if d_log_sums is None else d_log_sums.stride(0),
+        launch(
+            _gradient_kernel,
+            (ceil_div(tokens, block["ROWS"]), ceil_div(features, block["COLUMNS"])),
+            (
+                values,
+                *coefficients,
+                weight,
+                rows,
+                labels,
+                count,
+                d_losses,
+                d_log_sums,
+                d_hidden,
+                tokens,
+                features,
+                weight.stride(0),
+                d_losses.stride(0),
+                0 if d_log_sums is None else d_log_sums.stride(0),
+            ),
             HAS_D_LSE=d_log_sums is not None,
             **block,
             num_warps=4,
-            **LAUNCH,
         )
     return d_hidden

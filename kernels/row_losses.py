@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchtune_lce.kernels.tuning import LAUNCH
+from torchtune_lce.kernels.launching import launch
+from torchtune_lce.kernels.tuning import ceil_div
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -59,7 +60,19 @@ def row_losses(
     tokens = rows.numel()
     results = [target_logits.new_empty(tokens) for _ in range(3)]
     if tokens:
-        _loss_kernel[(triton.cdiv(tokens, 256),)](
-            row_total, target_logits, rows, targets, count, *results, tokens, vocabulary, BLOCK=256, **LAUNCH
+        launch(
+            _loss_kernel,
+            (ceil_div(tokens, 256),),
+            (
+                row_total,
+                target_logits,
+                rows,
+                targets,
+                count,
+                *results,
+                tokens,
+                vocabulary,
+            ),
+            BLOCK=256,
         )
     return results

@@ -6,7 +6,6 @@ The second sees no vocabulary: any upstream gradients, and any number of backwar
 from __future__ import annotations  # torch 2.8 compiles nested functions, but not `Tensor | None`
 
 import torch
-import triton
 from torch import Tensor
 
 from torchtune_lce.inputs.filtering import open_record
@@ -18,7 +17,7 @@ from torchtune_lce.kernels.operators import operator, refuse_second_derivative, 
 from torchtune_lce.kernels.places import compact
 from torchtune_lce.kernels.row_gradients import row_gradients
 from torchtune_lce.kernels.strips import walk_rows
-from torchtune_lce.kernels.tuning import config_for
+from torchtune_lce.kernels.tuning import ceil_div, config_for
 
 
 def token_losses(
@@ -59,7 +58,7 @@ def _forward(hidden, weight, bias, targets, ignore_index, softcap, eps, workspac
 def _(hidden, weight, bias, targets, ignore_index, softcap, eps, workspace_mib):
     tokens = targets.shape[0]
     filters = eps is not None
-    row_blocks = triton.cdiv(tokens, config_for(hidden.device, hidden.dtype).row_block) if filters else 0
+    row_blocks = ceil_div(tokens, config_for(hidden.device, hidden.dtype).row_block) if filters else 0
     return (
         *(hidden.new_empty(tokens, dtype=torch.float32) for _ in range(3)),
         hidden.new_empty(tokens if filters else 0, dtype=torch.float32),
@@ -112,7 +111,7 @@ def _kept_and_all(kept: Tensor, count: Tensor, hidden: Tensor, weight: Tensor) -
         found = kept.sum(dtype=torch.int64).view(1)
     else:
         found = (count + (row_block - 1)) // row_block * vocabulary
-    every = torch.full_like(found, triton.cdiv(hidden.shape[0], row_block) * vocabulary, dtype=torch.int64)
+    every = torch.full_like(found, ceil_div(hidden.shape[0], row_block) * vocabulary, dtype=torch.int64)
     return torch.cat([found.long(), every])
 
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from torchtune_lce.kernels.active_columns import Dropped
 from torchtune_lce.kernels.division import ENTRIES_A_SLOT, chunks, fill, product_precision, product_rounds
 from torchtune_lce.kernels.exponentials import Blocks, Strip
+from torchtune_lce.kernels.launching import Repeated
 from torchtune_lce.kernels.operands import Piece
 from torchtune_lce.kernels.overflow import OVERFLOWS
 from torchtune_lce.kernels.primitives import LOG2_E_SINGLE, multiply_add, tile_coordinates
-from torchtune_lce.kernels.repeated import Repeated
-from torchtune_lce.kernels.tuning import Config, programs
+from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 
 # How full our tiles must make the card for our own kernel, which takes the tokens in use alone. Below it cuBLAS, which
 # parts the sums too, is faster, though it multiplies ignored tokens as well.
@@ -230,7 +230,7 @@ def add_product(
     """What launches it for a strip: its number, its first tile of the vocabulary, and how many tiles it has."""
     weight, states = piece.operands.weight, piece.states
     vocabulary, features = weight.shape
-    row_blocks = triton.cdiv(piece.tokens, config.row_block)
+    row_blocks = ceil_div(piece.tokens, config.row_block)
     workers = programs(states.device)
     is_library = strip.values.dtype == torch.bfloat16 and strip.values.is_cuda and dropped is None
     if is_library and fill(row_blocks, features, workers, config) < LEAST_FILL:
@@ -276,7 +276,7 @@ def add_product(
         num_warps=config.warps,
         num_stages=config.backward_stages,
     )
-    return functools.partial(kernel, (min(workers, row_blocks * triton.cdiv(features, chunk)),))
+    return functools.partial(kernel, (min(workers, row_blocks * ceil_div(features, chunk)),))
 
 
 def _library_product(piece: Piece, strip: Strip, totals: Tensor, of_tile: int, _: int, first: int, tiles: int) -> None:

@@ -22,12 +22,13 @@ from torchtune_lce.kernels.active_columns import Dropped, pack_active
 from torchtune_lce.kernels.division import Sample, divide, product_precision
 from torchtune_lce.kernels.dropped_mean import find_means
 from torchtune_lce.kernels.exponentials import Blocks, Strip, strip_exponentials
+from torchtune_lce.kernels.launching import launch
 from torchtune_lce.kernels.operands import Operands, Piece, Walk
 from torchtune_lce.kernels.overflow import redo_overflown
 from torchtune_lce.kernels.reference_logits import reference_logits
 from torchtune_lce.kernels.row_gradients import finish_rows
 from torchtune_lce.kernels.strip_product import add_product, step
-from torchtune_lce.kernels.tuning import LAUNCH, Config, programs
+from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 
 
 # Tiles are added in their order, from the first on, whatever strips they came in, and how threads share the work must
@@ -67,7 +68,7 @@ def walk_rows(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return values.new_empty(shape, dtype=dtype)
 
-    row_blocks = triton.cdiv(tokens, config.row_block)
+    row_blocks = ceil_div(tokens, config.row_block)
     dropped_mass, kept = (
         empty(tokens * filters),
         values.new_zeros(row_blocks, dtype=torch.int32) if filters else empty(0, dtype=torch.int32),
@@ -76,7 +77,7 @@ def walk_rows(
     if not tokens:
         return results
     logits = reference_logits(operands, targets, rows, count, values, config)
-    tiles = triton.cdiv(vocabulary, config.forward_entries)
+    tiles = ceil_div(vocabulary, config.forward_entries)
     workers = programs(hidden.device)
     division = divide(tokens, vocabulary, features, hidden.dtype, filters, workspace, workers, config)
     places = min(division.tokens, tokens)
@@ -91,12 +92,24 @@ def walk_rows(
         )
         left_out = None
         if filters:
-            blocks = slice(first // config.row_block, triton.cdiv(first + piece.tokens, config.row_block))
-            sample = Sample.of(number, triton.cdiv(tokens, places), blocks.stop - blocks.start, tiles)
+            blocks = slice(first // config.row_block, ceil_div(first + piece.tokens, config.row_block))
+            sample = Sample.of(number, ceil_div(tokens, places), blocks.stop - blocks.start, tiles)
             left_out = Dropped.empty(piece, sample, kept[blocks], strip, config)
         walk(piece, totals, strip, tile_sums, left_out, eps, config)
-        _row_sum_kernel[(triton.cdiv(piece.tokens, 32),)](
-            tile_sums, row_sums, count, first, piece.tokens, tiles, TILES=64, BLOCK=32, num_warps=4, **LAUNCH
+        launch(
+            _row_sum_kernel,
+            (ceil_div(piece.tokens, 32),),
+            (
+                tile_sums,
+                row_sums,
+                count,
+                first,
+                piece.tokens,
+                tiles,
+            ),
+            TILES=64,
+            BLOCK=32,
+            num_warps=4,
         )
         redo_overflown(piece, row_sums, tile_sums, redone, totals, product_precision(hidden.dtype, config), config)
         if left_out is not None:
@@ -116,14 +129,14 @@ def walk(
 ) -> None:
     """Every strip's exponentials and their product with its weight rows."""
     vocabulary = piece.operands.weight.shape[0]
-    tiles = triton.cdiv(vocabulary, config.forward_entries)
-    row_blocks = triton.cdiv(piece.tokens, config.row_block)
+    tiles = ceil_div(vocabulary, config.forward_entries)
+    row_blocks = ceil_div(piece.tokens, config.row_block)
     depth, chunk = step(row_blocks, piece.states.shape[1], piece.states.dtype, programs(piece.states.device), config)
     blocks = Blocks.of(piece, strip, depth, chunk, config)
-    launches = [strip_exponentials(piece, strip, blocks, tile_sums, dropped and dropped.running, eps, config)]
+    kernels = [strip_exponentials(piece, strip, blocks, tile_sums, dropped and dropped.running, eps, config)]
     if dropped is not None:
-        launches.append(pack_active(piece, strip, dropped, config))
-    launches.append(add_product(piece, strip, blocks, tile_sums, dropped, totals, config))
+        kernels.append(pack_active(piece, strip, dropped, config))
+    kernels.append(add_product(piece, strip, blocks, tile_sums, dropped, totals, config))
     for number, (first, here) in enumerate(strip.parts(tiles)):
-        for launch in launches:
-            launch(number, first, here)
+        for kernel in kernels:
+            kernel(number, first, here)

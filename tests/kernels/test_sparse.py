@@ -14,7 +14,10 @@ from torchtune_lce import linear_cross_entropy
 from torchtune_lce.inputs import filtering
 from torchtune_lce.kernels import division, dropped_mean, exponentials, strip_product, strips, tuning
 
-EPS = 2.0**-7
+# A card's row blocks and tiles are so many times as large as the interpreter's: as many more tokens and entries, whose
+# shares are smaller, and what stands out does so by more.
+SCALE = 1 if tuning.is_interpreted() else 4
+EPS, LENGTH = (2.0**-7, 4) if SCALE == 1 else (2.0**-8, 8)
 CCE = partial(linear_cross_entropy, impl="cce", filter_eps=EPS)
 
 
@@ -58,9 +61,10 @@ def lists(monkeypatch):
 
 def peaked(device, tokens=90, vocabulary=700, width=24, dtype=torch.float32, common=0.0):
     """Each target stands out by several nats; all weight rows share ``common`` times a row's length."""
+    tokens, vocabulary = tokens * SCALE, vocabulary * SCALE
     weight = torch.randn(vocabulary, width) / width**0.5
     targets = torch.randint(vocabulary, (tokens,))
-    hidden = 4 * weight[targets] + torch.randn(tokens, width)
+    hidden = LENGTH * weight[targets] + torch.randn(tokens, width)
     weight += common * F.normalize(torch.randn(width), dim=0)
     return hidden.to(device, dtype).requires_grad_(), weight.to(device, dtype), targets.to(device)
 
@@ -127,7 +131,7 @@ def test_a_threshold_that_all_pass_drops_nothing(dtype, device):
     torch.testing.assert_close(*results, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
 
 
-@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("softcap", [None, 5.0 * LENGTH])
 @pytest.mark.usefixtures("small_strips")
 def test_the_mean_of_what_is_left_out_goes_back(softcap, device, monkeypatch):
     """Where weight rows share a large part, as learnt ones do, dropping without it is wrong by that part."""
@@ -145,7 +149,7 @@ def test_the_mean_of_what_is_left_out_goes_back(softcap, device, monkeypatch):
         dropped.means.zero_()
 
     monkeypatch.setattr(strips, "find_means", nothing)
-    assert with_mean < 0.06
+    assert with_mean < 0.1
     assert error() > 4 * with_mean
 
 
@@ -154,7 +158,7 @@ def test_a_flat_softmax_is_kept_whole(device, small_strips, lists):
     hidden = (hidden.detach() / 100).requires_grad_()
     _, exact, _ = right(hidden, weight, targets)
     with filtering.recording() as records:
-        (actual,) = grad(CCE(hidden, weight, targets, reduction="sum"), hidden)
+        (actual,) = grad(CCE(hidden, weight, targets, filter_eps=2.0**-7, reduction="sum"), hidden)
     assert far(actual, exact) < 1e-5
     assert records[0].kept_fraction == 1
     assert records[0].largest_dropped_mass == 0
@@ -243,6 +247,7 @@ def test_samples_of_the_pieces_cover_the_vocabulary():
 def test_few_tokens_in_use(used, device):
     """Row blocks without any have nothing in lists, samples or counts."""
     hidden, weight, targets = peaked(device, tokens=130)
+    used = used * SCALE if used > 1 else used
     targets[used:] = -100
     with filtering.recording() as records:
         loss = CCE(hidden, weight, targets, reduction="sum")
