@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from torchtune_lce.commands import cli, tune_parser
-from torchtune_lce.commands.bench import correctness, measure, probe, session, text, timing
+from torchtune_lce.commands.bench import correctness, measure, probe, report, session, text, timing
 from torchtune_lce.commands.bench.statistics import softmax_statistics
 from torchtune_lce.commands.shared import environment, yardstick
 from torchtune_lce.commands.shared.batches import Batch, file_batches, random_batch
@@ -292,7 +293,7 @@ def _planted(name: str, wrong: str, factor: float, filtering: Filtering = UNFILT
     return Candidate(name, lambda **_: loss, ours=filtering != UNFILTERED, any_size=True, filtering=filtering)
 
 
-def _no_timer(run):
+def _no_timer(run, parts):
     raise AssertionError("what is wrong must not be timed")
 
 
@@ -301,7 +302,7 @@ def _no_timer(run):
 def test_a_wrong_gradient_is_not_timed(wrong, factor):
     batch = random_batch(TINY, torch.float32, CPU)
     candidate = _planted("planted", wrong, factor)
-    case = measure.measure(candidate, batch, yardstick.measure(batch), False, _no_timer)
+    (case,) = measure.measure([candidate], batch, yardstick.measure(batch), False, _no_timer)
     assert case.status.startswith("wrong: ")
     assert case.forward_backward_ms is case.forward_ms is None
     (check,) = measure.check(candidate, torch.float32, CPU)
@@ -314,7 +315,7 @@ def test_in_bfloat16_a_few_percent_are_too_much(kind, wrong, factor):
     make = {"random": random_batch, "trained": trained_batch}[kind]
     batch = make(Shape(200, 256, 1000), torch.bfloat16, CPU)
     right = yardstick.measure(batch)
-    case = measure.measure(_planted("planted", wrong, factor), batch, right, False, _no_timer)
+    (case,) = measure.measure([_planted("planted", wrong, factor)], batch, right, False, _no_timer)
     assert case.status.startswith("wrong: ")
     assert right.allowed(of_mean=True).loss < 3e-3
     for name in ("chunked", "reference"):
@@ -361,7 +362,7 @@ def test_a_filter_that_drops_nothing_is_wrong(monkeypatch):
 def test_a_wrong_loss_is_refused():
     candidate = Candidate("planted", lambda: lambda h, w, t: F.cross_entropy(h @ w.T, t) + 1)
     batch = random_batch(TINY, torch.float32, CPU)
-    case = measure.measure(candidate, batch, yardstick.measure(batch), True, _no_timer)
+    (case,) = measure.measure([candidate], batch, yardstick.measure(batch), True, _no_timer)
     assert case.status.startswith("wrong: loss")
 
 
@@ -378,8 +379,41 @@ def test_what_a_loss_raises_is_its_result(error, status):
         raise error
 
     batch = random_batch(TINY, torch.float32, CPU)
-    case = measure.measure(Candidate("broken", lambda: fail), batch, yardstick.measure(batch), False, _no_timer)
+    (case,) = measure.measure([Candidate("broken", lambda: fail)], batch, yardstick.measure(batch), False, _no_timer)
     assert case.status == status
+
+
+def test_losses_take_turns_and_one_that_fails_has_no_more():
+    """Three quantities, each with all the losses in balanced order; the second loss breaks in the third turn."""
+    order, calls = [], dict.fromkeys("abc", 0)
+
+    def noting(name):
+        def loss(hidden, weight, targets):
+            order.append(name)
+            calls[name] += 1
+            if name == "b" and calls[name] == 4:  # the check is the first
+                raise RuntimeError("a fault of the third turn")
+            return F.cross_entropy(hidden @ weight.T, targets)
+
+        return Candidate(name, lambda: loss, any_size=True)
+
+    batch, steps = random_batch(TINY, torch.float32, CPU), []
+
+    def timer(run, parts):
+        assert parts == timing.TURNS
+        run()
+        return timing.Timing((float(len(order)),))
+
+    refused = Candidate("refused", lambda: None)
+    cases = measure.measure(
+        [*map(noting, "abc"), refused], batch, yardstick.measure(batch), True, timer, {"refused": "wrong"}, steps.append
+    )
+    assert "".join(order) == "abc" + "abc" + "cba" + "abc" + "ca" + 2 * "accaacca"
+    assert [case.status for case in cases] == ["ok", "failed: RuntimeError: a fault of the third turn", "ok", "wrong"]
+    # Its calls were the 4th, 9th, 10th and 14th.
+    assert (cases[0].forward_backward_ms, cases[1].forward_backward_ms) == (9.5, None)
+    assert cases[1].grad_error_hidden < 1e-5
+    assert [steps.count(case.impl) for case in cases] == 4 * [measure.STEPS]
 
 
 def test_filtering_and_other_packages_may_be_less_exact():
@@ -404,8 +438,10 @@ def test_filtering_and_other_packages_may_be_less_exact():
 def plan(tmp_path):
     """A run by the CPU's clock: everything else is what runs on a card."""
 
-    def timer(run):
-        return timing.clock_timer(run, calls=2)
+    def timer(run, parts=1):
+        start = time.perf_counter()
+        run()
+        return timing.Timing(((time.perf_counter() - start) * 1e3,))
 
     def make(candidates: list[Candidate], sources: list[session.Source], device=CPU) -> session.Plan:
         where = tmp_path / "results"
@@ -442,7 +478,7 @@ def test_results_are_written_as_documented(plan, tmp_path, capsys, device):
         for data in (("random", "random"), ("file", "saved"))
         for frozen in (False, True)
     }
-    cases = results["cases"]
+    cases, floors = results["cases"], {floor["data_name"]: floor for floor in results["floors"]}
     assert {(c["impl"], (c["data"], c["data_name"]), c["frozen_weight"]) for c in cases} == wanted
     assert len(cases) == len(wanted)
     for case in cases:
@@ -453,22 +489,48 @@ def test_results_are_written_as_documented(plan, tmp_path, capsys, device):
         assert case["forward_backward_ms"] > 0
         assert case["spread_ms"] >= 0
         assert case["ratio_to_torch_compile_full"] > 0
-        assert (case["peak_mib"] is None) == (device.type == "cpu")  # a card's to tell
+        for name in ("peak_mib", "host_ms", "launches"):
+            assert (case[name] is None) == (device.type == "cpu")  # a card's to tell
+        rate = floors[case["data_name"]]["tflops"]
+        assert case["cublas_fraction"] == pytest.approx(case["forward_backward_tflops"] / rate)
+        forward = Shape(**case["shape"]).flops(None) / case["forward_ms"] / 1e9
+        assert case["forward_cublas_fraction"] == pytest.approx(forward / rate)
         assert 0 < case["grad_error_hidden"] < 1e-4
         assert (case["grad_error_weight"] is None) == case["frozen_weight"]
         assert (case["kept_fraction"] is None) == (case["impl"] != "cce")
         assert case["kept_fraction"] is None or 0 < case["kept_fraction"] <= 1
         if case["impl"] == "torch_compile_full":
             assert case["ratio_to_torch_compile_full"] == 1
-    assert [(floor["data_name"], floor["logits_gemm_ms"] > 0) for floor in results["floors"]] == [
-        ("random", True),
-        ("saved", True),
-    ]
+    assert [case["frozen_weight"] for case in cases] == len(cases) // 2 * [False, True]
+    assert {name: floor["logits_gemm_ms"] > 0 for name, floor in floors.items()} == {"random": True, "saved": True}
     assert results["data"][0]["entropy"] > 0
     assert (tmp_path / "results" / session.PICTURE).read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "torch_compile_full" in printed
     assert "2NDV" in printed
+
+
+def test_the_table_has_a_column_for_each_measurement():
+    shape = Shape(1000, 1000, 500_000)  # 2NDV is 1e12
+    fast = measure.Case("fast", shape, "random", "random", False, "ok", host_ms=1.234, launches=1040)
+    fast.forward_ms, fast.forward_backward_ms, fast.forward_backward_tflops = 4.0, 10.0, 300.0
+    slow = measure.Case("slow", shape, "random", "random", True, "failed: RuntimeError: x")
+    base = measure.Case(BASELINE, shape, "random", "random", False, "ok", forward_ms=8.0, forward_backward_ms=20.0)
+    base.forward_backward_tflops = 150.0
+    measure.compare([fast, slow, base], projection_tflops=500.0)
+    assert (fast.cublas_fraction, fast.forward_cublas_fraction) == (0.6, 0.5)
+    assert (base.cublas_fraction, slow.cublas_fraction) == (0.3, None)
+    assert (fast.ratio_to_torch_compile_full, base.ratio_to_torch_compile_full) == (0.5, 1)
+    columns = {column.header: list(column.cells) for column in report.table([fast, slow, base]).columns}
+    cells = {
+        "host\nms": "1.23",
+        "launches": "1,040",
+        "of cuBLAS's\nown rate": "0.60",
+        "x compiled\nfull logits": "0.50",
+    }
+    assert {name: columns[name][0] for name in cells} == cells
+    assert {columns[name][1] for name in cells} == {""}
+    assert columns[""] == ["", "failed: RuntimeError: x", ""]
 
 
 def test_a_run_goes_on_past_what_is_wrong_absent_or_broken(plan, tmp_path, capsys):
@@ -666,9 +728,8 @@ def test_the_workspace_is_our_losses_own(monkeypatch):
     )
     batch = random_batch(TINY, torch.float32, CPU)
     right = yardstick.measure(batch)
-    cases = []
-    for candidate in [*select(["chunked", "eager_full"], workspace_mib=7), *select(["chunked"])]:
-        cases.append(measure.measure(candidate, batch, right, False, lambda run: timing.clock_timer(run, calls=2)))
+    candidates = [*select(["chunked", "eager_full"], workspace_mib=7), *select(["chunked"])]
+    cases = measure.measure(candidates, batch, right, False, timing.clock_timer)
     assert [(case.impl, case.status, case.workspace_mib) for case in cases] == [
         ("chunked", "ok", 7),
         ("eager_full", "ok", None),
@@ -688,8 +749,72 @@ def test_the_commit_is_that_of_the_checkout(tmp_path):
 
 
 def test_times_are_summed_up_by_their_quarters():
-    assert timing.timing([7.0]) == timing.Timing(7.0, 0.0)
-    assert timing.timing([4.0, 1.0, 3.0, 2.0]) == timing.Timing(2.5, 1.5)
+    one, four = timing.Timing((7.0,)), timing.Timing((4.0, 1.0, 3.0, 2.0))
+    assert (one.median, one.spread) == (7.0, 0.0)
+    assert (four.median, four.spread) == (2.5, 1.5)
+
+
+def test_turns_go_forwards_and_backwards_as_often():
+    assert list(timing.in_turns("ABC", 2)) == list("ABCCBA")
+    assert timing.TURNS % 2 == 0
+
+
+def test_a_part_of_the_time_takes_a_part_of_the_calls():
+    count = []
+    for parts, timed in ((1, 6), (3, 2), (9, 1)):
+        count.clear()
+        found = timing.clock_timer(lambda: count.append(1), parts, calls=6)
+        assert (len(found.calls), len(count)) == (timed, timed + 1)
+
+
+def test_the_host_is_timed_from_an_idle_card_until_the_call_returns():
+    happened = []
+
+    def run():
+        happened.append("run")
+        time.sleep(0.002)
+
+    def wait():
+        happened.append("wait")
+        time.sleep(0.02)
+
+    found = timing.host_ms(run, wait)
+    assert 2 <= found < 15
+    calls = happened.count("run")
+    assert calls >= 5
+    assert happened == ["wait", "run"] * calls + ["wait"]
+
+
+def test_launches_are_the_cards_own_work():
+    names = {
+        "kernel": "_exponential_kernel",
+        "gpu_memcpy": "Memcpy DtoD (Device -> Device)",
+        "gpu_memset": "Memset (Device)",
+        "gpu_user_annotation": "CompiledFunctionBackward",
+        "cuda_runtime": "cudaLaunchKernel",
+        "cpu_op": "aten::mm",
+    }
+    events = [{"ph": "X", "cat": category, "name": name, "ts": 1.0, "dur": 1.0} for category, name in names.items()]
+    events += [events[0], {"ph": "M", "name": "process_name"}]
+    assert timing.count_launches(events) == 4
+
+
+@pytest.mark.skipif(_CARD, reason="counts that there is nothing to count")
+def test_without_a_card_nothing_is_launched():
+    count = []
+    assert timing.launches(lambda: count.append(torch.ones(3) + 1)) is None
+    assert len(count) == 2
+
+
+@pytest.mark.gpu
+def test_a_card_counts_kernels_copies_and_sets(device):
+    x = torch.randn(1000, device=device)
+
+    def run():
+        with torch.profiler.record_function("not a launch"):
+            return x.neg().exp(), x.clone(), torch.zeros_like(x)
+
+    assert timing.launches(run) == 4
 
 
 @pytest.mark.gpu
@@ -715,3 +840,6 @@ def test_a_card_gives_times_and_peaks(device, tmp_path):
     # float32 logits of eager alone are 250 MiB.
     assert peaks["eager_full"] > 250 > 150 > peaks["cce"] >= 0
     assert all(case["forward_backward_ms"] > case["forward_ms"] > 0 for case in cases)
+    assert all(case["host_ms"] > 0 and case["launches"] > 0 and 0 < case["cublas_fraction"] < 3 for case in cases)
+    compiled = next(case for case in cases if case["impl"] == "torch_compile_full")
+    assert compiled["launches"] < 30

@@ -1,14 +1,16 @@
-"""One loss on one batch: checked, then timed."""
+"""Losses on one batch: each checked, then all of them timed in turns."""
 
+import functools
 import gc
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import torch
 
 from torchtune_lce.commands.bench import correctness
-from torchtune_lce.commands.bench.timing import Timer
+from torchtune_lce.commands.bench.timing import TURNS, Timer, Timing, host_ms, in_turns, launches
 from torchtune_lce.commands.shared.batches import Batch
-from torchtune_lce.commands.shared.candidates import Candidate, Loss
+from torchtune_lce.commands.shared.candidates import BASELINE, Candidate, Loss
 from torchtune_lce.commands.shared.recipe_runs import ran_out_of_memory
 from torchtune_lce.commands.shared.shapes import Shape
 from torchtune_lce.commands.shared.yardstick import Errors, Yardstick
@@ -17,6 +19,8 @@ from torchtune_lce.inputs.options import Options
 
 OK, OUT_OF_MEMORY = "ok", "out of memory"
 _PROJECTION_LOGITS = 2**31  # held at a time
+_TIMED = _STEP, _RECORDING, _FORWARD = ("forward and backward", "forward, recording", "forward")
+STEPS = 3 + len(_TIMED) * TURNS  # of a loss: what progress counts
 
 
 @dataclass
@@ -35,7 +39,11 @@ class Case:
     forward_recording_ms: float | None = None  # with what the backward needs
     forward_backward_ms: float | None = None
     spread_ms: float | None = None  # interquartile range of forward_backward_ms
+    host_ms: float | None = None  # until forward and backward are asked for, the card idle before
+    launches: int | None = None  # kernels, memory copies and memory sets of forward and backward
     forward_backward_tflops: float | None = None
+    cublas_fraction: float | None = None  # of the rate of the logits' product alone
+    forward_cublas_fraction: float | None = None
     ratio_to_torch_compile_full: float | None = None
     peak_mib: float | None = None  # over inputs and gradients
     grad_error_hidden: float | None = None
@@ -47,17 +55,59 @@ def new_case(candidate: Candidate, batch: Batch, frozen: bool, status: str) -> C
     return Case(candidate.name, batch.shape, batch.data, batch.name, frozen, status, workspace)
 
 
-def measure(candidate: Candidate, batch: Batch, right: Yardstick, frozen: bool, timer: Timer) -> Case:
-    """Times the candidate if it agrees with ``right``; whatever it raises becomes the case's status."""
-    case = new_case(candidate, batch, frozen, OK)
-    # Past a few recompilations torch.compile gives up, in silence: each case starts from none.
+def measure(
+    candidates: list[Candidate],
+    batch: Batch,
+    right: Yardstick,
+    frozen: bool,
+    timer: Timer,
+    refused: dict[str, str] | None = None,
+    on_step: Callable[[str], object] = lambda _: None,
+) -> list[Case]:
+    """A case for each candidate, timed if it agrees with ``right``; whatever it raises becomes the case's status.
+
+    The calls of all candidates are timed in turns. ``refused`` says by name what is wrong with those that are not to be
+    asked; ``on_step`` is told the name of a candidate before each of its :data:`STEPS` steps.
+    """
+    # Past a few recompilations torch.compile gives up, in silence: each group of cases starts from none.
     torch.compiler.reset()
+    subjects = []
+    for candidate in candidates:
+        case = new_case(candidate, batch, frozen, (refused or {}).get(candidate.name, OK))
+        subjects.append(_Subject(candidate, batch, case))
+
+    def each(step: Callable[[_Subject], None], order: Iterable[_Subject] = subjects) -> None:
+        for subject in order:
+            on_step(subject.case.impl)
+            if subject.case.status == OK:
+                _try(step, subject)
+
+    each(functools.partial(_prepare, right=right))
+    for what in _TIMED:
+        each(functools.partial(_time, what=what, timer=timer), in_turns(subjects))
+    each(_fill_in)
+    each(_count_launches)  # last of all: a profiler slows down what it sees
+    return [subject.case for subject in subjects]
+
+
+@dataclass
+class _Subject:
+    """A loss in :func:`measure`: what is called for each of ``_TIMED``, and the milliseconds of every call."""
+
+    candidate: Candidate
+    batch: Batch
+    case: Case
+    runs: dict[str, Callable[[], object]] = field(default_factory=dict)
+    calls: dict[str, tuple[float, ...]] = field(default_factory=lambda: dict.fromkeys(_TIMED, ()))
+
+
+def _try(step: Callable[[_Subject], None], subject: _Subject) -> None:
     try:
-        _fill(case, candidate, candidate.build(**candidate.settings), batch, right, timer)
+        step(subject)
     except Exception as error:  # other people's code may raise anything, and the other losses still have their turn
-        case.status = describe(error)
-    give_memory_back()
-    return case
+        subject.case.status = describe(error)
+    if subject.case.status != OK:
+        give_memory_back()
 
 
 def give_memory_back() -> None:
@@ -74,8 +124,11 @@ def describe(error: Exception) -> str:
     return f"failed: {type(error).__name__}: {lines[0][:200]}"
 
 
-def _fill(case: Case, candidate: Candidate, loss: Loss, batch: Batch, right: Yardstick, timer: Timer) -> None:
+def _prepare(subject: _Subject, right: Yardstick) -> None:
+    """Checks the loss; of one that is right, takes the peak of memory and what is to be timed."""
+    candidate, batch, case = subject.candidate, subject.batch, subject.case
     frozen = case.frozen_weight
+    loss = candidate.build(**candidate.settings)
     with filtering.recording() as records:
         value, grads = correctness.gradients(loss, batch, frozen)
     found = correctness.errors(value, grads, right)
@@ -88,22 +141,58 @@ def _fill(case: Case, candidate: Candidate, loss: Loss, batch: Batch, right: Yar
         return
     gradient_bytes = sum(gradient.nbytes for gradient in grads)
     del value, grads, records
+    subject.runs = _runs(loss, batch, frozen)
+    give_memory_back()
+    if batch.hidden.is_cuda:
+        case.peak_mib = _peak_bytes(subject.runs[_STEP], gradient_bytes) / 2**20
 
+
+def _runs(loss: Loss, batch: Batch, frozen: bool) -> dict[str, Callable[[], object]]:
     hidden = batch.hidden.detach().requires_grad_()
     weight = batch.weight.detach().requires_grad_(not frozen)
     wanted = [hidden] if frozen else [hidden, weight]
 
-    def both():
+    def step():
         return torch.autograd.grad(loss(hidden, weight, batch.targets), wanted)
 
-    if batch.hidden.is_cuda:
-        case.peak_mib = _peak_bytes(both, gradient_bytes) / 2**20
-    timing = timer(both)
-    case.forward_backward_ms, case.spread_ms = timing.median, timing.spread
-    case.forward_backward_tflops = batch.shape.flops(frozen) / timing.median / 1e9
-    case.forward_recording_ms = timer(lambda: loss(hidden, weight, batch.targets)).median
-    with torch.no_grad():  # and inputs that ask for no gradient: an autograd.Function may look at them alone
-        case.forward_ms = timer(lambda: loss(batch.hidden, batch.weight, batch.targets)).median
+    @torch.no_grad()
+    def forward():  # and inputs that ask for no gradient: an autograd.Function may look at them alone
+        return loss(batch.hidden, batch.weight, batch.targets)
+
+    return {_STEP: step, _RECORDING: lambda: loss(hidden, weight, batch.targets), _FORWARD: forward}
+
+
+def _time(subject: _Subject, what: str, timer: Timer) -> None:
+    """One turn of ``TURNS``."""
+    subject.calls[what] += timer(subject.runs[what], TURNS).calls
+
+
+def _fill_in(subject: _Subject) -> None:
+    """The times, and the host's own."""
+    case, timings = subject.case, {what: Timing(calls) for what, calls in subject.calls.items()}
+    case.forward_backward_ms, case.spread_ms = timings[_STEP].median, timings[_STEP].spread
+    case.forward_backward_tflops = case.shape.flops(case.frozen_weight) / case.forward_backward_ms / 1e9
+    case.forward_recording_ms, case.forward_ms = timings[_RECORDING].median, timings[_FORWARD].median
+    if subject.batch.hidden.is_cuda:
+        case.host_ms = host_ms(subject.runs[_STEP])
+
+
+def _count_launches(subject: _Subject) -> None:
+    if subject.batch.hidden.is_cuda:
+        subject.case.launches = launches(subject.runs[_STEP])
+
+
+def compare(cases: list[Case], projection_tflops: float) -> None:
+    """Fills in what relates the cases of one batch to each other, and to the rate of the logits' product alone."""
+    baselines = {case.frozen_weight: case.forward_backward_ms for case in cases if case.impl == BASELINE}
+    for case in cases:
+        if case.forward_backward_ms is None or case.forward_ms is None:
+            continue
+        baseline = baselines.get(case.frozen_weight)
+        if baseline:
+            case.ratio_to_torch_compile_full = case.forward_backward_ms / baseline
+        case.cublas_fraction = case.forward_backward_tflops / projection_tflops
+        case.forward_cublas_fraction = case.shape.flops(None) / case.forward_ms / 1e9 / projection_tflops
 
 
 def _peak_bytes(run, gradient_bytes: int) -> int:

@@ -14,7 +14,7 @@ from torchtune_lce.commands.bench.statistics import softmax_statistics
 from torchtune_lce.commands.bench.timing import Timer
 from torchtune_lce.commands.shared import environment
 from torchtune_lce.commands.shared.batches import Batch, file_batches, random_batch
-from torchtune_lce.commands.shared.candidates import BASELINE, Candidate
+from torchtune_lce.commands.shared.candidates import Candidate
 from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.shapes import FLOPS_FORMULA, Shape
 from torchtune_lce.commands.shared.tables import print_table
@@ -66,7 +66,8 @@ def bench(plan: Plan) -> bool:
             console.print(f"\n{batch.title}, {_name(plan.dtype)}")
             right = _about_batch(console, batch, candidates, plan, results)
             if right is not None:
-                cases = _measure_all(console, candidates, refused, batch, right, plan)
+                rate = results["floors"][-1]["tflops"]
+                cases = _measure_all(console, candidates, refused, batch, right, rate, plan)
                 results["cases"] += cases
                 print_table(console, report.table(cases))
                 ours = {candidate.name for candidate in plan.candidates if candidate.ours}
@@ -221,23 +222,21 @@ def _measure_all(
     refused: dict[str, str],
     batch: Batch,
     right: Yardstick,
+    projection_tflops: float,
     plan: Plan,
 ) -> list[Case]:
-    cases = []
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=2 * len(candidates))
-        for candidate in candidates:
-            for frozen in (False, True):
-                progress.update(task, description=f"{candidate.name}{', frozen head' if frozen else ''}")
-                if candidate.name in refused:
-                    case = measure.new_case(candidate, batch, frozen, refused[candidate.name])
-                else:
-                    case = measure.measure(candidate, batch, right, frozen, plan.timer)
-                cases.append(case)
-                progress.advance(task)
-    for case in cases:
-        baseline = next((c for c in cases if c.impl == BASELINE and c.frozen_weight == case.frozen_weight), None)
-        if baseline and baseline.forward_backward_ms and case.forward_backward_ms:
-            case.ratio_to_torch_compile_full = case.forward_backward_ms / baseline.forward_backward_ms
+        task = progress.add_task("", total=2 * len(candidates) * measure.STEPS)
+
+        def group(frozen: bool) -> list[Case]:
+            def on_step(name: str) -> None:
+                progress.update(task, advance=1, description=f"{name}{', frozen head' if frozen else ''}")
+
+            return measure.measure(candidates, batch, right, frozen, plan.timer, refused, on_step)
+
+        pairs = list(zip(group(False), group(True), strict=True))
+    measure.give_memory_back()
+    cases = [case for pair in pairs for case in pair]
+    measure.compare(cases, projection_tflops)
     return cases

@@ -1,44 +1,80 @@
-"""Milliseconds of a function, with their spread."""
+"""Milliseconds of a function, with their spread; the host's own part of them, and how many kernels it launches."""
 
+import json
+import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch.profiler import profile
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median and interquartile range, in milliseconds."""
+    """Milliseconds of each call, of one at least."""
 
-    median: float
-    spread: float
+    calls: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Milliseconds; between two calls by their distance, as Triton's does."""
+        return self._quantiles(0.5)[0]
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range in milliseconds."""
+        lower, upper = self._quantiles(0.25, 0.75)
+        return upper - lower
+
+    def _quantiles(self, *places: float) -> list[float]:
+        calls = torch.tensor(self.calls, dtype=torch.float64)
+        return calls.quantile(torch.tensor(places, dtype=torch.float64)).tolist()
 
 
-# Anything that measures a function by calling it: `cuda_timer`, or `clock_timer` where there is no card.
-Timer = Callable[[Callable[[], object]], Timing]
+# Anything that measures a function by calling it: `cuda_timer`, or `clock_timer` where there is no card. Told to be one
+# of so many `parts`, it takes that part of its usual time.
+Timer = Callable[..., Timing]
 
 _WARMUP_MS, _MEASURING_MS, _ESTIMATING_CALLS = 100, 500, 5
 _FLUSH_BYTES = 256 * 2**20  # several times a card's L2 cache
+_HOST_CALLS = 9
+TURNS = 4  # even: as often first as last
+# What a trace calls the card's own work. Names of operators stand there too, over what they launch.
+_LAUNCHES = ("kernel", "gpu_memcpy", "gpu_memset")
+
+_Item = TypeVar("_Item")
 
 
-def cuda_timer(run: Callable[[], object]) -> Timing:
+def in_turns(items: Sequence[_Item], turns: int = TURNS) -> Iterator[_Item]:
+    """A B C, C B A, A B C, ...: what warms up or throttles the card meanwhile falls on all of them alike."""
+    for turn in range(turns):
+        yield from items if turn % 2 == 0 else reversed(items)
+
+
+def cuda_timer(run: Callable[[], object], parts: int = 1) -> Timing:
     """CUDA events round each call, the L2 cache cleared before it, after a warm-up.
 
     The rules are those of ``triton.testing.do_bench``: what the first call compiles is left out, five calls tell how
-    many fill 100 ms of warm-up and 500 ms of measuring, and the host waits for the card at the end alone.
+    many fill 100 ms of warm-up and 500 ms of measuring, and the host waits for the card at the end alone. One of
+    ``parts`` takes that part of each, one call at least.
     """
+    torch.cuda.empty_cache()  # what others have left would be given back inside of a call that needs memory
     run()
     torch.cuda.synchronize()
     flush = torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+    calls = max(1, _ESTIMATING_CALLS // parts)
     start, end = _events()
     start.record()
-    for _ in range(_ESTIMATING_CALLS):
+    for _ in range(calls):
         flush.zero_()
         run()
     end.record()
     torch.cuda.synchronize()
-    estimate = start.elapsed_time(end) / _ESTIMATING_CALLS
+    estimate = start.elapsed_time(end) / calls * parts
     for _ in range(max(1, int(_WARMUP_MS / estimate))):
         run()
     pairs = [_events() for _ in range(max(1, int(_MEASURING_MS / estimate)))]
@@ -48,26 +84,57 @@ def cuda_timer(run: Callable[[], object]) -> Timing:
         run()
         end.record()
     torch.cuda.synchronize()
-    return timing([start.elapsed_time(end) for start, end in pairs])
+    return Timing(tuple(start.elapsed_time(end) for start, end in pairs))
 
 
 def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
     return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
 
-def clock_timer(run: Callable[[], object], calls: int = 3) -> Timing:
-    """The wall clock round each call, after one to warm up: for the CPU, where nothing runs behind its back."""
+def clock_timer(run: Callable[[], object], parts: int = 1, calls: int = 3) -> Timing:
+    """The wall clock round each call, after one to warm up: for the CPU, where nothing runs behind its back.
+
+    One of ``parts`` makes that part of the ``calls``, one at least.
+    """
     run()
+    return Timing(tuple(_clocked(run) for _ in range(max(1, calls // parts))))
+
+
+def host_ms(run: Callable[[], object], wait: Callable[[], object] = torch.cuda.synchronize) -> float:
+    """Milliseconds until ``run`` returns, the median of a few calls: what the host takes to ask for the card's work.
+
+    ``wait`` comes before each call, so that the card is idle and none waits for another's work in its queue.
+    """
     elapsed = []
-    for _ in range(calls):
-        start = time.perf_counter()
+    for _ in range(_HOST_CALLS):
+        wait()
+        elapsed.append(_clocked(run))
+    wait()
+    return statistics.median(elapsed)
+
+
+def _clocked(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
+
+
+def launches(run: Callable[[], object]) -> int | None:
+    """Kernels, memory copies and memory sets that a call of ``run`` starts on the card.
+
+    None where the profiler saw none: without a card, and where its driver lets nobody count.
+    """
+    run()  # what is compiled and allocated once
+    with profile() as recorded:  # of all that this machine has
         run()
-        elapsed.append((time.perf_counter() - start) * 1e3)
-    return timing(elapsed)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        recorded.export_chrome_trace(str(path))
+        return count_launches(json.loads(path.read_text(encoding="utf-8"))["traceEvents"]) or None
 
 
-def timing(elapsed: list[float]) -> Timing:
-    """Of the calls' milliseconds, one at least; between two of them by their distance, as Triton's does."""
-    quarters = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    lower, median, upper = torch.tensor(elapsed, dtype=torch.float64).quantile(quarters).tolist()
-    return Timing(median, upper - lower)
+def count_launches(events: list[dict]) -> int:
+    """Of a trace of ``torch.profiler``, in Chrome's form: the card's work, and not what stands over it."""
+    return sum(event.get("cat") in _LAUNCHES for event in events)
