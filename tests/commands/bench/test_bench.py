@@ -1,5 +1,6 @@
 """``tune-lce bench``: its data, its check before timing, its results, and everything but the card's own timer."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -685,6 +686,9 @@ def test_without_a_card_nothing_is_timed(tune_lce, monkeypatch, tmp_path):
         (["--data", "file", "--file", "nowhere.pt"], "nowhere.pt is no file"),
         (["--file", "nowhere.pt"], "--data file"),
         (["--tokens", "0"], "tokens must be at least 1"),
+        (["--tokens", "1024,0"], "tokens must be at least 1"),
+        (["--tokens", "1024;2048"], "--tokens takes whole numbers with commas between them, got '1024;2048'"),
+        (["--tokens", "0", "--data", "random:gemma2_2b"], "tokens must be at least 1"),
     ],
 )
 def test_arguments_that_make_no_sense(tune_lce, arguments, said):
@@ -693,21 +697,50 @@ def test_arguments_that_make_no_sense(tune_lce, arguments, said):
     assert said in printed
 
 
-def test_data_and_shapes_of_the_command_line(monkeypatch, tmp_path):
+def _sources(*arguments: str) -> list[session.Source]:
     from torchtune_lce.commands.bench import command
 
+    return command.read_sources(tune_parser.TuneLCEParser()._parser.parse_args(["bench", *arguments]))
+
+
+def test_data_and_shapes_of_the_command_line(tmp_path):
     (tmp_path / "x.pt").touch()
-    arguments = ["bench", "--file", str(tmp_path / "x.pt"), "--model", "gemma2_2b"]
-    arguments += ["--tokens", "4096", "--hidden", "1024"]
+    arguments = ["--file", str(tmp_path / "x.pt"), "--model", "gemma2_2b", "--tokens", "4096", "--hidden", "1024"]
     for data in ("trained", "random:8192x4096x128256", "probe:llama3_2_1b", "file"):
         arguments += ["--data", data]
-    args = tune_parser.TuneLCEParser()._parser.parse_args(arguments)
-    assert command.read_sources(args) == [
+    assert _sources(*arguments) == [
         session.Source("trained", Shape(4096, 1024, 256_000)),
         session.Source("random", Shape(8192, 4096, 128_256)),
         session.Source("probe", Shape(4096, 2048, 128_256)),
         session.Source("file", path=tmp_path / "x.pt"),
     ]
+
+
+def test_few_and_many_tokens_are_measured_where_none_are_named():
+    """A model's name in place of a shape names no tokens; a probe is trained once, for the most of them."""
+    assert _sources() == [session.Source("trained", Shape(n, 2048, 151_936)) for n in (1024, 2048, 8192)]
+    data = ["--data", "random:gemma2_2b", "--data", "probe", "--data", "random:100x20x30"]
+    assert _sources(*data) == [
+        *(session.Source("random", Shape(n, 2304, 256_000)) for n in (1024, 2048, 8192)),
+        session.Source("probe", Shape(8192, 2048, 151_936), fewer=(1024, 2048)),
+        session.Source("random", Shape(100, 20, 30)),
+    ]
+    assert _sources("--tokens", "64, 16,64") == [session.Source("trained", Shape(n, 2048, 151_936)) for n in (64, 16)]
+
+
+def test_a_probe_of_several_sizes_is_trained_once(plan, tmp_path, monkeypatch):
+    trained = []
+
+    def batches(console, shape, plan):
+        trained.append(shape)
+        return [dataclasses.replace(random_batch(shape, plan.dtype, plan.device), name=name) for name in ("a", "b")]
+
+    monkeypatch.setattr(session, "_probe_batches", batches)
+    source = session.Source("probe", TINY, fewer=(20, 50))
+    assert session.bench(plan([CANDIDATES["eager_full"]], [source]))
+    assert trained == [TINY]
+    data = json.loads((tmp_path / "results" / session.RESULTS).read_text())["data"]
+    assert [(x["data_name"], x["shape"]["tokens"]) for x in data] == [(n, t) for n in "ab" for t in (20, 50, 130)]
 
 
 def test_presets_only_on_request():

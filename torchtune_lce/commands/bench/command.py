@@ -19,7 +19,8 @@ data:
   file      saved tensors: a .pt file with {"hidden", "weight", "targets"} or {name: (hidden, weight, targets)},
             hidden [N, D], weight [V, D], targets [N] int64 or int32, -100 where ignored
 
-A shape of its own follows a colon: --data random:8192x4096x128256 --data trained:gemma2_2b
+A shape of its own follows a colon: --data random:8192x4096x128256 --data trained:gemma2_2b. Data whose tokens are named
+neither there nor by --tokens are measured with 1024, 2048 and 8192.
 
 Exit status: 0 if every loss of this package that ran is right, 1 if one is wrong or fails, 2 if it could not run.
 Timings come only from a card; --check-only compares with the reference anywhere.
@@ -27,7 +28,9 @@ Timings come only from a card; --check-only compares with the reference anywhere
 KINDS = ("random", "trained", "probe", "file")
 # Not float16: without loss scaling the mean over thousands of tokens underflows in everybody's gradients.
 DTYPES = ("bfloat16", "float32")
-DEFAULT_TOKENS, DEFAULT_MODEL, DEFAULT_OUTPUT = 8192, "qwen2_5_3b", Path("tune-lce-bench")
+# Few: where launches and the host count. Many: where the products do.
+DEFAULT_TOKENS = "1024,2048,8192"
+DEFAULT_MODEL, DEFAULT_OUTPUT = "qwen2_5_3b", Path("tune-lce-bench")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -42,7 +45,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--model", metavar="NAME", help=f"hidden size and vocabulary of a model; default: {DEFAULT_MODEL}"
     )
-    parser.add_argument("--tokens", type=int, help=f"default: {DEFAULT_TOKENS}")
+    parser.add_argument(
+        "--tokens", metavar="N,...", help=f"one batch of each kind of data for each N; default: {DEFAULT_TOKENS}"
+    )
     parser.add_argument("--hidden", type=int, help="hidden size, in place of the model's")
     parser.add_argument("--vocab", type=int, help="vocabulary, in place of the model's")
     parser.add_argument(
@@ -115,12 +120,12 @@ def read_sources(args: argparse.Namespace) -> list:
 
     if args.model and args.model not in shapes.MODELS:
         raise CommandError(f"--model takes {', '.join(shapes.MODELS)}; got {args.model!r}")
-    hidden, vocab = shapes.MODELS[args.model or DEFAULT_MODEL]
-    tokens, hidden, vocab = (
+    hidden, vocab = (
         usual if given is None else given
-        for given, usual in ((args.tokens, DEFAULT_TOKENS), (args.hidden, hidden), (args.vocab, vocab))
+        for given, usual in zip((args.hidden, args.vocab), shapes.MODELS[args.model or DEFAULT_MODEL], strict=True)
     )
-    usual = shapes.checked(shapes.Shape(tokens, hidden, vocab))
+    tokens = _numbers(DEFAULT_TOKENS if args.tokens is None else args.tokens)
+    usual = [shapes.checked(shapes.Shape(number, hidden, vocab)) for number in tokens]
     sources = []
     for entry in args.data or ["trained"]:
         kind, _, shape = entry.partition(":")
@@ -132,8 +137,22 @@ def read_sources(args: argparse.Namespace) -> list:
             if not args.file.is_file():  # told now, not after the other data have been measured
                 raise CommandError(f"--file: {args.file} is no file")
             sources.append(Source(kind, path=args.file))
+            continue
+        # In numbers it is the same whatever --tokens says.
+        wanted = list(dict.fromkeys(shapes.parse_shape(shape, number) for number in tokens)) if shape else usual
+        if kind == "probe":
+            most = max(wanted, key=lambda shape: shape.tokens)
+            sources.append(Source(kind, most, fewer=tuple(shape.tokens for shape in wanted if shape != most)))
         else:
-            sources.append(Source(kind, shapes.parse_shape(shape, tokens) if shape else usual))
+            sources += [Source(kind, shape) for shape in wanted]
     if args.file and all(source.kind != "file" for source in sources):
         raise CommandError("--file is for --data file")
     return sources
+
+
+def _numbers(text: str) -> list[int]:
+    """Each of them once."""
+    try:
+        return list(dict.fromkeys(int(number) for number in text.split(",")))
+    except ValueError as error:
+        raise CommandError(f"--tokens takes whole numbers with commas between them, got {text!r}") from error

@@ -26,11 +26,15 @@ RESULTS, PICTURE = "bench.json", "bench.png"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a batch comes from: "random", "trained" or "probe" with a shape, "file" with a path."""
+    """Where a batch comes from: "random", "trained" or "probe" with a shape, "file" with a path.
+
+    A probe, which takes minutes to train, also gives batches of its first ``fewer`` tokens.
+    """
 
     kind: str
     shape: Shape | None = None
     path: Path | None = None
+    fewer: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,8 @@ def _batches(console: Console, source: Source, plan: Plan, results: dict) -> Ite
         elif source.kind == "trained":
             batches = [trained_batch(source.shape, plan.dtype, plan.device)]
         elif source.kind == "probe":
-            batches = _probe_batches(console, source.shape, plan)
+            whole = _probe_batches(console, source.shape, plan)
+            batches = [part for batch in whole for part in (*map(batch.first, source.fewer), batch)]
         else:
             batches = file_batches(source.path, plan.dtype, plan.device)
     except RuntimeError as error:

@@ -1,7 +1,7 @@
 """What the losses are measured on: hidden states, projection weight and targets."""
 
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,6 +33,10 @@ class Batch:
     @property
     def title(self) -> str:
         return f"{self.name} {self.shape}"
+
+    def first(self, tokens: int) -> "Batch":
+        """Its first ``tokens``, over the same memory."""
+        return replace(self, hidden=self.hidden[:tokens], targets=self.targets[:tokens])
 
 
 def random_batch(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Batch:
