@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from allocations import usage
 
 from torchtune_lce.commands import cli, tune_parser
 from torchtune_lce.commands.bench import correctness, measure, probe, report, session, text, timing
@@ -651,6 +652,25 @@ def test_torchtunes_release_is_right(monkeypatch):
     assert check.found.hidden < 1e-6
 
 
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="needs torch 2.13")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchs_own_loss_is_right_and_holds_no_logits(dtype):
+    """Without its options it would: more of them than of anything else here."""
+    candidate = CANDIDATES["torch_linear_ce"]
+    assert candidate.obstacle(CPU, dtype) is None
+    (check,) = measure.check(candidate, dtype, CPU)
+    assert check.status == measure.OK
+    batch = random_batch(Shape(512, 16, 2048), dtype, CPU)
+    loss = candidate.build()
+    found = usage(lambda: correctness.gradients(loss, batch, frozen_weight=False), CPU, interpreted=False)
+    assert found.peak < batch.shape.tokens * batch.shape.vocab * dtype.itemsize / 2
+
+
+def test_a_torch_without_its_own_loss_says_so():
+    candidate = Candidate("torch_next", lambda: None, requires="torch.nn.modules.not_yet")
+    assert candidate.obstacle(CPU, torch.float32) == "the installed torch has no torch.nn.modules.not_yet"
+
+
 def test_check_only_fails_on_a_wrong_loss(tune_lce, monkeypatch):
     monkeypatch.setattr(
         "torchtune_lce.commands.shared.candidates._ALL", (_planted("eager_full", "hidden", 1.01), CANDIDATES["chunked"])
@@ -747,7 +767,7 @@ def test_presets_only_on_request():
     names = [candidate.name for candidate in select(None)]
     assert {"cce", "cce_exact", "torch_compile", "chunked", "reference"} <= set(names)
     assert {"eager_full", "torch_compile_full", "torchtune", "torchtune_main"} <= set(names)
-    assert {"apple_cce", "liger", "quack"} <= set(names)
+    assert {"torch_linear_ce", "apple_cce", "liger", "quack"} <= set(names)
     assert "cce_kahan_full_c" not in names
     asked = select(["quack", "cce_kahan_full_c"])
     assert [candidate.name for candidate in asked] == ["cce_kahan_full_c", "quack"]

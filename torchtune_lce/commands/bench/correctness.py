@@ -58,7 +58,7 @@ def errors(value: Tensor, grads: tuple[Tensor, ...], right: Yardstick) -> Errors
 
 
 def allowed(candidate: Candidate, right: Yardstick) -> Errors:
-    """The most that :class:`Errors` may be: :meth:`Yardstick.allowed`, and more for other packages' own kernels.
+    """The most that :class:`Errors` may be: :meth:`Yardstick.allowed`, and more for other people's own kernels.
 
     Those sum gradients in the inputs' dtype and filter in ways of their own, with no bound on what goes: gross mistakes
     are to be caught, accuracy is in the results. Eight roundings to the dtype, 64 where it is float32; filtering leaves

@@ -36,13 +36,14 @@ class Candidate:
     filtering: Filtering = UNFILTERED  # of which gradients it leaves out small softmax entries
     any_size: bool = False  # takes every N, D and V
     compiles: bool = False
-    requires: str | None = None  # another package's module, which may be absent
+    requires: str | None = None  # a module of other people's kernels, which may be absent
     cuda_only: bool = False
 
     def obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it cannot run here, or None."""
         if self.requires and importlib.util.find_spec(self.requires) is None:
-            return f"{self.requires} is not installed"
+            package, inside, _ = self.requires.partition(".")
+            return f"the installed {package} has no {self.requires}" if inside else f"{package} is not installed"
         if self.cuda_only and device.type != "cuda":
             return "needs a CUDA card"
         if self.requires:
@@ -87,6 +88,12 @@ _ALL = (
     Candidate(BASELINE, peers.compiled_full_logits, any_size=True, compiles=True),
     Candidate("torchtune", peers.torchtune_release, any_size=True, compiles=True),
     Candidate("torchtune_main", peers.compiled_chunks, any_size=True, compiles=True),
+    Candidate(
+        "torch_linear_ce",
+        peers.torch_linear_ce,
+        any_size=True,
+        requires="torch.nn.modules.linear_cross_entropy_options",
+    ),
     Candidate(
         "apple_cce", peers.apple_cce, filtering=Filtering(True, True), requires="cut_cross_entropy", cuda_only=True
     ),

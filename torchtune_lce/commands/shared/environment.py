@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-_PEERS = ("cut-cross-entropy", "liger-kernel", "quack-kernels")
+# Other people's losses, and what decides whether PyTorch's own is fused.
+_PEERS = ("cut-cross-entropy", "liger-kernel", "quack-kernels", "nvidia-cutlass-dsl", "apache-tvm-ffi")
 
 
 def describe(device: torch.device) -> dict[str, str | None]:

@@ -61,6 +61,18 @@ def _chunks(chunk_sum):
     return loss
 
 
+def torch_linear_ce():
+    """PyTorch's own from 2.13 on, in chunks; without options it would be full logits.
+
+    From 2.15 on these options are what its fused kernels ask for, on a card with the packages nvidia-cutlass-dsl and
+    apache-tvm-ffi; without them it takes the chunks of before, and does not say so.
+    """
+    options = nn.LinearCrossEntropyOptions()
+    return lambda hidden, weight, targets: F.linear_cross_entropy(
+        hidden, weight, targets, ignore_index=IGNORE_INDEX, options=options
+    )
+
+
 def apple_cce():
     from cut_cross_entropy import linear_cross_entropy
 
