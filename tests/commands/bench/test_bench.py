@@ -542,6 +542,7 @@ def test_a_run_goes_on_past_what_is_wrong_absent_or_broken(plan, tmp_path, capsy
     candidates = [
         _planted("planted", "weight", float("nan")),
         Candidate("absent", lambda: fail, requires="no_such_module"),
+        Candidate("odd", lambda: int("no number"), requires="json"),
         # Its package is there, and what that needs is not.
         Candidate("lame", lambda: __import__("no_such_dependency"), requires="json"),
         Candidate("broken", lambda: fail),
@@ -550,7 +551,8 @@ def test_a_run_goes_on_past_what_is_wrong_absent_or_broken(plan, tmp_path, capsy
     assert session.bench(plan(candidates, [session.Source("trained", TINY)]))
     written = json.loads((tmp_path / "results" / session.RESULTS).read_text())
     lame = "json cannot be imported: No module named 'no_such_dependency'"
-    assert written["left_out"] == {"absent": "no_such_module is not installed", "lame": lame}
+    odd = "json cannot be imported: invalid literal for int() with base 10: 'no number'"
+    assert written["left_out"] == {"absent": "no_such_module is not installed", "odd": odd, "lame": lame}
     cases = written["cases"]
     assert {case["impl"] for case in cases} == {"planted", "broken", "reference"}
     status = {(case["impl"], case["frozen_weight"]): case["status"] for case in cases}

@@ -49,7 +49,7 @@ class Candidate:
         if self.requires:
             try:
                 self.build()
-            except ImportError as error:
+            except Exception as error:  # other people's code may raise anything, and some runs on import
                 return f"{self.requires} cannot be imported: {' '.join(str(error).split())}"
         if self.compiles and device.type == "cpu" and not _has_cpp_compiler():
             return "torch.compile needs a C++ compiler, none was found"
