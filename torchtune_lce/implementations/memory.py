@@ -13,8 +13,8 @@ reference: float32 logits, 4NV, their exponentials, and a mask of the targets, N
 in place of the logits. With an adapter the two parts of the sum of logits; with DoRA's scale, in the backward, what it
 scales, the gradient, and the gradient's products with either.
 chunked: the workspace, whatever NV is, and vectors; with a trained head the hidden states' sums beside it.
-cce: the workspace, but not less than its tiles and their lists take. With a frozen head, no adapter, and nothing
-filtered, as in cce_exact, values of the hidden states' gradient's size are kept for the backward, NDb.
+cce: the workspace, but not less than its tiles and their lists take. With a frozen head and no adapter values of the
+hidden states' gradient's size are kept for the backward, NDb.
 
 LoRA on the output, of rank r, adds its gradients, Vrb and rDb, to those above, and an Nr product; its dropout keeps the
 thinned out hidden states and their mask, (b + 1)ND. DoRA's scale of the rows has a gradient that needs what it scales:
@@ -37,8 +37,10 @@ CHUNKS = 8
 NORM_BYTES = 32 * 2**20
 # Of labels, places, sums and counts: a few 8-byte numbers each.
 _BYTES_PER_TOKEN, _BYTES_PER_ENTRY = 64, 8
-# Of kernels/autograd.py: tokens and entries of a tile on a card; bytes of its lists, and of its bits among those.
-_TILE, _TILE_LISTS, _TILE_BITS = 128, 64, 16
+# Of kernels/autograd.py: tokens and entries of a tile on a card; bytes of its lists.
+_TILE, _TILE_LISTS = 128, 64
+# Entries of a tile of kernels/strips.py on a card.
+_STRIP_TILE = 256
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,9 @@ def loss_memory(loss: str, problem: Problem) -> LossMemory:
     if base == "chunked":
         return _chunked(problem)
     if base in CCE_PRESETS:
-        strips = not (problem.trained_head or problem.adapter or CAPABILITIES[base].filtering.hidden)
-        return _cce_in_strips(problem) if strips else _cce(problem)
+        if problem.trained_head or problem.adapter:
+            return _cce(problem)
+        return _cce_in_strips(problem, CAPABILITIES[base].filtering.hidden)
     raise ValueError(f"no formula for the memory of {loss!r}")
 
 
@@ -238,31 +241,35 @@ def _cce(problem: Problem) -> LossMemory:
     return LossMemory(workspace, workspace + problem.hidden_bytes + problem.head_bytes + problem.adapter_bytes)
 
 
-def _cce_in_strips(problem: Problem) -> LossMemory:
-    """Of kernels/strips.py: a strip of exponentials, the hidden states' sums, and a sum a tile of the vocabulary."""
-    columns = -(-problem.vocabulary // _TILE)
-    sums = 4 * (problem.features + columns + 5)
-    most = problem.tokens * (sums + (columns + 1) * _TILE * problem.itemsize)
-    least = min(problem.tokens, _TILE) * (sums + 2 * _TILE * problem.itemsize)
+def _cce_in_strips(problem: Problem, filters: bool) -> LossMemory:
+    """Of kernels/strips.py: a strip of exponentials, the hidden states' sums, and a sum a tile of the vocabulary.
+
+    With a filter a quarter of the strip once more, for active columns, and sums by column of what is dropped, of a
+    sample for 16 groups of tokens, which 16 programs multiply.
+    """
+    tiles = -(-problem.vocabulary // _STRIP_TILE)
+    of_token = 4 * (problem.features + max(tiles, 2) + 3)
+    of_tile = _STRIP_TILE * problem.itemsize
+    of_all = 0
+    if filters:
+        sampled = -(-tiles // max(min(tiles // 64, 4), 1))
+        of_token += 16 + tiles // 32
+        of_tile += of_tile // 4 + _STRIP_TILE // 64 + 5
+        of_all = 4 * 16 * (sampled * (_STRIP_TILE + 1) + 16 * problem.features)
+    # A strip has whole row blocks.
+    blocks = -(-problem.tokens // _TILE)
+    most = problem.tokens * of_token + blocks * _TILE * tiles * of_tile + of_all
+    least = min(problem.tokens, _TILE) * of_token + _TILE * of_tile + of_all
     workspace = max(min(problem.workspace_mib * 2**20, most), least)
     kept = problem.hidden_bytes + _vectors(problem)
     return LossMemory(workspace + kept, problem.hidden_bytes + kept)
 
 
 def _least_workspace(problem: Problem) -> int:
-    """Two tiles for each block of tokens, whatever the workspace, and the lists of all tiles.
-
-    With a frozen head only those of a piece of tokens, the bits of the others beside them.
-    """
-    columns, all_blocks = (-(-size // _TILE) for size in (problem.vocabulary, problem.tokens))
+    """Two tiles for each block of tokens, whatever the workspace, and the lists of all tiles."""
+    columns, blocks = (-(-size // _TILE) for size in (problem.vocabulary, problem.tokens))
     tile = _TILE * (_TILE * problem.itemsize + 4)
-    blocks = all_blocks
-    if not problem.trained_head and problem.adapter is None:
-        sums = 4 * problem.features if problem.itemsize == 2 else 0
-        fitting = max(problem.workspace_mib * 2**20 // (_TILE * max(sums, 4 * tile // _TILE)), 1)
-        blocks = -(-blocks // -(-blocks // fitting))
-    bits = _TILE_BITS * columns * (all_blocks - blocks)
-    return blocks * (2 * tile + _TILE_LISTS * columns) + bits + 3 * _BYTES_PER_ENTRY * problem.vocabulary
+    return blocks * (2 * tile + _TILE_LISTS * columns) + 3 * _BYTES_PER_ENTRY * problem.vocabulary
 
 
 def _vectors(problem: Problem) -> int:
