@@ -17,7 +17,7 @@ _parameters = {}
 
 
 def launch(kernel, grid: tuple[int, ...], arguments: tuple, **constants) -> None:
-    """``arguments`` are the kernel's up to its constexprs, a tensor first; ``constants`` these, and how it runs."""
+    """``arguments`` are the kernel's up to its constexprs, memory first; ``constants`` these, and how it runs."""
     Repeated(kernel, arguments, **constants)(grid)
 
 
@@ -87,4 +87,6 @@ def _told_apart(arguments: tuple, are_specialized: list[bool]) -> tuple[list, tu
             address = argument.data_ptr()
             given.append(address)
             key += argument.dtype, address % 16 == 0
-    return given, (arguments[0].device, *key)
+    first = arguments[0]
+    owner = first.base if type(first).__name__ == "TensorDescriptor" else first
+    return given, (owner.device, *key)
