@@ -20,6 +20,7 @@ from torch import Tensor
 from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
 from torchtune_lce.kernels.operands import Operands
 from torchtune_lce.kernels.primitives import LOG2_E, add_low_rank, bitwise_or, softcapped, tile_coordinates
+from torchtune_lce.kernels.repeated import Repeated
 from torchtune_lce.kernels.tuning import LAUNCH, Config, config_for, programs
 
 WORD_BITS = tl.constexpr(32)
@@ -202,10 +203,10 @@ def _pointer_kernel(
     up_stride,
     tokens_stride,
     words_stride,
-    first_tile,
-    tiles,
     log_eps,
     softcap,
+    first_tile,
+    tiles,
     HAS_BIAS: tl.constexpr,
     HAS_LOW_RANK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -294,10 +295,10 @@ def _descriptor_kernel(
     up_stride,
     tokens_stride,
     words_stride,
-    first_tile,
-    tiles,
     log_eps,
     softcap,
+    first_tile,
+    tiles,
     HAS_BIAS: tl.constexpr,
     HAS_LOW_RANK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -435,8 +436,9 @@ def lse_and_target_logit(
     running[0] = float("-inf")
     statistics = hidden.new_empty((max(width for _, width in plan), *running.shape), dtype=torch.float32)
     kernel, hidden_operand, weight_operand = _kernel_for(hidden, weight, config)
-    for first_tile, width in plan:
-        kernel[(min(programs(hidden.device), triton.cdiv(tokens, config.row_block) * width),)](
+    tile_statistics = Repeated(
+        kernel,
+        (
             hidden_operand,
             weight_operand,
             operands.bias,
@@ -452,25 +454,27 @@ def lse_and_target_logit(
             *operands.row_strides,
             tokens,
             activity.words.stride(0) if activity else 0,
-            first_tile,
-            width,
             log_eps,
             operands.softcap or 1.0,
-            **operands.flags,
-            RECORD=activity is not None,
-            RAGGED=(first_tile + width) * config.forward_entries > vocabulary,
-            ROW_BLOCK=config.row_block,
-            ENTRIES=config.forward_entries,
-            BLOCK_D=config.block_d,
-            GROUP=config.group,
-            PRECISION=config.precision,
-            num_warps=config.warps,
-            num_stages=config.forward_stages,
-            **LAUNCH,
-        )
-        _merge_kernel[(triton.cdiv(tokens, 64),)](
-            statistics, running, count, tokens, width, RECORD=activity is not None, TILES=16, BLOCK=64, **LAUNCH
-        )
+        ),
+        **operands.flags,
+        RECORD=activity is not None,
+        ROW_BLOCK=config.row_block,
+        ENTRIES=config.forward_entries,
+        BLOCK_D=config.block_d,
+        GROUP=config.group,
+        PRECISION=config.precision,
+        num_warps=config.warps,
+        num_stages=config.forward_stages,
+    )
+    merge = Repeated(
+        _merge_kernel, (statistics, running, count, tokens), RECORD=activity is not None, TILES=16, BLOCK=64
+    )
+    for first_tile, width in plan:
+        grid = (min(programs(hidden.device), triton.cdiv(tokens, config.row_block) * width),)
+        ragged = (first_tile + width) * config.forward_entries > vocabulary
+        tile_statistics(grid, first_tile, width, RAGGED=ragged)
+        merge((triton.cdiv(tokens, 64),), width)
     # After the phases, which write whole words.
     _target_kernel[(triton.cdiv(tokens, config.sample),)](
         hidden,
