@@ -23,9 +23,9 @@ from torchtune_lce.kernels import strip_operators  # defines the operators of th
 from torchtune_lce.kernels.backward import output_tiles, run_backward
 from torchtune_lce.kernels.descriptors import has_blocks
 from torchtune_lce.kernels.forward import MOST_TILES, Activity, lse_and_target_logit
-from torchtune_lce.kernels.operands import Gradients, Operands, Places
+from torchtune_lce.kernels.operands import Gradients, Operands, Places, used_in
 from torchtune_lce.kernels.operators import operator, refuse_second_derivative, rows_contiguous
-from torchtune_lce.kernels.places import compact
+from torchtune_lce.kernels.places import compact, in_order
 from torchtune_lce.kernels.plan import make_plan
 from torchtune_lce.kernels.row_losses import row_losses
 from torchtune_lce.kernels.tail import tail_bytes, tail_direction
@@ -103,13 +103,15 @@ def _forward(
     workspace = workspace_mib * 2**20 - (activity.words.nbytes if activity else 0)
     for piece in _pieces(tokens, _forward_bytes(operands), workspace, config):
         blocks = slice(piece.start // config.row_block, triton.cdiv(piece.stop, config.row_block))
-        used = (count - piece.start).clamp(0, piece.stop - piece.start)
-        row_total[piece], target_logit[piece] = lse_and_target_logit(
+        used = used_in(piece, count, tokens)
+        lse_and_target_logit(
             _taken(operands, rows[piece], used),
             labels[piece],
             used,
             activity and activity.of(blocks, piece),
             math.log(eps) if activity else 0.0,
+            row_total[piece],
+            target_logit[piece],
         )
     results = row_losses(row_total, target_logit, rows, targets, count, weight.shape[0])
     if activity is None:
@@ -217,13 +219,13 @@ def _backward(
         tail = None
         if wants_tokens and not plan.is_dense and filter_hidden:
             tail = tail_direction(plan, operands, here, config)
-        in_order, is_in_order = None, None
+        states, is_in_order = None, None
         if copies:
-            in_order = _in_order(operands.hidden, here.rows, here.count)
+            states = in_order(operands.hidden, here.rows, here.count)
         elif has_blocks(config, operands.hidden, operands.weight):
             # They are in order as they are if every token is in use.
-            in_order, is_in_order = operands.hidden[piece], count == rows.numel()
-        run_backward(plan, operands, in_order, is_in_order, here, tail, strip_tiles, gradients, config)
+            states, is_in_order = operands.hidden[piece], count == rows.numel()
+        run_backward(plan, operands, states, is_in_order, here, tail, strip_tiles, gradients, config)
 
     # The sums of the hidden states' gradient over strips may take half of the workspace; past that it is made by pieces
     # of tokens, in a pass of its own.
@@ -298,13 +300,8 @@ def _operands(
 
 def _taken(operands: Operands, rows: Tensor, used: Tensor) -> Operands:
     """The same with what belongs to tokens in the order of ``rows``."""
-    hidden, low = (x if x is None else _in_order(x, rows, used) for x in (operands.hidden, operands.low))
+    hidden, low = (x if x is None else in_order(x, rows, used) for x in (operands.hidden, operands.low))
     return replace(operands, hidden=hidden, low=low)
-
-
-def _in_order(hidden: Tensor, rows: Tensor, used: Tensor) -> Tensor:
-    """Hidden states of ``rows``; past those ``used`` the first again, since what stands in ignored ones may be NaN."""
-    return hidden[rows.where(torch.arange(rows.numel(), device=rows.device) < used, rows[0])]
 
 
 def _activity_shape(tokens: int, vocabulary: int, config: Config) -> tuple[int, int]:
@@ -316,8 +313,7 @@ def _activity_shape(tokens: int, vocabulary: int, config: Config) -> tuple[int, 
 def _empty_activity(tokens: int, vocabulary: int, config: Config, device: torch.device) -> Activity:
     row_blocks, words = _activity_shape(tokens, vocabulary, config)
     return Activity(
-        # Zeros: rows of blocks without tokens in use are read too, where flat ones are marked.
-        torch.zeros((row_blocks, words), dtype=torch.int32, device=device),
+        torch.empty((row_blocks, words), dtype=torch.int32, device=device),
         torch.empty(tokens, dtype=torch.float32, device=device),
         config.forward_entries,
     )

@@ -56,7 +56,7 @@ class Activity:
 def _tile_statistics(
     logits,  # [tokens, ENTRIES] float32 accumulator
     tokens,
-    token_mask,
+    tokens_total,
     entry_tile,
     bias,
     running,
@@ -66,6 +66,7 @@ def _tile_statistics(
     tokens_stride,
     row_block,
     entries_total,
+    first_tile,
     log_eps,
     softcap,
     HAS_BIAS: tl.constexpr,
@@ -76,6 +77,7 @@ def _tile_statistics(
     ENTRIES: tl.constexpr,
 ):
     """Stores one tile's peak and sum of exponentials and, with RECORD, its activity bits and the sum they leave out."""
+    token_mask = tokens < tokens_total
     entries = entry_tile * ENTRIES + tl.arange(0, ENTRIES)
     if HAS_BIAS:
         logits += tl.load(bias + entries, mask=entries < entries_total, other=0.0).to(tl.float32)[None, :]
@@ -93,8 +95,12 @@ def _tile_statistics(
     total = tl.sum(powers, 1)
 
     if RECORD:
-        bound = tl.exp(tl.load(running + tokens, mask=token_mask, other=float("inf")) - peak + log_eps)
-        bound *= tl.load(running + tokens_stride + tokens, mask=token_mask, other=1.0)
+        # Before the first phase nothing is known, and every entry of a token may matter.
+        known = tokens < tl.where(first_tile > 0, tokens_total, 0)
+        known_peak = tl.load(running + tokens, mask=known, other=0.0)
+        known_peak = tl.where(token_mask, tl.where(known, known_peak, float("-inf")), float("inf"))
+        bound = tl.exp(known_peak - peak + log_eps)
+        bound *= tl.load(running + tokens_stride + tokens, mask=known, other=1.0)
         # `<` and not `>=`: a NaN must be kept, so that it reaches the gradients.
         below = powers < bound[:, None]
         WORDS: tl.constexpr = ENTRIES // WORD_BITS
@@ -109,6 +115,40 @@ def _tile_statistics(
 
 
 @triton.jit
+def _mark_flat_row_block(
+    running,
+    words,
+    dropped_mass,
+    row_block,
+    tokens,
+    tokens_total,
+    tokens_stride,
+    words_stride,
+    LIMIT: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Stores the dropped mass of `tokens`, some of the row block, 0 past the count.
+
+    Where its mean over the row block passes LIMIT, marks every entry instead, and drops nothing.
+    """
+    in_block = row_block * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    used = in_block < tokens_total
+    total = tl.load(running + tokens_stride + in_block, mask=used, other=1.0)
+    dropped = tl.load(running + 2 * tokens_stride + in_block, mask=used, other=0.0)
+    excess = tl.sum(tl.where(used, dropped / total - LIMIT, 0.0), 0)
+    # Written so that a NaN keeps everything.
+    drops = tl.where(excess <= 0, tokens_total, 0)
+    own = words + row_block.to(tl.int64) * words_stride
+    for first in range(0, tl.where(excess <= 0, 0, words_stride), WORDS):
+        word = first + tl.arange(0, WORDS)
+        tl.store(own + word, -1, mask=word < words_stride)
+    total = tl.load(running + tokens_stride + tokens, mask=tokens < drops, other=1.0)
+    dropped = tl.load(running + 2 * tokens_stride + tokens, mask=tokens < drops, other=0.0)
+    tl.store(dropped_mass + tokens, dropped / total, mask=tokens < tokens_stride)
+
+
+@triton.jit(do_not_specialize=["tokens_stride"])
 def _target_kernel(
     hidden,
     weight,
@@ -117,20 +157,25 @@ def _target_kernel(
     up,
     labels,
     count,
+    running,
+    row_total,
     target_logit,
     words,
+    dropped_mass,
     features,
     rank,
     hidden_stride,
     weight_stride,
     low_stride,
     up_stride,
+    tokens_stride,
     words_stride,
     softcap,
     HAS_BIAS: tl.constexpr,
     HAS_LOW_RANK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     RECORD: tl.constexpr,
+    LIMIT: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -140,10 +185,12 @@ def _target_kernel(
     """Target logits: the diagonal of hidden times the targets' weight rows, in the steps over D of the other kernels.
 
     So it is the logit that went into the log-sum-exp. Looking for it in every tile there cost a quarter of the forward.
-    With RECORD marks each target active in its row block whatever its softmax: its gradient has the - 1 of the one-hot.
+    Beside it row_total: the peak and the log of the sum that the phases came to. With RECORD marks each target active
+    in its row block whatever its softmax, since its gradient has the - 1 of the one-hot, and all of a flat row block.
     """
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    mask = tokens < tl.load(count)
+    tokens_total = tl.load(count)
+    mask = tokens < tokens_total
     label = tl.load(labels + tokens, mask=mask, other=0)
     depth = tl.arange(0, BLOCK_D)
     hidden_rows = hidden + tokens.to(tl.int64)[:, None] * hidden_stride
@@ -175,7 +222,23 @@ def _target_kernel(
     if HAS_SOFTCAP:
         target = softcapped(target, softcap)
     tl.store(target_logit + tokens, target, mask=mask)
+    tl.store(row_total + 2 * tokens, tl.load(running + tokens, mask=mask, other=0.0), mask=mask)
+    total = tl.load(running + tokens_stride + tokens, mask=mask, other=1.0)
+    tl.store(row_total + 2 * tokens + 1, tl.log(total), mask=mask)
     if RECORD:
+        _mark_flat_row_block(
+            running,
+            words,
+            dropped_mass,
+            tl.program_id(0) * TOKENS // ROW_BLOCK,
+            tokens,
+            tokens_total,
+            tokens_stride,
+            words_stride,
+            LIMIT,
+            ROW_BLOCK,
+            1024,
+        )
         WORDS: tl.constexpr = ENTRIES // WORD_BITS
         word = label // ENTRIES * WORDS + label % WORDS
         bit = (label % ENTRIES // WORDS).to(tl.int32)
@@ -254,7 +317,7 @@ def _pointer_kernel(
         _tile_statistics(
             logits,
             tokens,
-            token_mask,
+            tokens_total,
             entry_tile,
             bias,
             running,
@@ -264,6 +327,7 @@ def _pointer_kernel(
             tokens_stride,
             row_block,
             entries_total,
+            first_tile,
             log_eps,
             softcap,
             HAS_BIAS,
@@ -344,7 +408,7 @@ def _descriptor_kernel(
         _tile_statistics(
             logits,
             tokens,
-            tokens < tokens_total,
+            tokens_total,
             entry_tile,
             bias,
             running,
@@ -354,6 +418,7 @@ def _descriptor_kernel(
             tokens_stride,
             row_block,
             entries_total,
+            first_tile,
             log_eps,
             softcap,
             HAS_BIAS,
@@ -367,19 +432,32 @@ def _descriptor_kernel(
 
 # Whether the counts are multiples of 16 must not change how threads share the sums: a token's bits would depend on the
 # number of tokens.
-@triton.jit(do_not_specialize=["tokens_stride", "tiles"])
+@triton.jit(do_not_specialize=["tokens_stride", "first_tile", "tiles"])
 def _merge_kernel(
-    statistics, running, count, tokens_stride, tiles, RECORD: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr
+    statistics,
+    running,
+    count,
+    tokens_stride,
+    first_tile,
+    tiles,
+    RECORD: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Adds statistics[0:tiles, :, i] to running[:, i]: peak, sum and dropped sum, in the order of the vocabulary."""
+    """Adds statistics[0:tiles, :, i] to running[:, i]: peak, sum and dropped sum, in the order of the vocabulary.
+
+    The first phase begins them, with nothing summed yet.
+    """
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < tl.load(count)
+    tokens_total = tl.load(count)
+    mask = index < tokens_total
+    known = index < tl.where(first_tile > 0, tokens_total, 0)
     own = running + index
-    peak = tl.load(own, mask=mask, other=0.0)
-    total = tl.load(own + tokens_stride, mask=mask, other=0.0)
+    peak = tl.load(own, mask=known, other=float("-inf"))
+    total = tl.load(own + tokens_stride, mask=known, other=0.0)
     dropped = tl.zeros((BLOCK,), tl.float32)
     if RECORD:
-        dropped = tl.load(own + 2 * tokens_stride, mask=mask, other=0.0)
+        dropped = tl.load(own + 2 * tokens_stride, mask=known, other=0.0)
     tile = tl.arange(0, TILES)
     tile_stride = tokens_stride * (3 if RECORD else 2)
     parts = statistics + tile[:, None].to(tl.int64) * tile_stride + index[None, :]
@@ -423,17 +501,17 @@ def lse_and_target_logit(
     count: Tensor,  # [1] int32, rows in use, on the device
     activity: Activity | None,  # filled for these rows
     log_eps: float,
-) -> tuple[Tensor, Tensor]:  # peak and log of the sum of exp(logit - peak) [N, 2], target logit [N]; float32
-    """Launches the forward for one piece of tokens; reads nothing back to the host. Undefined past the count."""
+    row_total: Tensor,  # [N, 2] float32, filled: the peak and the log of the sum of exp(logit - peak)
+    target_logit: Tensor,  # [N] float32, filled
+) -> None:
+    """Launches the forward for one piece of tokens; reads nothing back to the host. Fills nothing past the count."""
     hidden, weight = operands.hidden, operands.weight
     config = config_for(hidden.device, hidden.dtype)
     tokens, features = hidden.shape
     vocabulary = weight.shape[0]
-    target_logit = hidden.new_zeros(tokens, dtype=torch.float32)
     plan = phases(vocabulary, config.forward_entries)
     # Of each token: its largest logit, its sum and, when recorded, that of its inactive entries.
-    running = hidden.new_zeros((3 if activity else 2, tokens), dtype=torch.float32)
-    running[0] = float("-inf")
+    running = hidden.new_empty((3 if activity else 2, tokens), dtype=torch.float32)
     statistics = hidden.new_empty((max(width for _, width in plan), *running.shape), dtype=torch.float32)
     kernel, hidden_operand, weight_operand = _kernel_for(hidden, weight, config)
     tile_statistics = Repeated(
@@ -474,7 +552,7 @@ def lse_and_target_logit(
         grid = (min(programs(hidden.device), triton.cdiv(tokens, config.row_block) * width),)
         ragged = (first_tile + width) * config.forward_entries > vocabulary
         tile_statistics(grid, first_tile, width, RAGGED=ragged)
-        merge((triton.cdiv(tokens, 64),), width)
+        merge((triton.cdiv(tokens, 64),), first_tile, width)
     # After the phases, which write whole words.
     _target_kernel[(triton.cdiv(tokens, config.sample),)](
         hidden,
@@ -484,15 +562,20 @@ def lse_and_target_logit(
         operands.up,
         labels,
         count,
+        running,
+        row_total,
         target_logit,
         activity.words if activity else None,
+        activity.dropped_mass if activity else None,
         features,
         operands.rank,
         *operands.row_strides,
+        tokens,
         activity.words.stride(0) if activity else 0,
         operands.softcap or 1.0,
         **operands.flags,
         RECORD=activity is not None,
+        LIMIT=DROPPED_MASS_LIMIT,
         ROW_BLOCK=config.row_block,
         ENTRIES=config.forward_entries,
         TOKENS=config.sample,
@@ -502,22 +585,6 @@ def lse_and_target_logit(
         num_stages=config.forward_stages,
         **LAUNCH,
     )
-    if activity:
-        _mark_flat_row_blocks(activity, running, count, config.row_block)
-    return torch.stack([running[0], running[1].log()], 1), target_logit
-
-
-def _mark_flat_row_blocks(activity: Activity, running: Tensor, count: Tensor, row_block: int) -> None:
-    """Fills ``dropped_mass``; where its mean over a row block's tokens passes the limit, marks every entry instead."""
-    tokens = running.shape[1]
-    used = torch.arange(tokens, device=running.device) < count
-    mass = running[2] / running[1]
-    excess = torch.nn.functional.pad((mass - DROPPED_MASS_LIMIT).where(used, 0), (0, -tokens % row_block))
-    # Written so that a NaN keeps everything.
-    is_flat = ~(excess.view(-1, row_block).sum(1) <= 0)
-    activity.words.masked_fill_(is_flat[:, None], -1)
-    dropped = used & ~is_flat.repeat_interleave(row_block)[:tokens]
-    activity.dropped_mass.copy_(mass.where(dropped, 0))
 
 
 def _kernel_for(hidden: Tensor, weight: Tensor, config: Config):

@@ -37,6 +37,13 @@ class Operands:
         }
 
 
+def used_in(piece: slice, count: Tensor, tokens: int) -> Tensor:
+    """How many places of a piece are in use, [1] int32: ``count`` of all ``tokens`` are, and those come first."""
+    if piece == slice(0, tokens):
+        return count
+    return (count - piece.start).clamp(0, piece.stop - piece.start)
+
+
 @dataclass(frozen=True)
 class Places:
     """Tokens in the order in which the backward takes them: those in use first."""
@@ -49,7 +56,7 @@ class Places:
     d_lse: Tensor | None  # [M] float32
 
     def of(self, piece: slice) -> "Places":
-        count = (self.count - piece.start).clamp(0, piece.stop - piece.start)
+        count = used_in(piece, self.count, self.rows.numel())
         d_lse = self.d_lse if self.d_lse is None else self.d_lse[piece]
         return Places(self.rows[piece], self.labels[piece], count, self.row_total[piece], self.d_nll[piece], d_lse)
 

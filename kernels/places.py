@@ -1,7 +1,7 @@
-"""Where each token goes: those in use first, in their order, and how many they are.
+"""Where each token goes: those in use first, in their order, and how many they are; and what goes there with it.
 
-One launch, and nothing that the host waits for. Each program counts the tokens in use before its block, and all of
-them, from the targets themselves: reading those again costs less than another launch that has counted them.
+One launch each, and nothing that the host waits for. A program that places tokens counts those in use before its block,
+and all of them, from the targets themselves: reading those again costs less than another launch that has counted them.
 """
 
 import torch
@@ -72,3 +72,29 @@ def compact(targets: Tensor, ignore_index: int, vocabulary: int) -> tuple[Tensor
         num_warps=8,
     )
     return rows, labels, count, divisor
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _in_order_kernel(
+    matrix, rows, count, taken, tokens, features, matrix_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    used = place < tl.load(count)
+    row = tl.load(rows + place, mask=used, other=0)
+    d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    exists = (d < features)[None, :]
+    value = tl.load(matrix + row[:, None] * matrix_stride + d[None, :], mask=used[:, None] & exists, other=0.0)
+    out = taken + place.to(tl.int64)[:, None] * features + d[None, :]
+    tl.store(out, value, mask=(place < tokens)[:, None] & exists)
+
+
+def in_order(matrix: Tensor, rows: Tensor, count: Tensor) -> Tensor:
+    """Rows of ``matrix`` [N, D] at each place, ``rows`` [M], zero past the ``count``: what is ignored may be NaN."""
+    tokens, features = rows.numel(), matrix.shape[1]
+    taken = matrix.new_empty((tokens, features))
+    # The interpreter takes programs in turn: there few of them.
+    block = {"ROWS": 32 if matrix.device.type == "cpu" else 8, "COLUMNS": 256}
+    _in_order_kernel[(triton.cdiv(tokens, block["ROWS"]), triton.cdiv(features, block["COLUMNS"]))](
+        matrix, rows, count, taken, tokens, features, matrix.stride(0), **block, num_warps=4, **LAUNCH
+    )
+    return taken
