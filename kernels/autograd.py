@@ -201,6 +201,8 @@ def _backward(
         strip_tiles, copies = _division(operands, gradients.hidden is not None, tokens, workspace_mib, config)
         first = piece.start // config.row_block
         here = places.of(piece)
+        # Hidden states that are not copied are in order as they are if every token is in use.
+        may_be_in_order = not copies and has_blocks(config, operands.hidden, operands.weight)
         plan = make_plan(
             recorded and recorded.of(slice(first, first + row_blocks), piece),
             filter_hidden or not wants_tokens,
@@ -212,20 +214,18 @@ def _backward(
             output_tiles(gradients.weight, config),
             hidden.shape[1],
             config,
+            tiles,
+            places if may_be_in_order else None,
         )
-        # Adding a tensor of the host would wait for the card; a number does not.
-        tiles[0].add_(plan.first_id[-1])
-        tiles[1].add_(plan.ids.numel())
         tail = None
         if wants_tokens and not plan.is_dense and filter_hidden:
             tail = tail_direction(plan, operands, here, config)
-        states, is_in_order = None, None
+        states = None
         if copies:
             states = in_order(operands.hidden, here.rows, here.count)
-        elif has_blocks(config, operands.hidden, operands.weight):
-            # They are in order as they are if every token is in use.
-            states, is_in_order = operands.hidden[piece], count == rows.numel()
-        run_backward(plan, operands, states, is_in_order, here, tail, strip_tiles, gradients, config)
+        elif may_be_in_order:
+            states = operands.hidden[piece]
+        run_backward(plan, operands, states, may_be_in_order, here, tail, strip_tiles, gradients, config)
 
     # The sums of the hidden states' gradient over strips may take half of the workspace; past that it is made by pieces
     # of tokens, in a pass of its own.

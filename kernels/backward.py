@@ -54,8 +54,7 @@ def _backward_kernel(
     d_bias,
     d_low,
     d_up,
-    arrivals,
-    taken,
+    counters,
     entries,
     ids,
     first_ids,
@@ -109,6 +108,7 @@ def _backward_kernel(
 
     A strip's logit gradients begin in `gradients` at slot ceil(end_column * first_slot_factor / ROW_BLOCK). The
     factor is 0 in the workspace, and `features` in the weight's gradient, where that is past the strip's own rows.
+    `counters`, zero, are the programs that have arrived at the barrier, and the items of each strip that are taken.
     """
     program = tl.program_id(0)
     workers = tl.num_programs(0)
@@ -140,8 +140,13 @@ def _backward_kernel(
         first_slot = tl.cdiv(end_column * first_slot_factor, ROW_BLOCK)
         # Slots of tiles are their ids less this one.
         first_id = tl.load(first_ids + first_column) - first_slot
-        first_pair = tl.load(first_pairs + first_column)
-        for pair in range(first_pair + program, tl.load(first_pairs + end_column), workers):
+        first_pair = 0
+        if DENSE:
+            end_pair = row_blocks * tl.cdiv(end_column - first_column, WIDTH // TILE)
+        else:
+            first_pair = tl.load(first_pairs + first_column)
+            end_pair = tl.load(first_pairs + end_column)
+        for pair in range(first_pair + program, end_pair, workers):
             logit_gradient_pair(
                 hidden,
                 hidden_rows,
@@ -194,7 +199,7 @@ def _backward_kernel(
                 PRECISION,
             )
         arrived += workers
-        grid_barrier(arrivals, arrived, GRADIENT_TMA)
+        grid_barrier(counters, arrived, GRADIENT_TMA)
         column_items = (end_column - first_column) * column_chunks
         items = column_items + row_blocks * row_chunks
         item = program
@@ -374,16 +379,16 @@ def _backward_kernel(
                             ADAPTER_STAGES,
                         )
             # Items differ in length, so whoever is done takes the next one: who computes it changes no bit of it.
-            item = workers + tl.atomic_add(taken + strip, 1, sem="relaxed", scope="gpu")
+            item = workers + tl.atomic_add(counters + 1 + strip, 1, sem="relaxed", scope="gpu")
         arrived += workers
-        grid_barrier(arrivals, arrived, GRADIENT_TMA)
+        grid_barrier(counters, arrived, GRADIENT_TMA)
 
 
 def run_backward(
     plan: Plan,
     operands: Operands,
     in_order: Tensor | None,  # [M, D]: hidden[rows], for the copy engine
-    is_in_order: Tensor | None,  # [1] bool: whether it is that, where the host does not know
+    may_be_in_order: bool,  # whether it is that only where the plan has strips in order
     places: Places,
     tail: tuple[Tensor, Tensor | None] | None,  # tail_direction, added to the gradients of hidden and low
     strip_tiles: int,
@@ -398,11 +403,12 @@ def run_backward(
     if wanted.hidden is not None and wanted.hidden.element_size() == 2:
         sums_high = wanted.hidden.view(torch.int16)
         sums_low = sums_high.new_empty((places.rows.numel(), features))
-    masses = mass_before = None
+    of_tail = nothing = (None,) * 4
     if tail is not None:
-        masses = places.row_total.new_empty((strip_tiles, config.row_block))
-        mass_before = places.row_total.new_empty(places.rows.numel())
+        new_empty = places.row_total.new_empty
+        of_tail = new_empty((strip_tiles, config.row_block)), new_empty(places.rows.numel()), *tail
     by_row = None, None
+    counters = iter(plan.counters)
 
     def gradient_blocks(gradients: Tensor) -> tuple:
         if not config.tma or gradients.element_size() != 2:
@@ -418,7 +424,6 @@ def run_backward(
         weight_blocks: tuple,
         dense: bool,
     ) -> None:
-        counters = torch.zeros(plan.strip_first.numel(), dtype=torch.int32, device=device)
         _backward_kernel[(programs(device),)](
             hidden,
             *hidden_blocks,
@@ -435,9 +440,7 @@ def run_backward(
             places.d_lse,
             gradients,
             *gradient_blocks(gradients),
-            masses,
-            mass_before,
-            *(tail or (None, None)),
+            *(nothing if dense else of_tail),
             wanted.hidden,
             sums_high,
             sums_low,
@@ -445,13 +448,12 @@ def run_backward(
             wanted.bias,
             wanted.low,
             wanted.up,
-            counters[:1],
-            counters[1:],
+            next(counters),
             plan.entries,
-            plan.ids,
+            None if dense else plan.ids,
             plan.first_id,
-            plan.pairs,
-            plan.first_pair,
+            None if dense else plan.pairs,
+            None if dense else plan.first_pair,
             plan.strip_first,
             strips,
             first_slot_factor,
@@ -510,18 +512,16 @@ def run_backward(
         )
     # The plan leaves launches without strips where the host does not know.
     if not plan.is_dense:
-        launch(plan.sparse_strips, workspace, 0, hidden_blocks if is_in_order is None else by_row, by_row, dense=False)
-    dense = [(plan.dense_strips, workspace, 0)]
+        launch(plan.sparse_strips, workspace, 0, by_row if may_be_in_order else hidden_blocks, by_row, dense=False)
+    dense = [(plan.dense_strips, plan.dense_strips_by_row, workspace, 0)]
     if output_tiles(wanted.weight, config):
         # Rows of the weight's gradient that are not written yet hold the logit gradients of the strips before them.
         output = wanted.weight.view(-1)[: output_tiles(wanted.weight, config) * _tile_numel(config)]
-        dense.insert(0, (plan.output_strips, output, features))
-    for strips, gradients, factor in dense:
-        if is_in_order is None:
-            launch(strips, gradients, factor, hidden_blocks, weight_blocks, dense=True)
-        else:
-            launch(strips * is_in_order, gradients, factor, hidden_blocks, weight_blocks, dense=True)
-            launch(strips * ~is_in_order, gradients, factor, by_row, weight_blocks, dense=True)
+        dense.insert(0, (plan.output_strips, plan.output_strips_by_row, output, features))
+    for strips, strips_by_row, gradients, factor in dense:
+        launch(strips, gradients, factor, hidden_blocks, weight_blocks, dense=True)
+        if may_be_in_order:
+            launch(strips_by_row, gradients, factor, by_row, weight_blocks, dense=True)
 
 
 def _tile_numel(config: Config) -> int:

@@ -2,7 +2,7 @@
 
 A tile is ``row_block`` tokens by ``entry_tile`` entries that stand next to each other in the order. Sorting entries by
 the number of row blocks in which they are active packs the kept ones into few tiles. Nothing here is read by the host,
-so every list has room for the worst case.
+so every list has room for the worst case, and its kernels find out by themselves whether a dense backward is due.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchtune_lce.kernels.forward import WORD_BITS, Activity
+from torchtune_lce.kernels.operands import Places
 from torchtune_lce.kernels.tuning import LAUNCH, Config, programs
 
 # Past this share of kept tiles the rest is computed too: blocks copied in order beat tiles gathered by row.
@@ -26,23 +27,34 @@ class Lines:
     other: Tensor  # int32 [lines, longest line]: entry tile (or row block) of the line's i-th kept tile
     slot: Tensor  # int32 [lines, longest line]: its id among all kept tiles
 
+    @staticmethod
+    def empty(columns: int, row_blocks: int, device: torch.device) -> "Lines":
+        return Lines(*(torch.empty(columns * row_blocks, dtype=torch.int32, device=device) for _ in range(2)))
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Ids of kept tiles run down one column of row blocks after the other, so a strip of columns is a range of ids."""
+    """Ids of kept tiles run down one column of row blocks after the other, so a strip of columns is a range of ids.
+
+    What only launches of sparse strips read is None where the host knows that there are none.
+    """
 
     entries: Tensor  # int32 [columns * entry_tile]: the vocabulary in order, V where past its end
-    kept: Tensor  # int32 [columns, row blocks]: 1 where a tile counts in the gradient of hidden
-    ids: Tensor  # int32 [columns * row blocks]: id of each kept tile, at column * row blocks + row block
+    ranks: Tensor | None  # int32 [columns, row blocks]: see _tile_kernel
+    ids: Tensor | None  # int32 [columns * row blocks]: id of each kept tile, at column * row blocks + row block
     first_id: Tensor  # int32 [columns + 1]: id of each column's first kept tile
-    pairs: Tensor  # int32 [2, columns * row blocks]: places of two tiles of a row block and strip, -1 for no second
-    first_pair: Tensor  # int32 [columns + 1]: pairs whose first tile stands before each column
+    pairs: Tensor | None  # int32 [2, columns * row blocks]: places of two tiles of a row block and strip, -1: no second
+    first_pair: Tensor | None  # int32 [columns + 1]: pairs whose first tile stands before each column
     strip_first: Tensor  # int32 [most strips + 1]: first column of each strip
     # Strips of a launch, int32 [3]: the first, the end, and all strips there are; 0, 0, 0 for none.
     sparse_strips: Tensor  # where not every tile is kept
     output_strips: Tensor  # where every tile is, in the vocabulary's own order, and the unwritten part of the weight's
     # gradient has room for the strip's logit gradients
     dense_strips: Tensor  # the others of those
+    # The last two have none where hidden states are not in order, and then these have them.
+    output_strips_by_row: Tensor
+    dense_strips_by_row: Tensor
+    counters: Tensor  # int32 [5, >= 1 + most strips], zero: for as many launches
     is_dense: bool  # whether the host knows that it is
     rows: Lines  # for the gradient of hidden: tiles of each row block
     rows_before: Tensor  # int32 [row blocks, columns + 1]: how many of them stand before each column
@@ -52,7 +64,10 @@ class Plan:
 
 @triton.jit
 def _count_kernel(words, counts, count, words_stride, entries_total, ROW_BLOCK: tl.constexpr, WORDS: tl.constexpr):
-    """counts[e] = row blocks in which entry e is active."""
+    """counts[e] = row blocks in which entry e is active.
+
+    In 16 bits, for half of the sort's passes: past 32,767 row blocks the order is coarser, not wrong.
+    """
     tile = tl.program_id(0)
     row_blocks = tl.cdiv(tl.load(count), ROW_BLOCK)
     word = tl.arange(0, WORDS)
@@ -63,14 +78,15 @@ def _count_kernel(words, counts, count, words_stride, entries_total, ROW_BLOCK: 
         total += (tl.load(words)[None, :] >> bit[:, None]) & 1
         words += words_stride
     entries = (tile * WORD_BITS + bit[:, None]) * WORDS + word[None, :]
-    tl.store(counts + entries, total, mask=entries < entries_total)
+    tl.store(counts + entries, tl.minimum(total, 32767).to(tl.int16), mask=entries < entries_total)
 
 
 @triton.jit(do_not_specialize=["row_blocks_total"])
 def _tile_kernel(
     words,
-    entries,
-    kept,
+    order,
+    ranks,
+    lengths,
     count,
     words_stride,
     row_blocks_total,
@@ -79,91 +95,94 @@ def _tile_kernel(
     TILE: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """kept[column, row block] = whether any of the column's entries is active there."""
+    """ranks[column, row block] = how many tiles of the column stand before it, if any of its entries is active there.
+
+    Else -1; nothing past the row blocks in use. lengths[column] = how many tiles are kept.
+    """
     column = tl.program_id(0)
     row_blocks = tl.cdiv(tl.load(count), ROW_BLOCK)
-    entry = tl.load(entries + column * TILE + tl.arange(0, TILE))
-    inside = entry < entries_total
+    index = column * TILE + tl.arange(0, TILE)
+    inside = index < entries_total
+    entry = tl.load(order + index, mask=inside, other=0).to(tl.int32)
     place = entry % (WORDS * WORD_BITS)
     words += entry // (WORDS * WORD_BITS) * WORDS + place % WORDS
-    kept += column.to(tl.int64) * row_blocks_total
+    ranks += column.to(tl.int64) * row_blocks_total
+    rank = 0
     for _ in range(row_blocks):
         active = (tl.load(words, mask=inside, other=0) >> (place // WORDS)) & 1
-        tl.store(kept, tl.max(active, 0))
+        keeps = tl.max(active, 0)
+        tl.store(ranks, tl.where(keeps > 0, rank, -1))
+        rank += keeps
         words += words_stride
-        kept += 1
+        ranks += 1
+    tl.store(lengths + column, rank)
 
 
-@triton.jit(do_not_specialize=["row_blocks", "total"])
-def _list_kernel(kept, ids, rank, other, slot, row_blocks, columns, total, BY_ROW: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes each kept tile at its rank within its line."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < total
-    keep = mask & (tl.load(kept + index, mask=mask, other=0) != 0)
-    column = index // row_blocks
-    row_block = index % row_blocks
-    if BY_ROW:
-        place = row_block * columns + tl.load(rank + row_block * (columns + 1) + column, mask=keep, other=0)
-        tl.store(other + place, column.to(tl.int32), mask=keep)
-    else:
-        place = column * row_blocks + tl.load(rank + index, mask=keep, other=0)
-        tl.store(other + place, row_block.to(tl.int32), mask=keep)
-    tl.store(slot + place, tl.load(ids + index, mask=keep, other=0), mask=keep)
+@triton.jit
+def _store_range(at, first, end, strips):
+    tl.store(at, first)
+    tl.store(at + 1, end)
+    tl.store(at + 2, strips)
 
 
-@triton.jit(do_not_specialize=["row_blocks", "total"])
-def _pair_kernel(
-    leads,
-    index_of,
-    rank,
-    rank_at_end,
-    other,
-    pairs,
-    row_blocks,
-    columns,
-    total,
-    PAIRED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Writes each leading tile and the one after it in its row block, unless the strip ends before that."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < total
-    mask = mask & (tl.load(leads + index, mask=mask, other=0) != 0)
-    pair = tl.load(index_of + index, mask=mask, other=0)
-    tl.store(pairs + pair, index.to(tl.int32), mask=mask)
-    second = tl.full((BLOCK,), -1, tl.int32)
-    if PAIRED:
-        row_block = index % row_blocks
-        column = index // row_blocks
-        following = tl.load(rank + row_block * (columns + 1) + column, mask=mask, other=0) + 1
-        has_second = mask & (following < tl.load(rank_at_end + row_block * columns + column, mask=mask, other=0))
-        next_column = tl.load(other + row_block * columns + following, mask=has_second, other=0)
-        second = tl.where(has_second, next_column * row_blocks + row_block.to(tl.int32), -1)
-    tl.store(pairs + total + pair, second, mask=mask)
-
-
-@triton.jit(do_not_specialize=["strip_tiles", "output_tiles", "row_blocks_total", "most"])
+@triton.jit(do_not_specialize=["strip_tiles", "output_tiles", "row_blocks_total", "most", "counters_total", "tokens"])
 def _strip_kernel(
-    first_id,
-    dense,
+    lengths,
     count,
+    count_in_order,
+    first_id,
     strip_first,
     ranges,
+    pair_counts,
+    counters,
+    tiles,
     columns,
     features,
     strip_tiles,
     output_tiles,
     row_blocks_total,
     most,
+    counters_total,
+    tokens,
     workers,
+    dense_fraction,
+    FILTERED: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     SEARCH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Cuts the columns into strips: strip_first, and the ranges of the plan's sparse, output and dense strips."""
-    row_blocks = tl.maximum(tl.cdiv(tl.load(count), ROW_BLOCK), 1)
-    total = tl.load(first_id + columns)
-    is_dense = tl.load(dense) != 0
+    """Ids of the columns' first tiles, of all of them unless FILTERED; cuts the columns into strips: strip_first, and
+    ranges[0:5] of four, the ranges of the plan's strips. Adds to `tiles`; zeros pair_counts and counters.
+
+    Hidden states are in order if `count_in_order` is `tokens`, or None.
+    """
+    row_blocks = tl.cdiv(tl.load(count), ROW_BLOCK)
+    is_dense = row_blocks >= 0
+    if lengths is not None:
+        kept = tl.zeros((BLOCK,), tl.int32)
+        for block in range(0, columns, BLOCK):
+            column = block + tl.arange(0, BLOCK)
+            kept += tl.load(lengths + column, mask=column < columns, other=0)
+        is_dense = tl.sum(kept, 0).to(tl.float32) > dense_fraction * (columns * row_blocks).to(tl.float32)
+    total = 0
+    for block in range(0, columns, BLOCK):
+        column = block + tl.arange(0, BLOCK)
+        exists = column < columns
+        length = tl.where(exists, row_blocks, 0)
+        if FILTERED:
+            length = tl.where(is_dense, length, tl.load(lengths + column, mask=exists, other=0))
+        tl.store(first_id + column, total + tl.cumsum(length, 0) - length, mask=exists)
+        total += tl.sum(length, 0)
+        if pair_counts is not None:
+            tl.store(pair_counts + column, 0, mask=exists)
+    tl.store(first_id + columns, total)
+    tl.store(tiles, tl.load(tiles) + total)
+    tl.store(tiles + 1, tl.load(tiles + 1) + columns * row_blocks_total)
+    for block in range(0, counters_total, BLOCK):
+        index = block + tl.arange(0, BLOCK)
+        tl.store(counters + index, 0, mask=index < counters_total)
+    tl.debug_barrier()
+    row_blocks = tl.maximum(row_blocks, 1)
     # The first column whose first id reaches s steps: then no strip has more than `strip_tiles` tiles.
     step = strip_tiles - row_blocks_total + 1
     strips = tl.maximum(tl.cdiv(total, step), 1)
@@ -180,9 +199,7 @@ def _strip_kernel(
             past = tl.where(is_below, past, middle)
         # The last strip takes the columns that keep nothing too: their gradient is written as zero.
         tl.store(strip_first + strip, tl.where(strip >= strips, columns, least), mask=strip <= most)
-    tl.store(ranges, 0)
-    tl.store(ranges + 1, strips)
-    tl.store(ranges + 2, strips)
+    _store_range(ranges, 0, strips, strips)
     tl.debug_barrier()
     first = 0
     strips = 0
@@ -205,12 +222,176 @@ def _strip_kernel(
                 pairs = tl.maximum(rounds * workers // row_blocks, 1)
             first += 2 * pairs
             strips += 1
-    tl.store(ranges + 3, 0)
-    tl.store(ranges + 4, in_output)
-    tl.store(ranges + 5, strips)
-    tl.store(ranges + 6, in_output)
-    tl.store(ranges + 7, strips)
-    tl.store(ranges + 8, strips)
+    by_row = 0
+    if count_in_order is not None:
+        by_row = (tl.load(count_in_order) != tokens).to(tl.int32)
+    in_order = 1 - by_row
+    _store_range(ranges + 4, 0, in_output * in_order, strips * in_order)
+    _store_range(ranges + 8, in_output * in_order, strips * in_order, strips * in_order)
+    _store_range(ranges + 12, 0, in_output * by_row, strips * by_row)
+    _store_range(ranges + 16, in_output * by_row, strips * by_row, strips * by_row)
+
+
+@triton.jit(do_not_specialize=["row_blocks_total", "strip_tiles"])
+def _list_kernel(
+    ranks,
+    lengths,
+    order,
+    count,
+    first_id,
+    strip_first,
+    ranges,
+    entries,
+    ids,
+    row_others,
+    row_slots,
+    rows_before,
+    column_others,
+    column_slots,
+    column_lengths,
+    seconds,
+    pair_counts,
+    row_blocks_total,
+    columns,
+    entries_total,
+    strip_tiles,
+    FILTER_HIDDEN: tl.constexpr,
+    FILTER_WEIGHT: tl.constexpr,
+    PAIRED: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The first programs write a line of tiles for each row block, the others the columns' and what goes by entry.
+
+    With `seconds`, [column, row block], also its pairs: the other tile of one that begins a pair, -1 where that has no
+    other, and -2 for those that begin none. They are counted by column, in pair_counts.
+    """
+    row_blocks = tl.cdiv(tl.load(count), ROW_BLOCK)
+    strips = tl.load(ranges + 1)
+    is_sparse = strips > 0
+    FILTERED: tl.constexpr = FILTER_HIDDEN and FILTER_WEIGHT
+    row_block = tl.program_id(0)
+    if row_block < row_blocks_total:
+        before = 0
+        others = row_others + row_block.to(tl.int64) * columns
+        slots = row_slots + row_block.to(tl.int64) * columns
+        starts = rows_before + row_block.to(tl.int64) * (columns + 1)
+        columns_here = tl.where(row_block < row_blocks, columns, 0)
+        for block in range(0, columns_here, BLOCK):
+            column = block + tl.arange(0, BLOCK)
+            exists = column < columns
+            kept = exists
+            rank = tl.zeros((BLOCK,), tl.int32) + row_block
+            if FILTER_HIDDEN:
+                at = ranks + column.to(tl.int64) * row_blocks_total + row_block
+                rank = tl.where(is_sparse, tl.load(at, mask=column < tl.where(is_sparse, columns, 0), other=-1), rank)
+                kept = exists & (rank >= 0)
+            id = tl.load(first_id + column, mask=exists, other=0) + (rank if FILTERED else row_block)
+            place = before + tl.cumsum(kept.to(tl.int32), 0) - kept.to(tl.int32)
+            tl.store(starts + column, place, mask=exists)
+            tl.store(others + place, column, mask=kept)
+            tl.store(slots + place, id, mask=kept)
+            before += tl.sum(kept.to(tl.int32), 0)
+        tl.store(starts + columns, before)
+        if seconds is not None:
+            tl.debug_barrier()
+            for block in range(0, tl.where(is_sparse, columns_here, 0), BLOCK):
+                column = block + tl.arange(0, BLOCK)
+                exists = column < columns
+                begins = exists
+                at = column.to(tl.int64) * row_blocks_total + row_block
+                if FILTERED:
+                    begins = exists & (tl.load(ranks + at, mask=exists, other=-1) >= 0)
+                second = tl.full((BLOCK,), -1, tl.int32)
+                if PAIRED:
+                    # Where _strip_kernel cut.
+                    step = strip_tiles - row_blocks_total + 1
+                    strip = tl.minimum(tl.load(first_id + column, mask=exists, other=0) // step, strips - 1)
+                    start = tl.load(strip_first + strip)
+                    end = tl.load(strip_first + strip + 1)
+                    place = column
+                    if FILTERED:
+                        place = tl.load(starts + column, mask=exists, other=0)
+                        start = tl.load(starts + start)
+                        end = tl.load(starts + end)
+                    begins = begins & ((place - start) % 2 == 0)
+                    has_second = begins & (place + 1 < end)
+                    following = place + 1
+                    if FILTERED:
+                        following = tl.load(others + place + 1, mask=has_second, other=0)
+                    second = tl.where(has_second, following * row_blocks_total + row_block, -1)
+                tl.store(seconds + at, tl.where(begins, second, -2), mask=exists)
+                tl.atomic_add(pair_counts + column, 1, mask=begins, sem="relaxed")
+    else:
+        index = (row_block - row_blocks_total).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        column = index // row_blocks_total
+        other = (index % row_blocks_total).to(tl.int32)
+        kept = (column < columns) & (other < row_blocks)
+        id = tl.load(first_id + column, mask=kept, other=0) + other
+        place = other
+        if FILTER_WEIGHT:
+            sparse = kept & (column < tl.where(is_sparse, columns, 0))
+            place = tl.where(is_sparse, tl.load(ranks + index, mask=sparse, other=-1), other)
+            if FILTERED:
+                id += place - other
+            kept = kept & (place >= 0)
+        if ids is not None:
+            tl.store(ids + index, id, mask=(column < columns) & (other < row_blocks))
+        line = column * row_blocks_total
+        tl.store(column_others + line + place, other, mask=kept)
+        tl.store(column_slots + line + place, id, mask=kept)
+        exists = index < columns
+        length = tl.zeros((BLOCK,), tl.int32) + row_blocks
+        if FILTER_WEIGHT:
+            sparse = index < tl.where(is_sparse, columns, 0)
+            length = tl.where(is_sparse, tl.load(lengths + index, mask=sparse, other=0), length)
+        tl.store(column_lengths + index, length, mask=exists)
+        entry = tl.minimum(index, entries_total).to(tl.int32)
+        if order is not None:
+            sparse = index < tl.where(is_sparse, entries_total, 0)
+            entry = tl.load(order + index, mask=sparse, other=0).to(tl.int32) + tl.where(sparse, 0, entry)
+        tl.store(entries + index, entry, mask=index < columns * TILE)
+
+
+@triton.jit(do_not_specialize=["row_blocks_total"])
+def _pair_kernel(
+    seconds,
+    pair_counts,
+    count,
+    ranges,
+    pairs,
+    first_pair,
+    row_blocks_total,
+    columns,
+    ROW_BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Writes the pairs that begin in this program's columns, which it counts those of the columns before for."""
+    # In a dense backward, a strip's pairs are known.
+    columns_here = tl.where(tl.load(ranges + 1) > 0, columns, 0)
+    row_blocks = tl.cdiv(tl.load(count), ROW_BLOCK)
+    first = tl.program_id(0) * COLUMNS
+    counted = tl.zeros((BLOCK,), tl.int32)
+    for block in range(0, first, BLOCK):
+        index = block + tl.arange(0, BLOCK)
+        counted += tl.load(pair_counts + index, mask=index < first, other=0)
+    before = tl.sum(counted, 0)
+    column = first + tl.arange(0, COLUMNS)
+    own = tl.load(pair_counts + column, mask=column < columns, other=0)
+    # Columns past the last have none: the first of them tells of all pairs.
+    tl.store(first_pair + column, before + tl.cumsum(own, 0) - own, mask=column <= columns)
+    end = tl.minimum(first + COLUMNS, columns_here).to(tl.int64) * row_blocks_total
+    for block in range(first.to(tl.int64) * row_blocks_total, end, BLOCK):
+        index = block + tl.arange(0, BLOCK)
+        is_used = (index < end) & (index % row_blocks_total < row_blocks)
+        second = tl.load(seconds + index, mask=is_used, other=-2)
+        begins = second > -2
+        place = before + tl.cumsum(begins.to(tl.int32), 0) - begins.to(tl.int32)
+        tl.store(pairs + place, index.to(tl.int32), mask=begins)
+        tl.store(pairs + columns.to(tl.int64) * row_blocks_total + place, second, mask=begins)
+        before += tl.sum(begins.to(tl.int32), 0)
 
 
 def make_plan(
@@ -224,136 +405,134 @@ def make_plan(
     output_tiles: int,
     features: int,
     config: Config,
+    tiles: Tensor,  # [2] int64: kept tiles and all tiles are added to it
+    in_order: Places | None = None,
 ) -> Plan:
     """``activity`` None, or a gradient that is not filtered, keeps every tile.
 
     The workspace has room for ``strip_tiles`` >= 2 ``row_blocks`` tiles, the whole gradient of the weight for
-    ``output_tiles``, 0 if it is not asked for.
+    ``output_tiles``, 0 if it is not asked for. With ``in_order`` hidden states are only if all those places are in use.
     """
     device = count.device
     columns = triton.cdiv(vocabulary, config.entry_tile)
-    entries = torch.arange(columns * config.entry_tile, dtype=torch.int32, device=device).clamp_(max=vocabulary)
-    used = torch.arange(row_blocks, dtype=torch.int32, device=device) * config.row_block < count
-    kept = everything = used.to(torch.int32).expand(columns, row_blocks).contiguous()
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
     is_dense = activity is None
-    dense = torch.full((1,), is_dense, device=device)
+    order = ranks = lengths = ids = seconds = pair_counts = pairs = first_pair = None
     if not is_dense:
-        in_order = entries.clone()
-        in_order[:vocabulary] = _order(activity, count, vocabulary, config)
-        kept = _kept(activity, in_order, count, row_blocks, columns, vocabulary, config)
-        dense = kept.sum(dtype=torch.int32) > DENSE_FRACTION * everything.sum(dtype=torch.int32)
-        entries = entries.where(dense, in_order)
-        kept = everything.where(dense, kept)
-    for_hidden = kept if filter_hidden else everything
-    for_weight = kept if filter_weight else everything
-    union = kept if filter_hidden and filter_weight else everything
+        order = _order(activity, count, vocabulary, config)
+        ranks, lengths = _ranks(activity, order, count, row_blocks, columns, config)
+        ids, seconds, pair_counts = empty(columns * row_blocks), empty(columns, row_blocks), empty(columns)
+        pairs, first_pair = empty(2, columns * row_blocks), empty(columns + 1)
+    filter_hidden, filter_weight = filter_hidden and not is_dense, filter_weight and not is_dense
 
-    ids = union.view(-1).cumsum(0, dtype=torch.int32)
-    total = ids[-1:]
-    ids = ids - union.view(-1)
-    first_id = torch.cat([ids.view(columns, row_blocks)[:, 0], total])
-
-    strip_first, ranges = _strips(first_id, dense, count, row_blocks, strip_tiles, output_tiles, features, config)
-    union_before = _before(union)
-    union_rows = _lines(union, ids, union_before, by_row=True)
-    pairs, first_pair = _pairs(union, union_before, union_rows, strip_first, config)
-    rows_before = union_before if for_hidden is union else _before(for_hidden)
-    within = for_weight.cumsum(1, dtype=torch.int32)
-    return Plan(
-        entries=entries,
-        kept=for_hidden,
-        ids=ids,
-        first_id=first_id,
-        pairs=pairs,
-        first_pair=first_pair,
-        strip_first=strip_first,
-        sparse_strips=ranges[0],
-        output_strips=ranges[1],
-        dense_strips=ranges[2],
-        is_dense=is_dense,
-        rows=union_rows if for_hidden is union else _lines(for_hidden, ids, rows_before, by_row=True),
-        rows_before=rows_before,
-        columns=_lines(for_weight, ids, within - for_weight, by_row=False),
-        columns_length=within[:, -1].contiguous(),
-    )
-
-
-def _strips(
-    first_id: Tensor,
-    dense: Tensor,
-    count: Tensor,
-    row_blocks: int,
-    strip_tiles: int,
-    output_tiles: int,
-    features: int,
-    config: Config,
-) -> tuple[Tensor, Tensor]:
-    """``strip_first`` and the ranges of strips of the three launches."""
-    columns = first_id.numel() - 1
     # A dense strip has, rounded to whole rounds of the programs, no less than half of the pairs that would fit.
     dense_columns = 2 * max(strip_tiles // (2 * row_blocks) // 2, 1)
     most = max(triton.cdiv(columns * row_blocks, strip_tiles - row_blocks + 1), triton.cdiv(columns, dense_columns))
-    strip_first = torch.empty(most + 1, dtype=torch.int32, device=first_id.device)
-    ranges = strip_first.new_empty((3, 3))
+    first_id, strip_first = empty(columns + 1), empty(most + 1)
+    # Rows of whole 16 bytes: kernels are compiled for what is aligned so.
+    ranges, counters = empty(5, 4), empty(5, triton.cdiv(most + 1, 4) * 4)
     _strip_kernel[(1,)](
-        first_id,
-        dense,
+        lengths,
         count,
+        in_order and in_order.count,
+        first_id,
         strip_first,
         ranges,
+        pair_counts,
+        counters,
+        tiles,
         columns,
         features,
         strip_tiles,
         output_tiles,
         row_blocks,
         most,
-        programs(first_id.device),
+        counters.numel(),
+        in_order.rows.numel() if in_order else 0,
+        programs(device),
+        DENSE_FRACTION,
+        FILTERED=filter_hidden and filter_weight,
         ROW_BLOCK=config.row_block,
         SEARCH=columns.bit_length() + 1,
-        BLOCK=128,
-        **LAUNCH,
-    )
-    return strip_first, ranges
-
-
-def _before(kept: Tensor) -> Tensor:
-    """[row blocks, columns + 1]: kept tiles of each row block before each column, and in all."""
-    padded = torch.nn.functional.pad(kept.T, (0, 1))
-    return padded.cumsum(1, dtype=torch.int32).sub_(padded)
-
-
-def _pairs(union: Tensor, before: Tensor, rows: Lines, strip_first: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """Two tiles of a row block side by side make one wide product; with a forward no wider than a tile, one alone."""
-    columns, row_blocks = union.shape
-    paired = config.forward_entries > config.entry_tile
-    strip = torch.searchsorted(strip_first, torch.arange(columns, dtype=torch.int32, device=union.device), right=True)
-    at_start, at_end = before[:, strip_first[strip - 1]], before[:, strip_first[strip]]
-    leads = union * (1 - (before[:, :-1] - at_start) % 2).T if paired else union
-    leads = leads.contiguous()
-    index = leads.view(-1).cumsum(0, dtype=torch.int32)
-    total = index[-1:]
-    index = index - leads.view(-1)
-    pairs = torch.empty((2, union.numel()), dtype=torch.int32, device=union.device)
-    _pair_kernel[(triton.cdiv(union.numel(), 1024),)](
-        leads,
-        index,
-        before,
-        at_end,
-        rows.other,
-        pairs,
-        row_blocks,
-        columns,
-        union.numel(),
-        PAIRED=paired,
         BLOCK=1024,
         **LAUNCH,
     )
-    return pairs, torch.cat([index.view(columns, row_blocks)[:, 0], total])
+    entries, columns_length, rows_before = (
+        empty(columns * config.entry_tile),
+        empty(columns),
+        empty(row_blocks, columns + 1),
+    )
+    by_row, by_column = (Lines.empty(columns, row_blocks, device) for _ in range(2))
+    _list_kernel[(row_blocks + triton.cdiv(columns * max(row_blocks, config.entry_tile), 1024),)](
+        ranks,
+        lengths,
+        order,
+        count,
+        first_id,
+        strip_first,
+        ranges,
+        entries,
+        ids,
+        by_row.other,
+        by_row.slot,
+        rows_before,
+        by_column.other,
+        by_column.slot,
+        columns_length,
+        seconds,
+        pair_counts,
+        row_blocks,
+        columns,
+        vocabulary,
+        strip_tiles,
+        FILTER_HIDDEN=filter_hidden,
+        FILTER_WEIGHT=filter_weight,
+        # Two tiles side by side make one wide product; with a forward no wider than a tile, one alone.
+        PAIRED=config.forward_entries > config.entry_tile,
+        ROW_BLOCK=config.row_block,
+        TILE=config.entry_tile,
+        BLOCK=1024,
+        **LAUNCH,
+    )
+    if not is_dense:
+        _pair_kernel[(triton.cdiv(columns + 1, 16),)](
+            seconds,
+            pair_counts,
+            count,
+            ranges,
+            pairs,
+            first_pair,
+            row_blocks,
+            columns,
+            ROW_BLOCK=config.row_block,
+            COLUMNS=16,
+            BLOCK=1024,
+            **LAUNCH,
+        )
+    return Plan(
+        entries,
+        ranks,
+        ids,
+        first_id,
+        pairs,
+        first_pair,
+        strip_first,
+        *ranges[:, :3],
+        counters,
+        is_dense,
+        by_row,
+        rows_before,
+        by_column,
+        columns_length,
+    )
 
 
 def _order(activity: Activity, count: Tensor, vocabulary: int, config: Config) -> Tensor:
-    """Entries by falling number of active row blocks, equal ones by id."""
-    counts = torch.empty(vocabulary, dtype=torch.int32, device=count.device)
+    """Entries by falling number of active row blocks, equal ones by id: int64 [V]."""
+    counts = torch.empty(vocabulary, dtype=torch.int16, device=count.device)
     _count_kernel[(triton.cdiv(vocabulary, activity.tile),)](
         activity.words,
         counts,
@@ -364,35 +543,27 @@ def _order(activity: Activity, count: Tensor, vocabulary: int, config: Config) -
         WORDS=activity.tile // WORD_BITS.value,
         **LAUNCH,
     )
-    # 16-bit keys halve the passes of the radix sort; past 32,767 row blocks the order is coarser, not wrong.
-    return counts.clamp_(max=32767).to(torch.int16).sort(descending=True, stable=True).indices
+    return counts.sort(descending=True, stable=True).indices
 
 
-def _kept(
-    activity: Activity, entries: Tensor, count: Tensor, row_blocks: int, columns: int, vocabulary: int, config: Config
-) -> Tensor:
-    """int32 [columns, row blocks]: 1 where a used row block has an active entry in the column."""
-    kept = torch.zeros((columns, row_blocks), dtype=torch.int32, device=entries.device)
+def _ranks(
+    activity: Activity, order: Tensor, count: Tensor, row_blocks: int, columns: int, config: Config
+) -> tuple[Tensor, Tensor]:
+    """Of the kept tiles, see _tile_kernel: int32 [columns, row blocks], and how many a column has, int32 [columns]."""
+    ranks = torch.empty((columns, row_blocks), dtype=torch.int32, device=order.device)
+    lengths = ranks.new_empty(columns)
     _tile_kernel[(columns,)](
         activity.words,
-        entries,
-        kept,
+        order,
+        ranks,
+        lengths,
         count,
         activity.words.stride(0),
         row_blocks,
-        vocabulary,
+        order.numel(),
         ROW_BLOCK=config.row_block,
         TILE=config.entry_tile,
         WORDS=activity.tile // WORD_BITS.value,
         **LAUNCH,
     )
-    return kept
-
-
-def _lines(kept: Tensor, ids: Tensor, rank: Tensor, by_row: bool) -> Lines:
-    columns, row_blocks = kept.shape
-    other, slot = torch.empty((2, columns * row_blocks), dtype=torch.int32, device=kept.device)
-    _list_kernel[(triton.cdiv(kept.numel(), 1024),)](
-        kept, ids, rank, other, slot, row_blocks, columns, kept.numel(), BY_ROW=by_row, BLOCK=1024, **LAUNCH
-    )
-    return Lines(other, slot)
+    return ranks, lengths

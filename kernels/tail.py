@@ -29,7 +29,7 @@ def _tail_kernel(
     row_total,
     count,
     entries,
-    kept,
+    ranks,
     sparse_strips,
     sums,
     low_sums,
@@ -84,9 +84,9 @@ def _tail_kernel(
         if HAS_SOFTCAP:
             logits = softcapped(logits, softcap)
         softmax = tl.exp2((logits - peak[:, None]) * LOG2_E - log_sum[:, None])
-        kept_here = tl.load(kept + column * row_blocks_total + place // ROW_BLOCK, mask=used, other=1)
+        rank_here = tl.load(ranks + column * row_blocks_total + place // ROW_BLOCK, mask=used, other=0)
         # The last comparison is false for a NaN: one token's must not reach the others.
-        dropped = (kept_here == 0)[:, None] & inside[None, :] & (softmax <= 1)
+        dropped = (rank_here < 0)[:, None] & inside[None, :] & (softmax <= 1)
         mass += tl.sum(tl.where(dropped, softmax, 0.0), 0)
         if HAS_SOFTCAP:
             softmax *= 1 - (logits / softcap) * (logits / softcap)
@@ -129,7 +129,7 @@ def tail_direction(
     With a softcap each row is weighted by the cap's derivative too.
     """
     hidden, weight, low = operands.hidden, operands.weight, operands.low
-    columns, row_blocks = plan.kept.shape
+    columns, row_blocks = plan.ranks.shape
     grid = min(_programs(hidden), columns)
     sums = hidden.new_zeros((grid, hidden.shape[1]), dtype=torch.float32)
     low_sums = None if low is None else sums.new_zeros((grid, operands.rank))
@@ -144,7 +144,7 @@ def tail_direction(
         places.row_total,
         places.count,
         plan.entries,
-        plan.kept,
+        plan.ranks,
         plan.sparse_strips,
         sums,
         low_sums,

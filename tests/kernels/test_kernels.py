@@ -70,6 +70,10 @@ def run_forward(hidden, weight, targets, used=None, eps=EPS):
     return config, count, activity, total.sum(1), target_logit
 
 
+def no_tiles(device):
+    return torch.zeros(2, dtype=torch.int64, device=device)
+
+
 def unpacked(activity, row_blocks, vocabulary):
     """[row blocks, V] bool from the packed words."""
     words = activity.words[:row_blocks].cpu().view(row_blocks, -1, activity.tile // 32)
@@ -118,7 +122,8 @@ def test_plan_covers_what_is_kept(device, strip_tiles):
     config, count, activity, *_ = run_forward(hidden, weight, targets)
     row_blocks = -(-len(hidden) // config.row_block)
     strip_tiles = max(strip_tiles, row_blocks)
-    made = plan.make_plan(activity, True, True, count, row_blocks, len(weight), strip_tiles, 0, 32, config)
+    sizes = row_blocks, len(weight), strip_tiles, 0, 32, config
+    made = plan.make_plan(activity, True, True, count, *sizes, no_tiles(device))
     columns = made.columns_length.numel()
     entries = made.entries.cpu().long()
     assert entries[: len(weight)].sort().values.equal(torch.arange(len(weight)))
@@ -176,7 +181,8 @@ def test_dense_strips_are_whole_pairs_of_columns(device, features, fitting, prog
     strip_tiles = int(fitting * row_blocks)
     output_tiles = vocabulary * features // (config.row_block * config.entry_tile)
     count = torch.tensor([used], dtype=torch.int32, device=device)
-    made = plan.make_plan(None, True, True, count, row_blocks, vocabulary, strip_tiles, output_tiles, features, config)
+    sizes = row_blocks, vocabulary, strip_tiles, output_tiles, features, config
+    made = plan.make_plan(None, True, True, count, *sizes, no_tiles(device))
     assert not made.sparse_strips.any()
     first, in_output, strips = made.output_strips.tolist()
     assert first == 0
@@ -233,9 +239,8 @@ def test_strips_in_the_weight_gradient_never_pass_its_end(device, monkeypatch):
         capacity = vocabulary * features // (config.row_block * config.entry_tile)
         used = seeded.randint(1, tokens)
         count = torch.tensor([used], dtype=torch.int32, device=device)
-        made = plan.make_plan(
-            None, True, True, count, row_blocks, vocabulary, 2 * row_blocks, capacity, features, config
-        )
+        sizes = row_blocks, vocabulary, 2 * row_blocks, capacity, features, config
+        made = plan.make_plan(None, True, True, count, *sizes, no_tiles(device))
         starts = made.strip_first.tolist()
         for strip in range(*made.output_strips.tolist()[:2]):
             first, end = starts[strip : strip + 2]
