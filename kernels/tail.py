@@ -32,8 +32,6 @@ def _tail_kernel(
     ranks,
     sparse_strips,
     sums,
-    low_sums,
-    masses,
     columns,
     row_blocks_total,
     entries_total,
@@ -53,7 +51,9 @@ def _tail_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of SAMPLE tokens spread over those in use: dropped mass in this program's columns, and their weight rows' sum."""
+    """Of SAMPLE tokens spread over those in use, and of this program's columns: the dropped rows of weight, then those
+    of `up`, by probability, and their mass. Nothing is written without sparse strips.
+    """
     program = tl.program_id(0)
     tokens_total = tl.load(count)
     place = (tl.arange(0, SAMPLE).to(tl.int64) * tokens_total // SAMPLE).to(tl.int32)
@@ -63,7 +63,10 @@ def _tail_kernel(
     log_sum = tl.load(row_total + 2 * place + 1, mask=used, other=0.0) * LOG2_E
     depth = tl.arange(0, BLOCK_D)
     hidden_rows = hidden + token[:, None] * hidden_stride
-    sums += program.to(tl.int64) * features
+    width = features
+    if HAS_LOW_RANK:
+        width += rank
+    sums += program.to(tl.int64) * (width + 1)
     # Summed to one number last: Triton 3.6 cannot compile it here for sm100.
     mass = tl.zeros((TILE,), tl.float32)
     # Without sparse strips nothing is dropped.
@@ -95,7 +98,7 @@ def _tail_kernel(
             d = start + depth
             w = tl.load(weight_rows[:, None] + d[None, :], mask=inside[:, None] & (d < features)[None, :], other=0.0)
             total = tl.sum(w.to(tl.float32) * weights[:, None], 0)
-            total += tl.load(sums + d, mask=d < features, other=0.0)
+            total += tl.load(sums + d, mask=d < tl.where(column > program, features, 0), other=0.0)
             tl.store(sums + d, total, mask=d < features)
         if HAS_LOW_RANK:
             for start in range(0, rank, RANK_DEPTH):
@@ -103,15 +106,32 @@ def _tail_kernel(
                 at = up + entry.to(tl.int64)[:, None] * up_stride + r[None, :]
                 b = tl.load(at, mask=inside[:, None] & (r < rank)[None, :], other=0.0)
                 total = tl.sum(b.to(tl.float32) * weights[:, None], 0)
-                own = low_sums + program * rank + r
-                total += tl.load(own, mask=r < rank, other=0.0)
+                own = sums + features + r
+                total += tl.load(own, mask=r < tl.where(column > program, rank, 0), other=0.0)
                 tl.store(own, total, mask=r < rank)
-    tl.store(masses + program, tl.sum(mass, 0))
+    tl.store(sums + width, tl.sum(mass, 0))
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _tail_mean_kernel(sums, mean, parts, width, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums of all programs over their mass; 0 where that is 0."""
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    mass = tl.zeros((PARTS,), tl.float32)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        own = sums + part * (width + 1)
+        total += tl.sum(
+            tl.load(own[:, None] + d[None, :], mask=(part < parts)[:, None] & (d < width)[None, :], other=0.0), 0
+        )
+        mass += tl.load(own + width, mask=part < parts, other=0.0)
+    # The least number that is not denormal.
+    tl.store(mean + d, total / tl.maximum(tl.sum(mass, 0), 1.1754943508222875e-38), mask=d < width)
 
 
 def tail_bytes(hidden: Tensor) -> int:
     """What :func:`tail_direction` allocates, at most."""
-    return 4 * _programs(hidden) * (hidden.shape[1] + 1)
+    return 4 * (_programs(hidden) + 1) * (hidden.shape[1] + 1)
 
 
 def _programs(hidden: Tensor) -> int:
@@ -126,14 +146,14 @@ def tail_direction(
 ) -> tuple[Tensor, Tensor | None]:  # [D] and, with low, [r] float32
     """What a unit of dropped mass adds to the gradients of a hidden state and of ``low``; zero if nothing is dropped.
 
-    With a softcap each row is weighted by the cap's derivative too.
+    With a softcap each row is weighted by the cap's derivative too. Of no meaning where the plan has no sparse strips.
     """
     hidden, weight, low = operands.hidden, operands.weight, operands.low
     columns, row_blocks = plan.ranks.shape
     grid = min(_programs(hidden), columns)
-    sums = hidden.new_zeros((grid, hidden.shape[1]), dtype=torch.float32)
-    low_sums = None if low is None else sums.new_zeros((grid, operands.rank))
-    masses = hidden.new_empty(grid, dtype=torch.float32)
+    features = hidden.shape[1]
+    width = features + (0 if low is None else operands.rank)
+    sums = hidden.new_empty((grid, width + 1), dtype=torch.float32)
     _tail_kernel[(grid,)](
         hidden,
         weight,
@@ -147,12 +167,10 @@ def tail_direction(
         plan.ranks,
         plan.sparse_strips,
         sums,
-        low_sums,
-        masses,
         columns,
         row_blocks,
         weight.shape[0],
-        hidden.shape[1],
+        features,
         operands.rank,
         *operands.row_strides,
         operands.softcap or 1.0,
@@ -166,5 +184,6 @@ def tail_direction(
         num_stages=config.forward_stages,
         **LAUNCH,
     )
-    mass = masses.sum().clamp(min=torch.finfo(torch.float32).tiny)
-    return sums.sum(0) / mass, None if low is None else low_sums.sum(0) / mass
+    mean = sums.new_empty(width)
+    _tail_mean_kernel[(triton.cdiv(width, 64),)](sums, mean, grid, width, PARTS=32, BLOCK=64, **LAUNCH)
+    return mean[:features], None if low is None else mean[features:]

@@ -660,7 +660,7 @@ def test_every_launch_asks_for_contracted_multiply_adds(device, monkeypatch):
     walk = {"_reference_kernel", "_exponential_kernel", "_product_kernel", "_row_sum_kernel", "_maximum_kernel"}
     walk |= {"_redo_kernel", "_finish_kernel", "_gradient_kernel", "_pack_kernel", "_mean_kernel"}
     main = {"_backward_kernel", "_merge_kernel", "_target_kernel", "_loss_kernel", "_tail_kernel"}
-    main |= {"_places_kernel", "_in_order_kernel"}
+    main |= {"_places_kernel", "_in_order_kernel", "_tail_mean_kernel"}
     of_plan = {"_strip_kernel", "_pair_kernel", "_count_kernel", "_tile_kernel", "_list_kernel"}
     assert asked.keys() - {"_pointer_kernel", "_descriptor_kernel"} == main | of_plan | walk
     assert asked.keys() & {"_pointer_kernel", "_descriptor_kernel"}

@@ -15,7 +15,7 @@ TOKENS, VOCABULARY, WIDTH = 70, 300, 32
 STEPS = {
     "exact-frozen": ({"impl": "cce_exact"}, (8, 2), (1, 2)),
     "exact-both": ({"impl": "cce_exact"}, (10, 2), (4, 5)),
-    "filtered-both": ({"impl": "cce"}, (10, 2), (9, 11)),
+    "filtered-both": ({"impl": "cce"}, (10, 2), (10, 6)),
 }
 # A backward with a trained head may first put hidden states in order, for a card's copy engine.
 ON_A_CARD = (2, 0)
