@@ -6,6 +6,7 @@ so every list has room for the worst case, and its kernels find out by themselve
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,10 +28,6 @@ class Lines:
     other: Tensor  # int32 [lines, longest line]: entry tile (or row block) of the line's i-th kept tile
     slot: Tensor  # int32 [lines, longest line]: its id among all kept tiles
 
-    @staticmethod
-    def empty(columns: int, row_blocks: int, device: torch.device) -> "Lines":
-        return Lines(*(torch.empty(columns * row_blocks, dtype=torch.int32, device=device) for _ in range(2)))
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -46,20 +43,59 @@ class Plan:
     pairs: Tensor | None  # int32 [2, columns * row blocks]: places of two tiles of a row block and strip, -1: no second
     first_pair: Tensor | None  # int32 [columns + 1]: pairs whose first tile stands before each column
     strip_first: Tensor  # int32 [most strips + 1]: first column of each strip
-    # Strips of a launch, int32 [3]: the first, the end, and all strips there are; 0, 0, 0 for none.
-    sparse_strips: Tensor  # where not every tile is kept
-    output_strips: Tensor  # where every tile is, in the vocabulary's own order, and the unwritten part of the weight's
-    # gradient has room for the strip's logit gradients
-    dense_strips: Tensor  # the others of those
-    # The last two have none where hidden states are not in order, and then these have them.
-    output_strips_by_row: Tensor
-    dense_strips_by_row: Tensor
+    ranges: Tensor  # int32 [5, 4]: strips of launches, see below
     counters: Tensor  # int32 [5, >= 1 + most strips], zero: for as many launches
-    is_dense: bool  # whether the host knows that it is
     rows: Lines  # for the gradient of hidden: tiles of each row block
     rows_before: Tensor  # int32 [row blocks, columns + 1]: how many of them stand before each column
     columns: Lines  # for the gradient of the weight: tiles of each column
     columns_length: Tensor  # int32 [columns]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the host knows that it is."""
+        return self.ranks is None
+
+    # Strips of a launch, int32 [3]: the first, the end, and all strips there are; 0, 0, 0 for none.
+
+    @property
+    def sparse_strips(self) -> Tensor:
+        """Where not every tile is kept."""
+        return self.ranges[0, :3]
+
+    @property
+    def output_strips(self) -> Tensor:
+        """Where every tile is, in the vocabulary's own order, and the unwritten part of the weight's gradient has room
+        for the strip's logit gradients.
+        """
+        return self.ranges[1, :3]
+
+    @property
+    def dense_strips(self) -> Tensor:
+        """The others of those."""
+        return self.ranges[2, :3]
+
+    # The last two are none where hidden states are not in order, and then these are they.
+
+    @property
+    def output_strips_by_row(self) -> Tensor:
+        return self.ranges[3, :3]
+
+    @property
+    def dense_strips_by_row(self) -> Tensor:
+        return self.ranges[4, :3]
+
+
+class _Kept(NamedTuple):
+    """Which tiles are kept, see _tile_kernel, and what is found of their pairs, see _list_kernel."""
+
+    order: Tensor  # int64 [V]: entries by falling number of active row blocks
+    ranks: Tensor  # int32 [columns, row blocks]
+    lengths: Tensor  # int32 [columns]
+    seconds: Tensor  # int32 [columns, row blocks]
+    pair_counts: Tensor  # int32 [columns]
+
+
+NOTHING_KEPT = (None,) * len(_Kept._fields)
 
 
 @triton.jit
@@ -413,36 +449,42 @@ def make_plan(
     The workspace has room for ``strip_tiles`` >= 2 ``row_blocks`` tiles, the whole gradient of the weight for
     ``output_tiles``, 0 if it is not asked for. With ``in_order`` hidden states are only if all those places are in use.
     """
-    device = count.device
     columns = triton.cdiv(vocabulary, config.entry_tile)
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=device)
-
-    is_dense = activity is None
-    order = ranks = lengths = ids = seconds = pair_counts = pairs = first_pair = None
-    if not is_dense:
-        order = _order(activity, count, vocabulary, config)
-        ranks, lengths = _ranks(activity, order, count, row_blocks, columns, config)
-        ids, seconds, pair_counts = empty(columns * row_blocks), empty(columns, row_blocks), empty(columns)
-        pairs, first_pair = empty(2, columns * row_blocks), empty(columns + 1)
-    filter_hidden, filter_weight = filter_hidden and not is_dense, filter_weight and not is_dense
-
+    kept = None if activity is None else _kept(activity, count, row_blocks, columns, vocabulary, config)
     # A dense strip has, rounded to whole rounds of the programs, no less than half of the pairs that would fit.
     dense_columns = 2 * max(strip_tiles // (2 * row_blocks) // 2, 1)
     most = max(triton.cdiv(columns * row_blocks, strip_tiles - row_blocks + 1), triton.cdiv(columns, dense_columns))
-    first_id, strip_first = empty(columns + 1), empty(most + 1)
-    # Rows of whole 16 bytes: kernels are compiled for what is aligned so.
-    ranges, counters = empty(5, 4), empty(5, triton.cdiv(most + 1, 4) * 4)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=count.device)
+
+    plan = Plan(
+        entries=empty(columns * config.entry_tile),
+        ranks=kept and kept.ranks,
+        ids=kept and empty(columns * row_blocks),
+        first_id=empty(columns + 1),
+        pairs=kept and empty(2, columns * row_blocks),
+        first_pair=kept and empty(columns + 1),
+        strip_first=empty(most + 1),
+        # Rows of whole 16 bytes: kernels are compiled for what is aligned so.
+        ranges=empty(5, 4),
+        counters=empty(5, triton.cdiv(most + 1, 4) * 4),
+        rows=Lines(empty(columns * row_blocks), empty(columns * row_blocks)),
+        rows_before=empty(row_blocks, columns + 1),
+        columns=Lines(empty(columns * row_blocks), empty(columns * row_blocks)),
+        columns_length=empty(columns),
+    )
+    filter_hidden, filter_weight = kept is not None and filter_hidden, kept is not None and filter_weight
+    _, _, lengths, seconds, pair_counts = kept or NOTHING_KEPT
     _strip_kernel[(1,)](
         lengths,
         count,
         in_order and in_order.count,
-        first_id,
-        strip_first,
-        ranges,
+        plan.first_id,
+        plan.strip_first,
+        plan.ranges,
         pair_counts,
-        counters,
+        plan.counters,
         tiles,
         columns,
         features,
@@ -450,9 +492,9 @@ def make_plan(
         output_tiles,
         row_blocks,
         most,
-        counters.numel(),
+        plan.counters.numel(),
         in_order.rows.numel() if in_order else 0,
-        programs(device),
+        programs(count.device),
         DENSE_FRACTION,
         FILTERED=filter_hidden and filter_weight,
         ROW_BLOCK=config.row_block,
@@ -460,28 +502,54 @@ def make_plan(
         BLOCK=1024,
         **LAUNCH,
     )
-    entries, columns_length, rows_before = (
-        empty(columns * config.entry_tile),
-        empty(columns),
-        empty(row_blocks, columns + 1),
-    )
-    by_row, by_column = (Lines.empty(columns, row_blocks, device) for _ in range(2))
+    _list_tiles(plan, kept, filter_hidden, filter_weight, count, row_blocks, vocabulary, strip_tiles, config)
+    if kept:
+        _pair_kernel[(triton.cdiv(columns + 1, 16),)](
+            seconds,
+            pair_counts,
+            count,
+            plan.ranges,
+            plan.pairs,
+            plan.first_pair,
+            row_blocks,
+            columns,
+            ROW_BLOCK=config.row_block,
+            COLUMNS=16,
+            BLOCK=1024,
+            **LAUNCH,
+        )
+    return plan
+
+
+def _list_tiles(
+    plan: Plan,  # filled
+    kept: _Kept | None,  # seconds and pair_counts filled
+    filter_hidden: bool,
+    filter_weight: bool,
+    count: Tensor,
+    row_blocks: int,
+    vocabulary: int,
+    strip_tiles: int,
+    config: Config,
+) -> None:
+    columns = plan.columns_length.numel()
+    order, ranks, lengths, seconds, pair_counts = kept or NOTHING_KEPT
     _list_kernel[(row_blocks + triton.cdiv(columns * max(row_blocks, config.entry_tile), 1024),)](
         ranks,
         lengths,
         order,
         count,
-        first_id,
-        strip_first,
-        ranges,
-        entries,
-        ids,
-        by_row.other,
-        by_row.slot,
-        rows_before,
-        by_column.other,
-        by_column.slot,
-        columns_length,
+        plan.first_id,
+        plan.strip_first,
+        plan.ranges,
+        plan.entries,
+        plan.ids,
+        plan.rows.other,
+        plan.rows.slot,
+        plan.rows_before,
+        plan.columns.other,
+        plan.columns.slot,
+        plan.columns_length,
         seconds,
         pair_counts,
         row_blocks,
@@ -497,73 +565,28 @@ def make_plan(
         BLOCK=1024,
         **LAUNCH,
     )
-    if not is_dense:
-        _pair_kernel[(triton.cdiv(columns + 1, 16),)](
-            seconds,
-            pair_counts,
-            count,
-            ranges,
-            pairs,
-            first_pair,
-            row_blocks,
-            columns,
-            ROW_BLOCK=config.row_block,
-            COLUMNS=16,
-            BLOCK=1024,
-            **LAUNCH,
-        )
-    return Plan(
-        entries,
-        ranks,
-        ids,
-        first_id,
-        pairs,
-        first_pair,
-        strip_first,
-        *ranges[:, :3],
-        counters,
-        is_dense,
-        by_row,
-        rows_before,
-        by_column,
-        columns_length,
-    )
 
 
-def _order(activity: Activity, count: Tensor, vocabulary: int, config: Config) -> Tensor:
-    """Entries by falling number of active row blocks, equal ones by id: int64 [V]."""
-    counts = torch.empty(vocabulary, dtype=torch.int16, device=count.device)
+def _kept(activity: Activity, count: Tensor, row_blocks: int, columns: int, vocabulary: int, config: Config) -> _Kept:
+    settings = {"ROW_BLOCK": config.row_block, "WORDS": activity.tile // WORD_BITS.value, **LAUNCH}
+    words_stride = activity.words.stride(0)
+    counts = count.new_empty(vocabulary, dtype=torch.int16)
     _count_kernel[(triton.cdiv(vocabulary, activity.tile),)](
-        activity.words,
-        counts,
-        count,
-        activity.words.stride(0),
-        vocabulary,
-        ROW_BLOCK=config.row_block,
-        WORDS=activity.tile // WORD_BITS.value,
-        **LAUNCH,
+        activity.words, counts, count, words_stride, vocabulary, **settings
     )
-    return counts.sort(descending=True, stable=True).indices
-
-
-def _ranks(
-    activity: Activity, order: Tensor, count: Tensor, row_blocks: int, columns: int, config: Config
-) -> tuple[Tensor, Tensor]:
-    """Of the kept tiles, see _tile_kernel: int32 [columns, row blocks], and how many a column has, int32 [columns]."""
-    ranks = torch.empty((columns, row_blocks), dtype=torch.int32, device=order.device)
-    lengths = ranks.new_empty(columns)
+    order = counts.sort(descending=True, stable=True).indices
+    ranks, seconds = (count.new_empty((columns, row_blocks)) for _ in range(2))
+    lengths, pair_counts = (count.new_empty(columns) for _ in range(2))
     _tile_kernel[(columns,)](
         activity.words,
         order,
         ranks,
         lengths,
         count,
-        activity.words.stride(0),
+        words_stride,
         row_blocks,
-        order.numel(),
-        ROW_BLOCK=config.row_block,
+        vocabulary,
         TILE=config.entry_tile,
-        WORDS=activity.tile // WORD_BITS.value,
-        **LAUNCH,
+        **settings,
     )
-    return ranks, lengths
+    return _Kept(order, ranks, lengths, seconds, pair_counts)

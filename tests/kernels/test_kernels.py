@@ -116,14 +116,16 @@ def test_tokens_past_the_count_are_not_looked_at(device):
     assert target_logit[:70].isfinite().all()
 
 
+@pytest.mark.parametrize("filters", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("strip_tiles", [12, 40, 10_000])
-def test_plan_covers_what_is_kept(device, strip_tiles):
+def test_plan_covers_what_is_kept(device, strip_tiles, filters):
     hidden, weight, targets = peaked(device)
     config, count, activity, *_ = run_forward(hidden, weight, targets)
     row_blocks = -(-len(hidden) // config.row_block)
     strip_tiles = max(strip_tiles, row_blocks)
     sizes = row_blocks, len(weight), strip_tiles, 0, 32, config
-    made = plan.make_plan(activity, True, True, count, *sizes, no_tiles(device))
+    tiles = no_tiles(device)
+    made = plan.make_plan(activity, *filters, count, *sizes, tiles)
     columns = made.columns_length.numel()
     entries = made.entries.cpu().long()
     assert entries[: len(weight)].sort().values.equal(torch.arange(len(weight)))
@@ -131,7 +133,11 @@ def test_plan_covers_what_is_kept(device, strip_tiles):
 
     active = torch.zeros(row_blocks, len(entries), dtype=torch.bool)
     active[:, : len(weight)] = unpacked(activity, row_blocks, len(weight))[:, entries[: len(weight)]]
-    kept = active.view(row_blocks, columns, -1).any(-1).T  # [columns, row blocks]
+    active = active.view(row_blocks, columns, -1).any(-1).T  # [columns, row blocks]
+    of_hidden, of_weight = (active if is_filtered else torch.ones_like(active) for is_filtered in filters)
+    kept = of_hidden | of_weight
+    assert tiles.tolist() == [kept.sum(), kept.numel()]
+    assert not made.counters.any()
     first_id, ids = made.first_id.cpu(), made.ids.cpu().view(columns, row_blocks)
     assert first_id[-1] == kept.sum()
     assert ids[kept].equal(torch.arange(int(kept.sum()), dtype=torch.int32))
@@ -158,10 +164,18 @@ def test_plan_covers_what_is_kept(device, strip_tiles):
         assert covered.equal((kept & inside).reshape(-1).nonzero().squeeze(1).int())
 
     for row_block in range(row_blocks):
-        expected = kept[:, row_block].nonzero().squeeze(1)
+        expected = of_hidden[:, row_block].nonzero().squeeze(1)
         line = slice(row_block * columns, row_block * columns + len(expected))
         assert made.rows.other.cpu()[line].equal(expected.int())
         assert made.rows.slot.cpu()[line].equal(ids[expected, row_block])
+        before = made.rows_before[row_block].cpu()
+        assert before.tolist() == [0, *of_hidden[:, row_block].cumsum(0)]
+    for column in range(columns):
+        expected = of_weight[column].nonzero().squeeze(1)
+        assert made.columns_length[column] == len(expected)
+        line = slice(column * row_blocks, column * row_blocks + len(expected))
+        assert made.columns.other.cpu()[line].equal(expected.int())
+        assert made.columns.slot.cpu()[line].equal(ids[column, expected])
 
 
 @pytest.mark.parametrize("used", [0, 70, 150])
