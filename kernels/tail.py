@@ -113,12 +113,12 @@ def _tail_kernel(
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _tail_mean_kernel(sums, mean, parts, width, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums of all programs over their mass; 0 where that is 0."""
+def _tail_mean_kernel(sums, sparse_strips, mean, parts, width, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums of all programs over their mass; 0 where nothing is dropped."""
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     mass = tl.zeros((PARTS,), tl.float32)
-    for first in range(0, parts, PARTS):
+    for first in range(0, tl.where(tl.load(sparse_strips + 1) > 0, parts, 0), PARTS):
         part = first + tl.arange(0, PARTS)
         own = sums + part * (width + 1)
         total += tl.sum(
@@ -146,7 +146,7 @@ def tail_direction(
 ) -> tuple[Tensor, Tensor | None]:  # [D] and, with low, [r] float32
     """What a unit of dropped mass adds to the gradients of a hidden state and of ``low``; zero if nothing is dropped.
 
-    With a softcap each row is weighted by the cap's derivative too. Of no meaning where the plan has no sparse strips.
+    With a softcap each row is weighted by the cap's derivative too.
     """
     hidden, weight, low = operands.hidden, operands.weight, operands.low
     columns, row_blocks = plan.ranks.shape
@@ -185,5 +185,7 @@ def tail_direction(
         **LAUNCH,
     )
     mean = sums.new_empty(width)
-    _tail_mean_kernel[(triton.cdiv(width, 64),)](sums, mean, grid, width, PARTS=32, BLOCK=64, **LAUNCH)
+    _tail_mean_kernel[(triton.cdiv(width, 64),)](
+        sums, plan.sparse_strips, mean, grid, width, PARTS=32, BLOCK=64, **LAUNCH
+    )
     return mean[:features], None if low is None else mean[features:]

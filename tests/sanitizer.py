@@ -109,7 +109,7 @@ BY_DTYPE = (
 # What cannot be met: kernel, flag (None for all of it), value, and the dtypes in which it cannot.
 IMPOSSIBLE = (
     ("_backward_kernel", "GRADIENT_TMA", True, ("float32",), "the copy engine takes logit gradients of 16 bits alone"),
-    ("_pair_kernel", "PAIRED", True, ("float32",), "a forward's tile of float32 is as wide as a backward's"),
+    ("_list_kernel", "PAIRED", True, ("float32",), "a forward's tile of float32 is as wide as a backward's"),
     *BY_DTYPE,
 )
 WITHOUT_COPY_ENGINE = (
@@ -123,7 +123,7 @@ WITHOUT_COPY_ENGINE = (
 IN_INTERPRETER = (
     *WITHOUT_COPY_ENGINE,
     *BY_DTYPE,
-    ("_pair_kernel", "PAIRED", False, DTYPES, "the interpreter has one configuration"),
+    ("_list_kernel", "PAIRED", False, DTYPES, "the interpreter has one configuration"),
 )
 
 
