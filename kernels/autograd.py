@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-import triton
 from torch import Tensor
 
 from torchtune_lce.inputs.call import Call
@@ -29,7 +28,7 @@ from torchtune_lce.kernels.places import compact, in_order
 from torchtune_lce.kernels.plan import make_plan
 from torchtune_lce.kernels.row_losses import row_losses
 from torchtune_lce.kernels.tail import tail_bytes, tail_direction
-from torchtune_lce.kernels.tuning import Config, config_for
+from torchtune_lce.kernels.tuning import Config, ceil_div, config_for
 
 
 def token_losses(filtering: Filtering) -> Callable:
@@ -102,7 +101,7 @@ def _forward(
     target_logit = hidden.new_empty(tokens, dtype=torch.float32)
     workspace = workspace_mib * 2**20 - (activity.words.nbytes if activity else 0)
     for piece in _pieces(tokens, _forward_bytes(operands), workspace, config):
-        blocks = slice(piece.start // config.row_block, triton.cdiv(piece.stop, config.row_block))
+        blocks = slice(piece.start // config.row_block, ceil_div(piece.stop, config.row_block))
         used = used_in(piece, count, tokens)
         lse_and_target_logit(
             _taken(operands, rows[piece], used),
@@ -197,7 +196,7 @@ def _backward(
             any(gradient is not None for gradient in part) for part in (gradients.by_token(), gradients.by_entry())
         )
         tokens = piece.stop - piece.start
-        row_blocks = triton.cdiv(tokens, config.row_block)
+        row_blocks = ceil_div(tokens, config.row_block)
         strip_tiles, copies = _division(operands, gradients.hidden is not None, tokens, workspace_mib, config)
         first = piece.start // config.row_block
         here = places.of(piece)
@@ -306,8 +305,8 @@ def _taken(operands: Operands, rows: Tensor, used: Tensor) -> Operands:
 
 def _activity_shape(tokens: int, vocabulary: int, config: Config) -> tuple[int, int]:
     """Row blocks, and words of a row block."""
-    words = triton.cdiv(vocabulary, config.forward_entries) * config.forward_entries // 32
-    return triton.cdiv(tokens, config.row_block), words
+    words = ceil_div(vocabulary, config.forward_entries) * config.forward_entries // 32
+    return ceil_div(tokens, config.row_block), words
 
 
 def _empty_activity(tokens: int, vocabulary: int, config: Config, device: torch.device) -> Activity:
@@ -345,8 +344,8 @@ def _division(
     """
     hidden, weight, low = operands.hidden, operands.weight, operands.low
     vocabulary, features = weight.shape
-    row_blocks = triton.cdiv(tokens, config.row_block)
-    columns = triton.cdiv(vocabulary, config.entry_tile)
+    row_blocks = ceil_div(tokens, config.row_block)
+    columns = ceil_div(vocabulary, config.entry_tile)
     workspace = workspace_mib * 2**20
     # The last is the plan's, and the forward's bits.
     left = workspace - 24 * vocabulary - 64 * columns * row_blocks
@@ -368,8 +367,8 @@ def _division(
 
 def _pieces(tokens: int, bytes_a_token: int, workspace: int, config: Config) -> list[slice]:
     """As few slices of whole row blocks as fit the workspace, at least one block each, equal to within a block."""
-    row_blocks = triton.cdiv(tokens, config.row_block)
+    row_blocks = ceil_div(tokens, config.row_block)
     fitting = max(workspace // bytes_a_token // config.row_block, 1)
-    pieces = triton.cdiv(row_blocks, fitting)
+    pieces = ceil_div(row_blocks, fitting)
     starts = [row_blocks * piece // pieces * config.row_block for piece in range(pieces)]
     return [slice(*ends) for ends in itertools.pairwise([*starts, tokens])]

@@ -17,10 +17,11 @@ from torchtune_lce.kernels.backward_tiles import (
     weight_gradient_tile,
 )
 from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
+from torchtune_lce.kernels.launching import launch
 from torchtune_lce.kernels.operands import Gradients, Operands, Places
 from torchtune_lce.kernels.plan import Plan
 from torchtune_lce.kernels.primitives import ADAPTER_STAGES, grid_barrier
-from torchtune_lce.kernels.tuning import LAUNCH, Config, programs, rank_block
+from torchtune_lce.kernels.tuning import Config, ceil_div, programs, rank_block
 
 
 @triton.jit(do_not_specialize=["row_blocks_total", "first_slot_factor"])
@@ -416,7 +417,7 @@ def run_backward(
         flat = gradients.view(-1, config.entry_tile)
         return in_blocks(flat, config.block_k, config.entry_tile), in_blocks(flat, config.row_block, config.block_k)
 
-    def launch(
+    def run(
         strips: Tensor,
         gradients: Tensor,
         first_slot_factor: int,
@@ -424,52 +425,58 @@ def run_backward(
         weight_blocks: tuple,
         dense: bool,
     ) -> None:
-        _backward_kernel[(programs(device),)](
-            hidden,
-            *hidden_blocks,
-            weight,
-            *weight_blocks,
-            operands.bias,
-            operands.low,
-            operands.up,
-            places.rows,
-            places.labels,
-            places.count,
-            places.row_total,
-            places.d_nll,
-            places.d_lse,
-            gradients,
-            *gradient_blocks(gradients),
-            *(nothing if dense else of_tail),
-            wanted.hidden,
-            sums_high,
-            sums_low,
-            wanted.weight,
-            wanted.bias,
-            wanted.low,
-            wanted.up,
-            next(counters),
-            plan.entries,
-            None if dense else plan.ids,
-            plan.first_id,
-            None if dense else plan.pairs,
-            None if dense else plan.first_pair,
-            plan.strip_first,
-            strips,
-            first_slot_factor,
-            plan.rows.other,
-            plan.rows.slot,
-            plan.rows_before,
-            plan.columns.other,
-            plan.columns.slot,
-            plan.columns_length,
-            weight.shape[0],
-            features,
-            operands.rank,
-            triton.cdiv(places.rows.numel(), config.row_block),
-            plan.columns_length.numel(),
-            *operands.row_strides,
-            operands.softcap or 1.0,
+        launch(
+            _backward_kernel,
+            (programs(device),),
+            (
+                hidden,
+                *hidden_blocks,
+                weight,
+                *weight_blocks,
+                operands.bias,
+                operands.low,
+                operands.up,
+                places.rows,
+                places.labels,
+                places.count,
+                places.row_total,
+                places.d_nll,
+                places.d_lse,
+                gradients,
+                *gradient_blocks(gradients),
+                *(nothing if dense else of_tail),
+                wanted.hidden,
+                sums_high,
+                sums_low,
+                wanted.weight,
+                wanted.bias,
+                wanted.low,
+                wanted.up,
+                next(counters),
+                plan.entries,
+                None if dense else plan.ids,
+                plan.first_id,
+                None if dense else plan.pairs,
+                None if dense else plan.first_pair,
+                plan.strip_first,
+                strips,
+                first_slot_factor,
+                plan.rows.other,
+                plan.rows.slot,
+                plan.rows_before,
+                plan.columns.other,
+                plan.columns.slot,
+                plan.columns_length,
+                weight.shape[0],
+                features,
+                operands.rank,
+                ceil_div(places.rows.numel(), config.row_block),
+                plan.columns_length.numel(),
+                *operands.row_strides,
+                operands.softcap or 1.0,
+            ),
+            # Starts only when all of the grid fits, as its barrier needs.
+            launch_cooperative_grid=True,
             **operands.flags,
             HAS_D_LSE=places.d_lse is not None,
             HAS_TAIL=tail is not None and not dense,
@@ -494,9 +501,6 @@ def run_backward(
             PRECISION=config.precision,
             num_warps=config.warps,
             num_stages=config.backward_stages,
-            # Starts only when all of the grid fits, as its barrier needs.
-            launch_cooperative_grid=True,
-            **LAUNCH,
         )
 
     hidden_blocks = weight_blocks = by_row
@@ -512,16 +516,16 @@ def run_backward(
         )
     # The plan leaves launches without strips where the host does not know.
     if not plan.is_dense:
-        launch(plan.sparse_strips, workspace, 0, by_row if may_be_in_order else hidden_blocks, by_row, dense=False)
+        run(plan.sparse_strips, workspace, 0, by_row if may_be_in_order else hidden_blocks, by_row, dense=False)
     dense = [(plan.dense_strips, plan.dense_strips_by_row, workspace, 0)]
     if output_tiles(wanted.weight, config):
         # Rows of the weight's gradient that are not written yet hold the logit gradients of the strips before them.
         output = wanted.weight.view(-1)[: output_tiles(wanted.weight, config) * _tile_numel(config)]
         dense.insert(0, (plan.output_strips, plan.output_strips_by_row, output, features))
     for strips, strips_by_row, gradients, factor in dense:
-        launch(strips, gradients, factor, hidden_blocks, weight_blocks, dense=True)
+        run(strips, gradients, factor, hidden_blocks, weight_blocks, dense=True)
         if may_be_in_order:
-            launch(strips_by_row, gradients, factor, by_row, weight_blocks, dense=True)
+            run(strips_by_row, gradients, factor, by_row, weight_blocks, dense=True)
 
 
 def _tile_numel(config: Config) -> int:

@@ -18,10 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
+from torchtune_lce.kernels.launching import Repeated, launch
 from torchtune_lce.kernels.operands import Operands
 from torchtune_lce.kernels.primitives import LOG2_E, add_low_rank, bitwise_or, softcapped, tile_coordinates
-from torchtune_lce.kernels.repeated import Repeated
-from torchtune_lce.kernels.tuning import LAUNCH, Config, config_for, programs
+from torchtune_lce.kernels.tuning import Config, ceil_div, config_for, programs
 
 WORD_BITS = tl.constexpr(32)
 
@@ -549,30 +549,34 @@ def lse_and_target_logit(
         _merge_kernel, (statistics, running, count, tokens), RECORD=activity is not None, TILES=16, BLOCK=64
     )
     for first_tile, width in plan:
-        grid = (min(programs(hidden.device), triton.cdiv(tokens, config.row_block) * width),)
+        grid = (min(programs(hidden.device), ceil_div(tokens, config.row_block) * width),)
         ragged = (first_tile + width) * config.forward_entries > vocabulary
         tile_statistics(grid, first_tile, width, RAGGED=ragged)
-        merge((triton.cdiv(tokens, 64),), first_tile, width)
+        merge((ceil_div(tokens, 64),), first_tile, width)
     # After the phases, which write whole words.
-    _target_kernel[(triton.cdiv(tokens, config.sample),)](
-        hidden,
-        weight,
-        operands.bias,
-        operands.low,
-        operands.up,
-        labels,
-        count,
-        running,
-        row_total,
-        target_logit,
-        activity.words if activity else None,
-        activity.dropped_mass if activity else None,
-        features,
-        operands.rank,
-        *operands.row_strides,
-        tokens,
-        activity.words.stride(0) if activity else 0,
-        operands.softcap or 1.0,
+    launch(
+        _target_kernel,
+        (ceil_div(tokens, config.sample),),
+        (
+            hidden,
+            weight,
+            operands.bias,
+            operands.low,
+            operands.up,
+            labels,
+            count,
+            running,
+            row_total,
+            target_logit,
+            activity.words if activity else None,
+            activity.dropped_mass if activity else None,
+            features,
+            operands.rank,
+            *operands.row_strides,
+            tokens,
+            activity.words.stride(0) if activity else 0,
+            operands.softcap or 1.0,
+        ),
         **operands.flags,
         RECORD=activity is not None,
         LIMIT=DROPPED_MASS_LIMIT,
@@ -583,7 +587,6 @@ def lse_and_target_logit(
         PRECISION=config.precision,
         num_warps=4,
         num_stages=config.forward_stages,
-        **LAUNCH,
     )
 
 

@@ -7,8 +7,8 @@ by: dtypes, whether addresses are multiples of 16, and the numbers that the kern
 
 from triton.runtime.jit import JITFunction
 
-from torchtune_lce.kernels.tuning import LAUNCH
-
+# Of every launch. From 3.10 on Triton contracts multiply-adds only where it is told to: other bits.
+OPTIONS = {"enable_fp_fusion": True}
 # Kernels that were launched, compiled, by everything that Triton would tell apart. Few: shapes of models, mostly.
 _compiled = {}
 MOST_COMPILED = 4096
@@ -29,7 +29,7 @@ class Repeated:
     """
 
     def __init__(self, kernel, fixed: tuple, **constants):
-        self._kernel, self._fixed, self._constants = kernel, fixed, constants
+        self.kernel, self._fixed, self._constants = kernel, fixed, constants
         self._found = {}
         self._is_interpreted = not isinstance(kernel, JITFunction)
         if not self._is_interpreted:
@@ -39,16 +39,16 @@ class Repeated:
     def __call__(self, grid: tuple[int, ...], *numbers: int, **constants) -> None:
         """``constants`` of this launch, beside those of all."""
         if self._is_interpreted:
-            self._kernel[grid](*self._fixed, *numbers, **self._constants, **constants, **LAUNCH)
+            self.kernel[grid](*self._fixed, *numbers, **self._constants, **constants, **OPTIONS)
             return
         own = tuple(constants.values())
         found = self._found.get(own)
         if found is None:
             constants = self._constants | constants
-            key = (self._kernel.fn, self._key, *constants.values())
+            key = (self.kernel.fn, self._key, *constants.values())
             compiled = _compiled.get(key)
             if compiled is None:
-                compiled = self._kernel[grid](*self._fixed, *numbers, **constants, **LAUNCH)
+                compiled = self.kernel[grid](*self._fixed, *numbers, **constants, **OPTIONS)
                 if len(_compiled) >= MOST_COMPILED:
                     _compiled.clear()
                 _compiled[key] = compiled

@@ -94,7 +94,19 @@ def in_order(matrix: Tensor, rows: Tensor, count: Tensor) -> Tensor:
     taken = matrix.new_empty((tokens, features))
     # The interpreter takes programs in turn: there few of them.
     block = {"ROWS": 32 if matrix.device.type == "cpu" else 8, "COLUMNS": 256}
-    _in_order_kernel[(triton.cdiv(tokens, block["ROWS"]), triton.cdiv(features, block["COLUMNS"]))](
-        matrix, rows, count, taken, tokens, features, matrix.stride(0), **block, num_warps=4, **LAUNCH
+    launch(
+        _in_order_kernel,
+        (ceil_div(tokens, block["ROWS"]), ceil_div(features, block["COLUMNS"])),
+        (
+            matrix,
+            rows,
+            count,
+            taken,
+            tokens,
+            features,
+            matrix.stride(0),
+        ),
+        **block,
+        num_warps=4,
     )
     return taken

@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from torchtune_lce.kernels.forward import WORD_BITS, Activity
+from torchtune_lce.kernels.launching import launch
 from torchtune_lce.kernels.operands import Places
-from torchtune_lce.kernels.tuning import LAUNCH, Config, programs
+from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 
 # Past this share of kept tiles the rest is computed too: blocks copied in order beat tiles gathered by row.
 DENSE_FRACTION = 0.6
@@ -449,11 +450,11 @@ def make_plan(
     The workspace has room for ``strip_tiles`` >= 2 ``row_blocks`` tiles, the whole gradient of the weight for
     ``output_tiles``, 0 if it is not asked for. With ``in_order`` hidden states are only if all those places are in use.
     """
-    columns = triton.cdiv(vocabulary, config.entry_tile)
+    columns = ceil_div(vocabulary, config.entry_tile)
     kept = None if activity is None else _kept(activity, count, row_blocks, columns, vocabulary, config)
     # A dense strip has, rounded to whole rounds of the programs, no less than half of the pairs that would fit.
     dense_columns = 2 * max(strip_tiles // (2 * row_blocks) // 2, 1)
-    most = max(triton.cdiv(columns * row_blocks, strip_tiles - row_blocks + 1), triton.cdiv(columns, dense_columns))
+    most = max(ceil_div(columns * row_blocks, strip_tiles - row_blocks + 1), ceil_div(columns, dense_columns))
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=count.device)
@@ -468,7 +469,7 @@ def make_plan(
         strip_first=empty(most + 1),
         # Rows of whole 16 bytes: kernels are compiled for what is aligned so.
         ranges=empty(5, 4),
-        counters=empty(5, triton.cdiv(most + 1, 4) * 4),
+        counters=empty(5, ceil_div(most + 1, 4) * 4),
         rows=Lines(empty(columns * row_blocks), empty(columns * row_blocks)),
         rows_before=empty(row_blocks, columns + 1),
         columns=Lines(empty(columns * row_blocks), empty(columns * row_blocks)),
@@ -476,47 +477,53 @@ def make_plan(
     )
     filter_hidden, filter_weight = kept is not None and filter_hidden, kept is not None and filter_weight
     _, _, lengths, seconds, pair_counts = kept or NOTHING_KEPT
-    _strip_kernel[(1,)](
-        lengths,
-        count,
-        in_order and in_order.count,
-        plan.first_id,
-        plan.strip_first,
-        plan.ranges,
-        pair_counts,
-        plan.counters,
-        tiles,
-        columns,
-        features,
-        strip_tiles,
-        output_tiles,
-        row_blocks,
-        most,
-        plan.counters.numel(),
-        in_order.rows.numel() if in_order else 0,
-        programs(count.device),
-        DENSE_FRACTION,
+    launch(
+        _strip_kernel,
+        (1,),
+        (
+            lengths,
+            count,
+            in_order and in_order.count,
+            plan.first_id,
+            plan.strip_first,
+            plan.ranges,
+            pair_counts,
+            plan.counters,
+            tiles,
+            columns,
+            features,
+            strip_tiles,
+            output_tiles,
+            row_blocks,
+            most,
+            plan.counters.numel(),
+            in_order.rows.numel() if in_order else 0,
+            programs(count.device),
+            DENSE_FRACTION,
+        ),
         FILTERED=filter_hidden and filter_weight,
         ROW_BLOCK=config.row_block,
         SEARCH=columns.bit_length() + 1,
         BLOCK=1024,
-        **LAUNCH,
     )
     _list_tiles(plan, kept, filter_hidden, filter_weight, count, row_blocks, vocabulary, strip_tiles, config)
     if kept:
-        _pair_kernel[(triton.cdiv(columns + 1, 16),)](
-            seconds,
-            pair_counts,
-            count,
-            plan.ranges,
-            plan.pairs,
-            plan.first_pair,
-            row_blocks,
-            columns,
+        launch(
+            _pair_kernel,
+            (ceil_div(columns + 1, 16),),
+            (
+                seconds,
+                pair_counts,
+                count,
+                plan.ranges,
+                plan.pairs,
+                plan.first_pair,
+                row_blocks,
+                columns,
+            ),
             ROW_BLOCK=config.row_block,
             COLUMNS=16,
             BLOCK=1024,
-            **LAUNCH,
         )
     return plan
 
@@ -534,58 +541,74 @@ def _list_tiles(
 ) -> None:
     columns = plan.columns_length.numel()
     order, ranks, lengths, seconds, pair_counts = kept or NOTHING_KEPT
-    _list_kernel[(row_blocks + triton.cdiv(columns * max(row_blocks, config.entry_tile), 1024),)](
-        ranks,
-        lengths,
-        order,
-        count,
-        plan.first_id,
-        plan.strip_first,
-        plan.ranges,
-        plan.entries,
-        plan.ids,
-        plan.rows.other,
-        plan.rows.slot,
-        plan.rows_before,
-        plan.columns.other,
-        plan.columns.slot,
-        plan.columns_length,
-        seconds,
-        pair_counts,
-        row_blocks,
-        columns,
-        vocabulary,
-        strip_tiles,
-        FILTER_HIDDEN=filter_hidden,
-        FILTER_WEIGHT=filter_weight,
+    launch(
+        _list_kernel,
+        (row_blocks + ceil_div(columns * max(row_blocks, config.entry_tile), 1024),),
+        (
+            ranks,
+            lengths,
+            order,
+            count,
+            plan.first_id,
+            plan.strip_first,
+            plan.ranges,
+            plan.entries,
+            plan.ids,
+            plan.rows.other,
+            plan.rows.slot,
+            plan.rows_before,
+            plan.columns.other,
+            plan.columns.slot,
+            plan.columns_length,
+            seconds,
+            pair_counts,
+            row_blocks,
+            columns,
+            vocabulary,
+            strip_tiles,
+        ),
         # Two tiles side by side make one wide product; with a forward no wider than a tile, one alone.
         PAIRED=config.forward_entries > config.entry_tile,
+        FILTER_HIDDEN=filter_hidden,
+        FILTER_WEIGHT=filter_weight,
         ROW_BLOCK=config.row_block,
         TILE=config.entry_tile,
         BLOCK=1024,
-        **LAUNCH,
     )
 
 
 def _kept(activity: Activity, count: Tensor, row_blocks: int, columns: int, vocabulary: int, config: Config) -> _Kept:
-    settings = {"ROW_BLOCK": config.row_block, "WORDS": activity.tile // WORD_BITS.value, **LAUNCH}
+    settings = {"ROW_BLOCK": config.row_block, "WORDS": activity.tile // WORD_BITS.value}
     words_stride = activity.words.stride(0)
     counts = count.new_empty(vocabulary, dtype=torch.int16)
-    _count_kernel[(triton.cdiv(vocabulary, activity.tile),)](
-        activity.words, counts, count, words_stride, vocabulary, **settings
+    launch(
+        _count_kernel,
+        (ceil_div(vocabulary, activity.tile),),
+        (
+            activity.words,
+            counts,
+            count,
+            words_stride,
+            vocabulary,
+        ),
+        **settings,
     )
     order = counts.sort(descending=True, stable=True).indices
     ranks, seconds = (count.new_empty((columns, row_blocks)) for _ in range(2))
     lengths, pair_counts = (count.new_empty(columns) for _ in range(2))
-    _tile_kernel[(columns,)](
-        activity.words,
-        order,
-        ranks,
-        lengths,
-        count,
-        words_stride,
-        row_blocks,
-        vocabulary,
+    launch(
+        _tile_kernel,
+        (columns,),
+        (
+            activity.words,
+            order,
+            ranks,
+            lengths,
+            count,
+            words_stride,
+            row_blocks,
+            vocabulary,
+        ),
         TILE=config.entry_tile,
         **settings,
     )

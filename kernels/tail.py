@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchtune_lce.kernels.launching import launch
 from torchtune_lce.kernels.operands import Operands, Places
 from torchtune_lce.kernels.plan import Plan
 from torchtune_lce.kernels.primitives import LOG2_E, RANK_DEPTH, add_low_rank, softcapped
-from torchtune_lce.kernels.tuning import LAUNCH, Config, programs
+from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 
 
 @triton.jit(do_not_specialize=["row_blocks_total"])
@@ -154,26 +155,30 @@ def tail_direction(
     features = hidden.shape[1]
     width = features + (0 if low is None else operands.rank)
     sums = hidden.new_empty((grid, width + 1), dtype=torch.float32)
-    _tail_kernel[(grid,)](
-        hidden,
-        weight,
-        operands.bias,
-        low,
-        operands.up,
-        places.rows,
-        places.row_total,
-        places.count,
-        plan.entries,
-        plan.ranks,
-        plan.sparse_strips,
-        sums,
-        columns,
-        row_blocks,
-        weight.shape[0],
-        features,
-        operands.rank,
-        *operands.row_strides,
-        operands.softcap or 1.0,
+    launch(
+        _tail_kernel,
+        (grid,),
+        (
+            hidden,
+            weight,
+            operands.bias,
+            low,
+            operands.up,
+            places.rows,
+            places.row_total,
+            places.count,
+            plan.entries,
+            plan.ranks,
+            plan.sparse_strips,
+            sums,
+            columns,
+            row_blocks,
+            weight.shape[0],
+            features,
+            operands.rank,
+            *operands.row_strides,
+            operands.softcap or 1.0,
+        ),
         **operands.flags,
         SAMPLE=config.sample,
         ROW_BLOCK=config.row_block,
@@ -182,10 +187,19 @@ def tail_direction(
         PRECISION=config.precision,
         num_warps=4,
         num_stages=config.forward_stages,
-        **LAUNCH,
     )
     mean = sums.new_empty(width)
-    _tail_mean_kernel[(triton.cdiv(width, 64),)](
-        sums, plan.sparse_strips, mean, grid, width, PARTS=32, BLOCK=64, **LAUNCH
+    launch(
+        _tail_mean_kernel,
+        (ceil_div(width, 64),),
+        (
+            sums,
+            plan.sparse_strips,
+            mean,
+            grid,
+            width,
+        ),
+        PARTS=32,
+        BLOCK=64,
     )
     return mean[:features], None if low is None else mean[features:]

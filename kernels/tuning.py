@@ -6,9 +6,6 @@ from functools import cache
 
 import torch
 
-# Options of every launch. From 3.10 on Triton contracts multiply-adds only where it is told to: other bits.
-LAUNCH = {"enable_fp_fusion": True}
-
 
 @dataclass(frozen=True)
 class Config:

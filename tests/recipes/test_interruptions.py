@@ -127,13 +127,12 @@ BACKENDS = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA}
 
 
 class FailingLaunches:
-    """The same for launches of Triton kernels: interpreted ones, or those on a card."""
+    """The same for launches of the package's kernels."""
 
     def __init__(self, failing: int | None = None):
-        from triton.runtime import interpreter, jit
+        from torchtune_lce.kernels.launching import Repeated
 
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        self._owner, self._name = (interpreter.GridExecutor, "__call__") if interpreted else (jit.JITFunction, "run")
+        self._owner, self._name = Repeated, "__call__"
         self.count = 0
         self._failing = failing
 

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from triton.runtime.interpreter import GridExecutor
-from triton.runtime.jit import JITFunction
 
 import torchtune_lce
+from torchtune_lce.kernels.launching import Repeated
 
 PACKAGE = Path(torchtune_lce.__file__).parent
 FRESH_MEMORY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
@@ -37,20 +36,17 @@ def counted():
     """Yields the :class:`Launches` of what is called inside."""
     found = Launches()
 
-    def noted(launch):
-        def run(kernel, *arguments, **options):
-            found.kernels.append(kernel.fn.__name__)
-            # The interpreter copies tensors about.
-            with _disable_current_modes():
-                return launch(kernel, *arguments, **options)
+    launch = Repeated.__call__
 
-        return run
+    def noted(self, *arguments, **constants):
+        found.kernels.append(self.kernel.fn.__name__)
+        # The interpreter copies tensors about.
+        with _disable_current_modes():
+            return launch(self, *arguments, **constants)
 
     with contextlib.ExitStack() as undo:
-        for launcher, method in ((GridExecutor, "__call__"), (JITFunction, "run")):
-            launch = getattr(launcher, method)
-            undo.callback(setattr, launcher, method, launch)
-            setattr(launcher, method, noted(launch))
+        undo.callback(setattr, Repeated, "__call__", launch)
+        Repeated.__call__ = noted
         undo.enter_context(_Operations(found.operations))
         yield found
 
