@@ -17,7 +17,7 @@ _parameters = {}
 
 
 def launch(kernel, grid: tuple[int, ...], arguments: tuple, **constants) -> None:
-    """``arguments`` are the kernel's up to its constexprs, memory first; ``constants`` these, and how it runs."""
+    """``arguments`` are the kernel's up to its constexprs; ``constants`` these, and how it runs."""
     Repeated(kernel, arguments, **constants)(grid)
 
 
@@ -70,7 +70,7 @@ def _parameters_of(kernel: JITFunction) -> tuple[list[bool], list[str]]:
 
 def _told_apart(arguments: tuple, are_specialized: list[bool]) -> tuple[list, tuple]:
     """The arguments, tensors by their addresses; and all that Triton specializes by."""
-    given, key = [], []
+    given, key, device = [], [], None
     for argument, is_specialized in zip(arguments, are_specialized, strict=False):
         # By type: an isinstance of Tensor takes longer than all else here.
         kind = type(argument)
@@ -85,8 +85,7 @@ def _told_apart(arguments: tuple, are_specialized: list[bool]) -> tuple[list, tu
             key += argument.base.dtype, tuple(argument.block_shape)
         else:
             address = argument.data_ptr()
+            device = device or argument.device
             given.append(address)
             key += argument.dtype, address % 16 == 0
-    first = arguments[0]
-    owner = first.base if type(first).__name__ == "TensorDescriptor" else first
-    return given, (owner.device, *key)
+    return given, (device, *key)
