@@ -391,7 +391,7 @@ def _list_kernel(
         tl.store(entries + index, entry, mask=index < columns * TILE)
 
 
-@triton.jit(do_not_specialize=["row_blocks_total"])
+@triton.jit(do_not_specialize=["columns", "row_blocks_total"])
 def _pair_kernel(
     seconds,
     pair_counts,

@@ -116,7 +116,7 @@ def test_gradient_is_near_the_unfiltered_one(softcap, with_bias, dtype, device):
     losses, exact, _ = right(hidden, weight, targets, bias, softcap)
     found = CCE(hidden, weight, targets, bias, softcap=softcap, reduction="none")
     torch.testing.assert_close(found.double(), losses, rtol=1e-5, atol=1e-5)
-    assert far(grad(found.sum(), hidden)[0], exact) < 0.05
+    assert far(grad(found.sum(), hidden)[0], exact) < 0.06
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
