@@ -1,4 +1,4 @@
-"""Numbers that a kernel takes to another type are not specialized: Triton makes a constant of a 1, which has no types."""
+"""Numbers that a kernel takes to another type are not specialized: of a 1 Triton makes a constant without types."""
 
 import ast
 
