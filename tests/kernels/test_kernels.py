@@ -542,7 +542,7 @@ def test_one_bad_token_stays_alone(device, softcap):
 
 
 def test_nothing_is_recorded_for_a_gradient_that_nobody_wants(device, monkeypatch):
-    """That of hidden is what the preset filters; where the weight's is, see test_dense.py."""
+    """That of hidden is what the preset filters; where the weight is frozen, see test_strips.py."""
     plans = []
     monkeypatch.setattr(autograd, "make_plan", lambda *args: plans.append(plan.make_plan(*args)) or plans[-1])
     hidden, weight, targets = peaked(device, tokens=40, vocabulary=90)
