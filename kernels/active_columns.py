@@ -71,7 +71,17 @@ def _bits_set(word):
 
 
 @triton.jit(
-    do_not_specialize=["first_place", "tokens", "first_sampled", "sampled_tiles", "number", "first_tile", "tiles"]
+    do_not_specialize=[
+        "first_place",
+        "tokens",
+        "row_blocks",
+        "first_sampled",
+        "blocks_a_group",
+        "sampled_tiles",
+        "number",
+        "first_tile",
+        "tiles",
+    ]
 )
 def _pack_kernel(
     words,

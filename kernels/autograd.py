@@ -294,6 +294,8 @@ def _operands(
     softcap: float | None,
 ) -> Operands:
     hidden, weight, low, up = map(rows_contiguous, (hidden, weight, low, up))
+    # Of a number of another type kernels would be compiled anew.
+    softcap = softcap if softcap is None else float(softcap)
     return Operands(hidden, weight, bias if bias is None else bias.contiguous(), low, up, softcap)
 
 

@@ -18,7 +18,19 @@ from torchtune_lce.kernels.operands import Piece
 from torchtune_lce.kernels.tuning import Config, ceil_div
 
 
-@triton.jit(do_not_specialize=["first_place", "tokens", "tiles", "first_sampled"])
+@triton.jit(
+    do_not_specialize=[
+        "first_place",
+        "tokens",
+        "tiles",
+        "first_sampled",
+        "sample_every",
+        "blocks_a_group",
+        "strip_tiles",
+        "before_first",
+        "row_blocks_total",
+    ]
+)
 def _mean_kernel(
     dropped_columns,
     dropped_masses,

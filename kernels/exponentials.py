@@ -125,8 +125,8 @@ def _exponential_kernel(
             least = tl.load(floors + place, mask=present, other=float("inf"))
             known = running + ((number + 1) % 2).to(tl.int64) * 2 * tokens + place
             before = tl.load(known, mask=place < tl.where(number > 0, used, 0), other=0.0)
-            least = tl.maximum(least, before) * eps
-            # False for a NaN, which has no vote.
+            # A NaN stays one, and has no vote.
+            least = tl.where(before > least, before, least) * eps
             votes = tl.reshape(powers > least[:, None], (ROW_BLOCK, WORD_BITS, WORDS))
             in_word = tl.arange(0, WORD_BITS)
             word = tl.reduce(tl.sum(tl.where(votes, 1 << in_word[None, :, None], 0), 1), 0, bitwise_or)
@@ -188,7 +188,8 @@ class Strip:
             tiles,
             min(tiles, FIRST_TILES),
             values,
-            empty(row_blocks, entries // WORD_BITS.value, dtype=torch.int32),
+            # Rows of whole 64 bytes: kernels are compiled for a stride that is a multiple of 16 or for one that is not.
+            empty(row_blocks, ceil_div(entries // WORD_BITS.value, 16) * 16, dtype=torch.int32),
             empty(tiles, places, dtype=torch.float32),
             empty(row_blocks, slots, config.row_block, dtype=values.dtype),
             empty(row_blocks, slots, dtype=torch.int32),
@@ -271,7 +272,7 @@ def strip_exponentials(
             features,
             operands.weight.stride(0),
             strip.values.stride(0),
-            strip.tiles * config.forward_entries // WORD_BITS.value,
+            strip.words.stride(0) if eps is not None else 0,
             operands.softcap or 1.0,
             eps or 0.0,
         ),

@@ -76,7 +76,10 @@ def _told_apart(arguments: tuple, are_specialized: list[bool]) -> tuple[list, tu
         kind = type(argument)
         if kind is int:
             given.append(argument)
-            key.append(argument if is_specialized else argument.bit_length() < 32)
+            key.append(-(2**31) <= argument < 2**31)
+            if is_specialized:
+                # A 1 is a constant; and equal to True.
+                key.append("1" if argument == 1 else argument % 16 == 0)
         elif argument is None or kind is float:
             given.append(argument)
             key.append(kind)

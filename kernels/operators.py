@@ -24,13 +24,9 @@ def operator(
     torch.library.register_autograd(qualified, differentiate, setup_context=setup_context)
     heard = getattr(torch.ops.torchtune_lce, name).default
 
-    if setup_context is None:
-
-        def unheard(*arguments):
-            # With a graph of gradients the operator says what it has not.
-            return (heard if torch.is_grad_enabled() else implementation)(*arguments)
-
-    else:
+    # One without a gradient says so, with a graph of gradients.
+    unheard = heard
+    if setup_context is not None:
 
         class Unheard(torch.autograd.Function):
             # In one: given apart, torch looks at signatures in each call.
@@ -45,7 +41,10 @@ def operator(
         unheard = Unheard.apply
 
     def call(*arguments):
-        return (heard if _somebody_listens(arguments) else unheard)(*arguments)
+        if _somebody_listens(arguments):
+            return heard(*arguments)
+        # As torch has it, nothing is set up where nobody asks for a gradient.
+        return (unheard if _needs_gradient(arguments) else implementation)(*arguments)
 
     return call
 
@@ -58,6 +57,10 @@ def _somebody_listens(arguments: tuple) -> bool:
         return True
     tensor = _first_tensor(arguments)
     return tensor.device.type == "meta" or is_fake(tensor)
+
+
+def _needs_gradient(arguments: tuple) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
 
 
 def _first_tensor(arguments: tuple) -> Tensor:

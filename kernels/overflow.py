@@ -218,7 +218,7 @@ def _redo_kernel(
 def redo_overflown(
     piece: Piece,
     row_sums: Tensor,  # [M] float32: what says which rows
-    maxima: Tensor,  # [tiles, M] float32, of any tiles: a workspace
+    maxima: Tensor,  # float32, a workspace: of M each, as many as there is room for, up to MOST_SHARES
     redone: Tensor,  # [2, M] float32: filled with references and sums of those rows
     totals: Tensor,  # [M, D] float32: filled at those rows
     product_precision: str,
@@ -229,7 +229,7 @@ def redo_overflown(
     weight = operands.weight
     tokens, features = states.shape
     row_blocks = ceil_div(tokens, config.sample)
-    shares = min(MOST_SHARES, maxima.shape[0], ceil_div(programs(states.device), row_blocks))
+    shares = min(MOST_SHARES, maxima.numel() // tokens, ceil_div(programs(states.device), row_blocks))
     logits = {
         "HAS_BIAS": operands.bias is not None,
         "HAS_SOFTCAP": operands.softcap is not None,

@@ -35,7 +35,7 @@ def _block(device: torch.device) -> dict[str, int]:
     return {"ROWS": 32 if device.type == "cpu" else 8, "COLUMNS": 256}
 
 
-@triton.jit(do_not_specialize=["first_place", "tokens"])
+@triton.jit(do_not_specialize=["first_place", "tokens", "parts", "blocks_a_group"])
 def _finish_kernel(
     totals,
     weight,

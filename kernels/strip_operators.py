@@ -46,6 +46,8 @@ def _forward(hidden, weight, bias, targets, ignore_index, softcap, eps, workspac
     mean divides by. ``targets`` may hold anything.
     """
     bias = bias if bias is None else bias.contiguous()
+    # Of numbers of another type kernels would be compiled anew.
+    softcap, eps = (x if x is None else float(x) for x in (softcap, eps))
     operands = Operands(rows_contiguous(hidden), rows_contiguous(weight), bias, None, None, softcap)
     targets = targets.contiguous()
     rows, labels, count, divisor = compact(targets, ignore_index, weight.shape[0])
@@ -110,9 +112,9 @@ def _kept_and_all(kept: Tensor, count: Tensor, hidden: Tensor, weight: Tensor) -
     if kept.numel():
         found = kept.sum(dtype=torch.int64).view(1)
     else:
-        found = (count + (row_block - 1)) // row_block * vocabulary
+        found = (count.long() + (row_block - 1)) // row_block * vocabulary
     every = torch.full_like(found, ceil_div(hidden.shape[0], row_block) * vocabulary, dtype=torch.int64)
-    return torch.cat([found.long(), every])
+    return torch.cat([found, every])
 
 
 def _differentiate(ctx, d_nll, _, d_lse, *__):

@@ -82,7 +82,7 @@ def _keeps_whole(row_total, dropped, before, counts, entries_before, entries):
     return (share > DROPPED_MASS_LIMIT * rows) | (here > DROPPED_MASS_LIMIT * part * rows)
 
 
-@triton.jit(do_not_specialize=["first_place", "tokens", "number", "first_tile", "tiles"])
+@triton.jit(do_not_specialize=["first_place", "tokens", "waiting_stride", "number", "first_tile", "tiles"])
 def _product_kernel(
     strip,
     strip_blocks,

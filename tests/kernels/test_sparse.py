@@ -11,7 +11,7 @@ from torch.autograd import grad
 pytest.importorskip("triton")
 
 from torchtune_lce import linear_cross_entropy
-from torchtune_lce.inputs import filtering
+from torchtune_lce.inputs import filtering, validation
 from torchtune_lce.kernels import division, dropped_mean, exponentials, strip_product, strips, tuning
 
 # A card's row blocks and tiles are so many times as large as the interpreter's: as many more tokens and entries, whose
@@ -257,3 +257,32 @@ def test_few_tokens_in_use(used, device):
     assert far(actual[:used], exact) < 0.05
     assert not actual[used:].any()
     assert records[0].kept_fraction < 0.5
+
+
+@pytest.mark.usefixtures("small_strips")
+def test_a_target_that_names_no_entry_has_no_vote(device, lists, monkeypatch):
+    """Of what is kept: its row block's other tokens would have other gradients for its sake."""
+    hidden, weight, targets = peaked(device)
+    monkeypatch.setattr(validation, "is_readable", lambda _: False)
+    CCE(hidden, weight, targets)
+    found = [columns for *_, columns in lists]
+    lists.clear()
+    # The target is one of what is kept, its own and others'.
+    spoilt = targets.clone()
+    spoilt[5] = len(weight) + 3
+    CCE(hidden, weight, spoilt)
+    for mine, others in zip((columns for *_, columns in lists), found, strict=True):
+        assert (mine is None) == (others is None)
+        assert mine is None or set(mine.tolist()) <= set(others.tolist())
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_nothing_is_recorded_without_gradients(trained, device):
+    hidden, weight, targets = peaked(device)
+    weight.requires_grad_(trained)
+    with filtering.recording() as records:
+        with torch.no_grad():
+            CCE(hidden, weight, targets)
+        assert records == []
+        CCE(hidden, weight, targets)
+    assert len(records) == 1

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from torchtune_lce import linear_cross_entropy
 from torchtune_lce.inputs import filtering, validation
-from torchtune_lce.kernels import division, exponentials, strip_operators, strip_product, strips, tuning
+from torchtune_lce.kernels import division, exponentials, overflow, strip_operators, strip_product, strips, tuning
 from torchtune_lce.kernels.operands import Operands
 from torchtune_lce.kernels.places import compact
 from torchtune_lce.kernels.reference_logits import reference_logits
@@ -185,6 +185,28 @@ def test_rows_that_overflow_are_done_again(dtype, softcap, device, blind_sample)
     alone = EXACT(hidden[calm], weight, targets[calm], bias, softcap=softcap, reduction="none")
     if device.type == "cuda":
         assert torch.equal(alone, found[calm])
+
+
+def test_maxima_stay_within_their_memory(device, blind_sample, monkeypatch):
+    """However many programs share a small vocabulary."""
+    room = []
+    run = overflow.launch
+
+    def spy(kernel, grid, arguments, **constants):
+        if kernel is overflow._maximum_kernel:
+            # In a share of its own each, as many as a card would have.
+            _, shares = grid
+            room.append(arguments[6].numel() - shares * arguments[0].shape[0])
+        run(kernel, grid, arguments, **constants)
+
+    monkeypatch.setattr(overflow, "programs", lambda _: 132)
+    monkeypatch.setattr(overflow, "launch", spy)
+    hidden, weight, targets = with_losses(device, [1, 12, 80, 2])
+    exact, *_ = right(hidden, weight, targets, None, None)
+    found = EXACT(hidden, weight, targets, reduction="none")
+    assert room
+    assert min(room) >= 0
+    assert far(found, exact) < 1e-6
 
 
 MASKS = (-math.inf, torch.finfo(torch.float32).min)

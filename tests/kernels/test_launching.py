@@ -1,0 +1,77 @@
+"""Launches are looked up by all that Triton specializes by, and by nothing that it does not."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from torchtune_lce import linear_cross_entropy
+from torchtune_lce.kernels import launching
+
+MEMORY = torch.zeros(64, dtype=torch.float32)
+# Each is compiled apart: a 1, multiples of 16, and others; numbers of 64 bits; addresses of whole 16 bytes; dtypes.
+APART = [
+    1,
+    16,
+    17,
+    2**31,
+    2**31 + 1,
+    None,
+    0.5,
+    MEMORY,
+    MEMORY[1:],
+    MEMORY.to(torch.float16),
+    MEMORY.to(torch.float16)[1:],
+]
+ALIKE = [(16, 32), (0, 48), (3, 5), (-7, 9), (1.0, 2.0), (MEMORY[4:], MEMORY[8:]), (MEMORY[1:], MEMORY[2:])]
+
+
+def key(argument, is_specialized=True):
+    return launching._told_apart((MEMORY, argument), [True, is_specialized])[1]
+
+
+@pytest.mark.parametrize(("first", "second"), itertools.combinations(range(len(APART)), 2))
+def test_what_triton_tells_apart(first, second):
+    assert key(APART[first]) != key(APART[second])
+
+
+@pytest.mark.parametrize("pair", range(len(ALIKE)))
+def test_what_triton_takes_alike(pair):
+    first, second = ALIKE[pair]
+    assert key(first) == key(second)
+
+
+def test_unspecialized_numbers_differ_by_their_size_alone():
+    assert key(1, False) == key(16, False) == key(-(2**31), False)
+    assert key(1, False) != key(2**31, False)
+    assert key(1, False) != key(-(2**31) - 1, False)
+
+
+def test_tensors_are_given_by_their_addresses():
+    given, _ = launching._told_apart((MEMORY, 3, None), [True] * 3)
+    assert given == [MEMORY.data_ptr(), 3, None]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_numbers_of_a_user_come_as_pythons_own(trained, device, monkeypatch):
+    """Others would be compiled apart, or be taken for tensors."""
+    given = []
+    make = launching.Repeated.__init__
+
+    def spy(self, kernel, fixed, **constants):
+        given.extend(x for x in fixed if isinstance(x, (int, float)))
+        make(self, kernel, fixed, **constants)
+
+    monkeypatch.setattr(launching.Repeated, "__init__", spy)
+    hidden, weight = torch.randn(20, 16, device=device), torch.randn(50, 16, device=device)
+    targets = torch.randint(0, 50, (20,), device=device)
+    hidden.requires_grad_()
+    weight.requires_grad_(trained)
+    settings = {"softcap": np.float64(30), "filter_eps": np.float64(2.0**-12)}
+    linear_cross_entropy(hidden, weight, targets, impl="cce", **settings).backward()
+    linear_cross_entropy(hidden, weight, targets, impl="cce", softcap=30).backward()
+    assert {type(x) for x in given} == {int, float}
+    assert 30.0 in given
