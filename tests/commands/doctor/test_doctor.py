@@ -55,8 +55,8 @@ def scaled(by_loss: float, by_gradient: float):
             return gradient * ctx.factor, None, None
 
     def wrong(call):
-        losses, *rest = right(replace(call, hidden=Scaled.apply(call.hidden, 1, by_gradient)))
-        return Scaled.apply(losses, by_loss, 1), *rest
+        losses = right(replace(call, hidden=Scaled.apply(call.hidden, 1, by_gradient)))
+        return losses._replace(nll=Scaled.apply(losses.nll, by_loss, 1))
 
     return wrong
 
