@@ -144,13 +144,14 @@ def _exponential_kernel(
         if strip_blocks is not None:
             strip_blocks.store([column * ENTRIES, row_block * ROW_BLOCK], values.T)
         else:
-            # In halves: reordered for wide stores, all of a tile would not fit beside the operands.
+            # Whole row blocks, as the copy engine stores them: columns are copied so. In halves: reordered for wide
+            # stores, all of a tile would not fit beside the operands.
             HALF: tl.constexpr = ENTRIES // 2
             left, right = values.reshape(ROW_BLOCK, 2, HALF).permute(0, 2, 1).split()
             half = column * ENTRIES + tl.arange(0, HALF)
             at = strip + half.to(tl.int64)[None, :] * strip_stride + place[:, None]
-            tl.store(at, left, mask=present[:, None])
-            tl.store(at + HALF * strip_stride, right, mask=present[:, None])
+            tl.store(at, left)
+            tl.store(at + HALF * strip_stride, right)
 
 
 @dataclass(frozen=True)
