@@ -3,8 +3,8 @@
 A dropped tail adds sum_v p_v w_v to the gradient of a hidden state. Its entries are many and small, so the sum is close
 to their whole mass times one direction, which the tokens share: the mean weight row of the dropped entries, weighted by
 their probability. On real hidden states that direction holds 0.96 to 0.99 of the squared error that dropping leaves
-(docs/kernel-notes.md). It is estimated from a few tokens; each token's dropped mass is exact, one less the sum of its
-kept softmax, so that its logit gradients sum to what they would unfiltered.
+(docs/kernel-notes.md). It is estimated from a few tokens and columns; each token's dropped mass is exact, one less the
+sum of its kept softmax, so that its logit gradients sum to what they would unfiltered.
 """
 
 import torch
@@ -18,8 +18,11 @@ from torchtune_lce.kernels.plan import Plan
 from torchtune_lce.kernels.primitives import LOG2_E, RANK_DEPTH, add_low_rank, softcapped
 from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 
+# Of so many entries the mean weight row differs from that of all by a hundredth of a row's length.
+SAMPLED_ENTRIES = 2**14
 
-@triton.jit(do_not_specialize=["row_blocks_total"])
+
+@triton.jit(do_not_specialize=["row_blocks_total", "every"])
 def _tail_kernel(
     hidden,
     weight,
@@ -34,6 +37,7 @@ def _tail_kernel(
     sparse_strips,
     sums,
     columns,
+    every,
     row_blocks_total,
     entries_total,
     features,
@@ -52,8 +56,8 @@ def _tail_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of SAMPLE tokens spread over those in use, and of this program's columns: the dropped rows of weight, then those
-    of `up`, by probability, and their mass. Nothing is written without sparse strips.
+    """Of SAMPLE tokens spread over those in use, and of this program's columns, one in `every`: the dropped rows of
+    weight, then those of `up`, by probability, and their mass. Nothing is written without sparse strips.
     """
     program = tl.program_id(0)
     tokens_total = tl.load(count)
@@ -71,7 +75,9 @@ def _tail_kernel(
     # Summed to one number last: Triton 3.6 cannot compile it here for sm100.
     mass = tl.zeros((TILE,), tl.float32)
     # Without sparse strips nothing is dropped.
-    for column in range(program, tl.where(tl.load(sparse_strips + 1) > 0, columns, 0), tl.num_programs(0)):
+    sampled = tl.where(tl.load(sparse_strips + 1) > 0, tl.cdiv(columns, every), 0)
+    for number in range(program, sampled, tl.num_programs(0)):
+        column = number * every
         entry = tl.load(entries + column * TILE + tl.arange(0, TILE))
         inside = entry < entries_total
         weight_rows = weight + entry.to(tl.int64) * weight_stride
@@ -99,7 +105,7 @@ def _tail_kernel(
             d = start + depth
             w = tl.load(weight_rows[:, None] + d[None, :], mask=inside[:, None] & (d < features)[None, :], other=0.0)
             total = tl.sum(w.to(tl.float32) * weights[:, None], 0)
-            total += tl.load(sums + d, mask=d < tl.where(column > program, features, 0), other=0.0)
+            total += tl.load(sums + d, mask=d < tl.where(number > program, features, 0), other=0.0)
             tl.store(sums + d, total, mask=d < features)
         if HAS_LOW_RANK:
             for start in range(0, rank, RANK_DEPTH):
@@ -108,7 +114,7 @@ def _tail_kernel(
                 b = tl.load(at, mask=inside[:, None] & (r < rank)[None, :], other=0.0)
                 total = tl.sum(b.to(tl.float32) * weights[:, None], 0)
                 own = sums + features + r
-                total += tl.load(own, mask=r < tl.where(column > program, rank, 0), other=0.0)
+                total += tl.load(own, mask=r < tl.where(number > program, rank, 0), other=0.0)
                 tl.store(own, total, mask=r < rank)
     tl.store(sums + width, tl.sum(mass, 0))
 
@@ -151,7 +157,10 @@ def tail_direction(
     """
     hidden, weight, low = operands.hidden, operands.weight, operands.low
     columns, row_blocks = plan.ranks.shape
-    grid = min(_programs(hidden), columns)
+    # Columns are in order of activity: all kinds of entries are met. One a program, if that is enough.
+    enough = max(columns * config.entry_tile // SAMPLED_ENTRIES, 1)
+    every = min(ceil_div(columns, _programs(hidden)), enough)
+    grid = min(_programs(hidden), ceil_div(columns, every))
     features = hidden.shape[1]
     width = features + (0 if low is None else operands.rank)
     sums = hidden.new_empty((grid, width + 1), dtype=torch.float32)
@@ -172,6 +181,7 @@ def tail_direction(
             plan.sparse_strips,
             sums,
             columns,
+            every,
             row_blocks,
             weight.shape[0],
             features,
