@@ -48,9 +48,11 @@ def token_losses(filtering: Filtering) -> Callable:
         )
         filters = filtering.hidden and needs_hidden or filtering.weight and needs_weight
         records = bool(eps) and filters and torch.is_grad_enabled()
-        # Hidden states alone: the forward has their gradient.
-        if low is None and needs_hidden and not needs_weight and torch.is_grad_enabled():
-            return strip_operators.token_losses(hidden, weight, bias, call.labels, eps if records else None, options)
+        # The forward has the gradient of hidden states.
+        if low is None and needs_hidden and torch.is_grad_enabled() and not (needs_weight and records):
+            return strip_operators.token_losses(
+                hidden, weight, bias, call.labels, eps if records else None, needs_weight, options
+            )
         # A gradient that nobody wants must not make the others keep more.
         filter_hidden, filter_weight = filtering.hidden or not needs_hidden, filtering.weight or not needs_weight
         nll, peak, log_total, *_, divisor = _cut_cross_entropy(

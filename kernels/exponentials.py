@@ -35,6 +35,80 @@ WORD_BITS = tl.constexpr(32)
 FIRST_TILES = 8
 
 
+@triton.jit
+def strip_logits(
+    states,
+    state_blocks,
+    weight,
+    weight_blocks,
+    bias,
+    row_block,
+    tile,
+    used,
+    entries_total,
+    features,
+    weight_stride,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    TMA: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Of a row block of `states` [M, features], places below `used`, by a tile of entries; float32."""
+    place = row_block * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    present = place < used
+    entries = tile * ENTRIES + tl.arange(0, ENTRIES)
+    logits = tl.zeros((ROW_BLOCK, ENTRIES), tl.float32)
+    if TMA:
+        for start in range(0, features, BLOCK_D):
+            a = state_blocks.load([row_block * ROW_BLOCK, start])
+            b = weight_blocks.load([tile * ENTRIES, start])
+            logits = tl.dot(a, b.T, logits, input_precision=PRECISION)
+    else:
+        depth = tl.arange(0, BLOCK_D)
+        state_rows = states + place.to(tl.int64)[:, None] * features
+        weight_rows = weight + entries.to(tl.int64)[None, :] * weight_stride
+        exists = (entries < entries_total)[None, :]
+        for start in range(0, features, BLOCK_D):
+            d = start + depth
+            a = tl.load(state_rows + d[None, :], mask=present[:, None] & (d < features)[None, :], other=0.0)
+            b = tl.load(weight_rows + d[:, None], mask=exists & (d < features)[:, None], other=0.0)
+            logits = tl.dot(a, b, logits, input_precision=PRECISION)
+    if HAS_BIAS:
+        logits += tl.load(bias + entries, mask=entries < entries_total, other=0.0).to(tl.float32)[None, :]
+    if HAS_SOFTCAP:
+        logits = softcapped(logits, softcap)
+    return logits
+
+
+@triton.jit
+def store_by_entry(
+    values,
+    strip,
+    strip_blocks,
+    strip_stride,
+    first_column,
+    first_place,
+    ROW_BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
+    """A tile of places by entries to rows `first_column` on of the strip, places `first_place` on."""
+    if strip_blocks is not None:
+        strip_blocks.store([first_column, first_place], values.T)
+    else:
+        # Whole row blocks, as the copy engine stores them: columns are copied so. In halves: reordered for wide
+        # stores, all of a tile would not fit beside the operands.
+        HALF: tl.constexpr = ENTRIES // 2
+        left, right = values.reshape(ROW_BLOCK, 2, HALF).permute(0, 2, 1).split()
+        half = first_column + tl.arange(0, HALF)
+        at = strip + half.to(tl.int64)[None, :] * strip_stride + (first_place + tl.arange(0, ROW_BLOCK))[:, None]
+        tl.store(at, left)
+        tl.store(at + HALF * strip_stride, right)
+
+
 @triton.jit(do_not_specialize=["first_place", "tokens", "number", "first_tile", "tiles"])
 def _exponential_kernel(
     states,
@@ -92,26 +166,27 @@ def _exponential_kernel(
         present = place < used
         in_tile = tl.arange(0, ENTRIES)
         entries = tile * ENTRIES + in_tile
-        logits = tl.zeros((ROW_BLOCK, ENTRIES), tl.float32)
-        if TMA:
-            for start in range(0, features, BLOCK_D):
-                a = state_blocks.load([row_block * ROW_BLOCK, start])
-                b = weight_blocks.load([tile * ENTRIES, start])
-                logits = tl.dot(a, b.T, logits, input_precision=PRECISION)
-        else:
-            depth = tl.arange(0, BLOCK_D)
-            state_rows = states + place.to(tl.int64)[:, None] * features
-            weight_rows = weight + entries.to(tl.int64)[None, :] * weight_stride
-            exists = (entries < entries_total)[None, :]
-            for start in range(0, features, BLOCK_D):
-                d = start + depth
-                a = tl.load(state_rows + d[None, :], mask=present[:, None] & (d < features)[None, :], other=0.0)
-                b = tl.load(weight_rows + d[:, None], mask=exists & (d < features)[:, None], other=0.0)
-                logits = tl.dot(a, b, logits, input_precision=PRECISION)
-        if HAS_BIAS:
-            logits += tl.load(bias + entries, mask=entries < entries_total, other=0.0).to(tl.float32)[None, :]
-        if HAS_SOFTCAP:
-            logits = softcapped(logits, softcap)
+        logits = strip_logits(
+            states,
+            state_blocks,
+            weight,
+            weight_blocks,
+            bias,
+            row_block,
+            tile,
+            used,
+            entries_total,
+            features,
+            weight_stride,
+            softcap,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+            TMA,
+            ROW_BLOCK,
+            ENTRIES,
+            BLOCK_D,
+            PRECISION,
+        )
         reference = tl.load(references + place, mask=present, other=0.0)
         powers = tl.exp2(multiply_add(logits, LOG2_E_SINGLE, (reference * -LOG2_E_SINGLE)[:, None]))
         own = tl.load(labels + place, mask=present, other=0).to(tl.int32) - tile * ENTRIES
@@ -141,17 +216,16 @@ def _exponential_kernel(
         if FOR_TF32:
             powers = rounded_to_tf32(powers)
         values = powers.to(strip.dtype.element_ty)
-        if strip_blocks is not None:
-            strip_blocks.store([column * ENTRIES, row_block * ROW_BLOCK], values.T)
-        else:
-            # Whole row blocks, as the copy engine stores them: columns are copied so. In halves: reordered for wide
-            # stores, all of a tile would not fit beside the operands.
-            HALF: tl.constexpr = ENTRIES // 2
-            left, right = values.reshape(ROW_BLOCK, 2, HALF).permute(0, 2, 1).split()
-            half = column * ENTRIES + tl.arange(0, HALF)
-            at = strip + half.to(tl.int64)[None, :] * strip_stride + place[:, None]
-            tl.store(at, left)
-            tl.store(at + HALF * strip_stride, right)
+        store_by_entry(
+            values,
+            strip,
+            strip_blocks,
+            strip_stride,
+            column * ENTRIES,
+            row_block * ROW_BLOCK,
+            ROW_BLOCK,
+            ENTRIES,
+        )
 
 
 @dataclass(frozen=True)

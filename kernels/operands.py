@@ -90,6 +90,17 @@ class Walk(NamedTuple):
     values: Tensor  # [N, D] in the dtype of hidden, by place: see :func:`row_gradients`
     coefficients: Tensor  # [2, N] float32, by place
     kept: Tensor  # [row blocks] int32, or [0]: columns of each that the gradient is made of
+    # [5, N] float32 by place, or [0]: for gradients by entry. E is exp2((z - shift) log2(e) + offset) of a logit z; the
+    # first two are shift and offset, the others 1, E of the target, and the sum of the others' E, over the sum of all.
+    shares: Tensor
+
+
+class ForEntries(NamedTuple):
+    """What gradients by entry are made of beside E, by place, 0 past those in use: see scaled_states.py."""
+
+    scaled: Tensor  # [N, D] in a strip's dtype: hidden states times their factors
+    factors: Tensor  # [N] float32
+    cells: Tensor  # [N] float32: what stands for E of the target
 
 
 class Gradients(NamedTuple):

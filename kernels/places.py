@@ -74,12 +74,12 @@ def compact(targets: Tensor, ignore_index: int, vocabulary: int) -> tuple[Tensor
     return rows, labels, count, divisor
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["first_place", "tokens"])
 def _in_order_kernel(
-    matrix, rows, count, taken, tokens, features, matrix_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    matrix, rows, count, taken, first_place, tokens, features, matrix_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    used = place < tl.load(count)
+    used = place < tl.load(count) - first_place
     row = tl.load(rows + place, mask=used, other=0)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     exists = (d < features)[None, :]
@@ -88,10 +88,13 @@ def _in_order_kernel(
     tl.store(out, value, mask=(place < tokens)[:, None] & exists)
 
 
-def in_order(matrix: Tensor, rows: Tensor, count: Tensor) -> Tensor:
-    """Rows of ``matrix`` [N, D] at each place, ``rows`` [M], zero past the ``count``: what is ignored may be NaN."""
+def in_order(matrix: Tensor, rows: Tensor, count: Tensor, first_place: int = 0, taken: Tensor | None = None) -> Tensor:
+    """Rows of ``matrix`` [N, D] at each place, ``rows`` [M] of those from ``first_place`` on, zero past the ``count``:
+    what is ignored may be NaN. In the memory ``taken``, if given, [M or more, D].
+    """
     tokens, features = rows.numel(), matrix.shape[1]
-    taken = matrix.new_empty((tokens, features))
+    if taken is None:
+        taken = matrix.new_empty((tokens, features))
     # The interpreter takes programs in turn: there few of them.
     block = {"ROWS": 32 if matrix.device.type == "cpu" else 8, "COLUMNS": 256}
     launch(
@@ -102,6 +105,7 @@ def in_order(matrix: Tensor, rows: Tensor, count: Tensor) -> Tensor:
             rows,
             count,
             taken,
+            first_place,
             tokens,
             features,
             matrix.stride(0),

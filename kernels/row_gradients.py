@@ -35,7 +35,7 @@ def _block(device: torch.device) -> dict[str, int]:
     return {"ROWS": 32 if device.type == "cpu" else 8, "COLUMNS": 256}
 
 
-@triton.jit(do_not_specialize=["first_place", "tokens", "parts", "blocks_a_group"])
+@triton.jit(do_not_specialize=["first_place", "tokens", "tokens_total", "parts", "blocks_a_group"])
 def _finish_kernel(
     totals,
     weight,
@@ -54,9 +54,11 @@ def _finish_kernel(
     scales,
     dropped,
     means,
+    shares,
     count,
     first_place,
     tokens,
+    tokens_total,
     features,
     weight_stride,
     parts,
@@ -70,7 +72,8 @@ def _finish_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Loss, reference and log-sum-exp less it at each place's row; values, slopes and scales, for the gradient, at it.
+    """Loss, reference and log-sum-exp less it at each place's row; values, slopes and scales, for the gradient, at it;
+    and shares, for gradients by entry, unless None.
 
     The slope is that of the softcap at the target, negative where it belongs to the loss's upstream gradient. With
     NORMALISED the values of a likely target are not scaled by 1 - p, which the scale then is: float16 has no room for
@@ -108,6 +111,14 @@ def _finish_kernel(
     tl.store(peaks + row, tl.where(used, peak, 0.0), mask=write)
     tl.store(log_totals + row, tl.where(used, log_total, 0.0), mask=write)
     factor = 1 / whole
+    if shares is not None:
+        own_at = shares + place
+        # Of a row that was done again the difference comes first, see overflow.py.
+        tl.store(own_at, tl.where(again, reference, 0.0), mask=write)
+        tl.store(own_at + tokens_total, tl.where(again, 0.0, offset), mask=write)
+        tl.store(own_at + 2 * tokens_total, factor, mask=write)
+        tl.store(own_at + 3 * tokens_total, slope * (own / whole), mask=write)
+        tl.store(own_at + 4 * tokens_total, slope * (others / whole), mask=write)
     scale = tl.full((ROWS,), 1.0, tl.float32)
     if NORMALISED:
         scale = tl.where(unlikely, 1.0, others / whole)
@@ -220,9 +231,11 @@ def finish_rows(
             *walk.coefficients[:, piece.first : piece.first + tokens],
             left_out and left_out.mass,
             left_out and left_out.means,
+            walk.shares[:, piece.first :] if walk.shares.numel() else None,
             piece.count,
             piece.first,
             tokens,
+            walk.losses.numel(),
             features,
             weight.stride(0),
             left_out.means.shape[0] if left_out else 0,
@@ -248,10 +261,10 @@ def row_gradients(
     count: Tensor,  # [1] int32
     d_losses: Tensor,  # [N] float32, in the order of hidden
     d_log_sums: Tensor | None,  # [N] float32
-) -> Tensor:  # [N, D], gradient by hidden
+    d_hidden: Tensor,  # [N, D], filled
+) -> None:
     """One launch."""
     tokens, features = values.shape
-    d_hidden = torch.empty_like(values)
     block = _block(values.device)
     if tokens:
         launch(
@@ -277,4 +290,3 @@ def row_gradients(
             **block,
             num_warps=4,
         )
-    return d_hidden

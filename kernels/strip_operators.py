@@ -1,6 +1,7 @@
-"""The walk over strips as two custom operators: losses, with all that the hidden gradient needs, then that.
+"""The walk over strips as two custom operators: losses, with all that the hidden gradient needs, then the gradients.
 
-The second sees no vocabulary: any upstream gradients, and any number of backwards, cost two passes over [N, D].
+The second sees no vocabulary but for a projection that is trained: any upstream gradients, and any number of backwards,
+cost two passes over [N, D] for the hidden states.
 """
 
 from __future__ import annotations  # torch 2.8 compiles nested functions, but not `Tensor | None`
@@ -12,6 +13,7 @@ from torchtune_lce.inputs.filtering import open_record
 from torchtune_lce.inputs.losses import Losses
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.inputs.validation import is_readable
+from torchtune_lce.kernels.entry_gradients import entry_gradients
 from torchtune_lce.kernels.operands import Operands
 from torchtune_lce.kernels.operators import operator, refuse_second_derivative, rows_contiguous
 from torchtune_lce.kernels.places import compact
@@ -21,14 +23,21 @@ from torchtune_lce.kernels.tuning import ceil_div, config_for
 
 
 def token_losses(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, eps: float | None, options: Options
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    eps: float | None,
+    is_trained: bool,
+    options: Options,
 ) -> Losses:
     """What the function that :func:`torchtune_lce.kernels.autograd.token_losses` makes returns; eps None: unfiltered.
 
-    With a gradient by hidden alone. What stands for the peak is each row's reference, see reference_logits.py.
+    With gradients by weight and bias only where ``is_trained``, and then unfiltered. What stands for the peak is each
+    row's reference, see reference_logits.py.
     """
     nll, peak, log_total, *_, divisor = _strip_cross_entropy(
-        hidden, weight, bias, targets, options.ignore_index, options.softcap, eps, options.workspace_mib
+        hidden, weight, bias, targets, options.ignore_index, options.softcap, eps, is_trained, options.workspace_mib
     )
     return Losses(nll, peak.detach(), log_total, divisor=divisor)
 
@@ -36,28 +45,34 @@ def token_losses(
 torch.library.define(
     "torchtune_lce::strip_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float? softcap, float? eps, "
-    "int workspace_mib) -> (Tensor nll, Tensor peak, Tensor log_total, Tensor dropped_mass, Tensor values, "
-    "Tensor coefficients, Tensor kept, Tensor rows, Tensor labels, Tensor count, Tensor divisor)",
+    "bool is_trained, int workspace_mib) -> (Tensor nll, Tensor peak, Tensor log_total, Tensor dropped_mass, "
+    "Tensor values, Tensor coefficients, Tensor kept, Tensor shares, Tensor rows, Tensor labels, Tensor count, "
+    "Tensor divisor)",
 )
 
 
-def _forward(hidden, weight, bias, targets, ignore_index, softcap, eps, workspace_mib):
+def _forward(hidden, weight, bias, targets, ignore_index, softcap, eps, is_trained, workspace_mib):
     """A :class:`Walk`; then rows [N] int64, the tokens in use first, labels in that order, count [1] int32, and what a
     mean divides by. ``targets`` may hold anything.
     """
-    bias = bias if bias is None else bias.contiguous()
-    # Of numbers of another type kernels would be compiled anew.
-    softcap, eps = (x if x is None else float(x) for x in (softcap, eps))
-    operands = Operands(rows_contiguous(hidden), rows_contiguous(weight), bias, None, None, softcap)
+    eps = eps if eps is None else float(eps)
+    operands = _operands(hidden, weight, bias, softcap)
     targets = targets.contiguous()
     rows, labels, count, divisor = compact(targets, ignore_index, weight.shape[0])
     config = config_for(hidden.device, hidden.dtype)
-    walk = walk_rows(operands, targets, rows, labels, count, eps, workspace_mib * 2**20, config)
+    walk = walk_rows(operands, targets, rows, labels, count, eps, is_trained, workspace_mib * 2**20, config)
     return *walk, rows, labels, count, divisor
 
 
+def _operands(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Operands:
+    # Of a number of another type kernels would be compiled anew.
+    softcap = softcap if softcap is None else float(softcap)
+    bias = bias if bias is None else bias.contiguous()
+    return Operands(rows_contiguous(hidden), rows_contiguous(weight), bias, None, None, softcap)
+
+
 @torch.library.register_fake("torchtune_lce::strip_cross_entropy")
-def _(hidden, weight, bias, targets, ignore_index, softcap, eps, workspace_mib):
+def _(hidden, weight, bias, targets, ignore_index, softcap, eps, is_trained, workspace_mib):
     tokens = targets.shape[0]
     filters = eps is not None
     row_blocks = ceil_div(tokens, config_for(hidden.device, hidden.dtype).row_block) if filters else 0
@@ -67,6 +82,7 @@ def _(hidden, weight, bias, targets, ignore_index, softcap, eps, workspace_mib):
         hidden.new_empty(hidden.shape),
         hidden.new_empty((2, tokens), dtype=torch.float32),
         hidden.new_empty(row_blocks, dtype=torch.int32),
+        hidden.new_empty((5, tokens) if is_trained else 0, dtype=torch.float32),
         hidden.new_empty(tokens, dtype=torch.int64),
         torch.empty_like(targets),
         hidden.new_empty(1, dtype=torch.int32),
@@ -76,27 +92,59 @@ def _(hidden, weight, bias, targets, ignore_index, softcap, eps, workspace_mib):
 
 torch.library.define(
     "torchtune_lce::strip_cross_entropy_backward",
-    "(Tensor? d_nll, Tensor? d_lse, Tensor weight, Tensor values, Tensor coefficients, Tensor rows, Tensor labels, "
-    "Tensor count) -> Tensor d_hidden",
+    "(Tensor? d_nll, Tensor? d_lse, Tensor? hidden, Tensor weight, Tensor? bias, Tensor values, Tensor coefficients, "
+    "Tensor shares, Tensor rows, Tensor labels, Tensor count, float? softcap, bool[] needs, int workspace_mib) "
+    "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
 )
 
 
-def _backward(d_nll, d_lse, weight, values, coefficients, rows, labels, count):
+def _backward(
+    d_nll, d_lse, hidden, weight, bias, values, coefficients, shares, rows, labels, count, softcap, needs, workspace_mib
+):
+    """Gradients by hidden, weight and bias, empty where ``needs`` has no True; without those two hidden may be None."""
     if d_nll is None:
         d_nll = coefficients.new_zeros(1).expand(rows.numel())
-    return row_gradients(values, coefficients, rows_contiguous(weight), rows, labels, count, d_nll, d_lse)
+    weight = rows_contiguous(weight)
+    needs_hidden, needs_weight, needs_bias = needs
+    # What is scaled, until it is filled.
+    d_hidden = torch.empty_like(values)
+    d_weight = weight.new_empty(weight.shape if needs_weight else 0)
+    d_bias = weight.new_empty(weight.shape[0] if needs_bias else 0)
+    if needs_weight or needs_bias:
+        entry_gradients(
+            _operands(hidden, weight, bias, softcap),
+            rows,
+            labels,
+            count,
+            shares,
+            d_nll,
+            d_lse,
+            d_hidden,
+            d_weight if needs_weight else None,
+            d_bias if needs_bias else None,
+            workspace_mib * 2**20,
+            config_for(weight.device, weight.dtype),
+        )
+    if needs_hidden:
+        row_gradients(values, coefficients, weight, rows, labels, count, d_nll, d_lse, d_hidden)
+    return d_hidden if needs_hidden else values.new_empty(0), d_weight, d_bias
 
 
 @torch.library.register_fake("torchtune_lce::strip_cross_entropy_backward")
-def _(d_nll, d_lse, weight, values, *_):
-    return values.new_empty(values.shape)
+def _(d_nll, d_lse, hidden, weight, bias, values, *rest):
+    needs = rest[-2]
+    operands = values, weight, weight if bias is None else bias
+    return tuple(x.new_empty(x.shape if need else 0) for x, need in zip(operands, needs, strict=True))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, *_ = inputs
-    _, _, _, dropped_mass, values, coefficients, kept, rows, labels, count, _ = output
+    hidden, weight, bias, _, _, softcap, _, is_trained, workspace_mib = inputs
+    _, _, _, dropped_mass, values, coefficients, kept, shares, rows, labels, count, _ = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(weight, values, coefficients, rows, labels, count)
+    # Who keeps hidden states for nothing keeps memory.
+    of_logits = (hidden, weight, bias) if is_trained else (None, weight, None)
+    ctx.save_for_backward(*of_logits, values, coefficients, shares, rows, labels, count)
+    ctx.settings = softcap, workspace_mib
     # A trace has no calls to tell of.
     ctx.record = open_record(rows.numel(), rows.device) if is_readable(rows) else None
     if ctx.record and dropped_mass.numel():
@@ -118,10 +166,12 @@ def _kept_and_all(kept: Tensor, count: Tensor, hidden: Tensor, weight: Tensor) -
 
 
 def _differentiate(ctx, d_nll, _, d_lse, *__):
-    d_hidden = _strip_cross_entropy_backward(d_nll, d_lse, *ctx.saved_tensors)
+    softcap, workspace_mib = ctx.settings
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = _strip_cross_entropy_backward(d_nll, d_lse, *ctx.saved_tensors, softcap, needs, workspace_mib)
     if ctx.record:
         ctx.record.tiles = ctx.kept
-    return d_hidden, *[None] * 7
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 6
 
 
 _strip_cross_entropy = operator("strip_cross_entropy", _forward, _differentiate, _setup_context)

@@ -55,6 +55,7 @@ def walk_rows(
     labels: Tensor,  # [N], in that order
     count: Tensor,  # [1] int32, rows in use, on the device
     eps: float | None,  # None: nothing is filtered
+    is_trained: bool,  # the projection: shares are wanted
     workspace: int,  # bytes
     config: Config,
 ) -> Walk:
@@ -73,7 +74,8 @@ def walk_rows(
         empty(tokens * filters),
         values.new_zeros(row_blocks, dtype=torch.int32) if filters else empty(0, dtype=torch.int32),
     )
-    results = Walk(empty(tokens), empty(tokens), empty(tokens), dropped_mass, values, empty(2, tokens), kept)
+    shares = empty(5, tokens) if is_trained else empty(0)
+    results = Walk(empty(tokens), empty(tokens), empty(tokens), dropped_mass, values, empty(2, tokens), kept, shares)
     if not tokens:
         return results
     logits = reference_logits(operands, targets, rows, count, values, config)

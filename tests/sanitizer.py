@@ -75,6 +75,7 @@ CALLS = (
         width=264,
         impl="cce_exact",
         bias=True,
+        rank=8,
         softcap=20.0,
         with_lse=True,
         workspace_mib=1,
@@ -84,23 +85,25 @@ CALLS = (
     Call("frozen weight, rows of no whole 16 bytes", width=70, frozen=("weight",), paths=("descriptor",)),
     Call("one of everything", tokens=(0, 1), vocabulary=(0, 1), width=16, bias=True, paths=("descriptor",)),
     Call("narrow blocks", paths=("pointer",), narrow=True),
-    Call("dense way", vocabulary=(4, 8), width=None, impl="cce_exact", frozen=("weight",), ignored=True),
+    Call("dense way", vocabulary=(4, 0), width=None, impl="cce_exact", ignored=True),
+    # Several strips forward and back, the last of them ragged.
     Call(
         "dense way, everything",
-        vocabulary=(14, 0),
+        vocabulary=(14, 8),
         width=264,
         impl="cce_exact",
         bias=True,
         softcap=20.0,
         with_lse=True,
         workspace_mib=1,
-        frozen=("weight", "bias"),
     ),
 )
 
 BY_DTYPE = (
     ("_exponential_kernel", "FOR_TF32", True, ("bfloat16", "float32"), "float16's alone are multiplied in tf32"),
     ("_exponential_kernel", "FOR_TF32", False, ("float16",), "float16's are multiplied in tf32"),
+    ("_again_kernel", "FOR_TF32", True, ("bfloat16", "float32"), "float16's alone are multiplied in tf32"),
+    ("_again_kernel", "FOR_TF32", False, ("float16",), "float16's are multiplied in tf32"),
     ("_redo_kernel", "FOR_TF32", True, ("bfloat16", "float32"), "float16's alone are multiplied in tf32"),
     ("_redo_kernel", "FOR_TF32", False, ("float16",), "float16's are multiplied in tf32"),
     ("_finish_kernel", "NORMALISED", True, ("bfloat16", "float32"), "float16 alone has no room for small values"),
@@ -119,6 +122,8 @@ WITHOUT_COPY_ENGINE = (
     ("_backward_kernel", "GRADIENT_TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
     ("_exponential_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
     ("_product_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
+    ("_again_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
+    ("_weight_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
 )
 IN_INTERPRETER = (
     *WITHOUT_COPY_ENGINE,

@@ -504,19 +504,7 @@ def _with_and_without(impl, trained, hidden, weight, targets, bias, **settings):
     return results
 
 
-@pytest.mark.parametrize(
-    ("impl", "trained"),
-    [
-        *TRAINED[:-1],
-        pytest.param(
-            "cce",
-            INPUTS,
-            marks=[*marks_of("cce"), pytest.mark.xfail(strict=True, reason="issue 16: one sum with p in it")],
-            id="cce",
-        ),
-        FROZEN,
-    ],
-)
+@pytest.mark.parametrize(("impl", "trained"), [*TRAINED, FROZEN])
 def test_a_confident_token_costs_no_digits(impl, trained, device):
     """1 - p near 1e-5: p - 1 is what the others have, not the difference of two numbers near 1."""
     weight, targets = F.normalize(torch.randn(300, 64, device=device), dim=-1), torch.arange(40, device=device)

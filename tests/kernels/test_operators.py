@@ -21,14 +21,21 @@ class Listener(TorchDispatchMode):
         return operation(*arguments, **(settings or {}))
 
 
-@pytest.mark.parametrize(("trained", "name"), [(False, "strip_cross_entropy"), (True, "cut_cross_entropy")])
-def test_both_ways_are_one(trained, name, device):
+@pytest.mark.parametrize(
+    ("trained", "impl", "name"),
+    [
+        (False, "cce_exact", "strip_cross_entropy"),
+        (True, "cce_exact", "strip_cross_entropy"),
+        (True, "cce", "cut_cross_entropy"),
+    ],
+)
+def test_both_ways_are_one(trained, impl, name, device):
     hidden, weight = torch.randn(70, 32, device=device, requires_grad=True), torch.randn(300, 32, device=device)
     weight.requires_grad_(trained)
     targets = torch.randint(0, 300, (70,), device=device)
 
     def step():
-        loss, lse = linear_cross_entropy(hidden, weight, targets, impl="cce_exact", return_lse=True)
+        loss, lse = linear_cross_entropy(hidden, weight, targets, impl=impl, return_lse=True)
         return [loss, lse, *torch.autograd.grad(loss + lse.sum(), (hidden, weight) if trained else hidden)]
 
     with profile(activities=[ProfilerActivity.CPU]) as events:

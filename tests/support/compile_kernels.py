@@ -19,7 +19,17 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
 from torchtune_lce.inputs.options import Options
-from torchtune_lce.kernels import division, exponentials, overflow, strip_operators, strip_product, strips, tuning
+from torchtune_lce.kernels import (
+    division,
+    exponentials,
+    overflow,
+    strip_again,
+    strip_operators,
+    strip_product,
+    strips,
+    tuning,
+    weight_product,
+)
 
 # The vocabulary ends within a tile of its one strip. No softcap: it takes registers, and thrice the time.
 TOKENS, VOCABULARY, WIDTH = 2048, 1_000, 2048
@@ -70,18 +80,19 @@ def compiled_for(capability: int, dtype: torch.dtype) -> list[dict]:
             (strip_operators, "config_for", lambda *_: config),
             *(
                 (module, "programs", lambda _: 132)
-                for module in (division, exponentials, overflow, strip_product, strips)
+                for module in (division, exponentials, overflow, strip_again, strip_product, strips, weight_product)
             ),
         ):
             undo.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, value)
         # Nothing is read: memory that is never touched is never there.
         hidden = torch.empty(TOKENS, WIDTH, dtype=dtype, requires_grad=True)
-        weight, bias = torch.empty(VOCABULARY, WIDTH, dtype=dtype), torch.empty(VOCABULARY, dtype=dtype)
+        weight = torch.empty(VOCABULARY, WIDTH, dtype=dtype, requires_grad=True)
+        bias = torch.empty(VOCABULARY, dtype=dtype, requires_grad=True)
         targets = torch.zeros(TOKENS, dtype=torch.int64)
         # With a filter they take more. Without one of one card alone.
         for eps in (None, 2.0**-12) if capability == 90 else (2.0**-12,):
-            losses = strip_operators.token_losses(hidden, weight, bias, targets, eps, OPTIONS)
+            losses = strip_operators.token_losses(hidden, weight, bias, targets, eps, True, OPTIONS)
             (losses.nll + losses.log_total).sum().backward()
     return list(found.values())
 

@@ -13,8 +13,8 @@ reference: float32 logits, 4NV, their exponentials, and a mask of the targets, N
 in place of the logits. With an adapter the two parts of the sum of logits; with DoRA's scale, in the backward, what it
 scales, the gradient, and the gradient's products with either.
 chunked: the workspace, whatever NV is, and vectors; with a trained head the hidden states' sums beside it.
-cce: the workspace, but not less than its tiles and their lists take. With a frozen head and no adapter values of the
-hidden states' gradient's size are kept for the backward, NDb.
+cce: the workspace, but not less than its tiles and their lists take. With a frozen head, or where nothing is filtered,
+and no adapter values of the hidden states' gradient's size are kept for the backward, NDb.
 
 LoRA on the output, of rank r, adds its gradients, Vrb and rDb, to those above, and an Nr product; its dropout keeps the
 thinned out hidden states and their mask, (b + 1)ND. DoRA's scale of the rows has a gradient that needs what it scales:
@@ -141,9 +141,10 @@ def loss_memory(loss: str, problem: Problem) -> LossMemory:
     if base == "chunked":
         return _chunked(problem)
     if base in CCE_PRESETS:
-        if problem.trained_head or problem.adapter:
+        filtering = CAPABILITIES[base].filtering
+        if problem.adapter or problem.trained_head and (filtering.hidden or filtering.weight):
             return _cce(problem)
-        return _cce_in_strips(problem, CAPABILITIES[base].filtering.hidden)
+        return _cce_in_strips(problem, filtering.hidden)
     raise ValueError(f"no formula for the memory of {loss!r}")
 
 
@@ -262,7 +263,12 @@ def _cce_in_strips(problem: Problem, filters: bool) -> LossMemory:
     least = min(problem.tokens, _TILE) * of_token + _TILE * of_tile + of_all
     workspace = max(min(problem.workspace_mib * 2**20, most), least)
     kept = problem.hidden_bytes + _vectors(problem)
-    return LossMemory(workspace + kept, problem.hidden_bytes + kept)
+    backward = problem.hidden_bytes + kept
+    if problem.trained_head:
+        # Hidden states in order, and a strip of exponentials; what does not fit lies in the head's gradient.
+        in_order = problem.hidden_bytes + problem.itemsize * blocks * _TILE * tiles * _STRIP_TILE
+        backward += min(problem.workspace_mib * 2**20, in_order) + problem.head_bytes
+    return LossMemory(workspace + kept, backward)
 
 
 def _least_workspace(problem: Problem) -> int:

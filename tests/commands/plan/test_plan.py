@@ -237,12 +237,12 @@ def test_workspace_holds_the_kernels_tiles_and_lists(tokens, vocabulary, monkeyp
     assert planned <= 1.1 * max(128 * 2**20, taken) + 64 * tokens + 32 * vocabulary
 
 
-@pytest.mark.parametrize("impl", ["cce", "cce_exact"])
+@pytest.mark.parametrize(("impl", "trained"), [("cce", False), ("cce_exact", False), ("cce_exact", True)])
 @pytest.mark.parametrize(("tokens", "vocabulary"), [(100, 1000), (1000, 50_000), (8192, 128_256), (131_072, 256_000)])
-def test_workspace_holds_the_strips_of_a_frozen_head(tokens, vocabulary, impl):
+def test_workspace_holds_the_strips(tokens, vocabulary, impl, trained):
     """As the kernels divide them, which keep values of a gradient's size for the backward."""
     pytest.importorskip("triton")
-    from torchtune_lce.kernels import division, tuning
+    from torchtune_lce.kernels import division, entry_gradients, tuning
 
     config = tuning._cuda_config((9, 0), torch.bfloat16, "ieee")
     tiles = -(-vocabulary // config.forward_entries)
@@ -251,11 +251,19 @@ def test_workspace_holds_the_strips_of_a_frozen_head(tokens, vocabulary, impl):
     rows = min(parts.tokens, tokens)
     taken = division.bytes_beside(rows, tiles, 2048, filters, config)
     taken += parts.tiles * division.tile_bytes(rows, torch.bfloat16, filters, config)
-    planned = loss_memory(impl, Problem(tokens, 2048, vocabulary, 2, False))
+    planned = loss_memory(impl, Problem(tokens, 2048, vocabulary, 2, trained))
     kept = 2 * tokens * 2048
     assert taken + kept <= planned.forward <= 128 * 2**20 + kept + 64 * tokens + 32 * vocabulary
     assert planned.forward < 1.1 * (taken + kept) or taken > 64 * 2**20
-    assert 2 * kept <= planned.backward <= 2 * kept + 64 * tokens + 32 * vocabulary
+    beside = planned.backward - 2 * kept
+    least = 0
+    if trained:
+        beside -= 2 * vocabulary * 2048
+        hidden = torch.empty(tokens, 2048, dtype=torch.bfloat16, device="meta")
+        copied, in_workspace = entry_gradients._division(hidden, 128 * 2**20, config)
+        strip = min(in_workspace, tiles) * config.forward_entries * -(-tokens // 128) * 128
+        least = 2 * (copied * 2048 + strip)
+    assert least <= beside <= trained * 128 * 2**20 + 64 * tokens + 32 * vocabulary
 
 
 # --- whole steps against the CPU's allocator ---

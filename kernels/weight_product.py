@@ -1,0 +1,156 @@
+"""Gradients by rows of the weight and by the bias: a strip, by entry, times the scaled hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchtune_lce.kernels.division import product_precision
+from torchtune_lce.kernels.launching import Repeated
+from torchtune_lce.kernels.operands import ForEntries
+from torchtune_lce.kernels.primitives import tile_coordinates
+from torchtune_lce.kernels.tuning import Config, ceil_div, programs
+
+
+@triton.jit(do_not_specialize=["first_entry", "entries"])
+def _weight_kernel(
+    strip,
+    strip_blocks,
+    scaled,
+    scaled_blocks,
+    d_weight,
+    count,
+    features,
+    strip_stride,
+    first_entry,
+    entries,
+    TMA: tl.constexpr,
+    TILE: tl.constexpr,
+    FEATURES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rows `first_entry` on of d_weight, as many as `entries`, of which the strip has one each."""
+    # Places past those in use have zeros, up to whole steps, where there are any.
+    used = tl.load(count)
+    tiles = tl.cdiv(entries, TILE)
+    chunks = tl.cdiv(features, FEATURES)
+    in_step = tl.arange(0, BLOCK_K)
+    for index in tl.range(tl.program_id(0), tiles * chunks, tl.num_programs(0)):
+        tile, chunk = tile_coordinates(index, tiles, chunks, GROUP)
+        row = tile * TILE + tl.arange(0, TILE)
+        d = chunk * FEATURES + tl.arange(0, FEATURES)
+        exists = (row < entries)[:, None] & (d < features)[None, :]
+        total = tl.zeros((TILE, FEATURES), tl.float32)
+        if TMA:
+            for start in range(0, used, BLOCK_K):
+                e = strip_blocks.load([tile * TILE, start])
+                h = scaled_blocks.load([start, chunk * FEATURES])
+                total = tl.dot(e, h, total, input_precision=PRECISION)
+        else:
+            own = strip + row.to(tl.int64)[:, None] * strip_stride
+            for start in range(0, used, BLOCK_K):
+                place = start + in_step
+                e = tl.load(own + place[None, :], mask=(row < entries)[:, None] & (place < used)[None, :], other=0.0)
+                at = scaled + place.to(tl.int64)[:, None] * features + d[None, :]
+                h = tl.load(at, mask=(place < used)[:, None] & (d < features)[None, :], other=0.0)
+                total = tl.dot(e, h, total, input_precision=PRECISION)
+        at = d_weight + (first_entry + row).to(tl.int64)[:, None] * features + d[None, :]
+        tl.store(at, total.to(d_weight.dtype.element_ty), mask=exists)
+
+
+@triton.jit(do_not_specialize=["first_entry", "entries"])
+def _bias_kernel(
+    strip,
+    factors,
+    d_bias,
+    count,
+    strip_stride,
+    first_entry,
+    entries,
+    ROWS: tl.constexpr,
+    PLACES: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    used = tl.load(count)
+    own = strip + row.to(tl.int64)[:, None] * strip_stride
+    total = tl.zeros((ROWS, PLACES), tl.float32)
+    for start in range(0, used, PLACES):
+        place = start + tl.arange(0, PLACES)
+        e = tl.load(own + place[None, :], mask=(row < entries)[:, None] & (place < used)[None, :], other=0.0)
+        total += e.to(tl.float32) * tl.load(factors + place, mask=place < used, other=0.0)[None, :]
+    tl.store(d_bias + first_entry + row, tl.sum(total, 1).to(d_bias.dtype.element_ty), mask=row < entries)
+
+
+def weight_product(
+    strip: Tensor,  # [entries, whole row blocks of N]
+    columns: object | None,  # its descriptor, None where the copy engine cannot read it
+    given: ForEntries,
+    scaled_blocks: object | None,  # and that of what is scaled
+    count: Tensor,  # [1] int32
+    d_weight: Tensor,  # [V, D], filled at the strip's rows
+    config: Config,
+) -> Callable[[int, int], None]:
+    """What launches it for a strip: its first entry, and how many it has."""
+    features = d_weight.shape[1]
+    kernel = Repeated(
+        _weight_kernel,
+        (
+            strip,
+            columns,
+            given.scaled,
+            scaled_blocks,
+            d_weight,
+            count,
+            features,
+            strip.stride(0),
+        ),
+        TMA=columns is not None,
+        TILE=config.entry_tile,
+        FEATURES=weight_chunk(strip, config),
+        BLOCK_K=weight_depth(strip, config),
+        GROUP=config.group,
+        PRECISION=product_precision(d_weight.dtype, config),
+        num_warps=config.warps,
+        num_stages=config.backward_stages,
+    )
+
+    def launch(first: int, entries: int) -> None:
+        items = ceil_div(entries, config.entry_tile) * ceil_div(features, weight_chunk(strip, config))
+        kernel((min(programs(strip.device), items),), first, entries)
+
+    return launch
+
+
+def bias_product(strip: Tensor, given: ForEntries, count: Tensor, d_bias: Tensor) -> Callable[[int, int], None]:
+    """The same for the bias, [V]."""
+    # The interpreter takes programs in turn: there few of them.
+    rows = 64 if strip.device.type == "cpu" else 16
+    kernel = Repeated(
+        _bias_kernel,
+        (
+            strip,
+            given.factors,
+            d_bias,
+            count,
+            strip.stride(0),
+        ),
+        ROWS=rows,
+        PLACES=128,
+        num_warps=4,
+    )
+    return lambda first, entries: kernel((ceil_div(entries, rows),), first, entries)
+
+
+def weight_depth(strip: Tensor, config: Config) -> int:
+    """Places of a step."""
+    return 32 if strip.element_size() == 4 else config.block_k
+
+
+def weight_chunk(strip: Tensor, config: Config) -> int:
+    """Columns of D that a program sums."""
+    return config.entry_tile if strip.element_size() == 4 else config.features

@@ -1,0 +1,214 @@
+"""Gradients by a projection that is trained, unfiltered: the strips once more, in the backward."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import grad
+
+pytest.importorskip("triton")
+
+from torchtune_lce import linear_cross_entropy
+from torchtune_lce.kernels import entry_gradients, strip_operators, strips, tuning
+from torchtune_lce.kernels.entry_gradients import BackwardStrip, backward_strips
+from torchtune_lce.kernels.reference_logits import reference_logits
+
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+@pytest.fixture
+def many_strips(monkeypatch):
+    """States of a row block at once, and strips of a tile in the workspace, of more in the weight's gradient."""
+    seen = []
+    strips_of, divide = entry_gradients.backward_strips, entry_gradients._division
+
+    def spy(*arguments):
+        seen.extend(found := strips_of(*arguments))
+        return found
+
+    monkeypatch.setattr(entry_gradients, "backward_strips", spy)
+    monkeypatch.setattr(entry_gradients, "_division", lambda hidden, _, config: divide(hidden, 0, config))
+    return seen
+
+
+def operands(device, dtype=torch.float32, tokens=70, vocabulary=333, width=100, with_bias=True):
+    hidden = torch.randn(tokens, width).to(device, dtype).requires_grad_()
+    weight = (torch.randn(vocabulary, width) * (2 / width**0.5)).to(device, dtype).requires_grad_()
+    bias = torch.randn(vocabulary).to(device, dtype).requires_grad_() if with_bias else None
+    return hidden, weight, bias, torch.randint(0, vocabulary, (tokens,), device=device)
+
+
+def exact(hidden, weight, bias, targets, softcap=None):
+    """Losses, log-sum-exps and what they are made of, in float64."""
+    leaves = [None if x is None else x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
+    logits = F.linear(*leaves)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    used = targets != -100
+    return F.cross_entropy(logits, targets, reduction="none"), logits.logsumexp(1) * used, leaves
+
+
+def far(actual, wanted) -> float:
+    return ((actual.double() - wanted).norm() / wanted.norm()).item()
+
+
+def upstream(device, tokens):
+    """Of losses and log-sum-exps: of both signs, each of them 0, both, and such that they cancel."""
+    of_loss, of_lse = torch.randn(2, tokens, device=device)
+    of_lse[3], of_loss[4], of_lse[5] = -of_loss[3], 0, 0
+    of_loss[6] = of_lse[6] = 0
+    return of_loss, of_lse
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("softcap", "with_bias"), [(None, False), (9.0, True)])
+def test_gradients_for_any_upstream(softcap, with_bias, dtype, device, many_strips):
+    hidden, weight, bias, targets = operands(device, dtype, with_bias=with_bias)
+    targets[::3] = -100
+    with torch.no_grad():
+        hidden[0] = torch.nan
+    leaves = [x for x in (hidden, weight, bias) if x is not None]
+    results = linear_cross_entropy(
+        hidden, weight, targets, bias, impl="cce_exact", softcap=softcap, reduction="none", return_lse=True
+    )
+    upstreams = upstream(device, len(targets))
+    found = grad(results, leaves, upstreams, retain_graph=True)
+    clean = hidden.detach().clone()
+    clean[0] = 0
+    losses, sums, right = exact(clean, weight, bias, targets, softcap)
+    wanted = grad((losses, sums), [x for x in right if x is not None], [x.double() for x in upstreams])
+    # The hidden states' is rounded at the end; a strip, what it is multiplied by, and the result for the others.
+    for actual, expected in zip(found, wanted, strict=True):
+        assert far(actual, expected) < (1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
+    # A card's tiles are too large.
+    assert {strip.in_output for strip in many_strips} == ({False} if device.type == "cuda" else {True, False})
+    # The first again, after others.
+    grad(results, leaves, [2 * x for x in upstreams], retain_graph=True)
+    for first, again in zip(found, grad(results, leaves, upstreams), strict=True):
+        assert torch.equal(first, again)
+
+
+def test_one_of_them_alone(device, many_strips):
+    hidden, weight, bias, targets = operands(device)
+    losses, _, right = exact(hidden, weight, bias, targets)
+    wanted = dict(zip(("hidden", "weight", "bias"), grad(losses.mean(), right), strict=True))
+    for names in (("weight",), ("bias",), ("hidden", "bias"), ("hidden", "weight")):
+        leaves = {
+            name: x.detach().requires_grad_(name in ("hidden", *names))
+            for name, x in zip(wanted, (hidden, weight, bias), strict=True)
+        }
+        loss = linear_cross_entropy(
+            leaves["hidden"], leaves["weight"], targets, leaves["bias"], impl="cce_exact", reduction="mean"
+        )
+        for name, actual in zip(names, grad(loss, [leaves[name] for name in names]), strict=True):
+            assert far(actual, wanted[name]) < 1e-6, names
+
+
+def test_without_tokens_in_use_they_are_zero(device, many_strips):
+    hidden, weight, bias, targets = operands(device)
+    for used in (targets.fill_(-100), targets[:0]):
+        loss = linear_cross_entropy(hidden[: len(used)], weight, used, bias, impl="cce_exact", reduction="sum")
+        for gradient in grad(loss, (weight, bias)):
+            assert not gradient.any()
+
+
+def test_confident_tokens_cost_no_digits(device):
+    """Where p of the target is 1 but for 1e-2 to 1e-9: what is left of it reaches the weight's gradient whole."""
+    width = 32
+    weight = F.normalize(torch.randn(60, width, device=device), dim=-1).requires_grad_()
+    targets = torch.arange(8, device=device)
+    hidden = (weight.detach()[:8] * torch.linspace(10, 40, 8, device=device)[:, None]).requires_grad_()
+    losses, _, right = exact(hidden, weight, None, targets)
+    scale = 1 / losses.detach()
+    found = linear_cross_entropy(hidden, weight, targets, impl="cce_exact", reduction="none")
+    actual = grad((found * scale).sum(), (hidden, weight))
+    for mine, wanted in zip(actual, grad((losses * scale).sum(), right[:2]), strict=True):
+        assert far(mine, wanted) < 4e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_overflow(dtype, device, monkeypatch, many_strips):
+    """Measured from their largest logits; their neighbours from their targets'."""
+
+    def blind(*arguments):
+        logits = reference_logits(*arguments)
+        logits[1] = logits[0]
+        return logits
+
+    monkeypatch.setattr(strips, "reference_logits", blind)
+    hidden, weight, _, targets = operands(device, dtype, with_bias=False)
+    with torch.no_grad():
+        hidden[::5] *= 25
+    losses, _, right = exact(hidden, weight, None, targets)
+    assert losses.max() > 90
+    found = linear_cross_entropy(hidden, weight, targets, impl="cce_exact", reduction="none")
+    # So that no row is lost beside the others.
+    scale = 1 / hidden.detach().float().norm(dim=1)
+    actual = grad((found * scale).sum(), (hidden, weight))
+    for mine, wanted in zip(actual, grad((losses * scale).sum(), right[:2]), strict=True):
+        assert far(mine, wanted) < (1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("mask", [-math.inf, torch.finfo(torch.float32).min])
+def test_masked_targets_and_entries_have_finite_gradients(mask, device):
+    """As torch has it: minus the token at its target, though the loss is infinite or nearly."""
+    hidden, weight, bias, targets = operands(device, tokens=6, vocabulary=301)
+    with torch.no_grad():
+        bias[5] = bias[::7] = mask
+    targets[:] = torch.tensor([5, 1, 7, 9, 5, 300])
+    wanted = grad(F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="sum"), (hidden, weight, bias))
+    loss = linear_cross_entropy(hidden, weight, targets, bias, impl="cce_exact", reduction="sum")
+    for actual, expected in zip(grad(loss, (hidden, weight, bias)), wanted, strict=True):
+        assert expected.isfinite().all()
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_not_a_number_reaches_the_weight(value, device):
+    hidden, weight, bias, targets = operands(device)
+    with torch.no_grad():
+        hidden[17, 3] = value
+    loss = linear_cross_entropy(hidden, weight, targets, bias, impl="cce_exact")
+    for gradient in grad(loss, (weight, bias)):
+        assert gradient.isnan().all()
+
+
+def test_strips_cover_the_vocabulary_from_its_end(device):
+    for tiles in (1, 2, 7, 594):
+        for in_workspace in (1, 5, 100, 1000):
+            for rows_a_row in (0.0, 0.01, 0.25, 2.0, 100.0):
+                end = tiles
+                for first, width, in_output in backward_strips(tiles, in_workspace, rows_a_row):
+                    assert first + width == end
+                    assert width >= 1
+                    # In the rows that are not written yet, or in the workspace.
+                    assert width <= (first * rows_a_row if in_output else in_workspace)
+                    end = first
+                assert end == 0
+    assert backward_strips(10, 2, 1.0) == [
+        BackwardStrip(5, 5, True),
+        BackwardStrip(3, 2, False),
+        BackwardStrip(1, 2, False),
+        BackwardStrip(0, 1, False),
+    ]
+
+
+@pytest.mark.parametrize("width", [40, 41])
+def test_descriptor_path_equals_pointer_path(width, device, monkeypatch):
+    hidden, weight, bias, targets = operands(device, torch.float32, width=width)
+    config = tuning.config_for(device, hidden.dtype)
+    if not tuning.has_tma(torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)):
+        pytest.skip("no copy engine")
+    results, descriptors = [], []
+    made = entry_gradients.in_blocks
+    monkeypatch.setattr(entry_gradients, "in_blocks", lambda *args: descriptors.append(args) or made(*args))
+    for tma in (False, True):
+        changed = dataclasses.replace(config, tma=tma)
+        monkeypatch.setattr(strip_operators, "config_for", lambda *_, changed=changed: changed)
+        loss = linear_cross_entropy(hidden, weight, targets, bias, impl="cce_exact")
+        results.append(grad(loss, (weight, bias)))
+        assert bool(descriptors) == (tma and width == 40)
+    for pointer, descriptor in zip(*results, strict=True):
+        torch.testing.assert_close(pointer, descriptor, rtol=1e-6, atol=1e-7)
