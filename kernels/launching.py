@@ -7,6 +7,8 @@ by: dtypes, whether addresses are multiples of 16, and the numbers that the kern
 
 from triton.runtime.jit import JITFunction
 
+from torchtune_lce.kernels.compiling import Missing, Way, way
+
 # Of every launch. From 3.10 on Triton contracts multiply-adds only where it is told to: other bits.
 OPTIONS = {"enable_fp_fusion": True}
 # Kernels that were launched, compiled, by everything that Triton would tell apart. Few: shapes of models, mostly.
@@ -41,6 +43,10 @@ class Repeated:
         if self._is_interpreted:
             self.kernel[grid](*self._fixed, *numbers, **self._constants, **constants, **OPTIONS)
             return
+        here = way.get()
+        if here is Way.LIST:
+            self.kernel.run(*self._fixed, *numbers, grid=grid, warmup=True, **self._constants, **constants, **OPTIONS)
+            return
         own = tuple(constants.values())
         found = self._found.get(own)
         if found is None:
@@ -48,6 +54,8 @@ class Repeated:
             key = (self.kernel.fn, self._key, *constants.values())
             compiled = _compiled.get(key)
             if compiled is None:
+                if here is Way.FIND:
+                    raise Missing
                 compiled = self.kernel[grid](*self._fixed, *numbers, **constants, **OPTIONS)
                 if len(_compiled) >= MOST_COMPILED:
                     _compiled.clear()

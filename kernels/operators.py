@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from torchtune_lce.kernels.compiling import side_by_side
+
 
 def operator(
     name: str, implementation: Callable, differentiate: Callable, setup_context: Callable | None = None
@@ -19,7 +21,7 @@ def operator(
     operator with a gradient of its own, and back, takes the host longer than the smaller kernels run.
     """
     qualified = f"torchtune_lce::{name}"
-    implementation = _on_its_device(implementation)
+    implementation = _on_its_device(side_by_side(implementation))
     torch.library.impl(qualified, "default", implementation)
     torch.library.register_autograd(qualified, differentiate, setup_context=setup_context)
     heard = getattr(torch.ops.torchtune_lce, name).default

@@ -20,6 +20,7 @@ from triton.runtime import driver, jit
 
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.kernels import (
+    compiling,
     division,
     exponentials,
     overflow,
@@ -77,6 +78,8 @@ def compiled_for(capability: int, dtype: torch.dtype) -> list[dict]:
     with contextlib.ExitStack() as undo:
         for module, name, value in (
             (jit.JITFunction, "run", compile_alone),
+            # Compiled where they are seen.
+            (compiling, "_threads", lambda: 1),
             (strip_operators, "config_for", lambda *_: config),
             *(
                 (module, "programs", lambda _: 132)

@@ -1,0 +1,66 @@
+"""Kernels that a first call needs are compiled side by side: one after the other takes some three times as long.
+
+The operator itself says which they are. It begins as ever; at the first launch of what is not compiled it is left, and
+gone through once more without any launch, for the list of them; then it is called again. That needs a function of its
+arguments alone, which launches on memory that it allocates, and asks none of it.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+
+import torch
+import triton
+
+MOST_THREADS = 8
+
+
+class Way(enum.Enum):
+    """What a launch does whose kernel is not compiled."""
+
+    IN_TURN = enum.auto()  # compiles it, and runs it
+    FIND = enum.auto()  # raises Missing
+    LIST = enum.auto()  # has it compiled by another thread; no launch runs, of what is compiled neither
+
+
+class Missing(Exception):
+    """A kernel is not compiled."""
+
+
+way: ContextVar[Way] = ContextVar("torchtune_lce_way_of_compiling", default=Way.IN_TURN)
+
+
+def side_by_side(function: Callable) -> Callable:
+    """The function with its kernels compiled so, where there are processors for it and Triton can (3.5 and newer)."""
+    if not hasattr(triton, "AsyncCompileMode"):
+        return function
+
+    @functools.wraps(function)
+    def run(*arguments):
+        found = way.set(Way.FIND)
+        try:
+            return function(*arguments)
+        except Missing:
+            way.set(Way.LIST)
+            threads = _threads()
+            # What a graph captures must not be there twice.
+            if threads > 1 and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+                with ThreadPoolExecutor(threads) as executor, triton.AsyncCompileMode(executor):
+                    function(*arguments)
+            way.set(Way.IN_TURN)
+            return function(*arguments)
+        finally:
+            way.reset(found)
+
+    return run
+
+
+def _threads() -> int:
+    """Processors of this process; ranks of a node share them."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(processors // max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), MOST_THREADS)
