@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -13,8 +13,10 @@ from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 
 # Directions of what is dropped that a piece of tokens has: tl.dot takes no fewer rows than 16.
 GROUPS = tl.constexpr(16)
-# A strip has a slot for a column of each so many entries. With more of them its product in whole is as fast.
+# There is a slot for a column of each so many entries of a strip. With more of them its product in whole is as fast.
 ENTRIES_A_SLOT = 4
+# And where there is room, of each so many entries of the vocabulary: fewer products, each of which reads and writes u'.
+ENTRIES_A_WAITING_SLOT = 8
 # Parts that the sampled tiles are summed in, each by a program: more would be read again for every row.
 MOST_PARTS = 16
 
@@ -25,6 +27,7 @@ class Division:
 
     tokens: int  # of a piece, whole row blocks; the last may be shorter
     tiles: int  # of a strip, of config.forward_entries entries; the last strip may have fewer
+    slots: int = 0  # with a filter: for columns of a row block that wait for their product
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,15 @@ def divide(
                 best, least = Division(blocks * config.row_block, width), rounds
         if widest == tiles:
             break
-    return best
+    if not filters:
+        return best
+    places = min(best.tokens, tokens)
+    taken = bytes_beside(places, tiles, features, filters, config)
+    taken += best.tiles * tile_bytes(places, dtype, filters, config)
+    more = max(workspace - taken, 0) // (ceil_div(places, config.row_block) * slot_bytes(dtype, config))
+    own = best.tiles * config.forward_entries // ENTRIES_A_SLOT
+    # Of whole 16: kernels are compiled for such numbers or for others.
+    return replace(best, slots=max(min(own + more, vocabulary // ENTRIES_A_WAITING_SLOT) // 16 * 16, own))
 
 
 def _numbers_of_pieces() -> Iterator[int]:
@@ -109,8 +120,13 @@ def tile_bytes(places: int, dtype: torch.dtype, filters: bool, config: Config) -
     exponentials = entries * row_blocks * config.row_block * size
     if not filters:
         return exponentials
-    of_block = entries // 8 + entries // ENTRIES_A_SLOT * (config.row_block * size + 4)
+    of_block = entries // 8 + entries // ENTRIES_A_SLOT * slot_bytes(dtype, config)
     return exponentials + row_blocks * of_block + 4 * places
+
+
+def slot_bytes(dtype: torch.dtype, config: Config) -> int:
+    """Of a row block's column and of which entry it is."""
+    return config.row_block * strip_dtype(dtype).itemsize + 4
 
 
 def bytes_beside(places: int, tiles: int, features: int, filters: bool, config: Config) -> int:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
-from torchtune_lce.kernels.division import ENTRIES_A_SLOT, strip_dtype
+from torchtune_lce.kernels.division import strip_dtype
 from torchtune_lce.kernels.launching import Repeated
 from torchtune_lce.kernels.operands import Piece
 from torchtune_lce.kernels.primitives import (
@@ -248,13 +248,13 @@ class Strip:
     waiting: Tensor | None  # [2, 2, row blocks] int32, by parity of the strip: how many wait; whether u' has any
 
     @staticmethod
-    def empty(places: int, tiles: int, filters: bool, hidden: Tensor, config: Config) -> Strip:
+    def empty(places: int, tiles: int, slots: int | None, hidden: Tensor, config: Config) -> Strip:
+        """``slots`` None: nothing is filtered."""
         entries = tiles * config.forward_entries
         row_blocks = ceil_div(places, config.row_block)
         values = hidden.new_empty((entries, row_blocks * config.row_block), dtype=strip_dtype(hidden.dtype))
-        if not filters:
+        if slots is None:
             return Strip(tiles, tiles, values, *[None] * 6)
-        slots = entries // ENTRIES_A_SLOT
 
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
             return hidden.new_empty(shape, dtype=dtype)

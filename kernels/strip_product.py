@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchtune_lce.kernels.active_columns import Dropped
-from torchtune_lce.kernels.division import ENTRIES_A_SLOT, chunks, fill, product_precision, product_rounds
+from torchtune_lce.kernels.division import chunks, fill, product_precision, product_rounds
 from torchtune_lce.kernels.exponentials import Blocks, Strip
 from torchtune_lce.kernels.launching import Repeated
 from torchtune_lce.kernels.operands import Piece
@@ -262,7 +262,7 @@ def add_product(
             features,
             weight.stride(0),
             strip.values.stride(0),
-            strip.values.shape[0] // ENTRIES_A_SLOT,
+            strip.entries.shape[1] if dropped else 0,
             strip.waiting.stride(1) if dropped else 0,
         ),
         FILTER=dropped is not None,

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchtune_lce.kernels.active_columns import Dropped, pack_active
-from torchtune_lce.kernels.division import Sample, divide, product_precision
+from torchtune_lce.kernels.division import ENTRIES_A_SLOT, Sample, divide, product_precision
 from torchtune_lce.kernels.dropped_mean import find_means
 from torchtune_lce.kernels.exponentials import Blocks, Strip, strip_exponentials
 from torchtune_lce.kernels.launching import launch
@@ -85,7 +85,10 @@ def walk_rows(
     places = min(division.tokens, tokens)
     totals = empty(places, features)
     sums = empty((max(tiles, 2) + 3) * places)
-    strip = Strip.empty(places, division.tiles, filters, hidden, config)
+    slots = None
+    if filters:
+        slots = max(division.slots, division.tiles * config.forward_entries // ENTRIES_A_SLOT)
+    strip = Strip.empty(places, division.tiles, slots, hidden, config)
     for number, first in enumerate(range(0, tokens, places)):
         here = slice(first, first + places)
         piece = Piece(operands, rows[here], labels[here], count, first, values[here], *logits[:, here])

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from torchtune_lce import linear_cross_entropy
 from torchtune_lce.inputs import filtering, validation
-from torchtune_lce.kernels import division, dropped_mean, exponentials, strip_product, strips, tuning
+from torchtune_lce.kernels import division, dropped_mean, exponentials, strips, tuning
 
 # A card's row blocks and tiles are so many times as large as the interpreter's: as many more tokens and entries, whose
 # shares are smaller, and what stands out does so by more.
@@ -24,7 +24,7 @@ CCE = partial(linear_cross_entropy, impl="cce", filter_eps=EPS)
 @pytest.fixture(autouse=True)
 def slots_for_all(monkeypatch):
     """At a test's size more than a quarter of a strip's columns may be active: room for all, so that none is whole."""
-    for module in (division, exponentials, strip_product):
+    for module in (division, strips):
         monkeypatch.setattr(module, "ENTRIES_A_SLOT", 1)
 
 
@@ -166,7 +166,7 @@ def test_a_flat_softmax_is_kept_whole(device, small_strips, lists):
 
 
 def test_a_strip_with_more_columns_than_slots_is_kept_whole(device, small_strips, lists, monkeypatch):
-    for module in (division, exponentials, strip_product):
+    for module in (division, strips):
         monkeypatch.setattr(module, "ENTRIES_A_SLOT", 16)
     hidden, weight, targets = peaked(device)
     _, exact, _ = right(hidden, weight, targets)

@@ -407,6 +407,13 @@ def test_division_fits_the_workspace_and_covers_everything(tokens, workspace_mib
         places = min(parts.tokens, tokens)
         taken = division.bytes_beside(places, tiles, features, filters, config)
         taken += parts.tiles * division.tile_bytes(places, dtype, filters, config)
+        own = parts.tiles * config.forward_entries // division.ENTRIES_A_SLOT
+        if filters:
+            assert own <= parts.slots <= max(own, vocabulary // division.ENTRIES_A_WAITING_SLOT)
+            assert parts.slots % 16 == 0
+            taken += (parts.slots - own) * -(-places // config.row_block) * division.slot_bytes(dtype, config)
+        else:
+            assert not parts.slots
         assert taken <= workspace_mib * MIB or (parts.tokens, parts.tiles) == (config.row_block, 1)
 
 
