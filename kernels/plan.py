@@ -1,8 +1,9 @@
 """What the backward computes, decided on the device: an order of the vocabulary, the kept tiles, and strips of them.
 
 A tile is ``row_block`` tokens by ``entry_tile`` entries that stand next to each other in the order. Sorting entries by
-the number of row blocks in which they are active packs the kept ones into few tiles. Nothing here is read by the host,
-so every list has room for the worst case, and its kernels find out by themselves whether a dense backward is due.
+about how many row blocks they are active in, and then by the first of these, packs the kept ones into few tiles.
+Nothing here is read by the host, so every list has room for the worst case, and its kernels find out by themselves
+whether a dense backward is due.
 """
 
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ class Plan:
 class _Kept(NamedTuple):
     """Which tiles are kept, see _tile_kernel, and what is found of their pairs, see _list_kernel."""
 
-    order: Tensor  # int64 [V]: entries by falling number of active row blocks
+    order: Tensor  # int64 [V]: entries by falling key, see _key_kernel
     ranks: Tensor  # int32 [columns, row blocks]
     lengths: Tensor  # int32 [columns]
     seconds: Tensor  # int32 [columns, row blocks]
@@ -99,11 +100,16 @@ class _Kept(NamedTuple):
 NOTHING_KEPT = (None,) * len(_Kept._fields)
 
 
-@triton.jit
-def _count_kernel(words, counts, count, words_stride, entries_total, ROW_BLOCK: tl.constexpr, WORDS: tl.constexpr):
-    """counts[e] = row blocks in which entry e is active.
+# Row blocks that a key tells apart.
+FIRSTS = tl.constexpr(2048)
 
-    In 16 bits, for half of the sort's passes: past 32,767 row blocks the order is coarser, not wrong.
+
+@triton.jit
+def _key_kernel(words, keys, count, words_stride, entries_total, ROW_BLOCK: tl.constexpr, WORDS: tl.constexpr):
+    """keys[e]: by the power of two in the number of row blocks in which entry e is active, then by the first of them.
+
+    Entries of about as many row blocks share tiles; of those with few, the ones with the same. In 16 bits, for half of
+    the sort's passes: past 2,048 row blocks the order is coarser, not wrong.
     """
     tile = tl.program_id(0)
     row_blocks = tl.cdiv(tl.load(count), ROW_BLOCK)
@@ -111,11 +117,18 @@ def _count_kernel(words, counts, count, words_stride, entries_total, ROW_BLOCK: 
     bit = tl.arange(0, WORD_BITS)
     words += tile * WORDS + word
     total = tl.zeros((WORD_BITS, WORDS), tl.int32)
-    for _ in range(row_blocks):
-        total += (tl.load(words)[None, :] >> bit[:, None]) & 1
+    first = tl.zeros((WORD_BITS, WORDS), tl.int32)
+    for row_block in range(row_blocks):
+        active = (tl.load(words)[None, :] >> bit[:, None]) & 1
+        first = tl.where((active > 0) & (total == 0), row_block, first)
+        total += active
         words += words_stride
+    # The exponent of a float32, from 1 on; 15 at the most.
+    power = (tl.minimum(total, 32767).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126
+    first = first * FIRSTS // tl.maximum(row_blocks, FIRSTS)
+    key = tl.where(total > 0, power * FIRSTS + (FIRSTS - 1 - first), 0)
     entries = (tile * WORD_BITS + bit[:, None]) * WORDS + word[None, :]
-    tl.store(counts + entries, tl.minimum(total, 32767).to(tl.int16), mask=entries < entries_total)
+    tl.store(keys + entries, key.to(tl.int16), mask=entries < entries_total)
 
 
 @triton.jit(do_not_specialize=["row_blocks_total"])
@@ -580,20 +593,20 @@ def _list_tiles(
 def _kept(activity: Activity, count: Tensor, row_blocks: int, columns: int, vocabulary: int, config: Config) -> _Kept:
     settings = {"ROW_BLOCK": config.row_block, "WORDS": activity.tile // WORD_BITS.value}
     words_stride = activity.words.stride(0)
-    counts = count.new_empty(vocabulary, dtype=torch.int16)
+    keys = count.new_empty(vocabulary, dtype=torch.int16)
     launch(
-        _count_kernel,
+        _key_kernel,
         (ceil_div(vocabulary, activity.tile),),
         (
             activity.words,
-            counts,
+            keys,
             count,
             words_stride,
             vocabulary,
         ),
         **settings,
     )
-    order = counts.sort(descending=True, stable=True).indices
+    order = keys.sort(descending=True, stable=True).indices
     ranks, seconds = (count.new_empty((columns, row_blocks)) for _ in range(2))
     lengths, pair_counts = (count.new_empty(columns) for _ in range(2))
     launch(

@@ -181,6 +181,34 @@ def test_plan_covers_what_is_kept(device, strip_tiles, filters):
         assert made.columns.slot.cpu()[line].equal(ids[column, expected])
 
 
+def test_entries_of_few_row_blocks_share_tiles(device):
+    """A half of the vocabulary or more is in no row block, a quarter in one, and a tile of it in half of them or all."""
+    config = tuning.config_for(device, torch.float32)
+    row_blocks, vocabulary = 40, 24 * config.forward_entries
+    active = torch.zeros(row_blocks, vocabulary, dtype=torch.bool)
+    alone = torch.randperm(vocabulary)[: vocabulary // 4]
+    active[torch.randint(row_blocks, alone.shape), alone] = True
+    many = torch.randperm(vocabulary)[: config.entry_tile]
+    active[:, many] = torch.rand(row_blocks, len(many)) < 0.5
+    active[:, many[: len(many) // 2]] = True
+    shape = row_blocks, -1, 32, config.forward_entries // 32
+    bits = (active.view(shape).long() << torch.arange(32)[:, None]).sum(2)
+    words = bits.where(bits < 2**31, bits - 2**32).to(torch.int32).view(row_blocks, -1).to(device)
+    count = torch.tensor([row_blocks * config.row_block], dtype=torch.int32, device=device)
+    activity = forward.Activity(words, None, config.forward_entries)
+    assert unpacked(activity, row_blocks, vocabulary).equal(active)
+    tiles = no_tiles(device)
+    made = plan.make_plan(activity, True, True, count, row_blocks, vocabulary, 10_000, 0, 32, config, tiles)
+    # Of those in one a tile each row block, and each tile of them once more; of the many two columns and an edge.
+    columns_alone = len(alone) / config.entry_tile
+    assert tiles[0] <= row_blocks + columns_alone + 3 * row_blocks
+    counts = active.sum(0).tolist()
+    first = active.int().argmax(0).tolist()
+    # By powers of two, then by the first row block, then as they stand in the vocabulary.
+    right = sorted(range(vocabulary), key=lambda entry: (-counts[entry].bit_length(), first[entry], entry))
+    assert made.entries.tolist() == right
+
+
 @pytest.mark.parametrize("used", [0, 70, 150])
 @pytest.mark.parametrize("programs", [3, 132])
 @pytest.mark.parametrize("fitting", [2, 3.5, 7, 1000])
@@ -680,7 +708,7 @@ def test_every_launch_asks_for_contracted_multiply_adds(device, monkeypatch):
     walk |= {"_redo_kernel", "_finish_kernel", "_gradient_kernel", "_pack_kernel", "_mean_kernel"}
     main = {"_backward_kernel", "_merge_kernel", "_target_kernel", "_loss_kernel", "_tail_kernel"}
     main |= {"_places_kernel", "_in_order_kernel", "_tail_mean_kernel"}
-    of_plan = {"_strip_kernel", "_pair_kernel", "_count_kernel", "_tile_kernel", "_list_kernel"}
+    of_plan = {"_strip_kernel", "_pair_kernel", "_key_kernel", "_tile_kernel", "_list_kernel"}
     assert asked.keys() - {"_pointer_kernel", "_descriptor_kernel"} == main | of_plan | walk
     assert asked.keys() & {"_pointer_kernel", "_descriptor_kernel"}
     assert set().union(*asked.values()) == {True}
