@@ -182,7 +182,7 @@ def test_plan_covers_what_is_kept(device, strip_tiles, filters):
 
 
 def test_entries_of_few_row_blocks_share_tiles(device):
-    """A half of the vocabulary or more is in no row block, a quarter in one, and a tile of it in half of them or all."""
+    """Half of the vocabulary or more is in no row block, a quarter in one, and a tile of it in half of them or all."""
     config = tuning.config_for(device, torch.float32)
     row_blocks, vocabulary = 40, 24 * config.forward_entries
     active = torch.zeros(row_blocks, vocabulary, dtype=torch.bool)
