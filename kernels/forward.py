@@ -28,8 +28,9 @@ WORD_BITS = tl.constexpr(32)
 
 # Trained models leave a few hundredths of the softmax below finfo(bfloat16).eps / 32; a flat softmax leaves all of it.
 DROPPED_MASS_LIMIT = 0.25
-# Of a phase: as many as an H100 has multiprocessors, so that any number of row blocks makes whole rounds of them.
-MOST_TILES = 132
+# Of a phase: twice as many as an H100 has multiprocessors. Each phase is two launches, and begins and ends with a card
+# that is partly idle; more tiles would take workspace.
+MOST_TILES = 264
 
 
 @dataclass(frozen=True)
@@ -483,16 +484,19 @@ def _merge_kernel(
 def phases(vocabulary: int, tile: int) -> list[tuple[int, int]]:
     """(first tile, tiles) of each phase: narrow ones first, so that most tiles meet a running value close to the final.
 
-    A tile that the vocabulary ends in is a phase of its own, the only one that pays for masking. All this is a function
-    of the vocabulary alone: a token's sums are taken in the same order whatever else is in the batch.
+    All this is a function of the vocabulary alone: a token's sums are taken in the same order whatever else is in the
+    batch.
     """
     result, first, width = [], 0, 2
-    whole = vocabulary // tile
-    while first < whole:
-        result.append((first, min(width, whole - first)))
-        first += width
+    tiles = ceil_div(vocabulary, tile)
+    while first < tiles:
+        # The wide ones are alike.
+        alike = ceil_div(tiles - first, MOST_TILES) if width == MOST_TILES else 1
+        here = min(width, ceil_div(tiles - first, alike))
+        result.append((first, here))
+        first += here
         width = min(width * 8, MOST_TILES)
-    return result + [(whole, 1)] * (vocabulary % tile > 0)
+    return result
 
 
 def lse_and_target_logit(
@@ -546,13 +550,13 @@ def lse_and_target_logit(
         num_stages=config.forward_stages,
     )
     merge = Repeated(
-        _merge_kernel, (statistics, running, count, tokens), RECORD=activity is not None, TILES=16, BLOCK=64
+        _merge_kernel, (statistics, running, count, tokens), RECORD=activity is not None, TILES=32, BLOCK=32
     )
     for first_tile, width in plan:
         grid = (min(programs(hidden.device), ceil_div(tokens, config.row_block) * width),)
         ragged = (first_tile + width) * config.forward_entries > vocabulary
         tile_statistics(grid, first_tile, width, RAGGED=ragged)
-        merge((ceil_div(tokens, 64),), first_tile, width)
+        merge((ceil_div(tokens, 32),), first_tile, width)
     # After the phases, which write whole words.
     launch(
         _target_kernel,

@@ -347,9 +347,10 @@ def test_a_weight_stored_the_other_way_round_is_copied_once(device):
 
 def test_strips_and_pieces_change_nothing_but_the_order_of_sums(device, monkeypatch):
     """A workspace too small for everything gives the gradients of a large one, to rounding."""
+    monkeypatch.setattr(plan, "DENSE_FRACTION", 0.0)
     hidden, weight, targets = peaked(device, tokens=300)
     targets[5:90] = -100
-    at_once = gradients(hidden, weight, targets, impl="cce_exact")
+    at_once = gradients(hidden, weight, targets)
     plans = []
     made = plan.make_plan
 
@@ -360,7 +361,7 @@ def test_strips_and_pieces_change_nothing_but_the_order_of_sums(device, monkeypa
     monkeypatch.setattr(autograd, "make_plan", spy)
     sum_bytes = autograd._sum_bytes
     monkeypatch.setattr(autograd, "_sum_bytes", lambda hidden: 4096)
-    in_pieces = gradients(hidden, weight, targets, impl="cce_exact", workspace_mib=1)
+    in_pieces = gradients(hidden, weight, targets, workspace_mib=1)
     assert len(plans) > 2, "the tokens must have been cut into pieces"
     for whole, cut in zip(at_once, in_pieces, strict=True):
         assert (whole - cut).norm() <= 1e-6 * whole.norm()
@@ -369,16 +370,18 @@ def test_strips_and_pieces_change_nothing_but_the_order_of_sums(device, monkeypa
     monkeypatch.setattr(autograd, "_sum_bytes", sum_bytes)
     # The smallest strips that there can be: two tiles of every row block.
     monkeypatch.setattr(autograd, "make_plan", lambda *args: spy(*args[:6], 2 * args[4], *args[7:]))
-    in_strips = gradients(hidden, weight, targets, impl="cce_exact")
+    in_strips = gradients(hidden, weight, targets)
     assert plans[-1].dense_strips[2] >= 3
     for whole, cut in zip(at_once, in_strips, strict=True):
         assert (whole - cut).norm() <= 1e-6 * whole.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("filtered", [True, False])
-def test_blocks_by_the_copy_engine_change_nothing(device, dtype, filtered, monkeypatch):
+@pytest.mark.parametrize("dense", [False, True])
+def test_blocks_by_the_copy_engine_change_nothing(device, dtype, dense, monkeypatch):
     """Ragged everywhere, over several strips, with hidden states that are not finite where they are ignored."""
+    if dense:
+        monkeypatch.setattr(plan, "DENSE_FRACTION", 0.0)
     hidden, weight, targets = peaked(device, tokens=140, vocabulary=451, width=NARROW, dtype=dtype)
     targets[5:90] = -100
     hidden[50] = torch.nan
@@ -390,7 +393,7 @@ def test_blocks_by_the_copy_engine_change_nothing(device, dtype, filtered, monke
 
     def spy(plan, operands, in_order, *rest):
         blocks.append(in_order is not None)
-        assert plan.is_dense is not filtered
+        assert bool(plan.sparse_strips[2]) is not dense
         run_backward(plan, operands, in_order, *rest)
 
     monkeypatch.setattr(autograd, "run_backward", spy)
@@ -398,7 +401,7 @@ def test_blocks_by_the_copy_engine_change_nothing(device, dtype, filtered, monke
     found = []
     for tma in (False, True):
         monkeypatch.setattr(autograd, "config_for", lambda *_, tma=tma: dataclasses.replace(config, tma=tma))
-        found.append(gradients(hidden, weight, targets, impl="cce" if filtered else "cce_exact"))
+        found.append(gradients(hidden, weight, targets))
     assert blocks == [False, True]
     for gathered, copied in zip(*found, strict=True):
         assert copied.isfinite().all()
@@ -409,6 +412,7 @@ def test_blocks_by_the_copy_engine_change_nothing(device, dtype, filtered, monke
 @pytest.mark.parametrize("all_used", [True, False])
 def test_hidden_states_without_room_for_a_copy(device, dtype, all_used, monkeypatch):
     """They are read where they are if every token is in use, and gathered if not; the host does not know which."""
+    monkeypatch.setattr(plan, "DENSE_FRACTION", 0.0)
     hidden, weight, targets = peaked(device, tokens=140, vocabulary=451, width=NARROW, dtype=dtype)
     if not all_used:
         targets[5:90] = -100
@@ -416,19 +420,16 @@ def test_hidden_states_without_room_for_a_copy(device, dtype, all_used, monkeypa
     config = tuning.config_for(device, dtype)
     require_copy_engine(device)
     monkeypatch.setattr(autograd, "config_for", lambda *_: dataclasses.replace(config, tma=True))
-    copied = gradients(hidden, weight, targets, impl="cce_exact")
+    copied = gradients(hidden, weight, targets)
     division = autograd._division
     monkeypatch.setattr(autograd, "_division", lambda *args: (division(*args)[0], False))
-    for ours, wanted in zip(gradients(hidden, weight, targets, impl="cce_exact"), copied, strict=True):
+    for ours, wanted in zip(gradients(hidden, weight, targets), copied, strict=True):
         assert wanted.isfinite().all()
         torch.testing.assert_close(ours, wanted, rtol=torch.finfo(dtype).eps, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("impl", "tma", "dtype"),
-    [("cce", True, torch.float16), ("cce_exact", True, torch.float32), ("cce_exact", False, torch.float16)],
-)
-def test_logit_gradients_in_the_unwritten_weight_gradient(device, impl, tma, dtype, monkeypatch):
+@pytest.mark.parametrize(("tma", "dtype"), [(True, torch.float16), (True, torch.float32), (False, torch.float16)])
+def test_logit_gradients_in_the_unwritten_weight_gradient(device, tma, dtype, monkeypatch):
     """The same gradients as with a workspace that has room for all: nothing is overwritten before it is read."""
     monkeypatch.setattr(plan, "DENSE_FRACTION", 0.0)
     config = tuning.config_for(device, dtype)
@@ -439,7 +440,7 @@ def test_logit_gradients_in_the_unwritten_weight_gradient(device, impl, tma, dty
     hidden, weight, targets = peaked(device, tokens, vocabulary, width=WIDE, dtype=dtype)
     weight *= 0.3
     targets[5:30] = -100
-    roomy = gradients(hidden, weight, targets, impl=impl)
+    roomy = gradients(hidden, weight, targets)
     plans = []
     made = plan.make_plan
 
@@ -448,7 +449,7 @@ def test_logit_gradients_in_the_unwritten_weight_gradient(device, impl, tma, dty
         return plans[-1]
 
     monkeypatch.setattr(autograd, "make_plan", tight)
-    in_output = gradients(hidden, weight, targets, impl=impl)
+    in_output = gradients(hidden, weight, targets)
     assert plans[0].output_strips[1] > 1
     assert plans[0].dense_strips[1] > plans[0].dense_strips[0]
     for ours, wanted in zip(in_output, roomy, strict=True):
