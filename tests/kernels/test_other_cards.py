@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 
 # KiB that a program may take, by capability (CUDA C++ Programming Guide, "Technical Specifications").
 SHARED_MEMORY = {"80": 163, "86": 99, "89": 99, "90": 227, "100": 227, "120": 99}
-# float32 takes the most of it where it is least.
-CASES = [*(f"{capability}:bfloat16" for capability in SHARED_MEMORY), "86:float32"]
+# float32 takes the most of it where it is least; in 16 bits 8.6 is given the blocks of 8.9, with as much of it.
+CASES = [f"{capability}:{'float32' if capability == '86' else 'bfloat16'}" for capability in SHARED_MEMORY]
 
 
 @pytest.fixture(scope="module")
