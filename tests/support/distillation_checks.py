@@ -1,7 +1,7 @@
 """What several processes check of distillation when FSDP2 shards student and teacher; each of them imports this."""
 
 import itertools
-from functools import partial
+from functools import cache, partial
 
 import torch
 from distributed_processes import relative_error
@@ -81,44 +81,72 @@ def _check_gradients(
     """
     case = f"tied {tied}, own group {own_group}, {impl}, adapters alone {adapters}, on output {on_output}, {frozen}"
     device, ranks = mesh.device_type, mesh.size()
-    loss, kd_loss = LinearCrossEntropyLoss(impl="chunked"), LinearSymmetricKLLoss(impl=impl)
+    losses = _Losses(impl, frozen)
+    expected = _gradients_of_one_process(device, ranks, tied, impl, adapters, on_output, frozen)
+    student, teacher = _models(device, tied, adapters, on_output, frozen)
+    model = _sharded(student, mesh, own_group)
+    losses.bind(model, _sharded(teacher.requires_grad_(False), mesh, own_group))
+    losses.mixed(_batches(ranks, device)[mesh.get_local_rank()]).backward()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained.keys() == expected.keys(), case
+    for name, parameter in trained.items():
+        error = relative_error(parameter.grad.full_tensor(), expected[name])
+        assert error < 2e-6, f"{case}, {name}: relative error {error}"
+    losses.kd_loss.release()
 
-    def mixed(student: nn.Module, teacher: nn.Module, tokens: Tensor) -> Tensor:
-        hidden = student(tokens)
+
+@cache
+def _gradients_of_one_process(
+    device: str,
+    ranks: int,
+    tied: bool,
+    impl: str,
+    adapters: bool,
+    on_output: type[LoRALinear | DoRALinear] | None,
+    frozen: bool,
+) -> dict[str, Tensor]:
+    """However the models are sharded, what each trained parameter's gradient must be."""
+    losses = _Losses(impl, frozen)
+    student, teacher = _models(device, tied, adapters, on_output, frozen)
+    losses.bind(student, teacher)
+    for tokens in _batches(ranks, device):
+        (losses.mixed(tokens) / ranks).backward()
+    losses.kd_loss.release()
+    return {name: parameter.grad for name, parameter in student.named_parameters() if parameter.requires_grad}
+
+
+def _batches(ranks: int, device: str) -> Tensor:
+    return torch.randint(VOCABULARY, (ranks, 2, 9), generator=torch.Generator().manual_seed(3)).to(device)
+
+
+def _models(device: str, tied: bool, adapters: bool, on_output, frozen: bool) -> tuple[nn.Module, nn.Module]:
+    student, teacher = _student(tied, adapters, device), build_teacher().to(device)
+    if on_output is None:
+        return student, teacher
+    return _put_on_output(student, on_output, frozen), _put_on_output(teacher, on_output, True)
+
+
+class _Losses:
+    """Both losses of the recipe, mixed as it mixes them."""
+
+    def __init__(self, impl: str, frozen: bool) -> None:
+        self.loss, self.kd_loss = LinearCrossEntropyLoss(impl="chunked"), LinearSymmetricKLLoss(impl=impl)
+        self.frozen = frozen
+
+    def bind(self, student: nn.Module, teacher: nn.Module) -> None:
+        self.student, self.teacher = student, teacher
+        self.loss.set_model_output(student)
+        self.kd_loss.set_model_output(student)
+        self.kd_loss.set_teacher_output(teacher)
+
+    def mixed(self, tokens: Tensor) -> Tensor:
+        hidden = self.student(tokens)
         with torch.no_grad():
-            teacher_hidden = teacher(tokens)
+            teacher_hidden = self.teacher(tokens)
         labels = tokens.roll(-1, 1)
-        divergence = kd_loss(hidden, teacher_hidden, labels)
+        divergence = self.kd_loss(hidden, teacher_hidden, labels)
         # Alone where cross-entropy would have what is frozen gathered for the backward.
-        return divergence if frozen else 0.3 * divergence + 0.7 * loss(hidden, labels)
-
-    def bind(student: nn.Module, teacher: nn.Module) -> None:
-        loss.set_model_output(student)
-        kd_loss.set_model_output(student)
-        kd_loss.set_teacher_output(teacher)
-
-    batches = torch.randint(VOCABULARY, (ranks, 2, 9), generator=torch.Generator().manual_seed(3)).to(device)
-
-    def models() -> tuple[nn.Module, nn.Module]:
-        student, teacher = _student(tied, adapters, device), build_teacher().to(device)
-        if on_output is None:
-            return student, teacher
-        return _put_on_output(student, on_output, frozen), _put_on_output(teacher, on_output, True)
-
-    single, teacher = models()
-    bind(single, teacher)
-    for tokens in batches:
-        (mixed(single, teacher, tokens) / ranks).backward()
-
-    model = _sharded(models()[0], mesh, own_group)
-    teacher = _sharded(teacher.requires_grad_(False), mesh, own_group)
-    bind(model, teacher)
-    mixed(model, teacher, batches[mesh.get_local_rank()]).backward()
-    for (name, parameter), reference in zip(model.named_parameters(), single.parameters(), strict=True):
-        if parameter.requires_grad:
-            error = relative_error(parameter.grad.full_tensor(), reference.grad)
-            assert error < 2e-6, f"{case}, {name}: relative error {error}"
-    kd_loss.release()
+        return divergence if self.frozen else 0.3 * divergence + 0.7 * self.loss(hidden, labels)
 
 
 def _check_collectives(mesh: DeviceMesh, tied: bool) -> None:

@@ -3,7 +3,7 @@
 import itertools
 from collections import Counter
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -95,6 +95,23 @@ def _check_recipe_scaling(
 ) -> None:
     """Gradients of the mean over every rank's labels, as torchtune's recipes get them from each rank's own means."""
     ranks, device = dist.get_world_size(), mesh.device_type
+    labels, gradients = _gradients_of_one_process(tied, ranks, device)
+    loss = LinearCrossEntropyLoss(impl="reference")
+    model = _sharded(tied, mesh, own_group, cpu_offload)
+    loss.set_model_output(model)
+    for index in range(2):
+        tokens, targets = _batch(dist.get_rank(), index, device)
+        (loss(model(tokens), targets) * (targets != IGNORED).sum()).backward()
+    scale_grads(model, torch.tensor(ranks / labels))
+    for (name, parameter), expected in zip(model.named_parameters(), gradients, strict=True):
+        assert isinstance(parameter, DTensor), f"{case}: {name} was left unsharded"
+        error = relative_error(parameter.grad.full_tensor().to(device), expected)
+        assert error < 1e-6, f"{case}, {name}: relative error {error}"
+
+
+@cache
+def _gradients_of_one_process(tied: bool, ranks: int, device: str) -> tuple[int, list[Tensor]]:
+    """How many labels all ranks' batches have, and the gradients of the mean over these."""
     loss = LinearCrossEntropyLoss(impl="reference")
     single = build_model(tied).to(device)
     loss.set_model_output(single)
@@ -102,17 +119,7 @@ def _check_recipe_scaling(
     labels = sum(int((targets != IGNORED).sum()) for _, targets in batches)
     for tokens, targets in batches:
         (loss(single(tokens), targets) * (targets != IGNORED).sum() / labels).backward()
-
-    model = _sharded(tied, mesh, own_group, cpu_offload)
-    loss.set_model_output(model)
-    for index in range(2):
-        tokens, targets = _batch(dist.get_rank(), index, device)
-        (loss(model(tokens), targets) * (targets != IGNORED).sum()).backward()
-    scale_grads(model, torch.tensor(ranks / labels))
-    for (name, parameter), expected in zip(model.named_parameters(), single.parameters(), strict=True):
-        assert isinstance(parameter, DTensor), f"{case}: {name} was left unsharded"
-        error = relative_error(parameter.grad.full_tensor().to(device), expected.grad)
-        assert error < 1e-6, f"{case}, {name}: relative error {error}"
+    return labels, [parameter.grad for parameter in single.parameters()]
 
 
 def _check_fusion(mesh: DeviceMesh, own_group: list[str]) -> None:
