@@ -42,6 +42,9 @@ ONE_WORKER = (
 # Without a card, a part of the ids of tests that compile: in two workers the same would be compiled twice.
 COMPILING = "compile"
 
+# Tests of a minute and more are begun before the short ones, which then fill up what time the other workers have left.
+LONG = ("::test_four_processes", "::test_demo_end_to_end")
+
 # Parts of the ids of tests that take gigabytes of a card, and how many of them may run on it at once.
 LARGE = (
     "test_huge.py::",
@@ -56,6 +59,7 @@ interpreter.make_faster()
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.nodeid.endswith(LONG))
     if torch.cuda.is_available() and not INTERPRETED:
         return
     for item in items:
