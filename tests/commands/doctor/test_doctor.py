@@ -63,8 +63,6 @@ def scaled(by_loss: float, by_gradient: float):
 
 def test_a_wrong_gradient_is_noticed(monkeypatch):
     monkeypatch.setitem(choice._FUNCTIONS, "chunked", scaled(1, 1.001))
-    outcome = selftest.run("chunked", torch.device("cpu"), torch.float32)
-    assert not outcome.passed
     well, text = shown()
     assert not well
     assert "FAILED" in text
