@@ -16,9 +16,11 @@ from torch import Tensor
 
 from torchtune_lce.kernels.division import GROUPS, Sample
 from torchtune_lce.kernels.exponentials import WORD_BITS, Strip
+from torchtune_lce.kernels.keep_rule import decide
 from torchtune_lce.kernels.launching import Repeated
 from torchtune_lce.kernels.operands import Piece
 from torchtune_lce.kernels.overflow import OVERFLOWS
+from torchtune_lce.kernels.primitives import bits_set
 from torchtune_lce.kernels.tuning import Config, ceil_div
 
 # Tokens of a row block, its first, that a direction is estimated from.
@@ -61,15 +63,6 @@ class Dropped:
         )
 
 
-@triton.jit
-def _bits_set(word):
-    word = word - ((word >> 1) & 0x55555555)
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + (word >> 4)) & 0x0F0F0F0F
-    word = word + (word >> 8)
-    return (word + (word >> 16)) & 0x3F
-
-
 @triton.jit(
     do_not_specialize=[
         "first_place",
@@ -90,13 +83,20 @@ def _pack_kernel(
     floors,
     packed,
     packed_entries,
-    active,
+    sums,
+    targets,
+    references,
+    running,
     waiting,
+    due,
+    strip_is_whole,
+    kept,
     dropped_columns,
     dropped_masses,
     count,
     first_place,
     tokens,
+    entries_total,
     words_stride,
     strip_stride,
     slots,
@@ -113,15 +113,41 @@ def _pack_kernel(
     TILES: tl.constexpr,
     SLOTS_A_STEP: tl.constexpr,
 ):
-    """Of a row block and TILES tiles: their active columns, behind those that wait, as far as there are slots; the last
-    tiles' also the number.
+    """Of a row block and TILES tiles: their active columns, behind those that wait, as far as there are slots.
 
-    And of a sampled row block and sampled tiles the sums of what is not active, over SAMPLED_TOKENS tokens.
+    And of a sampled row block and sampled tiles the sums of what is not active, over SAMPLED_TOKENS tokens. A row
+    block's last program decides what it keeps, beside the others.
     """
     row_block = tl.program_id(0)
     first = tl.program_id(1) * TILES
     used = tl.minimum(tl.load(count) - first_place, tokens)
     in_use = row_block * ROW_BLOCK < used
+    if in_use & (first >= tiles):
+        decide(
+            words + row_block.to(tl.int64) * words_stride,
+            sums,
+            dropped_sums,
+            targets,
+            references,
+            running,
+            waiting,
+            due,
+            strip_is_whole,
+            kept,
+            row_block,
+            row_blocks,
+            used,
+            tokens,
+            entries_total,
+            slots,
+            number,
+            first_tile,
+            tiles,
+            ROW_BLOCK,
+            ENTRIES,
+        )
+    # Of a row block without tokens in use no bit is set anywhere.
+    in_use = in_use & (first < tiles)
     WORDS: tl.constexpr = ENTRIES // WORD_BITS
     SPAN: tl.constexpr = TILES * ENTRIES
     own_words = words + row_block.to(tl.int64) * words_stride
@@ -129,10 +155,9 @@ def _pack_kernel(
     before = tl.where(in_use, first * WORDS, 0)
     set_before = tl.zeros((SPAN,), tl.int32)
     for start in range(0, before, SPAN):
-        set_before += _bits_set(tl.load(own_words + start + in_span, mask=start + in_span < before, other=0))
+        set_before += bits_set(tl.load(own_words + start + in_span, mask=start + in_span < before, other=0))
     waiting_here = tl.load(waiting + number % 2 * 2 * row_blocks + row_block, mask=number > 0, other=0)
     first_slot = waiting_here + tl.sum(set_before, 0)
-    # Of a row block without tokens in use no bit is set anywhere.
     exists = in_span < tl.where(in_use, (tiles - first) * ENTRIES, 0)
     at = (first + in_span // ENTRIES) * WORDS + in_span % WORDS
     is_active = (tl.load(own_words + at, mask=exists, other=0) >> (in_span % ENTRIES // WORDS)) & 1
@@ -141,7 +166,6 @@ def _pack_kernel(
     first_entry = first_tile * ENTRIES
     tl.store(own_entries + slot, first_entry + first * ENTRIES + in_span, mask=(is_active > 0) & (slot < slots))
     end = first_slot + tl.sum(is_active, 0)
-    tl.store(active + row_block, end, mask=first + TILES >= tiles)
 
     # What some threads have listed, others read.
     tl.debug_barrier()
@@ -182,8 +206,9 @@ def _pack_kernel(
 
 def pack_active(
     piece: Piece,
-    strip: Strip,  # packed, entries and active are filled
-    dropped: Dropped,  # columns and masses are filled
+    strip: Strip,  # packed, entries, waiting and due are filled
+    tile_sums: Tensor,  # [tiles, M] float32
+    dropped: Dropped,  # all but means are filled
     config: Config,
 ) -> Callable[[int, int, int], None]:
     """What launches it for a strip: its number, its first tile of the vocabulary, and how many tiles it has."""
@@ -198,13 +223,20 @@ def pack_active(
             piece.floors,
             strip.packed,
             strip.entries,
-            strip.active,
+            tile_sums,
+            piece.targets,
+            piece.references,
+            dropped.running,
             strip.waiting,
+            strip.due,
+            dropped.is_whole,
+            dropped.kept,
             dropped.columns,
             dropped.masses,
             piece.count,
             piece.first,
             piece.tokens,
+            piece.operands.weight.shape[0],
             strip.words.stride(0),
             strip.values.stride(0),
             strip.entries.stride(0),
@@ -222,6 +254,6 @@ def pack_active(
     )
 
     def launch(number: int, first: int, tiles: int) -> None:
-        kernel((row_blocks, ceil_div(tiles, TILES_A_PROGRAM)), number, first, tiles)
+        kernel((row_blocks, ceil_div(tiles, TILES_A_PROGRAM) + 1), number, first, tiles)
 
     return launch

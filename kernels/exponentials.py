@@ -244,8 +244,9 @@ class Strip:
     dropped_sums: Tensor | None  # [tiles, M] float32: sums of E over a tile's entries that are not active
     packed: Tensor | None  # [row blocks, slots, tokens of a row block]: active columns of ``values``, in their order
     entries: Tensor | None  # [row blocks, slots] int32: whose columns those are
-    active: Tensor | None  # [row blocks] int32: how many have waited, and those of this strip
     waiting: Tensor | None  # [2, 2, row blocks] int32, by parity of the strip: how many wait; whether u' has any
+    # [4, row blocks] int32, of this strip: columns to multiply, entries to, whether u' is written, and whether it was.
+    due: Tensor | None
 
     @staticmethod
     def empty(places: int, tiles: int, slots: int | None, hidden: Tensor, config: Config) -> Strip:
@@ -268,8 +269,8 @@ class Strip:
             empty(tiles, places, dtype=torch.float32),
             empty(row_blocks, slots, config.row_block, dtype=values.dtype),
             empty(row_blocks, slots, dtype=torch.int32),
-            empty(row_blocks, dtype=torch.int32),
             empty(2, 2, row_blocks, dtype=torch.int32),
+            empty(4, row_blocks, dtype=torch.int32),
         )
 
     def parts(self, tiles: int) -> list[tuple[int, int]]:

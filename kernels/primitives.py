@@ -93,6 +93,16 @@ def add_low_rank(
 
 
 @triton.jit
+def bits_set(word):
+    """How many bits of each int32 are."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    word = word + (word >> 8)
+    return (word + (word >> 16)) & 0x3F
+
+
+@triton.jit
 def bitwise_or(a, b):
     return a | b
 

@@ -1,8 +1,4 @@
-"""u' += E W of a strip: over all of its entries, or of each row block over its active columns alone.
-
-A threshold on single entries says nothing about their sum: where the softmax is flat, as in an untrained model, all of
-it lies in entries below any threshold. So the mass of what is not active is summed too, and where a row block's mean of
-what is dropped, through this strip, would pass ``DROPPED_MASS_LIMIT``, the row block keeps the strip whole.
+"""u' += E W of a strip: over all of its entries, or of each row block over what it keeps (keep_rule.py).
 
 Each product reads and writes all of u'. So active columns wait for those of later strips while there is room for them.
 """
@@ -17,13 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchtune_lce.kernels.active_columns import Dropped
 from torchtune_lce.kernels.division import chunks, fill, product_precision, product_rounds
 from torchtune_lce.kernels.exponentials import Blocks, Strip
 from torchtune_lce.kernels.launching import Repeated
 from torchtune_lce.kernels.operands import Piece
-from torchtune_lce.kernels.overflow import OVERFLOWS
-from torchtune_lce.kernels.primitives import LOG2_E_SINGLE, multiply_add, tile_coordinates
+from torchtune_lce.kernels.primitives import tile_coordinates
 from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 
 # How full our tiles must make the card for our own kernel, which takes the tokens in use alone. Below it cuBLAS, which
@@ -31,58 +25,7 @@ from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 LEAST_FILL = 0.8
 
 
-# Trained models leave a few hundredths of the softmax below finfo(bfloat16).eps / 32; a flat softmax leaves all of it.
-DROPPED_MASS_LIMIT = tl.constexpr(0.25)
-TILES_A_STEP = tl.constexpr(64)
-
-
-@triton.jit
-def _row_totals(
-    sums,
-    dropped_sums,
-    totals_before,
-    targets,
-    references,
-    place,
-    used,
-    tokens,
-    number,
-    first_tile,
-    tiles,
-):
-    """Through this strip T + S', and what is dropped if all that is not active is; what was; which rows count."""
-    present = place < used
-    later = place < tl.where(number > 0, used, 0)
-    target = tl.load(targets + place, mask=present, other=0.0)
-    reference = tl.load(references + place, mask=present, other=0.0)
-    own = tl.exp2(multiply_add(target, LOG2_E_SINGLE, reference * -LOG2_E_SINGLE))
-    total = tl.where(number > 0, tl.load(totals_before + place, mask=later, other=0.0), own)
-    before = tl.load(totals_before + tokens + place, mask=later, other=0.0)
-    dropped = before
-    in_step = tl.arange(0, TILES_A_STEP)
-    for start in range(0, tiles, TILES_A_STEP):
-        tile = start + in_step
-        mask = (tile < tiles)[:, None] & present[None, :]
-        at = tile.to(tl.int64)[:, None] * tokens + place[None, :]
-        total += tl.sum(tl.load(sums + first_tile * tokens.to(tl.int64) + at, mask=mask, other=0.0), 0)
-        dropped += tl.sum(tl.load(dropped_sums + at, mask=mask, other=0.0), 0)
-    # False for a NaN.
-    return total, dropped, before, present & (total < OVERFLOWS) & (total > 0)
-
-
-@triton.jit
-def _keeps_whole(row_total, dropped, before, counts, entries_before, entries):
-    """Whether what is not active, of all entries so far or of these alone, is more than may be dropped."""
-    rows = tl.sum(counts.to(tl.float32), 0)
-    scale = tl.where(counts, 1 / tl.where(counts, row_total, 1.0), 0.0)
-    share = tl.sum(tl.where(counts, dropped * scale, 0.0), 0)
-    # This strip alone may leave out its part of the entries so far: all of a flat softmax is kept.
-    here = tl.sum(tl.where(counts, (dropped - before) * scale, 0.0), 0)
-    part = entries.to(tl.float32) / (entries_before + entries)
-    return (share > DROPPED_MASS_LIMIT * rows) | (here > DROPPED_MASS_LIMIT * part * rows)
-
-
-@triton.jit(do_not_specialize=["first_place", "tokens", "waiting_stride", "number", "first_tile", "tiles"])
+@triton.jit(do_not_specialize=["first_place", "tokens", "blocks_stride", "number", "first_tile", "tiles"])
 def _product_kernel(
     strip,
     strip_blocks,
@@ -90,15 +33,7 @@ def _product_kernel(
     weight_blocks,
     packed,
     packed_entries,
-    active,
-    waiting,
-    sums,
-    dropped_sums,
-    targets,
-    references,
-    running,
-    strip_is_whole,
-    kept,
+    due,
     totals,
     count,
     first_place,
@@ -108,7 +43,7 @@ def _product_kernel(
     weight_stride,
     strip_stride,
     slots,
-    waiting_stride,
+    blocks_stride,
     number,
     first_tile,
     tiles,
@@ -123,9 +58,8 @@ def _product_kernel(
 ):
     """totals [tokens, D] += strip [tiles * ENTRIES, tokens].T @ weight[first_tile * ENTRIES:]; the first one sets them.
 
-    With FILTER over the packed columns, of this strip and those that waited, and over the strip if the row block keeps
-    it whole; neither if there is room for the next strip's columns, too. Then also the sums through this strip, how
-    many columns it kept, and how many now wait.
+    With FILTER what is `due`: over packed columns, of this strip and those that waited, and over the strip if the row
+    block keeps it whole.
     """
     used = tl.minimum(tl.load(count) - first_place, tokens)
     row_blocks = tl.cdiv(tl.maximum(used, 0), ROW_BLOCK)
@@ -144,37 +78,14 @@ def _product_kernel(
         has_before = tl.where(number > 0, 1, 0)
         adds = 1
         if FILTER:
-            old = waiting + (number % 2) * 2 * waiting_stride + row_block
-            new = waiting + ((number + 1) % 2) * 2 * waiting_stride + row_block
-            waited = tl.load(old, mask=number > 0, other=0)
-            has_before = tl.load(old + waiting_stride, mask=number > 0, other=0)
-            listed = tl.load(active + row_block)
-            before_at = running + ((number + 1) % 2).to(tl.int64) * 2 * tokens
-            after_at = running + (number % 2).to(tl.int64) * 2 * tokens
-            row_total, dropped, before, counts = _row_totals(
-                sums, dropped_sums, before_at, targets, references, place, used, tokens, number, first_tile, tiles
-            )
-            flat = _keeps_whole(row_total, dropped, before, counts, first_entry, depth)
-            is_whole = tl.where(flat | (listed > slots), 1, 0)
-            found = (listed - waited) * (1 - is_whole)
-            listed = waited + found
-            # The next strip has room if it finds no more than this one and a quarter.
-            is_last = first_entry + depth >= entries_total
-            adds = tl.where(is_last | (listed + found + found // 4 > slots), 1, is_whole)
-            whole_depth = depth * is_whole
-            write = place < tl.where(chunk == 0, used, 0)
-            tl.store(after_at + place, row_total, mask=write)
-            tl.store(after_at + tokens + place, tl.where(is_whole > 0, before, dropped), mask=write)
-            tl.store(strip_is_whole + number * tl.cdiv(tokens, ROW_BLOCK) + row_block, is_whole, mask=chunk == 0)
-            # Past the vocabulary a strip has nothing.
-            all_here = tl.minimum(depth, entries_total - first_entry) * is_whole
-            tl.store(kept + row_block, tl.load(kept + row_block) + found + all_here, mask=chunk == 0)
-            tl.store(new, listed * (1 - adds), mask=chunk == 0)
-            tl.store(new + waiting_stride, has_before | adds, mask=chunk == 0)
+            listed = tl.load(due + row_block)
+            whole_depth = tl.load(due + blocks_stride + row_block)
+            adds = tl.load(due + 2 * blocks_stride + row_block)
+            has_before = tl.load(due + 3 * blocks_stride + row_block)
             own_entries = packed_entries + row_block.to(tl.int64) * slots
             own_packed = packed + row_block.to(tl.int64) * slots * ROW_BLOCK + tl.arange(0, ROW_BLOCK)[None, :]
             entry = tl.load(own_entries + in_step, mask=in_step < listed, other=0)
-            for start in range(0, listed * adds, BLOCK_K):
+            for start in range(0, listed, BLOCK_K):
                 slot = start + in_step
                 e = tl.load(
                     own_packed + slot.to(tl.int64)[:, None] * ROW_BLOCK, mask=(slot < listed)[:, None], other=0.0
@@ -220,10 +131,9 @@ def step(row_blocks: int, features: int, dtype: torch.dtype, workers: int, confi
 
 def add_product(
     piece: Piece,
-    strip: Strip,  # waiting is filled
+    strip: Strip,
     blocks: Blocks,
-    tile_sums: Tensor,  # [tiles, M] float32
-    dropped: Dropped | None,  # running, is_whole and kept are filled
+    filters: bool,
     totals: Tensor,  # [M, D] float32: u', set by the first strip
     config: Config,
 ) -> Callable[[int, int, int], None]:
@@ -232,7 +142,7 @@ def add_product(
     vocabulary, features = weight.shape
     row_blocks = ceil_div(piece.tokens, config.row_block)
     workers = programs(states.device)
-    is_library = strip.values.dtype == torch.bfloat16 and strip.values.is_cuda and dropped is None
+    is_library = strip.values.dtype == torch.bfloat16 and strip.values.is_cuda and not filters
     if is_library and fill(row_blocks, features, workers, config) < LEAST_FILL:
         return functools.partial(_library_product, piece, strip, totals, config.forward_entries)
     block_k, chunk = step(row_blocks, features, states.dtype, workers, config)
@@ -245,15 +155,7 @@ def add_product(
             blocks.weight_rows,
             strip.packed,
             strip.entries,
-            strip.active,
-            strip.waiting,
-            tile_sums,
-            strip.dropped_sums,
-            piece.targets,
-            piece.references,
-            dropped and dropped.running,
-            dropped and dropped.is_whole,
-            dropped and dropped.kept,
+            strip.due,
             totals,
             piece.count,
             piece.first,
@@ -262,10 +164,10 @@ def add_product(
             features,
             weight.stride(0),
             strip.values.stride(0),
-            strip.entries.shape[1] if dropped else 0,
-            strip.waiting.stride(1) if dropped else 0,
+            strip.entries.shape[1] if filters else 0,
+            strip.due.shape[1] if filters else 0,
         ),
-        FILTER=dropped is not None,
+        FILTER=filters,
         TMA=blocks.states is not None,
         ROW_BLOCK=config.row_block,
         ENTRIES=config.forward_entries,

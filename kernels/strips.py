@@ -1,4 +1,4 @@
-"""Loss and hidden gradient in one walk over the vocabulary, for a projection that is not trained.
+"""Loss and hidden gradient in one walk over the vocabulary.
 
 With E = exp(logit - reference), measured a row from its target's logit (reference_logits.py), and S' and u' the sums of
 E and of E c w over all entries but the target, c being the softcap's derivative:
@@ -8,9 +8,10 @@ E and of E c w over all entries but the target, c being the softcap's derivative
 with T = E of the target; row_gradients.py has all of it. So what u' needs of a strip of the vocabulary is known as soon
 as the strip's logits are: one kernel leaves E of the strip and its row sums (exponentials.py), a second product adds E
 times the strip's weight rows to u' (strip_product.py). With a filter that is over the active columns of each row block
-alone (active_columns.py), and what they leave out gives its mean (dropped_mean.py). The backward then has no kernel
-that sees the vocabulary. The workspace holds one strip and u'. Where it is small, tokens are taken in pieces: with
-narrow strips the sums would be read and written too often (division.py).
+alone (active_columns.py) unless it keeps all (keep_rule.py), and what they leave out gives its mean (dropped_mean.py).
+The backward then has no kernel that sees the vocabulary, but for a trained projection (entry_gradients.py). The
+workspace holds one strip and u'. Where it is small, tokens are taken in pieces: with narrow strips the sums would be
+read and written too often (division.py).
 """
 
 import torch
@@ -140,8 +141,8 @@ def walk(
     blocks = Blocks.of(piece, strip, depth, chunk, config)
     kernels = [strip_exponentials(piece, strip, blocks, tile_sums, dropped and dropped.running, eps, config)]
     if dropped is not None:
-        kernels.append(pack_active(piece, strip, dropped, config))
-    kernels.append(add_product(piece, strip, blocks, tile_sums, dropped, totals, config))
+        kernels.append(pack_active(piece, strip, tile_sums, dropped, config))
+    kernels.append(add_product(piece, strip, blocks, dropped is not None, totals, config))
     for number, (first, here) in enumerate(strip.parts(tiles)):
         for kernel in kernels:
             kernel(number, first, here)

@@ -41,15 +41,19 @@ def lists(monkeypatch):
     found = []
     add_product = strips.add_product
 
-    def spy(piece, strip, blocks, tile_sums, dropped, totals, config):
-        launch = add_product(piece, strip, blocks, tile_sums, dropped, totals, config)
+    def spy(piece, strip, blocks, filters, totals, config):
+        launch = add_product(piece, strip, blocks, filters, totals, config)
 
         def launch_and_look(number, first, tiles):
             launch(number, first, tiles)
             first_block, first_entry = piece.first // config.row_block, first * config.forward_entries
             waited = strip.waiting[number % 2, 0].tolist() if number else itertools.repeat(0)
-            states = zip(waited, strip.active.tolist(), dropped.is_whole[number].tolist(), strict=False)
-            for block, (start, end, whole) in enumerate(states):
+            due, _, adds, _ = strip.due
+            listed = torch.where(adds > 0, due, strip.waiting[(number + 1) % 2, 0]).tolist()
+            states = zip(
+                waited, listed, strip.due[1].tolist(), range(-(-piece.tokens // config.row_block)), strict=False
+            )
+            for start, end, whole, block in states:
                 columns = None if whole else strip.entries[block, start:end].cpu() - first_entry
                 found.append((first_block + block, first_entry, tiles * config.forward_entries, columns))
 
