@@ -10,7 +10,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from torchtune_lce.commands.bench.statistics import EPS, TILE
+from torchtune_lce.commands.bench.statistics import EPS, TILE, order_of_use
 from torchtune_lce.commands.shared.shapes import Shape
 from torchtune_lce.commands.shared.trained_batches import trained_batch
 
@@ -25,7 +25,7 @@ def draw(path: Path) -> tuple[float, float]:
     softmax = (batch.hidden @ batch.weight.T).softmax(-1)
     needed = (softmax >= EPS).scatter_(1, batch.targets[:, None], True)
     blocks = needed.view(-1, TILE, SHAPE.vocab).any(1)  # [row blocks, entries]
-    sorted_blocks = blocks[:, blocks.sum(0).argsort(descending=True, stable=True)]
+    sorted_blocks = blocks[:, order_of_use(blocks)]
     tiles, sorted_tiles = (x.view(len(blocks), -1, TILE).any(-1) for x in (blocks, sorted_blocks))
     kept = tuple(x.float().mean().item() for x in (tiles, sorted_tiles))
 
@@ -39,7 +39,11 @@ def draw(path: Path) -> tuple[float, float]:
     above.set_title(f"The softmax of {SHAPE.tokens:,} tokens: {_SHOWN:,} of {SHAPE.vocab:,} entries", loc="left")
     for axis, shown, title in (
         (middle, tiles, f"Tiles of {TILE} x {TILE} that gradients need: {kept[0]:.0%}"),
-        (below, sorted_tiles, f"The same, the vocabulary sorted by how many row blocks need an entry: {kept[1]:.0%}"),
+        (
+            below,
+            sorted_tiles,
+            f"The same, the vocabulary sorted by how many row blocks need it, and which: {kept[1]:.0%}",
+        ),
     ):
         axis.imshow(shown, aspect="auto", cmap="Blues", vmin=0, vmax=1.3, interpolation="nearest")
         axis.set_title(title, loc="left")

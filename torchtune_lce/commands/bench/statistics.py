@@ -57,8 +57,17 @@ def softmax_statistics(batch: Batch) -> Statistics:
         entries=entries / tokens,
         kept_natural=_kept(active),
         kept_by_mean_logit=_kept(active[:, mean_logits.argsort(descending=True)]),
-        kept_by_active_blocks=_kept(active[:, active.sum(0).argsort(descending=True)]),
+        kept_by_active_blocks=_kept(active[:, order_of_use(active)]),
     )
+
+
+def order_of_use(active: Tensor) -> Tensor:
+    """The order [V] in which kernels/plan.py has the vocabulary, of active [row blocks, V]: by the power of two in how
+    many row blocks an entry is active, then by the first of them.
+    """
+    counts = active.sum(0)
+    powers = torch.where(counts > 0, counts.clamp(min=1).log2().floor() + 1, 0).long()
+    return (powers * len(active) - active.int().argmax(0)).argsort(descending=True, stable=True)
 
 
 def _kept(active: Tensor) -> float:
