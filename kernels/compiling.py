@@ -24,7 +24,7 @@ class Way(enum.Enum):
     """What a launch does whose kernel is not compiled."""
 
     IN_TURN = enum.auto()  # compiles it, and runs it
-    FIND = enum.auto()  # raises Missing
+    FIND = enum.auto()  # leaves the operator, where several processors can compile
     LIST = enum.auto()  # has it compiled by another thread; no launch runs, of what is compiled neither
 
 
@@ -33,6 +33,14 @@ class Missing(Exception):
 
 
 way: ContextVar[Way] = ContextVar("torchtune_lce_way_of_compiling", default=Way.IN_TURN)
+
+
+def leave_if_worthwhile() -> None:
+    """Before a kernel is compiled: raises :class:`Missing`, unless it is compiled in its turn."""
+    # What a graph captures must not be there twice.
+    is_captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if way.get() is Way.FIND and _threads() > 1 and not is_captured:
+        raise Missing
 
 
 def side_by_side(function: Callable) -> Callable:
@@ -47,11 +55,8 @@ def side_by_side(function: Callable) -> Callable:
             return function(*arguments)
         except Missing:
             way.set(Way.LIST)
-            threads = _threads()
-            # What a graph captures must not be there twice.
-            if threads > 1 and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-                with ThreadPoolExecutor(threads) as executor, triton.AsyncCompileMode(executor):
-                    function(*arguments)
+            with ThreadPoolExecutor(_threads()) as executor, triton.AsyncCompileMode(executor):
+                function(*arguments)
             way.set(Way.IN_TURN)
             return function(*arguments)
         finally:

@@ -7,7 +7,7 @@ by: dtypes, whether addresses are multiples of 16, and the numbers that the kern
 
 from triton.runtime.jit import JITFunction
 
-from torchtune_lce.kernels.compiling import Missing, Way, way
+from torchtune_lce.kernels.compiling import Way, leave_if_worthwhile, way
 
 # Of every launch. From 3.10 on Triton contracts multiply-adds only where it is told to: other bits.
 OPTIONS = {"enable_fp_fusion": True}
@@ -43,8 +43,7 @@ class Repeated:
         if self._is_interpreted:
             self.kernel[grid](*self._fixed, *numbers, **self._constants, **constants, **OPTIONS)
             return
-        here = way.get()
-        if here is Way.LIST:
+        if way.get() is Way.LIST:
             self.kernel.run(*self._fixed, *numbers, grid=grid, warmup=True, **self._constants, **constants, **OPTIONS)
             return
         own = tuple(constants.values())
@@ -54,8 +53,7 @@ class Repeated:
             key = (self.kernel.fn, self._key, *constants.values())
             compiled = _compiled.get(key)
             if compiled is None:
-                if here is Way.FIND:
-                    raise Missing
+                leave_if_worthwhile()
                 compiled = self.kernel[grid](*self._fixed, *numbers, **constants, **OPTIONS)
                 if len(_compiled) >= MOST_COMPILED:
                     _compiled.clear()

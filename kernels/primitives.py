@@ -53,7 +53,7 @@ def log_one_plus(x):
 
 @triton.jit
 def rounded_to_tf32(values):
-    """Positive float32 values to the 11 bits that tensor cores look at: those cut the rest off, always downwards."""
+    """Float32 values to the 11 bits that tensor cores look at: those cut the rest off, always towards zero."""
     bits = values.to(tl.int32, bitcast=True)
     rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     # The bits of a NaN may be all ones.

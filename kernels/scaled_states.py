@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchtune_lce.kernels.launching import launch
 from torchtune_lce.kernels.operands import ForEntries
+from torchtune_lce.kernels.primitives import rounded_to_tf32
 from torchtune_lce.kernels.tuning import ceil_div
 
 # What other entries then get of a row is below a rounding of what its target does, and the target's cell within range.
@@ -35,6 +36,7 @@ def _scale_kernel(
     d_loss_stride,
     d_log_sum_stride,
     HAS_D_LSE: tl.constexpr,
+    FOR_TF32: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -63,6 +65,8 @@ def _scale_kernel(
     exists = (d < features)[None, :]
     h = tl.load(hidden + row[:, None] * hidden_stride + d[None, :], mask=used[:, None] & exists, other=0.0)
     value = tl.where(used[:, None], h.to(tl.float32) * factor[:, None], 0.0)
+    if FOR_TF32:
+        value = rounded_to_tf32(value)
     at = scaled + place.to(tl.int64)[:, None] * features + d[None, :]
     tl.store(at, value.to(scaled.dtype.element_ty), mask=inside[:, None] & exists)
 
@@ -101,6 +105,7 @@ def scale_states(
             0 if d_log_sums is None else d_log_sums.stride(0),
         ),
         HAS_D_LSE=d_log_sums is not None,
+        FOR_TF32=scaled.element_size() > hidden.element_size(),
         **block,
         num_warps=4,
     )

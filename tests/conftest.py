@@ -143,6 +143,15 @@ def _precision_as_it_was():
 
 
 @pytest.fixture(autouse=True)
+def _compiles_in_turn(monkeypatch):
+    """Spies see each call once: an operator whose kernels are compiled side by side is gone through three times."""
+    if not INTERPRETED:
+        from torchtune_lce.kernels import compiling
+
+        monkeypatch.setattr(compiling, "_threads", lambda: 1)
+
+
+@pytest.fixture(autouse=True)
 def _share_the_card():
     """Many workers share one card: no test leaves memory in its allocator's cache."""
     yield

@@ -104,6 +104,8 @@ BY_DTYPE = (
     ("_exponential_kernel", "FOR_TF32", False, ("float16",), "float16's are multiplied in tf32"),
     ("_again_kernel", "FOR_TF32", True, ("bfloat16", "float32"), "float16's alone are multiplied in tf32"),
     ("_again_kernel", "FOR_TF32", False, ("float16",), "float16's are multiplied in tf32"),
+    ("_scale_kernel", "FOR_TF32", True, ("bfloat16", "float32"), "float16's alone are multiplied in tf32"),
+    ("_scale_kernel", "FOR_TF32", False, ("float16",), "float16's are multiplied in tf32"),
     ("_redo_kernel", "FOR_TF32", True, ("bfloat16", "float32"), "float16's alone are multiplied in tf32"),
     ("_redo_kernel", "FOR_TF32", False, ("float16",), "float16's are multiplied in tf32"),
     ("_finish_kernel", "NORMALISED", True, ("bfloat16", "float32"), "float16 alone has no room for small values"),
@@ -335,8 +337,10 @@ def run_calls(path: str, dtype_name: str, calls: Iterable[Call], compare: dict |
     """The results of each call by its name: checked, or with `compare`, what another process had, of the same bits."""
     import torch
 
-    from torchtune_lce.kernels import strip_product
+    from torchtune_lce.kernels import compiling, strip_product
 
+    # Nothing runs on what was not computed, which a list of the kernels to compile would be made with.
+    compiling._threads = lambda: 1
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     device = torch.device("cpu" if interpreted else "cuda")
     if not interpreted:

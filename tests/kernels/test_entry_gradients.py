@@ -79,9 +79,10 @@ def test_gradients_for_any_upstream(softcap, with_bias, dtype, device, many_stri
     clean[0] = 0
     losses, sums, right = exact(clean, weight, bias, targets, softcap)
     wanted = grad((losses, sums), [x for x in right if x is not None], [x.double() for x in upstreams])
-    # The hidden states' is rounded at the end; a strip, what it is multiplied by, and the result for the others.
+    # The hidden states' is rounded at the end; a strip, what it is multiplied by, and the result for the others. In
+    # float32 its logits' own roundings, several of a logit of 10, are most of it.
     for actual, expected in zip(found, wanted, strict=True):
-        assert far(actual, expected) < (1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
+        assert far(actual, expected) < (2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
     # A card's tiles are too large.
     assert {strip.in_output for strip in many_strips} == ({False} if device.type == "cuda" else {True, False})
     # The first again, after others.
@@ -148,7 +149,8 @@ def test_rows_that_overflow(dtype, device, monkeypatch, many_strips):
     scale = 1 / hidden.detach().float().norm(dim=1)
     actual = grad((found * scale).sum(), (hidden, weight))
     for mine, wanted in zip(actual, grad((losses * scale).sum(), right[:2]), strict=True):
-        assert far(mine, wanted) < (1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps)
+        # Logits of 150 are off by several roundings.
+        assert far(mine, wanted) < (4e-5 if dtype == torch.float32 else torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("mask", [-math.inf, torch.finfo(torch.float32).min])
@@ -211,4 +213,4 @@ def test_descriptor_path_equals_pointer_path(width, device, monkeypatch):
         results.append(grad(loss, (weight, bias)))
         assert bool(descriptors) == (tma and width == 40)
     for pointer, descriptor in zip(*results, strict=True):
-        torch.testing.assert_close(pointer, descriptor, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(pointer, descriptor, rtol=2 * torch.finfo(torch.float32).eps, atol=1e-6)
