@@ -52,8 +52,11 @@ def side_by_side(function: Callable) -> Callable:
     def run(*arguments):
         found = way.set(Way.FIND)
         try:
-            return function(*arguments)
-        except Missing:
+            try:
+                return function(*arguments)
+            except Missing:
+                # What it had made is held until here.
+                pass
             way.set(Way.LIST)
             with ThreadPoolExecutor(_threads()) as executor, triton.AsyncCompileMode(executor):
                 function(*arguments)

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -52,6 +53,23 @@ def test_on_one_processor_they_are_compiled_in_turn(way_of_each_call, monkeypatc
     assert compiling.side_by_side(operator)(3) == 4
     assert seen == [Way.FIND]
     assert compiling.way.get() is Way.IN_TURN
+
+
+@needs_modes
+def test_what_an_operator_had_made_when_it_was_left_is_gone(monkeypatch):
+    """Or a first call would take the memory of two or three."""
+    monkeypatch.setattr(compiling, "_threads", lambda: 2)
+    made = []
+
+    def operator():
+        workspace = torch.empty(1)
+        assert not any(reference() is not None for reference in made)
+        made.append(weakref.ref(workspace))
+        if len(made) == 1:
+            compiling.leave_if_worthwhile()
+
+    compiling.side_by_side(operator)()
+    assert len(made) == 3
 
 
 @needs_modes
