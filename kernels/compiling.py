@@ -12,7 +12,7 @@ import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 
 import torch
 import triton
@@ -57,15 +57,21 @@ def side_by_side(function: Callable) -> Callable:
             except Missing:
                 # What it had made is held until here.
                 pass
-            way.set(Way.LIST)
-            with ThreadPoolExecutor(_threads()) as executor, triton.AsyncCompileMode(executor):
-                function(*arguments)
+            # In a context of its own: whatever interrupts it, no mode of Triton's stays, and none of a user's is met.
+            Context().run(_compile_listed, function, arguments)
             way.set(Way.IN_TURN)
             return function(*arguments)
         finally:
             way.reset(found)
 
     return run
+
+
+def _compile_listed(function: Callable, arguments: tuple) -> None:
+    """What fails is compiled again in its turn, and says so there."""
+    way.set(Way.LIST)
+    with ThreadPoolExecutor(_threads()) as executor, triton.AsyncCompileMode(executor, ignore_errors=True):
+        function(*arguments)
 
 
 def _threads() -> int:

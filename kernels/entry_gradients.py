@@ -110,9 +110,13 @@ def _division(hidden: Tensor, workspace: int, config: Config) -> tuple[int, int]
     """Places whose states are copied at once, and tiles of a strip in the workspace: at least one of each."""
     tokens, features = hidden.shape
     row_blocks = ceil_div(tokens, config.row_block)
-    of_block = config.row_block * features * hidden.element_size()
-    blocks = min(max(workspace // 3 // of_block, 1), row_blocks)
-    of_tile = config.forward_entries * row_blocks * config.row_block * strip_dtype(hidden.dtype).itemsize
+    size, strip_size = hidden.element_size(), strip_dtype(hidden.dtype).itemsize
+    if strip_size > size:
+        # Of float16 what is scaled has memory of its own.
+        workspace -= tokens * features * strip_size
+    of_block = config.row_block * features * size
+    of_tile = config.forward_entries * row_blocks * config.row_block * strip_size
+    blocks = min(max(min(workspace // 3, workspace - of_tile) // of_block, 1), row_blocks)
     tiles = (workspace - blocks * of_block) // of_tile
     return min(blocks * config.row_block, tokens), max(tiles, 1)
 

@@ -55,6 +55,9 @@ class Repeated:
             if compiled is None:
                 leave_if_worthwhile()
                 compiled = self.kernel[grid](*self._fixed, *numbers, **constants, **OPTIONS)
+                if hasattr(compiled, "result"):
+                    # Of another thread's list, or of one that was interrupted.
+                    compiled = compiled.result()
                 if len(_compiled) >= MOST_COMPILED:
                     _compiled.clear()
                 _compiled[key] = compiled

@@ -100,11 +100,11 @@ def _again_kernel(
             powers *= softcap_slope(logits, softcap)
         if RAGGED:
             powers = tl.where((tile * ENTRIES + in_tile < entries_total)[None, :], powers, 0.0)
-        if FOR_TF32:
-            powers = rounded_to_tf32(powers)
         own = tl.load(labels + place, mask=present, other=-1).to(tl.int32) - tile * ENTRIES
         cell = tl.load(cells + place, mask=present, other=0.0)
         powers = tl.where(in_tile[None, :] == own[:, None], cell[:, None], powers)
+        if FOR_TF32:
+            powers = rounded_to_tf32(powers)
         store_by_entry(
             powers.to(strip.dtype.element_ty),
             strip,

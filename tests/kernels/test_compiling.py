@@ -73,14 +73,23 @@ def test_what_an_operator_had_made_when_it_was_left_is_gone(monkeypatch):
 
 
 @needs_modes
-def test_an_error_leaves_nothing_behind(monkeypatch):
+def test_a_mode_of_the_users_is_no_obstacle(way_of_each_call):
+    operator, seen = way_of_each_call
+    with triton.AsyncCompileMode(None):
+        assert compiling.side_by_side(operator)(3) == 4
+    assert seen == [Way.FIND, Way.LIST, Way.IN_TURN]
+
+
+@needs_modes
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_an_error_leaves_nothing_behind(error, monkeypatch):
     monkeypatch.setattr(compiling, "_threads", lambda: 2)
 
     def operator():
         compiling.leave_if_worthwhile()
-        raise MemoryError("no room")
+        raise error("no room")
 
-    with pytest.raises(MemoryError, match="no room"):
+    with pytest.raises(error, match="no room"):
         compiling.side_by_side(operator)()
     assert compiling.way.get() is Way.IN_TURN
     with triton.AsyncCompileMode(None):

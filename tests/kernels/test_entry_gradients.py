@@ -177,6 +177,24 @@ def test_not_a_number_reaches_the_weight(value, device):
         assert gradient.isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("workspace", [16 * 2**20, 64 * 2**20, 128 * 2**20])
+@pytest.mark.parametrize("tokens", [1, 130, 8192, 131_072])
+def test_division_fits_the_workspace(tokens, workspace, dtype):
+    """But for the least there is: states of a row block, and a tile; of float16 what is scaled comes to them."""
+    config = tuning._cuda_config((9, 0), dtype, "tf32x3")
+    for features in (512, 4096):
+        hidden = torch.empty(tokens, features, dtype=dtype, device="meta")
+        size = 2 if dtype == torch.bfloat16 else 4
+        tile = config.forward_entries * -(-tokens // 128) * 128 * size
+        of_block = min(tokens, 128) * features * hidden.element_size()
+        places, tiles = entry_gradients._division(hidden, workspace, config)
+        assert places == tokens or places % config.row_block == 0
+        scaled = tokens * features * 4 if dtype == torch.float16 else 0
+        taken = places * features * hidden.element_size() + tiles * tile
+        assert taken + scaled <= workspace or (tiles == 1 and taken == of_block + tile)
+
+
 def test_strips_cover_the_vocabulary_from_its_end(device):
     for tiles in (1, 2, 7, 594):
         for in_workspace in (1, 5, 100, 1000):
