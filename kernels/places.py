@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchtune_lce.kernels.launching import launch
-from torchtune_lce.kernels.tuning import ceil_div
+from torchtune_lce.kernels.tuning import ceil_div, rows_and_columns
 
 # Tokens of a program. 131,072 are 32 programs, each of which reads all targets once.
 BLOCK = 4096
@@ -95,8 +95,7 @@ def in_order(matrix: Tensor, rows: Tensor, count: Tensor, first_place: int = 0, 
     tokens, features = rows.numel(), matrix.shape[1]
     if taken is None:
         taken = matrix.new_empty((tokens, features))
-    # The interpreter takes programs in turn: there few of them.
-    block = {"ROWS": 32 if matrix.device.type == "cpu" else 8, "COLUMNS": 256}
+    block = rows_and_columns(matrix.device)
     launch(
         _in_order_kernel,
         (ceil_div(tokens, block["ROWS"]), ceil_div(features, block["COLUMNS"])),

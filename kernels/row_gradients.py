@@ -24,15 +24,10 @@ from torchtune_lce.kernels.launching import launch
 from torchtune_lce.kernels.operands import Piece, Walk
 from torchtune_lce.kernels.overflow import overflown
 from torchtune_lce.kernels.primitives import LOG2_E_SINGLE, log_one_plus, multiply_add, softcap_slope
-from torchtune_lce.kernels.tuning import Config, ceil_div
+from torchtune_lce.kernels.tuning import Config, ceil_div, rows_and_columns
 
 # Sums below it have no inverse in float32; what they are in a gradient is below any number of it.
 NEGLIGIBLE = tl.constexpr(2.0**-120)
-
-
-def _block(device: torch.device) -> dict[str, int]:
-    """A program's rows, of one row block, and columns. The interpreter takes programs in turn: there few of them."""
-    return {"ROWS": 32 if device.type == "cpu" else 8, "COLUMNS": 256}
 
 
 @triton.jit(do_not_specialize=["first_place", "tokens", "tokens_total", "parts", "blocks_a_group"])
@@ -210,7 +205,7 @@ def finish_rows(
     weight, values = piece.operands.weight, piece.states
     tokens, features = values.shape
     softcap = piece.operands.softcap
-    block = _block(values.device)
+    block = rows_and_columns(values.device)
     launch(
         _finish_kernel,
         (ceil_div(tokens, block["ROWS"]), ceil_div(features, block["COLUMNS"])),
@@ -265,7 +260,7 @@ def row_gradients(
 ) -> None:
     """One launch."""
     tokens, features = values.shape
-    block = _block(values.device)
+    block = rows_and_columns(values.device)
     if tokens:
         launch(
             _gradient_kernel,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchtune_lce.kernels.launching import launch
 from torchtune_lce.kernels.operands import ForEntries
 from torchtune_lce.kernels.primitives import rounded_to_tf32
-from torchtune_lce.kernels.tuning import ceil_div
+from torchtune_lce.kernels.tuning import ceil_div, rows_and_columns
 
 # What other entries then get of a row is below a rounding of what its target does, and the target's cell within range.
 NEXT_TO_NOTHING = tl.constexpr(2.0**-24)
@@ -83,8 +83,7 @@ def scale_states(
     """One launch."""
     tokens, features = hidden.shape
     factors, cells = shares.new_empty((2, tokens))
-    # The interpreter takes programs in turn: there few of them.
-    block = {"ROWS": 32 if hidden.device.type == "cpu" else 8, "COLUMNS": 256}
+    block = rows_and_columns(hidden.device)
     launch(
         _scale_kernel,
         (ceil_div(tokens, block["ROWS"]), ceil_div(features, block["COLUMNS"])),

@@ -84,6 +84,14 @@ def _cuda_config(capability: tuple[int, int], dtype: torch.dtype, precision: str
     return Config(128, 128, 256, 256, 64, 64, 64, 8, 8, 3, 3, tma=tma, precision="ieee", stores_transposed=transposed)
 
 
+def rows_and_columns(device: torch.device) -> dict[str, int]:
+    """Of a program that goes over a matrix [N, D]: its rows, of one row block, and columns of D.
+
+    The interpreter takes programs in turn: there few of them.
+    """
+    return {"ROWS": 32 if device.type == "cpu" else 8, "COLUMNS": 256}
+
+
 def rank_block(rank: int) -> int:
     """Columns of an adapter's gradients that are computed at once: tl.dot takes no less than 16."""
     return min(128, max(16, 1 << (rank - 1).bit_length()))

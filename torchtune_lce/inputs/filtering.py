@@ -30,7 +30,8 @@ class FilterRecord:
     ``dropped_mass`` [N], float32 in [0, 1], bounds, for each token, the softmax mass of the entries that the gradients
     may leave out (the kept tiles hold some of it after all, and its mean goes back into the gradient of hidden); 0
     where ignored, and where the token's row block is kept whole. The tile counts are there after the backward. A tile
-    is a row block (128 tokens on a card) by as many entries; by one where the hidden states alone have a gradient.
+    is a row block (128 tokens on a card) by as many entries; by one where the hidden states alone have a gradient, or
+    nothing is filtered.
     """
 
     dropped_mass: Tensor
