@@ -1,6 +1,7 @@
 """The public functions: a call is checked, computed by an implementation, and reduced."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -155,24 +156,41 @@ def compute(
     ``observe`` is called with each token's cross-entropy, before label smoothing and z-loss, and its log-sum-exp, [N],
     0 where ignored, without gradient.
     """
+    # A log-sum-exp that is returned may be differentiated.
+    call = replace(call, summed=reduction != "none" and not return_lse)
     losses, options = _token_losses(call, impl)(call), call.options
     # What nobody asks for is a launch of a kernel.
     lse = losses.peak + losses.log_total if return_lse or options.z_loss or observe is not None else None
     if observe is not None:
         observe(losses.nll.detach(), lse.detach())
-    nll = smooth(losses, options) if options.label_smoothing else losses.nll
-    if options.z_loss:
-        nll = nll + options.z_loss * lse.square()
-    loss = _reduced(nll, call, reduction, losses.divisor)
+    loss = _reduced(losses, lse, call, reduction)
     return (loss, call.at_targets(lse)) if return_lse else loss
+
+
+def _reduced(losses: Losses, lse: Tensor | None, call: Call, reduction: str) -> Tensor:
+    options, total = call.options, losses.total
+    if total is None:
+        nll = smooth(losses, options) if options.label_smoothing else losses.nll
+        if options.z_loss:
+            nll = nll + options.z_loss * lse.square()
+        if reduction == "none":
+            return call.at_targets(nll)
+        total = nll.sum()
+    elif options.label_smoothing:
+        total = total - options.label_smoothing * losses.mean.sum()
+    if reduction == "sum":
+        return total
+    return total / (call.valid.sum().clamp(min=1) if losses.divisor is None else losses.divisor)
 
 
 def _token_losses(call: Call, impl: str) -> choice.TokenLosses:
     """What computes the call's losses a token: an implementation, and around it what it does not do itself."""
     scaled = call.low_rank is not None and call.low_rank.scale is not None
-    name, token_losses = choice.choose(impl, call.hidden, choice.beyond_kernels(call.options, scaled))
+    beyond = choice.beyond_kernels(call.options, scaled)
+    name, token_losses = choice.choose(impl, call.hidden, beyond)
     choice.check_transforms(name, *call.given, *(call.low_rank or ()))
-    if call.options.label_smoothing and not choice.CAPABILITIES[name].capped_means:
+    # What it takes beyond the losses is then a row for all tokens.
+    if call.options.label_smoothing and choice.CAPABILITIES[name].own_backward and beyond is None:
         token_losses = with_mean_logits(token_losses)
     if call.shard is not None:
         # torch.distributed.tensor is loaded by whoever has a shard.
@@ -192,15 +210,7 @@ def _with_nan_outside(token_losses: choice.TokenLosses) -> choice.TokenLosses:
         losses = token_losses(call)
         # A factor, not a replacement: the NaN then reaches the gradients too.
         poison = torch.ones_like(losses.nll).masked_fill_(outside, torch.nan)
-        return losses._replace(nll=losses.nll * poison, log_total=losses.log_total * poison)
+        total = None if losses.total is None else losses.total * poison.prod()
+        return losses._replace(nll=losses.nll * poison, log_total=losses.log_total * poison, total=total)
 
     return run
-
-
-def _reduced(nll: Tensor, call: Call, reduction: str, divisor: Tensor | None) -> Tensor:
-    if reduction == "none":
-        return call.at_targets(nll)
-    total = nll.sum()
-    if reduction == "sum":
-        return total
-    return total / (call.valid.sum().clamp(min=1) if divisor is None else divisor)

@@ -14,7 +14,7 @@ from grid import each, marks_of, needs_compiler, needs_triton, one
 from tolerance import Plain, Settings, Upstream, allowances, assert_as_accurate_as_torch, plain_torch
 
 from torchtune_lce import linear_cross_entropy
-from torchtune_lce.implementations import chunked
+from torchtune_lce.implementations import walk
 from torchtune_lce.implementations.choice import CCE_PRESETS
 
 F64 = torch.float64
@@ -210,8 +210,9 @@ def _call(impl: str, name: str, case: Case, dtype: torch.dtype, *marks):
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
-    """`chunked` takes 64 entries at a time: its budget holds these small vocabularies whole."""
-    monkeypatch.setattr(chunked, "entries_per_chunk", lambda tokens, vocabulary, *_: min(vocabulary, 64))
+    """`chunked` takes 64 entries at a time, or whole rows of 16 tokens: its budget holds all of so few logits."""
+    monkeypatch.setattr(walk, "tokens_with_whole_rows", lambda tokens, sizes: 16)
+    monkeypatch.setattr(walk, "entries_per_strip", lambda tokens, sizes, **_: min(sizes.vocabulary, 64))
 
 
 @pytest.mark.parametrize(("impl", "case", "dtype"), list(_calls()))

@@ -12,7 +12,7 @@ from tally import tried
 from tolerance import allowances, assert_as_accurate_as_torch, plain_torch
 
 from torchtune_lce import linear_cross_entropy
-from torchtune_lce.implementations import chunked
+from torchtune_lce.implementations import walk
 from torchtune_lce.implementations.choice import CCE_PRESETS
 
 EACH_IN_TORCH = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -28,15 +28,17 @@ def in_triton(test):
     return needs_triton(pytest.mark.parametrize("dtype", dtypes, ids=str)(test))
 
 
-def results(call: Call, **changed) -> dict[str, torch.Tensor]:
-    """Loss, log-sum-exp and every gradient, in pieces of ``call.chunk`` entries where `chunked` runs."""
+def results(call: Call, return_lse: bool = True, **changed) -> dict[str, torch.Tensor]:
+    """Loss, log-sum-exp and every gradient, in strips of ``call.chunk`` entries, or whole rows of as many
+    tokens, where `chunked` runs."""
     tensors = {name: x if x is None else x.detach().requires_grad_(x.requires_grad) for name, x in call.tensors.items()}
     tensors |= changed
-    with mock.patch.object(chunked, "entries_per_chunk", lambda tokens, vocabulary, *_: min(vocabulary, call.chunk)):
-        loss, lse = linear_cross_entropy(
-            **tensors, **vars(call.settings), impl=call.impl, filter_eps=call.filter_eps, return_lse=True
+    strips = mock.patch.object(walk, "entries_per_strip", lambda tokens, sizes, **_: min(sizes.vocabulary, call.chunk))
+    with strips, mock.patch.object(walk, "tokens_with_whole_rows", return_value=call.chunk):
+        made = linear_cross_entropy(
+            **tensors, **vars(call.settings), impl=call.impl, filter_eps=call.filter_eps, return_lse=return_lse
         )
-        made = {"loss": loss, "lse": lse}
+        made = dict(zip(("loss", "lse"), made, strict=True)) if return_lse else {"loss": made}
         pulled = [(made[name], x.to(made[name].dtype)) for name, x in vars(call.upstream).items() if x is not None]
         pulled = [(result, upstream) for result, upstream in pulled if result.requires_grad]
         if pulled:
@@ -70,7 +72,7 @@ def check_numbers(data, impl, dtypes, device):
     call = data.draw(calls(impl, dtypes, device))
     tried[f"{impl}: loss, log-sum-exp and gradients against float64"] += 1
     before = {name: x.detach().clone() for name, x in call.tensors.items() if x is not None}
-    actual = results(call)
+    actual = results(call, return_lse=call.upstream.lse is not None)
     reference = {"settings": call.settings, "upstream": call.upstream}
     exact, native = (plain_torch(**call.tensors, **reference, dtype=dtype) for dtype in (torch.float64, call.dtype))
     allowed = bounds(call, exact)

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from torchtune_lce import LinearCrossEntropyLoss
 from torchtune_lce.commands.shared.torchtune_main import ChunkedProjectionLoss
 from torchtune_lce.implementations import choice
-from torchtune_lce.implementations.chunked import entries_per_chunk
+from torchtune_lce.implementations.walk import Sizes, tokens_with_whole_rows
 from torchtune_lce.inputs import filtering
 from torchtune_lce.inputs.low_rank import LowRank
 from torchtune_lce.inputs.options import Options
@@ -108,7 +108,7 @@ def test_many_chunks(kind):
     output = make_output(kind, vocabulary=4000).double()
     hidden = torch.randn(1, 200, EMBED_DIM, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(4000, (1, 200))
-    assert entries_per_chunk(200, 4000, 1, torch.float64, kind == "DoRA") < 400
+    assert tokens_with_whole_rows(200, Sizes(EMBED_DIM, 4000, torch.float64, 1, 1)) == 0, "one strip would do"
     _, loss = bound(output, impl="chunked", workspace_mib=1)
     expected = results(expected_loss(output, hidden, targets), output, hidden)
     found = results(loss(hidden, targets), output, hidden)

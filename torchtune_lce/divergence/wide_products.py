@@ -8,6 +8,7 @@ by tile.
 import torch
 from torch import Tensor
 
+from torchtune_lce.implementations.walk import has_wide_product
 from torchtune_lce.inputs.dtypes import accumulation_dtype
 
 # Of rows that are widened at once, however small the workspace, or the products would be slow.
@@ -39,7 +40,7 @@ def add_product(sums: Tensor, left: Tensor, right: Tensor, workspace: int) -> No
     """
     if left.dtype == sums.dtype:
         sums.addmm_(left, right)
-    elif _has_wide_product(left):
+    elif has_wide_product(left):
         sums += torch.mm(left, right, out_dtype=sums.dtype)
     else:
         some = max(workspace // (sum(sums.shape) * sums.itemsize), _LEAST)
@@ -52,7 +53,7 @@ def _wide_product(left: Tensor, right: Tensor, workspace: int) -> Tensor:
     wide = accumulation_dtype(left.dtype)
     if left.dtype == wide:
         return left @ right.T
-    if _has_wide_product(left):
+    if has_wide_product(left):
         return torch.mm(left, right.T, out_dtype=wide)
     result = left.new_empty(left.shape[0], right.shape[0], dtype=wide)
     rows = max(workspace // (2 * left.shape[1] * wide.itemsize), _LEAST)
@@ -61,10 +62,3 @@ def _wide_product(left: Tensor, right: Tensor, workspace: int) -> Tensor:
         for others, tile in zip(right.split(rows), lines.split(rows, 1), strict=True):
             torch.mm(some, others.T.to(wide), out=tile)
     return result
-
-
-def _has_wide_product(factor: Tensor) -> bool:
-    """Whether torch.mm takes ``out_dtype``: in every CUDA build, but not where float16 is to be summed in float16."""
-    if factor.device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return factor.dtype != torch.float16 or not torch.backends.cuda.matmul.allow_fp16_accumulation

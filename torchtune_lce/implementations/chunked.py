@@ -1,247 +1,364 @@
 """``impl="chunked"``: bounded memory in plain eager PyTorch, for any device and without a compiler.
 
-The vocabulary is walked in chunks. The forward keeps, of the entries beside the target, the largest logit and the sum
-of exponentials measured from it; the backward computes each chunk's logits again, so neither direction ever holds more
-than one [N, chunk] block of them. Both are custom operators: how many tokens are in use decides their shapes, which a
-compiler cannot know.
+The vocabulary is walked in strips (:mod:`torchtune_lce.implementations.walk`). Of the entries beside the target the
+largest logit and the sum of exponentials measured from it are kept; no direction ever holds more than a block of
+logits. How often the logits are computed depends on what is differentiated:
 
-An adapter (:class:`torchtune_lce.inputs.low_rank.LowRank`) joins chunk by chunk, in the accumulation dtype: its rank is
-small.
+- Neither weight, bias nor an adapter's parameters: once. With p the softmax, c a logit's derivative by the product (the
+  softcap's, and a scale), g and l the upstream gradients of a token's loss and log-sum-exp, t its target and
+
+      m = sum over v != t of p_v c_v w_v / (1 - p_t),
+
+  the gradient by the hidden state is (g + l) (1 - p_t) m + (g (p_t - 1) + l p_t) c_t w_t, for any g and l. So the
+  forward keeps m, [N, D], and the backward is a pass over it. That by an adapter's ``low`` is the same, of its ``up``.
+- Any of these, and the loss is a mean or a sum whose log-sum-exps nobody differentiates: once. The forward takes tokens
+  whose whole rows of logits fit the workspace and makes the gradients of the sum, which the backward only scales. Not
+  in 16 bits, where a sum over pieces of tokens would be held in float32 beside the gradient; and not where the rows of
+  fewer than 128 tokens fit.
+- Otherwise twice, in the forward and in the backward.
+
+All are custom operators: how many tokens are in use decides their shapes, which a compiler cannot know.
 """
 
-from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchtune_lce.implementations.capabilities import TWICE_DIFFERENTIABLE
+from torchtune_lce.implementations.walk import (
+    Operands,
+    Piece,
+    Sizes,
+    add_product,
+    blocks_of,
+    finite,
+    no_values,
+    pieces,
+    swap_at_targets,
+    tokens_with_whole_rows,
+    walk_gradients,
+)
 from torchtune_lce.inputs.autocast import without_autocast
 from torchtune_lce.inputs.call import Call
 from torchtune_lce.inputs.dtypes import accumulation_dtype
 from torchtune_lce.inputs.losses import Losses
-from torchtune_lce.inputs.low_rank import LowRank
+
+_OPERANDS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor? scale"
+_SETTINGS = "int ignore_index, float? softcap, int workspace_mib"
+_GRADIENTS = ", ".join(f"Tensor d_{name}" for name in Operands._fields)
+_COUNT = len(Operands._fields)
 
 
-def entries_per_chunk(
-    tokens: int, vocabulary: int, workspace_mib: int, dtype: torch.dtype, more_blocks: int = 0, copied: int = 0
-) -> int:
-    """Vocabulary entries whose blocks fit the workspace: two of logits (a softcap or a log-sum-exp takes the second)
-    and ``more_blocks`` (one where a scale is used, whose gradient needs them unscaled), beside the last chunk's
-    gradient in the inputs' dtype. At least 64, or the products would be slow.
+def token_losses(call: Call) -> Losses:
+    """By one of the operators."""
+    options, operands = call.options, Operands(*call.operands)
+    needs = Operands(*(x is not None and x.requires_grad and torch.is_grad_enabled() for x in operands))
+    # Without a softcap and a scale the mean is a product of its own, see label_smoothing.py.
+    with_means = bool(options.label_smoothing) and (options.softcap is not None or operands.scale is not None)
+    settings = call.labels, options.ignore_index, options.softcap, options.workspace_mib
+    if call.summed and needs.of_entries and not with_means and _sums_fit(operands, options):
+        total, nll, peak, log_total, *_ = torch.ops.torchtune_lce.chunked_sum(
+            *operands, *settings, options.label_smoothing, options.z_loss, list(needs)
+        )
+        return Losses(nll.detach(), peak.detach(), log_total.detach(), total=total)
+    with_directions = any(needs) and not needs.of_entries and not with_means
+    nll, peak, log_total, means, *_ = torch.ops.torchtune_lce.chunked(*operands, *settings, with_means, with_directions)
+    return Losses(nll, peak.detach(), log_total, means if with_means else None)
 
-    ``copied``: features of whose copies and sums, as in :func:`tokens_per_piece`, the workspace holds too.
-    """
-    wide = accumulation_dtype(dtype).itemsize
-    left = workspace_mib * 2**20 - tokens * copied * (wide + 2 * dtype.itemsize)
-    bytes_per_entry = tokens * ((2 + more_blocks) * wide + dtype.itemsize)
-    return min(vocabulary, max(left // max(bytes_per_entry, 1), 64))
+
+def _sums_fit(operands: Operands, options) -> bool:
+    """Whether tokens can be taken with whole rows of logits, and gradients summed up in place."""
+    hidden, (vocabulary, features) = operands.hidden, operands.weight.shape
+    if hidden.dtype != accumulation_dtype(hidden.dtype):
+        return False
+    sizes = Sizes(features, vocabulary, hidden.dtype, options.workspace_mib, blocks_of(options.softcap, operands.scale))
+    return tokens_with_whole_rows(hidden.shape[0], sizes) > 0
 
 
-def tokens_per_piece(tokens: int, features: int, workspace_mib: int, dtype: torch.dtype, more_blocks: int = 0) -> int:
-    """Tokens that are taken at once, in pieces as equal as can be, for the rest of the workspace to hold a chunk.
+class _Sums(NamedTuple):
+    """Of some tokens over the entries beside their targets, [n] each."""
 
-    Half of it is for what a token takes beside its logits, a copy of its hidden state, the sum of its gradient and a
-    chunk's part of that, and half for 64 entries at the least.
-    """
-    wide = accumulation_dtype(dtype).itemsize
-    bytes_per_token = max(features * (wide + 2 * dtype.itemsize), 64 * ((2 + more_blocks) * wide + dtype.itemsize))
-    fitting = max(workspace_mib * 2**19 // bytes_per_token, 1)
-    return -(-tokens // max(-(-tokens // fitting), 1))
+    peak: Tensor  # largest logit
+    total: Tensor  # of exponentials measured from it
+    target: Tensor  # the target's own logit
 
+    def losses(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Negative log-likelihood; the largest logit, 0 where that is not finite; log-sum-exp, less that."""
+        # By how much the others outweigh the target: log((1 - p) / p), from which a confident token's loss loses no
+        # digit.
+        others = self.peak - self.target + self.total.log()
+        nll = torch.logaddexp(others, torch.zeros_like(others)).masked_fill(self.target == torch.inf, torch.nan)
+        base = finite(torch.maximum(self.peak, self.target))
+        return nll, base, (self.total * (self.peak - base).exp() + (self.target - base).exp()).log()
+
+
+def _upstream(d_nll: Tensor, d_lse: Tensor | None, nll: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients by the target's logit, and by another one as a share of its softmax."""
+    # Of the target p - 1 and p: neither is the difference of two numbers near 1.
+    d_target = d_nll * torch.expm1(-nll)
+    return (d_target, d_nll) if d_lse is None else (d_target + d_lse * torch.exp(-nll), d_nll + d_lse)
+
+
+# --- losses, and with a frozen head what gradients are made of ---
 
 torch.library.define(
     "torchtune_lce::chunked",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor? scale, Tensor targets, "
-    "int ignore_index, float? softcap, int workspace_mib, bool with_means) "
-    "-> (Tensor nll, Tensor peak, Tensor log_total, Tensor means)",
+    f"({_OPERANDS}, Tensor targets, {_SETTINGS}, bool with_means, bool with_directions) "
+    "-> (Tensor nll, Tensor peak, Tensor log_total, Tensor means, Tensor direction, Tensor low_direction, "
+    "Tensor slope)",
 )
 
 
 @torch.library.impl("torchtune_lce::chunked", "default")
 @without_autocast
-def _forward(hidden, weight, bias, low, up, scale, targets, ignore_index, softcap, workspace_mib, with_means):
-    """What :func:`token_losses` returns; ``means`` is empty unless ``with_means``."""
-    dtype = accumulation_dtype(hidden.dtype)
-    results = [hidden.new_zeros(targets.shape, dtype=dtype) for _ in range(4)]
-    if not with_means:
-        results[3] = results[3].new_empty(0)
-    pieces = in_pieces(hidden, weight, targets, ignore_index, workspace_mib, scale is not None)
-    for rows, kept, labels, chunk in pieces:
-        low_rank = _low_rank_in_use(low, up, scale, rows, kept)
-        values = _forward_piece(kept, weight, bias, low_rank, labels, chunk, softcap, with_means)
-        for result, part in zip(results, values, strict=True):
-            if part is not None:
-                result[rows] = part
-    return tuple(results)
+def _forward(*arguments):
+    """What :func:`token_losses` returns; ``means`` is empty unless ``with_means``. Unless ``with_directions`` the last
+    three are too: m of the module's docstring, of the weight's rows and of ``up``'s, and c_t.
+    """
+    operands, (targets, *settings, with_means, with_directions) = Operands(*arguments[:_COUNT]), arguments[_COUNT:]
+    results = _results(operands, targets, with_means, with_directions)
+    for piece in pieces(operands, targets, *settings):
+        for result, part in zip(results, _forward_piece(piece, with_means, with_directions), strict=True):
+            if result.numel():
+                result[piece.rows] = part.to(result.dtype)
+    return results
 
 
-def _forward_piece(kept, weight, bias, low_rank, labels, chunk, softcap, with_means):
-    """What the operator returns, of the tokens ``kept``; None in place of means that nobody wants."""
-    peak = kept.new_full(labels.shape, -torch.inf, dtype=accumulation_dtype(kept.dtype))
-    total, target_logit, mean = (torch.zeros_like(peak) for _ in range(3))
+def _results(operands: Operands, targets: Tensor, with_means: bool, with_directions: bool) -> tuple[Tensor, ...]:
+    """Zeros, which ignored tokens keep."""
+    hidden, low = operands.hidden, operands.low
+    numbers = hidden.new_zeros((targets.shape[0],), dtype=accumulation_dtype(hidden.dtype))
+    none = hidden.new_empty(0)
+    return (
+        numbers,
+        torch.zeros_like(numbers),
+        torch.zeros_like(numbers),
+        torch.zeros_like(numbers) if with_means else torch.empty_like(none, dtype=numbers.dtype),
+        hidden.new_zeros(hidden.shape) if with_directions else none,
+        low.new_zeros(low.shape) if with_directions and low is not None else torch.empty_like(none),
+        torch.zeros_like(numbers) if with_directions else torch.empty_like(none, dtype=numbers.dtype),
+    )
+
+
+torch.library.register_fake("torchtune_lce::chunked")(
+    lambda *arguments: _results(Operands(*arguments[:_COUNT]), arguments[_COUNT], *arguments[-2:])
+)
+
+
+def _forward_piece(piece: Piece, with_means: bool, with_directions: bool) -> tuple[Tensor | None, ...]:
+    """What the operator returns, of the piece's tokens, in the accumulation dtype."""
+    peak = torch.full_like(piece.labels, -torch.inf, dtype=piece.wide)
+    total, target, mean = (torch.zeros_like(peak) for _ in range(3))
+    vocabulary, scale, up = piece.operands.weight.shape[0], piece.operands.scale, piece.operands.up
+    direction = torch.zeros_like(piece.hidden, dtype=piece.wide) if with_directions else None
+    low_direction = torch.zeros_like(piece.low) if with_directions and piece.low is not None else None
     largest = peak  # the target too
-    for start in range(0, weight.shape[0], chunk):
-        logits = chunk_logits(kept, weight, bias, low_rank, start, chunk, softcap)
+    for part, weight in piece.strips():
+        logits, tanh, _ = piece.logits(part, weight, differentiable=with_directions)
         if with_means:
             before, largest = largest, torch.maximum(largest, logits.amax(-1))
-            mean -= (_finite(largest) - _finite(before)) * (start / weight.shape[0])
+            mean -= (finite(largest) - finite(before)) * (part.start / vocabulary)
             # Divided first: a sum of least finite numbers is none.
-            mean += (logits - _finite(largest)[:, None]).div_(weight.shape[0]).sum(-1)
-        target_logit += _take_target_logits(logits, labels, start)
-        peak, total = _add_exponentials(peak, total, logits)
-        # Before the next chunk is made.
-        del logits
-    # By how much the others outweigh the target: log((1 - p) / p), from which a confident token's loss loses no digit.
-    others = peak - target_logit + total.log()
-    nll = torch.logaddexp(others, torch.zeros_like(others)).masked_fill(target_logit == torch.inf, torch.nan)
-    largest = torch.maximum(peak, target_logit)
-    base = _finite(largest)
-    log_total = (total * (peak - base).exp() + (target_logit - base).exp()).log()
-    return nll, base, log_total, mean if with_means else None
+            mean += (logits - finite(largest)[:, None]).div_(vocabulary).sum(-1)
+        target += swap_at_targets(logits, piece.labels, part.start, -torch.inf)
+        higher = torch.maximum(peak, logits.amax(-1))
+        # Where an infinity is the largest, it comes back out of exp.
+        base = finite(higher)
+        shrunk, peak = (peak - base).exp(), higher
+        exponentials = logits.sub_(base[:, None]).exp_()
+        total = total * shrunk + exponentials.sum(-1)
+        if direction is not None:
+            if tanh is not None:
+                exponentials.mul_(tanh.square_().neg_().add_(1))
+            if scale is not None:
+                exponentials.mul_(scale[part])
+            if low_direction is not None:
+                low_direction.mul_(shrunk[:, None]).addmm_(exponentials, up[part].to(piece.wide))
+            add_product(direction.mul_(shrunk[:, None]), exponentials.to(piece.factor), weight)
+        # Before the next strip's are made.
+        del logits, exponentials, weight
+    sums = _Sums(peak, total, target)
+    slope = None
+    if direction is not None:
+        # Of no other entries there is no mean.
+        share = total.where(total > 0, 1)[:, None]
+        direction.div_(share)
+        low_direction = None if low_direction is None else low_direction.div_(share)
+        slope = torch.ones_like(target) if piece.softcap is None else 1 - (target / piece.softcap).square()
+        slope = slope if scale is None else slope * scale[piece.labels]
+    return *sums.losses(), mean, direction, low_direction, slope
 
 
-@torch.library.register_fake("torchtune_lce::chunked")
-def _(hidden, weight, bias, low, up, scale, targets, ignore_index, softcap, workspace_mib, with_means):
-    dtype = accumulation_dtype(hidden.dtype)
-    shapes = targets.shape, targets.shape, targets.shape, targets.shape if with_means else 0
-    return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
+torch.library.define(
+    "torchtune_lce::chunked_along_directions",
+    "(Tensor? d_nll, Tensor? d_lse, Tensor nll, Tensor slope, Tensor targets, Tensor direction, Tensor rows, "
+    "int ignore_index, int workspace_mib) -> Tensor",
+)
+
+
+@torch.library.impl("torchtune_lce::chunked_along_directions", "default")
+@without_autocast
+def _along_directions(d_nll, d_lse, nll, slope, targets, direction, rows, ignore_index, workspace_mib):
+    """Gradient [N, D] by the hidden states, ``rows`` being the weight's, or [N, r] by ``low``, they being ``up``'s."""
+    d_target, d_softmax = _upstream(torch.zeros_like(nll) if d_nll is None else d_nll, d_lse, nll)
+    along, d_target = (d_softmax * -torch.expm1(-nll))[:, None], (d_target * slope)[:, None]
+    gradient = torch.zeros_like(direction)
+    # Both terms in the accumulation dtype, and their factors as they are.
+    bytes_of_token = direction.shape[1] * (2 * nll.itemsize + 3 * direction.itemsize)
+    used = (targets != ignore_index).nonzero().squeeze(-1)
+    for some in used.split(max(workspace_mib * 2**20 // bytes_of_token, 1)):
+        terms = direction[some] * along[some]
+        gradient[some] = terms.addcmul_(rows[targets[some]], d_target[some]).to(gradient.dtype)
+    return gradient
+
+
+@torch.library.register_fake("torchtune_lce::chunked_along_directions")
+def _(d_nll, d_lse, nll, slope, targets, direction, rows, ignore_index, workspace_mib):
+    return torch.empty_like(direction)
 
 
 torch.library.define(
     "torchtune_lce::chunked_backward",
-    "(Tensor? d_nll, Tensor? d_lse, Tensor? d_means, Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, "
-    "Tensor? up, Tensor? scale, Tensor targets, Tensor nll, Tensor peak, Tensor log_total, int ignore_index, "
-    "float? softcap, int workspace_mib, bool[] needs) "
-    "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_low, Tensor d_up, Tensor d_scale)",
+    f"(Tensor? d_nll, Tensor? d_lse, Tensor? d_means, {_OPERANDS}, Tensor targets, Tensor nll, Tensor peak, "
+    f"Tensor log_total, {_SETTINGS}, bool[] needs) -> ({_GRADIENTS})",
 )
 
 
 @torch.library.impl("torchtune_lce::chunked_backward", "default")
 @without_autocast
-def _backward(
-    d_nll,
-    d_lse,
-    d_means,
-    hidden,
-    weight,
-    bias,
-    low,
-    up,
-    scale,
-    targets,
-    nll,
-    peak,
-    log_total,
-    ignore_index,
-    softcap,
-    workspace_mib,
-    needs,
-):
-    """Gradients by hidden, weight, bias, low, up and scale, empty where ``needs`` has no True."""
-    nll, peak, log_total = nll.view(-1), peak.view(-1), log_total.view(-1)
+def _backward(d_nll, d_lse, d_means, *arguments):
+    """Gradients by the operands, empty where ``needs`` has no True."""
+    operands, (targets, nll, peak, log_total, *settings, needs) = Operands(*arguments[:_COUNT]), arguments[_COUNT:]
     d_nll = torch.zeros_like(nll) if d_nll is None else d_nll
-    # Of the target p - 1 and p: neither is the difference of two numbers near 1.
-    d_target, d_softmax = d_nll * torch.expm1(-nll), d_nll
-    if d_lse is not None:
-        d_target, d_softmax = d_target + d_lse * torch.exp(-nll), d_nll + d_lse
+    d_target, d_softmax = _upstream(d_nll, d_lse, nll)
     factor = d_softmax * torch.exp(-log_total)
+    vocabulary, needs = operands.weight.shape[0], Operands(*needs)
 
-    def by_logits(logits, start, rows, labels):
+    def by_logits(logits, start, piece):
+        rows = piece.rows
         d_logits = logits.sub_(peak[rows, None]).exp_().mul_(factor[rows, None])
-        inside = ((labels >= start) & (labels < start + logits.shape[1])).nonzero().squeeze(-1)
-        d_logits[inside, labels[inside] - start] = d_target[rows[inside]]
-        return d_logits if d_means is None else d_logits.add_(d_means[rows, None] / weight.shape[0])
+        swap_at_targets(d_logits, piece.labels, start, d_target[rows])
+        return d_logits if d_means is None else d_logits.add_(d_means[rows, None] / vocabulary)
 
-    operands = hidden, weight, bias, low, up, scale
-    return walk_gradients(*operands, targets, ignore_index, workspace_mib, scale is not None, softcap, needs, by_logits)
-
-
-def walk_gradients(
-    hidden,
-    weight,
-    bias,
-    low,
-    up,
-    scale,
-    targets,
-    ignore_index,
-    workspace_mib,
-    more_blocks,
-    softcap,
-    needs,
-    by_logits,
-):
-    """Gradients by the six operands, empty where ``needs`` has no True, from those by the logits of a chunk at a time.
-
-    ``by_logits(logits, start, rows, labels)`` makes these of the chunk's logits, of the tokens ``rows`` and the entries
-    from ``start`` on; in their place if it can, both in the accumulation dtype.
-    """
-    need_hidden, need_weight, need_bias, need_low, need_up, need_scale = needs
-    wide = accumulation_dtype(hidden.dtype)
-    d_hidden = None
-    d_weight = weight.new_empty(weight.shape if need_weight else 0)
-    d_bias = hidden.new_empty(bias.shape if need_bias else 0)
-    d_low = hidden.new_zeros(low.shape if need_low else 0)
-    d_up = hidden.new_empty(0) if not need_up else torch.empty_like(up)
-    d_scale = hidden.new_empty(0) if not need_scale else torch.empty_like(scale)
-    # What is summed over tokens is summed over all at once: in pieces the logits would be computed another time.
-    whole = need_weight or need_bias or need_up or need_scale
-    for rows, kept, labels, chunk in in_pieces(
-        hidden, weight, targets, ignore_index, workspace_mib, more_blocks, whole
-    ):
-        low_rank = _low_rank_in_use(low, up, scale, rows, kept)
-        d_kept = torch.zeros_like(kept, dtype=wide) if need_hidden else None
-        d_kept_low = torch.zeros_like(low_rank.low) if need_low else None
-        by_chunk = partial(by_logits, rows=rows, labels=labels)
-        for start in range(0, weight.shape[0], chunk):
-            d_logits, d_scale_part = _chunk_gradient(kept, weight, bias, low_rank, start, chunk, softcap, by_chunk)
-            part = slice(start, start + chunk)
-            if need_scale:
-                d_scale[part] = d_scale_part
-            if need_low:
-                d_kept_low += d_logits @ up[part].to(wide)
-            if need_up:
-                d_up[part] = d_logits.T @ low_rank.low
-            if need_bias:
-                d_bias[part] = d_logits.sum(0)
-            d_logits = d_logits.to(hidden.dtype)
-            if need_hidden:
-                d_kept += d_logits @ weight[part]
-            if need_weight:
-                torch.mm(d_logits.T, kept, out=d_weight[part])
-            # Before the next chunk is made.
-            del d_logits
-        if need_hidden:
-            # Not before: the products have taken memory of their own.
-            d_hidden = torch.zeros_like(hidden) if d_hidden is None else d_hidden
-            d_hidden[rows] = d_kept.to(hidden.dtype)
-        if need_low:
-            d_low[rows] = d_kept_low.to(d_low.dtype)
-    if d_hidden is None:
-        d_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0)
-    return d_hidden, d_weight, d_bias, d_low, d_up, d_scale
+    # In pieces of tokens the logits would be computed another time.
+    walked = pieces(operands, targets, *settings, at_once=needs.of_entries)
+    return walk_gradients(operands, walked, needs, by_logits)
 
 
 @torch.library.register_fake("torchtune_lce::chunked_backward")
 def _(d_nll, d_lse, d_means, *arguments):
-    operands, needs = arguments[:6], arguments[-1]
-    hidden = operands[0]
-    return tuple(x.new_empty(x.shape) if need else hidden.new_empty(0) for need, x in zip(needs, operands, strict=True))
+    return no_values(Operands(*arguments[:_COUNT]), arguments[-1])
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ignore_index, softcap, workspace_mib, ctx.with_means = inputs
+    *tensors, ignore_index, softcap, workspace_mib, ctx.with_means, ctx.with_directions = inputs
     ctx.set_materialize_grads(False)
-    nll, peak, log_total, _ = output
-    ctx.save_for_backward(*tensors, nll, peak, log_total)
+    nll, peak, log_total, _, *directions = output
+    ctx.save_for_backward(*tensors, nll, peak, log_total, *directions)
     ctx.settings = ignore_index, softcap, workspace_mib
 
 
-def _differentiate(ctx, d_nll, _, d_lse, d_means):
-    needs = ctx.needs_input_grad[:6]
-    d_results = d_nll, d_lse, d_means if ctx.with_means else None
-    gradients = torch.ops.torchtune_lce.chunked_backward(*d_results, *ctx.saved_tensors, *ctx.settings, needs)
-    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 5
+def _differentiate(ctx, d_nll, _, d_lse, d_means, *__):
+    operators, saved = torch.ops.torchtune_lce, ctx.saved_tensors
+    operands, (targets, nll, peak, log_total, *directions) = Operands(*saved[:_COUNT]), saved[_COUNT:]
+    needs = Operands(*ctx.needs_input_grad[:_COUNT])
+    if ctx.with_directions and not needs.of_entries:
+        *directions, slope = directions
+        ignore_index, _, workspace_mib = ctx.settings
+
+        def along(direction, rows):
+            upstream = d_nll, d_lse, nll, slope, targets
+            return operators.chunked_along_directions(*upstream, direction, rows, ignore_index, workspace_mib)
+
+        d_hidden = along(directions[0], operands.weight) if needs.hidden else None
+        d_low = along(directions[1], operands.up) if needs.low else None
+        return d_hidden, None, None, d_low, *[None] * 8
+    upstream = d_nll, d_lse, d_means if ctx.with_means else None
+    gradients = operators.chunked_backward(*upstream, *operands, targets, nll, peak, log_total, *ctx.settings, [*needs])
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 6
+
+
+# --- a sum, with its gradients ---
+
+torch.library.define(
+    "torchtune_lce::chunked_sum",
+    f"({_OPERANDS}, Tensor targets, {_SETTINGS}, float label_smoothing, float z_loss, bool[] needs) "
+    f"-> (Tensor total, Tensor nll, Tensor peak, Tensor log_total, {_GRADIENTS})",
+)
+
+
+@torch.library.impl("torchtune_lce::chunked_sum", "default")
+@without_autocast
+def _sum(*arguments):
+    """The sum of :attr:`torchtune_lce.inputs.losses.Losses.total`, what it is made of, and gradients by it, empty where
+    ``needs`` has no True.
+    """
+    operands, (targets, *settings, smoothing, z_loss, needs) = Operands(*arguments[:_COUNT]), arguments[_COUNT:]
+    nll, peak, log_total, *_ = _results(operands, targets, with_means=False, with_directions=False)
+
+    def by_logits(logits, _, piece):
+        rows = piece.rows
+        target = swap_at_targets(logits, piece.labels, 0, -torch.inf)
+        largest = logits.amax(-1)
+        base = finite(largest)
+        exponentials = logits.sub_(base[:, None]).exp_()
+        nll[rows], peak[rows], log_total[rows] = _Sums(largest, exponentials.sum(-1), target).losses()
+        d_nll, d_lse = _by_sum(peak[rows] + log_total[rows], smoothing, z_loss)
+        d_target, d_softmax = _upstream(d_nll, d_lse, nll[rows])
+        d_logits = exponentials.mul_((d_softmax * (base - peak[rows] - log_total[rows]).exp())[:, None])
+        swap_at_targets(d_logits, piece.labels, 0, d_target)
+        return d_logits
+
+    walked = pieces(operands, targets, *settings, whole_rows=True)
+    gradients = walk_gradients(operands, walked, Operands(*needs), by_logits)
+    total = (1 - smoothing) * nll + smoothing * log_total + z_loss * (peak + log_total).square()
+    return total.sum(), nll, peak, log_total, *gradients
+
+
+def _by_sum(lse: Tensor, smoothing: float, z_loss: float) -> tuple[Tensor, Tensor]:
+    """Gradients of the sum by a token's loss and log-sum-exp."""
+    return torch.full_like(lse, 1 - smoothing), smoothing + 2 * z_loss * lse
+
+
+@torch.library.register_fake("torchtune_lce::chunked_sum")
+def _(*arguments):
+    operands, targets = Operands(*arguments[:_COUNT]), arguments[_COUNT]
+    nll, peak, log_total, *_ = _results(operands, targets, with_means=False, with_directions=False)
+    return nll.new_empty(()), nll, peak, log_total, *no_values(operands, arguments[-1])
+
+
+def _setup_context_of_sum(ctx, inputs, output) -> None:
+    # The gradients are outputs too, for which zeros would be made.
+    ctx.set_materialize_grads(False)
+    *tensors, ignore_index, softcap, workspace_mib, smoothing, z_loss, ctx.needs = inputs
+    _, nll, peak, log_total, *gradients = output
+    ctx.save_for_backward(*tensors, nll, peak, log_total)
+    ctx.settings = ignore_index, softcap, workspace_mib
+    ctx.terms = smoothing, z_loss
+    # Not saved: they are scaled in place, and no memory is left to them once they are returned.
+    ctx.gradients = [gradient.detach() for gradient in gradients]
+
+
+def _differentiate_sum(ctx, d_total, *_):
+    operators, saved = torch.ops.torchtune_lce, ctx.saved_tensors
+    operands, (targets, nll, peak, log_total) = Operands(*saved[:_COUNT]), saved[_COUNT:]
+    needs = list(ctx.needs_input_grad[:_COUNT])
+    if torch.is_grad_enabled():
+        # For a second derivative, which this operator refuses when it is asked for.
+        upstream = (d_total * x for x in _by_sum(peak + log_total, *ctx.terms))
+        arguments = *operands, targets, nll, peak, log_total, *ctx.settings, needs
+        gradients = operators.chunked_backward(*upstream, None, *arguments)
+    else:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None or any(need and not made for need, made in zip(needs, ctx.needs, strict=True)):
+            # Once more over the same graph; or vmap, inside which nothing seems to ask for a gradient.
+            made = operators.chunked_sum(*operands, targets, *ctx.settings, *ctx.terms, needs)
+            gradients = made[-_COUNT:]
+        # A tracer, whose tensors are of other types, may not write to what the forward has returned.
+        in_place = all(type(gradient) is Tensor for gradient in gradients)
+        gradients = [gradient.mul_(d_total) if in_place else gradient * d_total for gradient in gradients]
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 7
 
 
 def _refuse_second_derivative(ctx, *_):
@@ -249,106 +366,6 @@ def _refuse_second_derivative(ctx, *_):
 
 
 torch.library.register_autograd("torchtune_lce::chunked", _differentiate, setup_context=_setup_context)
-torch.library.register_autograd("torchtune_lce::chunked_backward", _refuse_second_derivative)
-
-
-def in_pieces(hidden, weight, targets, ignore_index, workspace_mib, more_blocks, whole=False):
-    """Of the tokens that are not ignored: places, hidden states and labels of a piece, and the entries of its chunks.
-
-    ``whole``: all are one piece, whose copies come to what the workspace holds.
-    """
-    everything = (targets != ignore_index).nonzero().squeeze(-1)
-    (vocabulary, features), dtype = weight.shape, hidden.dtype
-    tokens = everything.numel()
-    if not whole:
-        tokens = tokens_per_piece(tokens, features, workspace_mib, dtype, more_blocks)
-    for rows in everything.split(max(tokens, 1)):
-        # Of all tokens no copy is needed.
-        kept = hidden if rows.numel() == targets.numel() else hidden[rows]
-        copied = 0 if whole else features
-        chunk = entries_per_chunk(rows.numel(), vocabulary, workspace_mib, dtype, more_blocks, copied)
-        yield rows, kept, targets[rows].long(), chunk
-
-
-def _low_rank_in_use(low, up, scale, rows: Tensor, kept: Tensor) -> LowRank | None:
-    """``low`` of the tokens in use alone, in the accumulation dtype."""
-    if low is None:
-        return None
-    return LowRank(low[rows].to(accumulation_dtype(kept.dtype)), up, scale)
-
-
-def chunk_logits(hidden, weight, bias, low_rank, start, chunk, softcap):
-    """Logits of entries [start, start + chunk), in the accumulation dtype, in which ``low`` must be."""
-    logits = _unscaled_logits(hidden, weight, bias, low_rank, start, chunk)
-    if low_rank is not None and low_rank.scale is not None:
-        logits *= low_rank.scale[start : start + chunk]
-    return _capped(logits, softcap)[0]
-
-
-def _unscaled_logits(hidden, weight, bias, low_rank, start, chunk):
-    """Before the scale and the softcap, in the accumulation dtype."""
-    part = slice(start, start + chunk)
-    logits = torch.mm(hidden, weight[part].T).to(accumulation_dtype(hidden.dtype))
-    if bias is not None:
-        logits += bias[part]
-    if low_rank is not None:
-        logits.addmm_(low_rank.low, low_rank.up[part].T.to(logits.dtype))
-    return logits
-
-
-def _capped(logits, softcap):
-    """In place, as far as it goes; the tanh is None without a softcap."""
-    if softcap is None:
-        return logits, None
-    tanh = torch.tanh_(logits.div_(softcap))
-    return tanh * softcap, tanh
-
-
-def _take_target_logits(logits, labels, start):
-    """The target's logit where it lies in the chunk that begins at ``start``, 0 elsewhere; leaves -inf in its place."""
-    inside = (labels >= start) & (labels < start + logits.shape[1])
-    column = (labels - start).clamp(0, logits.shape[1] - 1)[:, None]
-    there = logits.gather(-1, column).squeeze(-1)
-    logits.scatter_(-1, column, there.masked_fill(inside, -torch.inf)[:, None])
-    return there.where(inside, 0)
-
-
-def _add_exponentials(peak: Tensor, total: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest logit, and the sum of exponentials measured from it, with a chunk's, which this overwrites."""
-    higher = torch.maximum(peak, logits.amax(-1))
-    # Where an infinity is the largest, it comes back out of exp.
-    base = _finite(higher)
-    return higher, total * (peak - base).exp() + logits.sub_(base[:, None]).exp_().sum(-1)
-
-
-def _finite(largest: Tensor) -> Tensor:
-    """Zero in place of an infinity, which stays in the logits that it is not subtracted from."""
-    return largest.where(largest.isfinite(), 0)
-
-
-def _chunk_gradient(hidden, weight, bias, low_rank, start, chunk, softcap, by_logits):
-    """Gradient by the chunk's logits, before scale and softcap, and by the scale, or None; both accumulated wide."""
-    unscaled = _unscaled_logits(hidden, weight, bias, low_rank, start, chunk)
-    scale = None if low_rank is None or low_rank.scale is None else low_rank.scale[start : start + chunk]
-    logits, tanh = _capped(unscaled if scale is None else unscaled * scale, softcap)
-    d_logits = by_logits(logits, start)
-    if tanh is not None:
-        d_logits.mul_(tanh.square_().neg_().add_(1))
-    if scale is None:
-        return d_logits, None
-    d_scale = unscaled.mul_(d_logits).sum(0)
-    return d_logits.mul_(scale), d_scale
-
-
-def token_losses(call: Call) -> Losses:
-    """By the operator."""
-    options = call.options
-    nll, peak, log_total, means = torch.ops.torchtune_lce.chunked(
-        *call.operands,
-        call.labels,
-        options.ignore_index,
-        options.softcap,
-        options.workspace_mib,
-        bool(options.label_smoothing),
-    )
-    return Losses(nll, peak.detach(), log_total, means if options.label_smoothing else None)
+torch.library.register_autograd("torchtune_lce::chunked_sum", _differentiate_sum, setup_context=_setup_context_of_sum)
+for _operator in ("chunked_along_directions", "chunked_backward"):
+    torch.library.register_autograd(f"torchtune_lce::{_operator}", _refuse_second_derivative)

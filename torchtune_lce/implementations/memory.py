@@ -12,7 +12,9 @@ torch_compile: logits, bNV, and in the backward their float32 gradient, 4NV.
 reference: float32 logits, 4NV, their exponentials, and a mask of the targets, NV; in the backward one gradient more
 in place of the logits. With an adapter the two parts of the sum of logits; with DoRA's scale, in the backward, what it
 scales, the gradient, and the gradient's products with either.
-chunked: the workspace, whatever NV is, and vectors; with a trained head the hidden states' sums beside it.
+chunked: the workspace, whatever NV is, and vectors. With a frozen head and no adapter values of the hidden states'
+gradient's size are kept for the backward, NDb. Otherwise, in float32, the forward makes the gradients themselves; in 16
+bits the backward does, with the hidden states' sums beside the workspace.
 cce: the workspace, but not less than its tiles and their lists take. With a frozen head, or where nothing is filtered,
 and no adapter values of the hidden states' gradient's size are kept for the backward, NDb.
 
@@ -29,7 +31,7 @@ from dataclasses import dataclass
 import torch
 
 from torchtune_lce.implementations.capabilities import CAPABILITIES, CCE_PRESETS, able
-from torchtune_lce.implementations.chunked import entries_per_chunk, tokens_per_piece
+from torchtune_lce.implementations.walk import Sizes, entries_per_strip, tokens_per_piece, tokens_with_whole_rows
 from torchtune_lce.inputs.dtypes import accumulation_dtype
 
 CHUNKS = 8
@@ -206,32 +208,31 @@ def _chunks_compiled(problem: Problem) -> LossMemory:
 
 def _chunked(problem: Problem) -> LossMemory:
     dtype = {8: torch.float64, 4: torch.float32, 2: torch.bfloat16}[problem.itemsize]
-    scaled = problem.scaled
-    # The forward takes tokens in pieces, and so does the backward where nothing is summed over them.
-    settings = problem.workspace_mib, dtype, scaled
-    piece = tokens_per_piece(problem.tokens, problem.features, *settings)
-    forward_block = piece * entries_per_chunk(piece, problem.vocabulary, *settings, problem.features)
-    if problem.trained_head or problem.adapter is not None:
-        piece = problem.tokens
-        block = piece * entries_per_chunk(piece, problem.vocabulary, *settings)
-    else:
-        block = forward_block
-    wide = accumulation_dtype(dtype).itemsize
-    # Backward: a chunk's gradient, and its copy in the inputs' dtype; the hidden states' summed up in the wide dtype,
-    # a chunk's part of it beside the sum. With a scale, the logits without it beside the gradient, before the copy.
-    copies = (wide + problem.itemsize) * piece * problem.features
-    rounded = problem.itemsize if problem.itemsize < wide else 0
-    beside = wide if scaled else rounded
-    low = 0 if problem.adapter is None else 2 * wide * problem.tokens * problem.adapter.rank
+    wide, tokens = accumulation_dtype(dtype).itemsize, problem.tokens
+    sizes = Sizes(problem.features, problem.vocabulary, dtype, problem.workspace_mib, 1 + problem.scaled)
+    summed = problem.trained_head or problem.adapter is not None
+    low = 0 if problem.adapter is None else 2 * wide * tokens * problem.adapter.rank
     vectors = _vectors(problem) + problem.adapter_kept + low
     gradients = problem.hidden_bytes + problem.head_bytes + problem.adapter_bytes
+    # Of a token: the sum of its gradient, and in 16 bits its hidden state widened.
+    copies = problem.features * (wide if problem.itemsize == wide else 2 * wide)
     # The length of the scaled rows is found before the loss, some of them at a time.
-    rows = min(problem.vocabulary, NORM_BYTES // (2 * wide * problem.features)) if scaled else 0
-    lengths = rows * problem.features * (2 * wide if rounded else wide)
-    return LossMemory(
-        max((wide + rounded) * forward_block, lengths) + vectors,
-        (wide + beside) * block + copies + gradients + vectors,
-    )
+    rows = min(problem.vocabulary, NORM_BYTES // (2 * wide * problem.features)) if problem.scaled else 0
+    lengths = rows * problem.features * (wide if problem.itemsize == wide else 2 * wide) + vectors
+    whole_rows = min(tokens, tokens_with_whole_rows(tokens, sizes))
+    if summed and problem.itemsize == wide and whole_rows:
+        made = whole_rows * (problem.vocabulary * sizes.bytes_of_entry(1) + copies) + gradients + vectors
+        return LossMemory(max(made, lengths), gradients + vectors)
+    piece = tokens_per_piece(tokens, sizes)
+    strip = entries_per_strip(piece, sizes)
+    if not summed:
+        forward = strip * sizes.bytes_of_entry(piece) + piece * copies + problem.hidden_bytes + vectors
+        # What is kept, the gradient, and two terms of it.
+        return LossMemory(forward, 2 * problem.hidden_bytes + min(problem.workspace_mib * 2**20, 2 * tokens * copies))
+    # The logits are made twice, in the backward all tokens' at once.
+    forward = strip * sizes._replace(blocks=1).bytes_of_entry(piece) + vectors
+    at_once = entries_per_strip(tokens, sizes, copied=False) * sizes.bytes_of_entry(tokens) + tokens * copies
+    return LossMemory(max(forward, lengths), at_once + gradients + vectors)
 
 
 def _cce(problem: Problem) -> LossMemory:

@@ -36,6 +36,7 @@ class Call:
     in_range: bool = True  # all other labels are entries; False where nobody could look
     low_rank: LowRank | None = None
     shard: VocabularyShard | None = None
+    summed: bool = False  # of its losses only a sum or a mean is differentiated, and no log-sum-exp
 
     @property
     def vocabulary(self) -> int:

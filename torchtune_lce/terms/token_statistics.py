@@ -14,11 +14,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtune_lce.implementations import chunked
+from torchtune_lce.implementations.walk import (
+    Operands,
+    Piece,
+    Sizes,
+    entries_per_strip,
+    no_values,
+    pieces,
+    walk_gradients,
+)
 from torchtune_lce.inputs.autocast import without_autocast
 from torchtune_lce.inputs.call import Call
 from torchtune_lce.inputs.dtypes import accumulation_dtype
-from torchtune_lce.inputs.low_rank import LowRank
 from torchtune_lce.inputs.shard import VocabularyShard
 
 
@@ -53,16 +60,17 @@ torch.library.define(
 @torch.library.impl("torchtune_lce::predictions", "default")
 @without_autocast
 def _predict(hidden, weight, bias, low, up, scale, softcap, workspace_mib):
-    dtype = accumulation_dtype(hidden.dtype)
-    low_rank = None if low is None else LowRank(low.to(dtype), up, scale)
-    chunk = chunked.entries_per_chunk(hidden.shape[0], weight.shape[0], workspace_mib, hidden.dtype)
-    none = hidden.new_zeros(hidden.shape[0], dtype=dtype)
+    operands = Operands(hidden, weight, bias, low, up, scale)
+    everything = torch.arange(hidden.shape[0], device=hidden.device)
+    sizes = Sizes(*weight.T.shape, hidden.dtype, workspace_mib, blocks=2)
+    piece = Piece(operands, softcap, everything, everything, entries_per_strip(hidden.shape[0], sizes))
+    none = hidden.new_zeros(hidden.shape[0], dtype=piece.wide)
     found = Predictions(none - torch.inf, torch.full_like(none, -1, dtype=torch.int64), none, none)
-    for start in range(0, weight.shape[0], chunk):
-        logits = chunked.chunk_logits(hidden, weight, bias, low_rank, start, chunk, softcap)
+    for part, rows in piece.strips():
+        logits, _, _ = piece.logits(part, rows, differentiable=False)
         value, index = logits.max(-1)
         rises = value > found.largest
-        place = torch.where(rises, index + start, found.place)
+        place = torch.where(rises, index + part.start, found.place)
         largest = torch.maximum(found.largest, value)
         others, disorder = found.measured_from(largest, rises)
         logits.scatter_(-1, index[:, None], value.masked_fill(rises, -torch.inf)[:, None])
@@ -112,45 +120,27 @@ torch.library.define(
 
 @torch.library.impl("torchtune_lce::entropy_backward", "default")
 @without_autocast
-def _entropy_backward(
-    d_entropy,
-    hidden,
-    weight,
-    bias,
-    low,
-    up,
-    scale,
-    targets,
-    largest,
-    others,
-    disorder,
-    ignore_index,
-    softcap,
-    workspace_mib,
-    needs,
-):
+def _entropy_backward(d_entropy, *arguments):
     """Gradients by the six operands, empty where ``needs`` has no True."""
-    more_blocks = (scale is not None) + (softcap is not None)
+    operands, (targets, largest, others, disorder, *settings, needs) = Operands(*arguments[:6]), arguments[6:]
+    needs = Operands(*needs)
     total = 1 + others
     factor, mean = d_entropy / total, disorder / total
 
-    def by_logits(logits, start, rows, labels):
+    def by_logits(logits, _, piece):
+        rows = piece.rows
         # With e as above, log p + H = log e + disorder / total; and an entry that cannot be has no gradient.
         e = logits.sub_(largest[rows, None]).exp_()
         gradient = torch.special.entr(e)
         return gradient.sub_(e.mul_(mean[rows, None])).mul_(factor[rows, None])
 
-    operands = hidden, weight, bias, low, up, scale
-    return chunked.walk_gradients(
-        *operands, targets, ignore_index, workspace_mib, more_blocks, softcap, needs, by_logits
-    )
+    walked = pieces(operands, targets, *settings, more_blocks=1, at_once=needs.of_entries)
+    return walk_gradients(operands, walked, needs, by_logits)
 
 
 @torch.library.register_fake("torchtune_lce::entropy_backward")
 def _(d_entropy, *arguments):
-    operands, needs = arguments[:6], arguments[-1]
-    hidden = operands[0]
-    return tuple(x.new_empty(x.shape) if need else hidden.new_empty(0) for need, x in zip(needs, operands, strict=True))
+    return no_values(Operands(*arguments[:6]), arguments[-1])
 
 
 def _setup_context(ctx, inputs, output) -> None:

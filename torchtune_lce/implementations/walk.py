@@ -1,0 +1,289 @@
+"""The logits of a call in bounded blocks, and gradients from theirs: what :mod:`torchtune_lce.implementations.chunked`
+and :mod:`torchtune_lce.terms.token_statistics` have in common. Plain PyTorch, for any device.
+
+Tokens are taken in pieces, and for a piece the vocabulary in strips. Logits are never rounded to a dtype of 16 bits:
+where torch has no product of such matrices with a float32 result, which CUDA has, the factors are widened. (On a CPU
+that is also faster: its own products of 16 bits may take a hundred times as long.)
+
+An adapter (:class:`torchtune_lce.inputs.low_rank.LowRank`) joins strip by strip, in the accumulation dtype: its rank is
+small.
+"""
+
+from __future__ import annotations  # torch 2.8 compiles nested functions, but not `Tensor | None`
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchtune_lce.inputs.dtypes import accumulation_dtype
+
+# Entries of a strip, or the products would be slow.
+_LEAST_ENTRIES = 64
+# Tokens of a piece that has whole rows of logits, or adding its products up would take longer than they do.
+_LEAST_TOKENS = 128
+
+
+class Operands(NamedTuple):
+    """What the logits are made of, as operators take it; or gradients by it, or whether they are needed."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    low: Tensor | None  # [N, r]; with up and scale a LowRank
+    up: Tensor | None  # [V, r]
+    scale: Tensor | None  # [V], in the accumulation dtype
+
+    @property
+    def of_entries(self) -> bool:
+        """Whether any that tokens share is needed, whose gradient is a sum over all of them."""
+        return any((self.weight, self.bias, self.up, self.scale))
+
+
+def has_wide_product(factor: Tensor) -> bool:
+    """Whether torch.mm takes ``out_dtype``: in every CUDA build, but not where float16 is to be summed in float16."""
+    if factor.device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return factor.dtype != torch.float16 or not torch.backends.cuda.matmul.allow_fp16_accumulation
+
+
+def _factor_dtype(hidden: Tensor) -> torch.dtype:
+    """Of the factors of products whose results are in the accumulation dtype."""
+    return hidden.dtype if has_wide_product(hidden) else accumulation_dtype(hidden.dtype)
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """In the accumulation dtype, that of ``out``."""
+    if left.dtype == out.dtype:
+        return torch.mm(left, right, out=out)
+    return torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """``sums``, in the accumulation dtype, grow by the product."""
+    if left.dtype == sums.dtype:
+        sums.addmm_(left, right)
+    else:
+        sums += torch.mm(left, right, out_dtype=sums.dtype)
+
+
+class Sizes(NamedTuple):
+    """What the memory of a walk depends on. ``blocks``: logits, and as many more as what is made of them needs."""
+
+    features: int
+    vocabulary: int
+    dtype: torch.dtype  # of hidden and weight
+    workspace_mib: int
+    blocks: int
+
+    @property
+    def bytes_of_token(self) -> int:
+        """Of a copy of its hidden state, this widened or a product, and the sum of its gradient."""
+        return self.features * (self.dtype.itemsize + 2 * accumulation_dtype(self.dtype).itemsize)
+
+    def bytes_of_entry(self, tokens: int) -> int:
+        """Its blocks' columns, and in 16 bits either their rounded copy or its row, widened, and the row's gradient."""
+        wide = accumulation_dtype(self.dtype).itemsize
+        more = 0 if self.dtype.itemsize == wide else max(self.dtype.itemsize * tokens, 2 * wide * self.features)
+        return tokens * self.blocks * wide + more
+
+
+def blocks_of(softcap: float | None, scale: object) -> int:
+    """The softcap's derivative needs its tanh beside the logits, the gradient by a scale what it scales."""
+    return 1 + (softcap is not None) + (scale is not None)
+
+
+def entries_per_strip(tokens: int, sizes: Sizes, copied: bool = True) -> int:
+    """Vocabulary entries whose blocks fit the workspace, beside what the tokens take themselves if that is ``copied``
+    within it. At least 64.
+    """
+    left = sizes.workspace_mib * 2**20 - tokens * sizes.bytes_of_token * copied
+    return min(sizes.vocabulary, max(left // max(sizes.bytes_of_entry(tokens), 1), _LEAST_ENTRIES))
+
+
+def tokens_per_piece(tokens: int, sizes: Sizes) -> int:
+    """Tokens that are taken at once, in pieces as equal as can be, for the rest of the workspace to hold a strip.
+
+    Half of it is for what they take themselves, and half for 64 entries at the least.
+    """
+    bytes_per_token = max(sizes.bytes_of_token, _LEAST_ENTRIES * sizes.bytes_of_entry(1))
+    fitting = max(sizes.workspace_mib * 2**19 // bytes_per_token, 1)
+    return -(-tokens // max(-(-tokens // fitting), 1))
+
+
+def tokens_with_whole_rows(tokens: int, sizes: Sizes) -> int:
+    """Tokens of a piece whose logits, of the whole vocabulary, fit the workspace; 0 where they are too few."""
+    fitting = sizes.workspace_mib * 2**20 // (sizes.vocabulary * sizes.bytes_of_entry(1) + sizes.bytes_of_token)
+    if fitting >= _LEAST_TOKENS or fitting >= tokens:
+        return fitting
+    return 0
+
+
+class Piece:
+    """Some tokens' logits, a strip of the vocabulary at a time; each strip takes the memory of the one before."""
+
+    def __init__(self, operands: Operands, softcap: float | None, rows: Tensor, labels: Tensor, strip: int):
+        self.operands, self.softcap, self.rows, self.labels, self.strip = operands, softcap, rows, labels, strip
+        hidden, low = operands.hidden, operands.low
+        self.wide, self.factor = accumulation_dtype(hidden.dtype), _factor_dtype(hidden)
+        # Of all tokens no copy is needed.
+        used = hidden if rows.numel() == hidden.shape[0] else hidden[rows]
+        self.hidden = used.to(self.factor)
+        self.low = None if low is None else low[rows].to(self.wide)
+        self._memory: dict[int, Tensor] = {}
+
+    def strips(self) -> Iterator[tuple[slice, Tensor]]:
+        """Entries and their rows of the weight, in the dtype of factors."""
+        weight = self.operands.weight
+        for start in range(0, weight.shape[0], self.strip):
+            part = slice(start, min(start + self.strip, weight.shape[0]))
+            yield part, weight[part].to(self.factor)
+
+    def block(self, number: int, entries: int) -> Tensor:
+        """Memory [n, entries] in the accumulation dtype, the same for each strip."""
+        tokens = self.rows.numel()
+        if number not in self._memory:
+            self._memory[number] = self.hidden.new_empty(tokens * self.strip, dtype=self.wide)
+        return self._memory[number][: tokens * entries].view(tokens, entries)
+
+    def logits(self, part: slice, weight: Tensor, differentiable: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of a strip, [n, entries] in the accumulation dtype; and beside them, where ``differentiable``, their tanh and
+        what the scale scales, None without a softcap and a scale.
+        """
+        _, _, bias, low, up, scale = self.operands
+        logits = _product(self.hidden, weight.T, out=self.block(0, weight.shape[0]))
+        if bias is not None:
+            logits += bias[part]
+        if low is not None:
+            logits.addmm_(self.low, up[part].T.to(self.wide))
+        unscaled = tanh = None
+        if scale is not None:
+            unscaled = logits
+            logits = torch.mul(logits, scale[part], out=self.block(1, weight.shape[0]) if differentiable else logits)
+        if self.softcap is not None:
+            tanh = logits.div_(self.softcap).tanh_()
+            logits = torch.mul(tanh, self.softcap, out=self.block(2, weight.shape[0]) if differentiable else tanh)
+        return logits, tanh, unscaled
+
+
+def pieces(
+    operands: Operands,
+    targets: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    workspace_mib: int,
+    *,
+    more_blocks: int = 0,
+    at_once: bool = False,
+    whole_rows: bool = False,
+) -> Iterator[Piece]:
+    """Of the tokens that are not ignored. ``at_once``: one piece, whose copies come to what the workspace holds.
+    ``whole_rows``: one strip each, see :func:`tokens_with_whole_rows`.
+    """
+    rows = (targets != ignore_index).nonzero().squeeze(-1)
+    vocabulary, features = operands.weight.shape
+    blocks = blocks_of(softcap, operands.scale) + more_blocks
+    sizes = Sizes(features, vocabulary, operands.hidden.dtype, workspace_mib, blocks)
+    tokens = rows.numel()
+    if whole_rows:
+        tokens = tokens_with_whole_rows(tokens, sizes)
+    elif not at_once:
+        tokens = tokens_per_piece(tokens, sizes)
+    for some in rows.split(max(tokens, 1)):
+        strip = vocabulary if whole_rows else entries_per_strip(some.numel(), sizes, copied=not at_once)
+        yield Piece(operands, softcap, some, targets[some].long(), strip)
+
+
+def swap_at_targets(values: Tensor, labels: Tensor, start: int, new: Tensor | float) -> Tensor:
+    """Values of the targets that lie among the entries from ``start`` on, whose place ``new`` takes; 0 of others."""
+    inside = (labels >= start) & (labels < start + values.shape[1])
+    column = (labels - start).clamp(0, values.shape[1] - 1)[:, None]
+    there = values.gather(-1, column).squeeze(-1)
+    new = torch.where(inside, new, there)
+    values.scatter_(-1, column, new[:, None])
+    return there.where(inside, 0)
+
+
+def finite(largest: Tensor) -> Tensor:
+    """Zero in place of an infinity, which stays in the logits that it is not subtracted from."""
+    return largest.where(largest.isfinite(), 0)
+
+
+def walk_gradients(
+    operands: Operands, walked: Iterable[Piece], needs: Operands, by_logits: Callable[[Tensor, int, Piece], Tensor]
+) -> tuple[Tensor, ...]:
+    """Gradients by the operands, empty where ``needs`` has no True, from those by the logits of a strip at a time.
+
+    ``by_logits(logits, start, piece)`` makes these of the strip's logits, whose first entry is ``start``; in their
+    place if it can, both in the accumulation dtype. What is summed over tokens of 16 bits must come in one piece.
+    """
+    made: dict[str, Tensor] = {}
+
+    def result(name: str) -> Tensor | None:
+        """Made when first asked for: not before the products have taken memory of their own."""
+        if getattr(needs, name) and name not in made:
+            like = getattr(operands, name)
+            made[name] = like.new_zeros(like.shape) if name in ("hidden", "low") else like.new_empty(like.shape)
+        return made.get(name)
+
+    first = True
+    for piece in walked:
+        d_kept = torch.zeros_like(piece.hidden, dtype=piece.wide) if needs.hidden else None
+        d_kept_low = torch.zeros_like(piece.low) if needs.low else None
+        for part, weight in piece.strips():
+            d_logits, by_scale = _strip_gradient(piece, part, weight, by_logits)
+            if needs.low:
+                d_kept_low.addmm_(d_logits, operands.up[part].to(piece.wide))
+            if needs.up:
+                _add_transposed(result("up")[part], d_logits, piece.low, first)
+            if needs.bias:
+                _add(result("bias")[part], d_logits.sum(0), first)
+            if needs.scale:
+                _add(result("scale")[part], by_scale, first)
+            d_logits = d_logits.to(piece.factor)
+            if needs.hidden:
+                add_product(d_kept, d_logits, weight)
+            if needs.weight:
+                _add_transposed(result("weight")[part], d_logits, piece.hidden, first)
+            # Before the next strip's are made.
+            del d_logits, weight
+        if needs.hidden:
+            result("hidden")[piece.rows] = d_kept.to(operands.hidden.dtype)
+        if needs.low:
+            result("low")[piece.rows] = d_kept_low.to(operands.low.dtype)
+        first = False
+    return tuple(operands.hidden.new_empty(0) if x is None else x for x in map(result, Operands._fields))
+
+
+def no_values(operands: Operands, needs: Operands) -> tuple[Tensor, ...]:
+    """What :func:`walk_gradients` returns, for a tracer."""
+    none = operands.hidden.new_empty
+    return tuple(x.new_empty(x.shape) if need else none(0) for need, x in zip(needs, operands, strict=True))
+
+
+def _strip_gradient(piece: Piece, part: slice, weight: Tensor, by_logits) -> tuple[Tensor, Tensor | None]:
+    """By the strip's logits, before scale and softcap, and by the scale, or None; both in the accumulation dtype."""
+    logits, tanh, unscaled = piece.logits(part, weight, differentiable=True)
+    d_logits = by_logits(logits, part.start, piece)
+    if tanh is not None:
+        d_logits.mul_(tanh.square_().neg_().add_(1))
+    if unscaled is None:
+        return d_logits, None
+    by_scale = unscaled.mul_(d_logits).sum(0)
+    return d_logits.mul_(piece.operands.scale[part]), by_scale
+
+
+def _add(sums: Tensor, values: Tensor, first: bool) -> None:
+    if first:
+        sums.copy_(values)
+    else:
+        sums += values
+
+
+def _add_transposed(sums: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """``sums``, which hold nothing yet if it is the ``first``, grow by ``left`` transposed times ``right``."""
+    if left.dtype == sums.dtype:
+        torch.addmm(sums, left.T, right, beta=0 if first else 1, out=sums)
+    else:
+        _add(sums, left.T @ right, first)
