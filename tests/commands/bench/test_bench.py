@@ -686,8 +686,23 @@ def test_without_a_card_nothing_is_timed(tune_lce, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status, printed = tune_lce("--output", tmp_path / "results")
     assert status == 2
-    assert "timings come only from a CUDA card" in printed
+    assert "there is no CUDA card to time on; --cpu times on the processor" in printed
     assert not (tmp_path / "results").exists()
+
+
+def test_times_on_the_processor(tune_lce, monkeypatch, tmp_path):
+    """By the clock, though there be a card; beside PyTorch's own full logits, which need no compiler."""
+    monkeypatch.setattr(timing, "_CLOCKED_CALLS", 1)
+    status, _ = tune_lce(
+        *("--cpu", "--data", "random:64x16x300", "--only", "eager_full,chunked", "--output", tmp_path / "results")
+    )
+    assert status == 0
+    results = json.loads((tmp_path / "results" / "bench.json").read_text())
+    assert (results["device"].split()[0], results["dtype"]) == ("CPU", "float32")
+    assert {(case["impl"], case["frozen_weight"]) for case in results["cases"]} == {
+        (impl, frozen) for impl in ("eager_full", "chunked") for frozen in (True, False)
+    }
+    assert all(case["status"] == "ok" and case["forward_backward_ms"] > 0 for case in results["cases"])
 
 
 @pytest.mark.parametrize(

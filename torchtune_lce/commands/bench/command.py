@@ -8,7 +8,7 @@ from pathlib import Path
 from torchtune_lce.commands.shared.errors import CommandError
 
 DESCRIPTION = """\
-Times linear cross-entropy losses on one CUDA card: this package's, PyTorch's and those of cut-cross-entropy,
+Times linear cross-entropy losses on one CUDA card, or on the CPU: this package's, PyTorch's and those of cut-cross-entropy,
 liger-kernel and quack-kernels where they are installed. Each is first compared with an exact reference, and not timed
 if it is wrong. Writes the results as JSON and as a picture.
 
@@ -23,7 +23,7 @@ A shape of its own follows a colon: --data random:8192x4096x128256 --data traine
 neither there nor by --tokens are measured with 1024, 2048 and 8192.
 
 Exit status: 0 if every loss of this package that ran is right, 1 if one is wrong or fails, 2 if it could not run.
-Timings come only from a card; --check-only compares with the reference anywhere.
+Without a card --cpu times what runs on the processor, and --check-only compares with the reference.
 """
 KINDS = ("random", "trained", "probe", "file")
 # Not float16: without loss scaling the mean over thousands of tokens underflows in everybody's gradients.
@@ -58,6 +58,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16; float32 for --check-only without a card")
     parser.add_argument("--workspace-mib", type=int, metavar="N", help="of this package's losses; default: theirs, 128")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: ./tune-lce-bench")
+    parser.add_argument("--cpu", action="store_true", help="time on the CPU, by the clock, in OMP_NUM_THREADS threads")
     parser.add_argument("--check-only", action="store_true", help="compare with the reference on small data, no timing")
     parser.set_defaults(func=main)
 
@@ -91,17 +92,18 @@ def run(args: argparse.Namespace) -> bool:
         _refuse_beside_check_only(args)
     sources = read_sources(args)
     output = args.output or DEFAULT_OUTPUT
-    card = torch.cuda.is_available()
+    card = torch.cuda.is_available() and not args.cpu
     device = torch.device("cuda" if card else "cpu")
     dtype = getattr(torch, args.dtype or ("bfloat16" if card else "float32"))
     if args.check_only:
         return session.check_only(candidates, device, dtype)
-    if not card:
-        raise CommandError("timings come only from a CUDA card, and there is none; --check-only runs without")
+    if not card and not args.cpu:
+        raise CommandError("there is no CUDA card to time on; --cpu times on the processor, --check-only times nothing")
     if output.exists() and not output.is_dir():
         raise CommandError(f"--output must be a folder, {output} is a file")
     command = shlex.join(["tune-lce", *sys.argv[1:]])
-    plan = session.Plan(candidates, sources, device, dtype, timing.cuda_timer, output, command)
+    timer = timing.cuda_timer if card else timing.clock_timer
+    plan = session.Plan(candidates, sources, device, dtype, timer, output, command)
     return session.bench(plan)
 
 

@@ -42,6 +42,7 @@ Timer = Callable[..., Timing]
 _WARMUP_MS, _MEASURING_MS, _ESTIMATING_CALLS = 100, 500, 5
 _FLUSH_BYTES = 256 * 2**20  # several times a card's L2 cache
 _HOST_CALLS = 9
+_CLOCKED_CALLS = 8
 TURNS = 4  # even: as often first as last
 # What a trace calls the card's own work. Names of operators stand there too, over what they launch.
 _LAUNCHES = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -91,7 +92,7 @@ def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
     return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
 
-def clock_timer(run: Callable[[], object], parts: int = 1, calls: int = 3) -> Timing:
+def clock_timer(run: Callable[[], object], parts: int = 1, calls: int = _CLOCKED_CALLS) -> Timing:
     """The wall clock round each call, after one to warm up: for the CPU, where nothing runs behind its back.
 
     One of ``parts`` makes that part of the ``calls``, one at least.
