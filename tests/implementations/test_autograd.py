@@ -46,6 +46,25 @@ def test_gradients_are_linear_in_the_upstream(impl, upstream, device):
             torch.testing.assert_close(leaf.grad / upstream, gradient, **TOLERANCE)
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_chunked_goes_back_in_parts_and_again(frozen, device):
+    """Gradients that the forward has made are given away once; another backward over the graph makes the same ones."""
+    hidden, weight, targets = make_inputs(device)
+    weight.requires_grad_(not frozen)
+    leaves = [hidden] if frozen else [hidden, weight]
+    loss = linear_cross_entropy(hidden, weight, targets, softcap=9.0, z_loss=0.1, label_smoothing=0.0, impl="chunked")
+    together = torch.autograd.grad(loss, leaves, retain_graph=True)
+    copies = [gradient.clone() for gradient in together]
+    one_by_one = [torch.autograd.grad(loss, leaf, retain_graph=True)[0] for leaf in leaves]
+    for kept, copy, again in zip(together, copies, one_by_one, strict=True):
+        assert torch.equal(kept, copy), "another backward has written to it"
+        assert torch.equal(copy, again)
+    for leaf in leaves:
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative.*impl='reference'"):
+            torch.autograd.grad(gradient.square().sum(), hidden)
+
+
 @pytest.mark.parametrize("impl", EACH)
 def test_two_losses_over_one_graph(impl, device):
     """Two backward calls through what comes before the loss add up, each with per-token upstream gradients."""

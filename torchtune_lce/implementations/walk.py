@@ -1,9 +1,9 @@
 """The logits of a call in bounded blocks, and gradients from theirs: what :mod:`torchtune_lce.implementations.chunked`
 and :mod:`torchtune_lce.terms.token_statistics` have in common. Plain PyTorch, for any device.
 
-Tokens are taken in pieces, and for a piece the vocabulary in strips. Logits are never rounded to a dtype of 16 bits:
-where torch has no product of such matrices with a float32 result, which CUDA has, the factors are widened. (On a CPU
-that is also faster: its own products of 16 bits may take a hundred times as long.)
+Tokens are taken in pieces, and for a piece the vocabulary in strips. Logits are not rounded to a dtype of 16 bits, but
+on ROCm and XPU: CUDA has products of such matrices with a float32 result, and for a CPU and MPS the factors are widened.
+(That is faster, too: a CPU's own products of 16 bits may take a hundred times as long.)
 
 An adapter (:class:`torchtune_lce.inputs.low_rank.LowRank`) joins strip by strip, in the accumulation dtype: its rank is
 small.
@@ -21,6 +21,8 @@ from torchtune_lce.inputs.dtypes import accumulation_dtype
 
 # Entries of a strip, or the products would be slow.
 _LEAST_ENTRIES = 64
+# Devices that multiply float32 as fast as 16 bits, or faster.
+_WIDENING = ("cpu", "mps")
 # Tokens of a piece that has whole rows of logits, or adding its products up would take longer than they do.
 _LEAST_TOKENS = 128
 
@@ -49,23 +51,27 @@ def has_wide_product(factor: Tensor) -> bool:
 
 
 def _factor_dtype(hidden: Tensor) -> torch.dtype:
-    """Of the factors of products whose results are in the accumulation dtype."""
-    return hidden.dtype if has_wide_product(hidden) else accumulation_dtype(hidden.dtype)
+    """Of the factors of products whose results are to be in the accumulation dtype."""
+    return accumulation_dtype(hidden.dtype) if hidden.device.type in _WIDENING else hidden.dtype
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """In the accumulation dtype, that of ``out``."""
     if left.dtype == out.dtype:
         return torch.mm(left, right, out=out)
-    return torch.mm(left, right, out_dtype=out.dtype, out=out)
+    if has_wide_product(left):
+        return torch.mm(left, right, out_dtype=out.dtype, out=out)
+    return out.copy_(left @ right)
 
 
 def add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
     """``sums``, in the accumulation dtype, grow by the product."""
     if left.dtype == sums.dtype:
         sums.addmm_(left, right)
-    else:
+    elif has_wide_product(left):
         sums += torch.mm(left, right, out_dtype=sums.dtype)
+    else:
+        sums += left @ right
 
 
 class Sizes(NamedTuple):

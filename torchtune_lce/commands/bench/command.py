@@ -8,9 +8,9 @@ from pathlib import Path
 from torchtune_lce.commands.shared.errors import CommandError
 
 DESCRIPTION = """\
-Times linear cross-entropy losses on one CUDA card, or on the CPU: this package's, PyTorch's and those of cut-cross-entropy,
-liger-kernel and quack-kernels where they are installed. Each is first compared with an exact reference, and not timed
-if it is wrong. Writes the results as JSON and as a picture.
+Times linear cross-entropy losses on one CUDA card, or on the CPU: this package's, PyTorch's and those of
+cut-cross-entropy, liger-kernel and quack-kernels where they are installed. Each is first compared with an exact
+reference, and not timed if it is wrong. Writes the results as JSON and as a picture.
 
 data:
   random    an untrained model: nothing to leave out
