@@ -2,8 +2,8 @@
 and :mod:`torchtune_lce.terms.token_statistics` have in common. Plain PyTorch, for any device.
 
 Tokens are taken in pieces, and for a piece the vocabulary in strips. Logits are not rounded to a dtype of 16 bits, but
-on ROCm and XPU: CUDA has products of such matrices with a float32 result, and for a CPU and MPS the factors are widened.
-(That is faster, too: a CPU's own products of 16 bits may take a hundred times as long.)
+on ROCm and XPU: CUDA has products of such matrices with a float32 result, and for a CPU and MPS the factors are
+widened. (That is faster, too: a CPU's own products of 16 bits may take a hundred times as long.)
 
 An adapter (:class:`torchtune_lce.inputs.low_rank.LowRank`) joins strip by strip, in the accumulation dtype: its rank is
 small.
