@@ -29,12 +29,11 @@ from torchtune_lce.implementations.capabilities import TWICE_DIFFERENTIABLE
 from torchtune_lce.implementations.walk import (
     Operands,
     Piece,
-    Sizes,
     add_product,
-    blocks_of,
     finite,
     no_values,
     pieces,
+    sizes_of,
     swap_at_targets,
     tokens_with_whole_rows,
     walk_gradients,
@@ -69,11 +68,10 @@ def token_losses(call: Call) -> Losses:
 
 def _sums_fit(operands: Operands, options) -> bool:
     """Whether tokens can be taken with whole rows of logits, and gradients summed up in place."""
-    hidden, (vocabulary, features) = operands.hidden, operands.weight.shape
+    hidden = operands.hidden
     if hidden.dtype != accumulation_dtype(hidden.dtype):
         return False
-    sizes = Sizes(features, vocabulary, hidden.dtype, options.workspace_mib, blocks_of(options.softcap, operands.scale))
-    return tokens_with_whole_rows(hidden.shape[0], sizes) > 0
+    return tokens_with_whole_rows(hidden.shape[0], sizes_of(operands, options.softcap, options.workspace_mib)) > 0
 
 
 class _Sums(NamedTuple):

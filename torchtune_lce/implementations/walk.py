@@ -82,6 +82,7 @@ class Sizes(NamedTuple):
     dtype: torch.dtype  # of hidden and weight
     workspace_mib: int
     blocks: int
+    widened: bool = False  # factors of 16 bits
 
     @property
     def bytes_of_token(self) -> int:
@@ -89,15 +90,18 @@ class Sizes(NamedTuple):
         return self.features * (self.dtype.itemsize + 2 * accumulation_dtype(self.dtype).itemsize)
 
     def bytes_of_entry(self, tokens: int) -> int:
-        """Its blocks' columns, and in 16 bits either their rounded copy or its row, widened, and the row's gradient."""
+        """Its blocks' columns, and in 16 bits its row, widened, and the row's gradient, or the columns rounded."""
         wide = accumulation_dtype(self.dtype).itemsize
-        more = 0 if self.dtype.itemsize == wide else max(self.dtype.itemsize * tokens, 2 * wide * self.features)
-        return tokens * self.blocks * wide + more
+        rounded = self.dtype.itemsize if self.dtype.itemsize < wide else 0
+        return tokens * self.blocks * wide + (2 * wide * self.features if self.widened else tokens * rounded)
 
 
-def blocks_of(softcap: float | None, scale: object) -> int:
+def sizes_of(operands: Operands, softcap: float | None, workspace_mib: int, more_blocks: int = 0) -> Sizes:
     """The softcap's derivative needs its tanh beside the logits, the gradient by a scale what it scales."""
-    return 1 + (softcap is not None) + (scale is not None)
+    hidden, (vocabulary, features) = operands.hidden, operands.weight.shape
+    blocks = 1 + (softcap is not None) + (operands.scale is not None) + more_blocks
+    widened = _factor_dtype(hidden) != hidden.dtype
+    return Sizes(features, vocabulary, hidden.dtype, workspace_mib, blocks, widened)
 
 
 def entries_per_strip(tokens: int, sizes: Sizes, copied: bool = True) -> int:
@@ -188,16 +192,14 @@ def pieces(
     ``whole_rows``: one strip each, see :func:`tokens_with_whole_rows`.
     """
     rows = (targets != ignore_index).nonzero().squeeze(-1)
-    vocabulary, features = operands.weight.shape
-    blocks = blocks_of(softcap, operands.scale) + more_blocks
-    sizes = Sizes(features, vocabulary, operands.hidden.dtype, workspace_mib, blocks)
+    sizes = sizes_of(operands, softcap, workspace_mib, more_blocks)
     tokens = rows.numel()
     if whole_rows:
         tokens = tokens_with_whole_rows(tokens, sizes)
     elif not at_once:
         tokens = tokens_per_piece(tokens, sizes)
     for some in rows.split(max(tokens, 1)):
-        strip = vocabulary if whole_rows else entries_per_strip(some.numel(), sizes, copied=not at_once)
+        strip = sizes.vocabulary if whole_rows else entries_per_strip(some.numel(), sizes, copied=not at_once)
         yield Piece(operands, softcap, some, targets[some].long(), strip)
 
 

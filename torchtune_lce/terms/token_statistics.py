@@ -17,10 +17,10 @@ from torch import Tensor
 from torchtune_lce.implementations.walk import (
     Operands,
     Piece,
-    Sizes,
     entries_per_strip,
     no_values,
     pieces,
+    sizes_of,
     walk_gradients,
 )
 from torchtune_lce.inputs.autocast import without_autocast
@@ -62,7 +62,7 @@ torch.library.define(
 def _predict(hidden, weight, bias, low, up, scale, softcap, workspace_mib):
     operands = Operands(hidden, weight, bias, low, up, scale)
     everything = torch.arange(hidden.shape[0], device=hidden.device)
-    sizes = Sizes(*weight.T.shape, hidden.dtype, workspace_mib, blocks=2)
+    sizes = sizes_of(operands, None, workspace_mib, more_blocks=1)
     piece = Piece(operands, softcap, everything, everything, entries_per_strip(hidden.shape[0], sizes))
     none = hidden.new_zeros(hidden.shape[0], dtype=piece.wide)
     found = Predictions(none - torch.inf, torch.full_like(none, -1, dtype=torch.int64), none, none)
