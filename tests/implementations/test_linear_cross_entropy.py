@@ -477,6 +477,40 @@ def test_a_vocabulary_masked_alike_is_flat(impl, device):
     torch.testing.assert_close(gradient, (weight.mean(0) - weight[:5]) / 5)
 
 
+@pytest.mark.parametrize("logit", [-200.0, 0.0, 200.0])
+@pytest.mark.parametrize("impl", [*EACH, one("cce_exact")])
+def test_a_target_that_alone_can_be(impl, logit, device):
+    """It is certain, whatever its logit: exp of what the others' -inf is measured from may be no number."""
+    hidden, weight = torch.ones(3, 8, device=device, requires_grad=True), torch.zeros(70, 8, device=device)
+    bias = torch.full((70,), -torch.inf, device=device)
+    weight[5], bias[5] = logit / 8, 0
+    weight.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, torch.full((3,), 5, device=device), bias, impl=impl)
+    assert loss == 0
+    for gradient in torch.autograd.grad(loss, (hidden, weight)):
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_no_term_that_is_not_asked_for(impl, device):
+    """Nothing times the square of a log-sum-exp that has none, or times one that is infinite, would not be nothing."""
+    hidden, weight = torch.ones(3, 1, device=device, requires_grad=True), torch.zeros(70, 1, device=device)
+    targets = torch.arange(3, device=device)
+    weight[5] = 4e19
+    weight.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, targets, impl=impl)
+    torch.testing.assert_close(loss.item(), 4e19)
+    for actual, wanted in zip(
+        torch.autograd.grad(loss, (hidden, weight)),
+        torch.autograd.grad(F.cross_entropy(hidden @ weight.T, targets), (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, wanted)
+    with torch.no_grad():
+        weight[5] = torch.inf
+    assert linear_cross_entropy(hidden, weight, targets, impl=impl) == torch.inf
+
+
 @pytest.mark.parametrize("added", [{}, {"label_smoothing": 0.2}, {"z_loss": 1e-6}], ids=["alone", "smoothed", "z-loss"])
 @pytest.mark.parametrize(("impl", "trained"), [*TRAINED, FROZEN])
 def test_a_common_logit_costs_no_digits(impl, trained, added, device):

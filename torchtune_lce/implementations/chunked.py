@@ -304,19 +304,27 @@ def _sum(*arguments):
         nll[rows], peak[rows], log_total[rows] = _Sums(largest, exponentials.sum(-1), target).losses()
         d_nll, d_lse = _by_sum(peak[rows] + log_total[rows], smoothing, z_loss)
         d_target, d_softmax = _upstream(d_nll, d_lse, nll[rows])
-        d_logits = exponentials.mul_((d_softmax * (base - peak[rows] - log_total[rows]).exp())[:, None])
+        # No more than 1, also where no other entry can be and base is none of their logits.
+        shrunk = (base - peak[rows] - log_total[rows]).clamp_(max=0).exp()
+        d_logits = exponentials.mul_((d_softmax * shrunk)[:, None])
         swap_at_targets(d_logits, piece.labels, 0, d_target)
         return d_logits
 
     walked = pieces(operands, targets, *settings, whole_rows=True)
     gradients = walk_gradients(operands, walked, Operands(*needs), by_logits)
-    total = (1 - smoothing) * nll + smoothing * log_total + z_loss * (peak + log_total).square()
+    # Not nothing times what may be infinite.
+    total = (1 - smoothing) * nll + smoothing * log_total if smoothing else nll
+    if z_loss:
+        total = total + z_loss * (peak + log_total).square()
     return total.sum(), nll, peak, log_total, *gradients
 
 
-def _by_sum(lse: Tensor, smoothing: float, z_loss: float) -> tuple[Tensor, Tensor]:
-    """Gradients of the sum by a token's loss and log-sum-exp."""
-    return torch.full_like(lse, 1 - smoothing), smoothing + 2 * z_loss * lse
+def _by_sum(lse: Tensor, smoothing: float, z_loss: float) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the sum by a token's loss and log-sum-exp; None without a term of the latter."""
+    d_nll = torch.full_like(lse, 1 - smoothing)
+    if z_loss:
+        return d_nll, smoothing + 2 * z_loss * lse
+    return d_nll, torch.full_like(lse, smoothing) if smoothing else None
 
 
 @torch.library.register_fake("torchtune_lce::chunked_sum")
@@ -344,7 +352,7 @@ def _differentiate_sum(ctx, d_total, *_):
     needs = list(ctx.needs_input_grad[:_COUNT])
     if torch.is_grad_enabled():
         # For a second derivative, which this operator refuses when it is asked for.
-        upstream = (d_total * x for x in _by_sum(peak + log_total, *ctx.terms))
+        upstream = (x if x is None else d_total * x for x in _by_sum(peak + log_total, *ctx.terms))
         arguments = *operands, targets, nll, peak, log_total, *ctx.settings, needs
         gradients = operators.chunked_backward(*upstream, None, *arguments)
     else:
