@@ -46,6 +46,22 @@ def test_gradients_are_linear_in_the_upstream(impl, upstream, device):
             torch.testing.assert_close(leaf.grad / upstream, gradient, **TOLERANCE)
 
 
+@pytest.mark.parametrize("upstream", [torch.inf, torch.nan])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("impl", EACH)
+def test_ignored_tokens_have_no_gradient_of_any_upstream(impl, frozen, reduction, upstream, device):
+    """As of a scaled loss that has overflowed; of a token's own loss, other tokens' gradients stay what they are."""
+    hidden, weight, targets = make_inputs(device)
+    weight.requires_grad_(not frozen)
+    ignored = targets == -100
+    losses = linear_cross_entropy(hidden, weight, targets, reduction=reduction, impl=impl)
+    losses.backward(torch.ones_like(losses).masked_fill(ignored if reduction == "none" else ~losses.isnan(), upstream))
+    assert not hidden.grad[ignored].any()
+    assert hidden.grad.isfinite().all(-1).tolist() == (ignored | (reduction == "none")).tolist()
+    assert frozen or weight.grad.isfinite().all() == (reduction == "none")
+
+
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 def test_chunked_goes_back_in_parts_and_again(frozen, device):
     """Gradients that the forward has made are given away once; another backward over the graph makes the same ones."""
@@ -221,6 +237,30 @@ def test_vmap(impl, device):
 
     ours = losses(lambda *inputs: linear_cross_entropy(*inputs, impl=impl))
     for actual, wanted in zip(ours, losses(plain), strict=True):
+        torch.testing.assert_close(actual, wanted, **TOLERANCE)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_batches_of_upstream_gradients(impl, frozen, reduction, device):
+    """Several at once, as torch.autograd.functional.jacobian(vectorize=True) gives them to the backward."""
+    hidden, weight, targets = make_inputs(device)
+    leaves = (hidden,) if frozen else (hidden, weight)
+    weight.requires_grad_(not frozen)
+    ours = linear_cross_entropy(hidden, weight, targets, reduction=reduction, impl=impl)
+    theirs = plain(hidden, weight, targets, reduction)
+    upstreams = torch.randn(3, *ours.shape, device=device)
+    batched = torch.autograd.grad(ours, leaves, upstreams, is_grads_batched=True)
+    one_by_one = (torch.autograd.grad(theirs, leaves, upstream, retain_graph=True) for upstream in upstreams)
+    for actual, wanted in zip(batched, map(torch.stack, zip(*one_by_one, strict=True)), strict=True):
+        torch.testing.assert_close(actual, wanted, **TOLERANCE)
+
+    def loss(*inputs):
+        return linear_cross_entropy(*inputs, *(() if len(inputs) > 1 else (weight,)), targets, impl=impl)
+
+    jacobian = torch.autograd.functional.jacobian(loss, leaves, vectorize=True)
+    for actual, wanted in zip(jacobian, torch.autograd.grad(plain(hidden, weight, targets), leaves), strict=True):
         torch.testing.assert_close(actual, wanted, **TOLERANCE)
 
 

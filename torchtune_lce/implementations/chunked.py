@@ -42,6 +42,7 @@ from torchtune_lce.inputs.autocast import without_autocast
 from torchtune_lce.inputs.call import Call
 from torchtune_lce.inputs.dtypes import accumulation_dtype
 from torchtune_lce.inputs.losses import Losses
+from torchtune_lce.inputs.validation import is_writable
 
 _OPERANDS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor? scale"
 _SETTINGS = "int ignore_index, float? softcap, int workspace_mib"
@@ -361,9 +362,15 @@ def _differentiate_sum(ctx, d_total, *_):
             # Once more over the same graph; or vmap, inside which nothing seems to ask for a gradient.
             made = operators.chunked_sum(*operands, targets, *ctx.settings, *ctx.terms, needs)
             gradients = made[-_COUNT:]
-        # A tracer, whose tensors are of other types, may not write to what the forward has returned.
-        in_place = all(type(gradient) is Tensor for gradient in gradients)
-        gradients = [gradient.mul_(d_total) if in_place else gradient * d_total for gradient in gradients]
+        # A tracer may not write to what the forward has returned, and many upstream gradients need as many results.
+        in_place = all(map(is_writable, (d_total, *gradients)))
+        # Of ignored tokens nothing, whatever d_total is.
+        of_tokens = d_total.where(targets != ctx.settings[0], 0)[:, None]
+        factors = Operands(*[d_total] * _COUNT)._replace(hidden=of_tokens, low=of_tokens)
+        gradients = [
+            made if not need else made.mul_(factor) if in_place else made * factor
+            for made, factor, need in zip(gradients, factors, needs, strict=True)
+        ]
     return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 7
 
 

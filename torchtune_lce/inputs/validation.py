@@ -176,6 +176,14 @@ def is_readable(tensor: Tensor) -> bool:
     return not any(functorch.is_batchedtensor(wrapped) for wrapped in _wrapped(tensor))
 
 
+def is_writable(tensor: Tensor) -> bool:
+    """Whether it may be written to in place: it is no tracer's, whose tensors are of other types, nor many in one, as
+    under torch.vmap and torch.autograd.grad(is_grads_batched=True).
+    """
+    wrapped = functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+    return type(tensor) is Tensor and not wrapped
+
+
 def check_range(targets: Tensor, vocabulary: int, ignore_index: int, if_too_large: str = "") -> None:
     """Raises ValueError for a target outside [0, V) that is not ignore_index; reads the tensor: a GPU synchronises.
 
