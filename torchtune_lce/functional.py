@@ -210,7 +210,6 @@ def _with_nan_outside(token_losses: choice.TokenLosses) -> choice.TokenLosses:
         losses = token_losses(call)
         # A factor, not a replacement: the NaN then reaches the gradients too.
         poison = torch.ones_like(losses.nll).masked_fill_(outside, torch.nan)
-        total = None if losses.total is None else losses.total * poison.prod()
-        return losses._replace(nll=losses.nll * poison, log_total=losses.log_total * poison, total=total)
+        return losses._replace(nll=losses.nll * poison, log_total=losses.log_total * poison)
 
     return run

@@ -16,6 +16,7 @@ from torchtune_lce import LinearCrossEntropyLoss, functional, linear_cross_entro
 from torchtune_lce.implementations.choice import NAMES
 from torchtune_lce.inputs import validation
 from torchtune_lce.inputs.call import checked
+from torchtune_lce.inputs.low_rank import LowRank
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.inputs.shard import VocabularyShard
 
@@ -215,6 +216,46 @@ def test_bad_target_that_nobody_looks_at_is_nan(impl, trained, vocabulary, ignor
         return loss, lse
 
     assert_bad_targets_are_nan(losses, targets, vocabulary, ignore_index, trained)
+
+
+@pytest.mark.parametrize("settings", [{}, {"softcap": 3.0, "z_loss": 0.1}, {"label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("impl", [impl for impl in RUNNABLE if impl != "torch_compile"])
+def test_bad_target_spoils_a_mean_and_its_own_token_alone(impl, trained, settings, monkeypatch):
+    """Though the mean is NaN, that of other tokens' gradients which arrives at the hidden states is right."""
+    monkeypatch.setattr(validation, "is_readable", lambda targets: False)
+    targets = torch.tensor([0, 10, -100, 11, -1, 0, 2**40])
+    hidden, weight = torch.randn(7, 8, requires_grad=True), torch.randn(11, 8, requires_grad=trained)
+    assert_bad_targets_spoil_a_mean(hidden, weight, targets, impl=impl, options=Options(**settings))
+    assert not trained or weight.grad.isnan().all(-1).any()
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_bad_target_beside_an_adapter(scaled, trained, monkeypatch):
+    """In `chunked`, which reads the adapter's rows and scale of targets."""
+    monkeypatch.setattr(validation, "is_readable", lambda targets: False)
+    targets = torch.tensor([0, 10, -100, 11, -1, 0, 2**40])
+    hidden, weight = torch.randn(7, 8, requires_grad=True), torch.randn(11, 8)
+    low = torch.randn(7, 2, requires_grad=True)
+    low_rank = LowRank(low, torch.randn(11, 2, requires_grad=trained), torch.rand(11) + 0.5 if scaled else None)
+    assert_bad_targets_spoil_a_mean(hidden, weight, targets, low_rank, impl="chunked", options=Options())
+
+
+def assert_bad_targets_spoil_a_mean(hidden, weight, targets, low_rank=None, **settings):
+    bad = ((targets < 0) | (targets >= len(weight))) & (targets != -100)
+    loss = compute(hidden, weight, targets, low_rank=low_rank, **settings)
+    loss.backward()
+    assert loss.isnan()
+    leaves = [hidden] if low_rank is None else [hidden, low_rank.low]
+    if low_rank is not None:
+        low_rank = low_rank._replace(low=low_rank.low[~bad])
+    good = compute(
+        hidden[~bad], weight, targets[~bad], low_rank=low_rank, **settings | {"impl": "reference", "reduction": "sum"}
+    )
+    for leaf, expected in zip(leaves, torch.autograd.grad(good / (targets != -100).sum(), leaves), strict=True):
+        assert torch.equal(leaf.grad.isnan().all(-1), bad)
+        torch.testing.assert_close(leaf.grad[~bad], expected[~bad])
 
 
 @pytest.mark.parametrize("ignore_index", [-100, 0])

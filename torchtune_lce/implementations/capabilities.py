@@ -71,7 +71,7 @@ CAPABILITIES = {
     "torch_compile": replace(
         _REFERENCE, second_derivative=False, transforms=False, needs_compiler=True, compute_capability=(7, 0)
     ),
-    "chunked": replace(_REFERENCE, own_backward=True, second_derivative=False, transforms=False),
+    "chunked": replace(_REFERENCE, any_label=True, own_backward=True, second_derivative=False, transforms=False),
     "reference": _REFERENCE,
 }
 

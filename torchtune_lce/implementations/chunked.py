@@ -17,7 +17,8 @@ logits. How often the logits are computed depends on what is differentiated:
   fewer than 128 tokens fit.
 - Otherwise twice, in the forward and in the backward.
 
-All are custom operators: how many tokens are in use decides their shapes, which a compiler cannot know.
+All are custom operators: how many tokens are in use decides their shapes, which a compiler cannot know. A target that
+is no entry makes its own token's loss and gradients NaN, and what is summed over tokens.
 """
 
 from typing import NamedTuple
@@ -80,7 +81,7 @@ class _Sums(NamedTuple):
 
     peak: Tensor  # largest logit
     total: Tensor  # of exponentials measured from it
-    target: Tensor  # the target's own logit
+    target: Tensor  # the target's own logit, NaN where it is no entry
 
     def losses(self) -> tuple[Tensor, Tensor, Tensor]:
         """Negative log-likelihood; the largest logit, 0 where that is not finite; log-sum-exp, less that."""
@@ -177,7 +178,7 @@ def _forward_piece(piece: Piece, with_means: bool, with_directions: bool) -> tup
             add_product(direction.mul_(shrunk[:, None]), exponentials.to(piece.factor), weight)
         # Before the next strip's are made.
         del logits, exponentials, weight
-    sums = _Sums(peak, total, target)
+    sums = _Sums(peak, total, target.masked_fill_(piece.outside, torch.nan))
     slope = None
     if direction is not None:
         # Of no other entries there is no mean.
@@ -205,10 +206,11 @@ def _along_directions(d_nll, d_lse, nll, slope, targets, direction, rows, ignore
     gradient = torch.zeros_like(direction)
     # Both terms in the accumulation dtype, and their factors as they are.
     bytes_of_token = direction.shape[1] * (2 * nll.itemsize + 3 * direction.itemsize)
+    labels = targets.clamp(0, rows.shape[0] - 1)
     used = (targets != ignore_index).nonzero().squeeze(-1)
     for some in used.split(max(workspace_mib * 2**20 // bytes_of_token, 1)):
         terms = direction[some] * along[some]
-        gradient[some] = terms.addcmul_(rows[targets[some]], d_target[some]).to(gradient.dtype)
+        gradient[some] = terms.addcmul_(rows[labels[some]], d_target[some]).to(gradient.dtype)
     return gradient
 
 
@@ -298,7 +300,7 @@ def _sum(*arguments):
 
     def by_logits(logits, _, piece):
         rows = piece.rows
-        target = swap_at_targets(logits, piece.labels, 0, -torch.inf)
+        target = swap_at_targets(logits, piece.labels, 0, -torch.inf).masked_fill_(piece.outside, torch.nan)
         largest = logits.amax(-1)
         base = finite(largest)
         exponentials = logits.sub_(base[:, None]).exp_()

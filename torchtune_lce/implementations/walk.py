@@ -134,8 +134,11 @@ class Piece:
     """Some tokens' logits, a strip of the vocabulary at a time; each strip takes the memory of the one before."""
 
     def __init__(self, operands: Operands, softcap: float | None, rows: Tensor, labels: Tensor, strip: int):
-        self.operands, self.softcap, self.rows, self.labels, self.strip = operands, softcap, rows, labels, strip
+        self.operands, self.softcap, self.rows, self.strip = operands, softcap, rows, strip
         hidden, low = operands.hidden, operands.low
+        # Of a label that names no entry another one is looked at, and what it gives not used.
+        self.labels = labels.clamp(0, operands.weight.shape[0] - 1)
+        self.outside = labels != self.labels
         self.wide, self.factor = accumulation_dtype(hidden.dtype), _factor_dtype(hidden)
         # Of all tokens no copy is needed.
         used = hidden if rows.numel() == hidden.shape[0] else hidden[rows]

@@ -23,4 +23,4 @@ class Losses(NamedTuple):
     log_total: Tensor  # log-sum-exp of the logits, less the peak
     mean: Tensor | None = None  # of the logits, less the peak; with label smoothing
     divisor: Tensor | None = None  # [] integer: tokens in use, 1 if there are none; from those that have it at hand
-    total: Tensor | None = None  # []; from those that make gradients with the losses
+    total: Tensor | None = None  # []; from those that make gradients with the losses, and take any label
