@@ -559,6 +559,36 @@ def test_a_confident_token_costs_no_digits(impl, trained, device):
         assert error < 2e-5, f"{name} is {error:.1e} off"
 
 
+@pytest.mark.parametrize("pulled", ["loss", "lse", "both"])
+@pytest.mark.parametrize("tokens", ["flat", "unsure", "confident", "mistaken"])
+@pytest.mark.parametrize("common", [0.0, 1.0, 16.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_chunked_keeps_of_a_frozen_head_loses_no_digits(dtype, common, tokens, pulled, device):
+    """It is rounded once: be what the rows of the weight have in common large or nothing, the target's share of the
+    softmax 1 or 0. Against torch's own rounding, of logits and of what multiplies the rows."""
+    weight = (torch.randn(300, 64, device=device) / 4 + common * torch.randn(64, device=device)).to(dtype)
+    apart = F.normalize(weight.float() - weight.float().mean(0), dim=-1)
+    spread = {"flat": 0.05, "unsure": 1.0}.get(tokens)
+    hidden = spread * torch.randn(40, 64, device=device) if spread else 7 * apart[:40]
+    # All logits of a token are moved alike by what rows have in common: as good as nothing here, where it would round.
+    hidden = hidden - (hidden @ (shared := F.normalize(weight.float().mean(0), dim=0)))[:, None] * shared
+    hidden = hidden.to(dtype).requires_grad_()
+    targets = torch.arange(40, device=device) + (100 if tokens == "mistaken" else 0)
+    # Within float16, as a scaled loss's.
+    upstream = torch.linspace(1, 2, 40, device=device) * 2**6
+    gradients = []
+    for states, rows in ((hidden, weight), (hidden.double(), weight.double())):
+        loss, lse = linear_cross_entropy(
+            states, rows, targets, reduction="none", return_lse=True, impl="chunked" if rows is weight else "reference"
+        )
+        results = {"loss": [loss], "lse": [lse], "both": [loss, lse]}[pulled]
+        (gradient,) = torch.autograd.grad(results, hidden, [upstream.to(loss.dtype)] * len(results))
+        gradients.append(gradient.double())
+    # The latter's was rounded on its way to hidden, once.
+    error = ((gradients[0] - gradients[1]).norm(dim=-1) / gradients[1].norm(dim=-1)).max().item()
+    assert error < 1.5 * torch.finfo(dtype).eps, f"{error:.1e} off"
+
+
 @pytest.mark.parametrize("impl", ["reference", "chunked"])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_gradcheck(impl, softcap):

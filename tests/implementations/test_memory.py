@@ -71,7 +71,7 @@ def test_chunked_makes_no_second_gradient(frozen):
     gradients = gradient_bytes(inputs)
     assert gradients <= forward.kept <= gradients + shape.vectors()
     assert forward.peak <= WORKSPACE_MIB * MIB + gradients + shape.vectors()
-    assert backward.peak <= (WORKSPACE_MIB * MIB + gradients if frozen else 1024)
+    assert backward.peak <= (WORKSPACE_MIB * MIB + gradients if frozen else shape.vectors())
     assert forward.kept + backward.kept <= gradients + shape.vectors()
 
 
@@ -147,14 +147,17 @@ def test_cce_exact(trained, shape, workspace_mib, device):
 def test_frozen_input_has_no_gradient_in_memory(impl, frozen, device):
     if impl == "cce":
         pytest.importorskip("triton")
-    shape = Shape(tokens=40, vocabulary=200, width=96) if frozen == "weight" else Shape(200, 40, 96)
+    many = 200 if impl == "cce" else 2000
+    shape = Shape(tokens=40, vocabulary=many, width=96) if frozen == "weight" else Shape(many, 40, 96)
     everything = make_inputs(shape, torch.float32, device)
     one_frozen = everything | {frozen: everything[frozen].detach()}
-    whole, part = (
-        max(forward.peak, forward.kept + backward.peak)
-        for forward, backward in (usage_of_both(impl, inputs) for inputs in (everything, one_frozen))
-    )
-    assert part <= whole - 0.95 * everything[frozen].nbytes
+    whole, part = (usage_of_both(impl, inputs) for inputs in (everything, one_frozen))
+    if impl == "cce":
+        assert part[1].peak <= whole[1].peak - everything[frozen].nbytes
+    else:
+        # The forward may make them, and with a frozen head has more of the few hidden states' size.
+        whole, part = (max(forward.peak, forward.kept + backward.peak) for forward, backward in (whole, part))
+        assert part <= whole - 0.95 * everything[frozen].nbytes
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked"])

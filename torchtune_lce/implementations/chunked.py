@@ -9,8 +9,10 @@ logits. How often the logits are computed depends on what is differentiated:
 
       m = sum over v != t of p_v c_v w_v / (1 - p_t),
 
-  the gradient by the hidden state is (g + l) (1 - p_t) m + (g (p_t - 1) + l p_t) c_t w_t, for any g and l. So the
-  forward keeps m, [N, D], and the backward is a pass over it. That by an adapter's ``low`` is the same, of its ``up``.
+  the gradient by the hidden state is (g + l) (1 - p_t) m + (g (p_t - 1) + l p_t) c_t w_t, for any g and l, which is
+  (g + l) (1 - p_t) (m - c_t w_t) + l c_t w_t. So the forward keeps m or m - c_t w_t, [N, D], and the backward is a pass
+  over it: of each token whichever is smaller, as it is rounded. What rows have in common is large in the former alone;
+  rows that have nothing in common make the latter as large as w_t. That by an adapter's ``low`` is made of its ``up``.
 - Any of these, and the loss is a mean or a sum whose log-sum-exps nobody differentiates: once. The forward takes tokens
   whose whole rows of logits fit the workspace and makes the gradients of the sum, which the backward only scales. Not
   in 16 bits, where a sum over pieces of tokens would be held in float32 beside the gradient; and not where the rows of
@@ -106,7 +108,7 @@ torch.library.define(
     "torchtune_lce::chunked",
     f"({_OPERANDS}, Tensor targets, {_SETTINGS}, bool with_means, bool with_directions) "
     "-> (Tensor nll, Tensor peak, Tensor log_total, Tensor means, Tensor direction, Tensor low_direction, "
-    "Tensor slope)",
+    "Tensor slope, Tensor apart)",
 )
 
 
@@ -114,7 +116,7 @@ torch.library.define(
 @without_autocast
 def _forward(*arguments):
     """What :func:`token_losses` returns; ``means`` is empty unless ``with_means``. Unless ``with_directions`` the last
-    three are too: m of the module's docstring, of the weight's rows and of ``up``'s, and c_t.
+    four are too: m or m - c_t w_t of the module's docstring; m of ``up``'s rows, not rounded; c_t; and which it is.
     """
     operands, (targets, *settings, with_means, with_directions) = Operands(*arguments[:_COUNT]), arguments[_COUNT:]
     results = _results(operands, targets, with_means, with_directions)
@@ -129,15 +131,15 @@ def _results(operands: Operands, targets: Tensor, with_means: bool, with_directi
     """Zeros, which ignored tokens keep."""
     hidden, low = operands.hidden, operands.low
     numbers = hidden.new_zeros((targets.shape[0],), dtype=accumulation_dtype(hidden.dtype))
-    none = hidden.new_empty(0)
     return (
         numbers,
         torch.zeros_like(numbers),
         torch.zeros_like(numbers),
-        torch.zeros_like(numbers) if with_means else torch.empty_like(none, dtype=numbers.dtype),
-        hidden.new_zeros(hidden.shape) if with_directions else none,
-        low.new_zeros(low.shape) if with_directions and low is not None else torch.empty_like(none),
-        torch.zeros_like(numbers) if with_directions else torch.empty_like(none, dtype=numbers.dtype),
+        numbers.new_zeros(numbers.shape if with_means else 0),
+        hidden.new_zeros(hidden.shape if with_directions else 0),
+        numbers.new_zeros(low.shape if with_directions and low is not None else 0),
+        numbers.new_zeros(numbers.shape if with_directions else 0),
+        numbers.new_zeros(numbers.shape if with_directions else 0, dtype=torch.bool),
     )
 
 
@@ -177,9 +179,9 @@ def _forward_piece(piece: Piece, with_means: bool, with_directions: bool) -> tup
                 low_direction.mul_(shrunk[:, None]).addmm_(exponentials, up[part].to(piece.wide))
             add_product(direction.mul_(shrunk[:, None]), exponentials.to(piece.factor), weight)
         # Before the next strip's are made.
-        del logits, exponentials, weight
+        del logits, tanh, exponentials, weight
     sums = _Sums(peak, total, target.masked_fill_(piece.outside, torch.nan))
-    slope = None
+    slope = apart = None
     if direction is not None:
         # Of no other entries there is no mean.
         share = total.where(total > 0, 1)[:, None]
@@ -187,23 +189,32 @@ def _forward_piece(piece: Piece, with_means: bool, with_directions: bool) -> tup
         low_direction = None if low_direction is None else low_direction.div_(share)
         slope = torch.ones_like(target) if piece.softcap is None else 1 - (target / piece.softcap).square()
         slope = slope if scale is None else slope * scale[piece.labels]
-    return *sums.losses(), mean, direction, low_direction, slope
+        own = piece.operands.weight[piece.labels].to(piece.wide).mul_(slope[:, None])
+        along, square = (torch.einsum("nd,nd->n", x, own) for x in (direction, own))
+        apart = 2 * along > square
+        direction.addcmul_(own, apart[:, None].to(piece.wide), value=-1)
+    return *sums.losses(), mean, direction, low_direction, slope, apart
 
 
 torch.library.define(
     "torchtune_lce::chunked_along_directions",
-    "(Tensor? d_nll, Tensor? d_lse, Tensor nll, Tensor slope, Tensor targets, Tensor direction, Tensor rows, "
-    "int ignore_index, int workspace_mib) -> Tensor",
+    "(Tensor? d_nll, Tensor? d_lse, Tensor nll, Tensor slope, Tensor targets, Tensor direction, Tensor? apart, "
+    "Tensor rows, int ignore_index, int workspace_mib) -> Tensor",
 )
 
 
 @torch.library.impl("torchtune_lce::chunked_along_directions", "default")
 @without_autocast
-def _along_directions(d_nll, d_lse, nll, slope, targets, direction, rows, ignore_index, workspace_mib):
-    """Gradient [N, D] by the hidden states, ``rows`` being the weight's, or [N, r] by ``low``, they being ``up``'s."""
+def _along_directions(d_nll, d_lse, nll, slope, targets, direction, apart, rows, ignore_index, workspace_mib):
+    """Gradient [N, D] by the hidden states, ``rows`` being the weight's, or [N, r] by ``low``, they being ``up``'s.
+
+    ``apart``: where the target's row has been taken from ``direction``.
+    """
     d_target, d_softmax = _upstream(torch.zeros_like(nll) if d_nll is None else d_nll, d_lse, nll)
+    if apart is not None:
+        d_target = torch.where(apart, 0 if d_lse is None else d_lse, d_target)
     along, d_target = (d_softmax * -torch.expm1(-nll))[:, None], (d_target * slope)[:, None]
-    gradient = torch.zeros_like(direction)
+    gradient = rows.new_zeros(direction.shape)
     # Both terms in the accumulation dtype, and their factors as they are.
     bytes_of_token = direction.shape[1] * (2 * nll.itemsize + 3 * direction.itemsize)
     labels = targets.clamp(0, rows.shape[0] - 1)
@@ -215,8 +226,8 @@ def _along_directions(d_nll, d_lse, nll, slope, targets, direction, rows, ignore
 
 
 @torch.library.register_fake("torchtune_lce::chunked_along_directions")
-def _(d_nll, d_lse, nll, slope, targets, direction, rows, ignore_index, workspace_mib):
-    return torch.empty_like(direction)
+def _(d_nll, d_lse, nll, slope, targets, direction, apart, rows, ignore_index, workspace_mib):
+    return rows.new_empty(direction.shape)
 
 
 torch.library.define(
@@ -265,15 +276,15 @@ def _differentiate(ctx, d_nll, _, d_lse, d_means, *__):
     operands, (targets, nll, peak, log_total, *directions) = Operands(*saved[:_COUNT]), saved[_COUNT:]
     needs = Operands(*ctx.needs_input_grad[:_COUNT])
     if ctx.with_directions and not needs.of_entries:
-        *directions, slope = directions
+        direction, low_direction, slope, apart = directions
         ignore_index, _, workspace_mib = ctx.settings
 
-        def along(direction, rows):
+        def along(*direction):
             upstream = d_nll, d_lse, nll, slope, targets
-            return operators.chunked_along_directions(*upstream, direction, rows, ignore_index, workspace_mib)
+            return operators.chunked_along_directions(*upstream, *direction, ignore_index, workspace_mib)
 
-        d_hidden = along(directions[0], operands.weight) if needs.hidden else None
-        d_low = along(directions[1], operands.up) if needs.low else None
+        d_hidden = along(direction, apart, operands.weight) if needs.hidden else None
+        d_low = along(low_direction, None, operands.up) if needs.low else None
         return d_hidden, None, None, d_low, *[None] * 8
     upstream = d_nll, d_lse, d_means if ctx.with_means else None
     gradients = operators.chunked_backward(*upstream, *operands, targets, nll, peak, log_total, *ctx.settings, [*needs])

@@ -152,6 +152,7 @@ class Piece:
         for start in range(0, weight.shape[0], self.strip):
             part = slice(start, min(start + self.strip, weight.shape[0]))
             yield part, weight[part].to(self.factor)
+        self._memory.clear()
 
     def block(self, number: int, entries: int) -> Tensor:
         """Memory [n, entries] in the accumulation dtype, the same for each strip."""
