@@ -186,11 +186,10 @@ def _reduced(losses: Losses, lse: Tensor | None, call: Call, reduction: str) -> 
 def _token_losses(call: Call, impl: str) -> choice.TokenLosses:
     """What computes the call's losses a token: an implementation, and around it what it does not do itself."""
     scaled = call.low_rank is not None and call.low_rank.scale is not None
-    beyond = choice.beyond_kernels(call.options, scaled)
-    name, token_losses = choice.choose(impl, call.hidden, beyond)
+    name, token_losses = choice.choose(impl, call.hidden, choice.beyond_kernels(call.options, scaled))
     choice.check_transforms(name, *call.given, *(call.low_rank or ()))
-    # What it takes beyond the losses is then a row for all tokens.
-    if call.options.label_smoothing and choice.CAPABILITIES[name].own_backward and beyond is None:
+    # Others return the means themselves, as any does that are no such product.
+    if call.options.label_smoothing and choice.CAPABILITIES[name].own_backward and call.means_by_product:
         token_losses = with_mean_logits(token_losses)
     if call.shard is not None:
         # torch.distributed.tensor is loaded by whoever has a shard.

@@ -1,6 +1,7 @@
 """Label smoothing in every implementation, against F.cross_entropy's in float64 on full logits, with gradients."""
 
 import itertools
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from allocations import MIB, WIDE, WORKSPACE_MIB, Shape, gradient_bytes, make_inputs, usage
 from calls import compute
+from torch.profiler import ProfilerActivity, profile
 
 from torchtune_lce import LinearCrossEntropyLoss, linear_cross_entropy
 from torchtune_lce.implementations import chunked
+from torchtune_lce.inputs import dtypes
 from torchtune_lce.inputs.call import checked
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.terms.label_smoothing import smooth, with_mean_logits
@@ -104,6 +107,27 @@ def test_frozen_inputs(impl, frozen, device):
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 def test_dtypes(impl, dtype):
     assert_equals_cross_entropy(impl, {}, *make_tensors("cpu", dtype))
+
+
+@pytest.mark.parametrize("frozen", [(), FROZEN[0]], ids=["trained", "frozen"])
+def test_on_a_device_without_float64(frozen, monkeypatch, tmp_path):
+    """As MPS, which makes no such tensor: none is made here, and the loss is as accurate."""
+    monkeypatch.setattr(dtypes, "_WITHOUT_FLOAT64", ("cpu",), raising=False)
+    tensors, targets = make_tensors("cpu", frozen=frozen)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+        linear_cross_entropy(**tensors, targets=targets, label_smoothing=SMOOTHING, impl="chunked").backward()
+    recorded.export_chrome_trace(str(tmp_path / "trace.json"))
+    types = types_of_matrices_and_vectors(json.loads((tmp_path / "trace.json").read_text())["traceEvents"])
+    assert "float" in types
+    assert "double" not in types
+    assert_equals_cross_entropy("chunked", {}, tensors, targets)
+
+
+def types_of_matrices_and_vectors(events: list[dict]) -> set[str]:
+    """A number of Python's is a double of no dimension in a trace."""
+    calls = [event["args"] for event in events if "Input type" in event.get("args", {})]
+    inputs = (zip(call["Input type"], call["Input Dims"], strict=True) for call in calls)
+    return {kind for arguments in inputs for kind, shape in arguments if shape}
 
 
 @pytest.mark.gpu

@@ -57,8 +57,7 @@ def token_losses(call: Call) -> Losses:
     """By one of the operators."""
     options, operands = call.options, Operands(*call.operands)
     needs = Operands(*(x is not None and x.requires_grad and torch.is_grad_enabled() for x in operands))
-    # Without a softcap and a scale the mean is a product of its own, see label_smoothing.py.
-    with_means = bool(options.label_smoothing) and (options.softcap is not None or operands.scale is not None)
+    with_means = bool(options.label_smoothing) and not call.means_by_product
     settings = call.labels, options.ignore_index, options.softcap, options.workspace_mib
     if call.summed and needs.of_entries and not with_means and _sums_fit(operands, options):
         total, nll, peak, log_total, *_ = torch.ops.torchtune_lce.chunked_sum(

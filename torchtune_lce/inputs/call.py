@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchtune_lce.inputs import validation
 from torchtune_lce.inputs.autocast import cast_inputs
-from torchtune_lce.inputs.dtypes import accumulation_dtype
+from torchtune_lce.inputs.dtypes import accumulation_dtype, has_float64
 from torchtune_lce.inputs.low_rank import LowRank
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.inputs.shard import VocabularyShard
@@ -52,6 +52,15 @@ class Call:
     def operands(self) -> tuple[Tensor | None, ...]:
         """What the logits are made of: hidden, weight, bias, and low, up and scale of the low rank."""
         return self.hidden, self.weight, self.bias, *(self.low_rank or (None, None, None))
+
+    @property
+    def means_by_product(self) -> bool:
+        """Whether the means of the logits, which label smoothing needs, are products with the mean row, in float64.
+
+        Those of logits that a softcap or a scale has changed are not.
+        """
+        scaled = self.low_rank is not None and self.low_rank.scale is not None
+        return self.options.softcap is None and not scaled and has_float64(self.hidden.device)
 
     def without_labels_outside(self) -> tuple[Call, Tensor | None]:
         """The same with every label an entry or ignored, so that nothing reads out of bounds, and which, [N] bool, were

@@ -4,6 +4,12 @@ import torch
 
 HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TARGET_DTYPES = (torch.int64, torch.int32)
+# Types of devices. Some of Intel's cards have it.
+_WITHOUT_FLOAT64 = ("mps", "xpu")
+
+
+def has_float64(device: torch.device) -> bool:
+    return device.type not in _WITHOUT_FLOAT64
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
