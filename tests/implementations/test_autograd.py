@@ -71,6 +71,7 @@ def test_chunked_goes_back_in_parts_and_again(frozen, device):
     loss = linear_cross_entropy(hidden, weight, targets, softcap=9.0, z_loss=0.1, label_smoothing=0.0, impl="chunked")
     together = torch.autograd.grad(loss, leaves, retain_graph=True)
     copies = [gradient.clone() for gradient in together]
+    torch.autograd.grad(loss, leaves, loss.new_ones(2), is_grads_batched=True, retain_graph=True)
     one_by_one = [torch.autograd.grad(loss, leaf, retain_graph=True)[0] for leaf in leaves]
     for kept, copy, again in zip(together, copies, one_by_one, strict=True):
         assert torch.equal(kept, copy), "another backward has written to it"

@@ -15,6 +15,7 @@ from allocations import (
     usage,
 )
 from calls import compute
+from torch.utils.checkpoint import checkpoint
 
 from torchtune_lce.inputs.options import Options
 
@@ -73,6 +74,28 @@ def test_chunked_makes_no_second_gradient(frozen):
     assert forward.peak <= WORKSPACE_MIB * MIB + gradients + shape.vectors()
     assert backward.peak <= (WORKSPACE_MIB * MIB + gradients if frozen else shape.vectors())
     assert forward.kept + backward.kept <= gradients + shape.vectors()
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
+def test_chunked_holds_no_gradient_where_it_is_computed_again(reentrant):
+    """Under checkpointing nothing is held between forward and backward, which makes the gradients once."""
+    shape = Shape(tokens=600, vocabulary=1000, width=256)
+    inputs = make_inputs(shape, torch.float32, torch.device("cpu"))
+
+    def again(hidden):
+        return compute(**inputs | {"hidden": hidden}, options=Options(workspace_mib=WORKSPACE_MIB), impl="chunked")
+
+    held = []
+    forward, backward = (
+        usage(call, torch.device("cpu"), False)
+        for call in (
+            lambda: held.append(checkpoint(again, inputs["hidden"], use_reentrant=reentrant)),
+            lambda: held.pop().backward(),
+        )
+    )
+    assert forward.kept <= shape.vectors()
+    gradients = gradient_bytes(inputs)
+    assert gradients <= backward.peak <= WORKSPACE_MIB * MIB + gradients + shape.vectors()
 
 
 def test_chunked_takes_more_tokens_than_fit():

@@ -16,7 +16,7 @@ logits. How often the logits are computed depends on what is differentiated:
 - Any of these, and the loss is a mean or a sum whose log-sum-exps nobody differentiates: once. The forward takes tokens
   whose whole rows of logits fit the workspace and makes the gradients of the sum, which the backward only scales. Not
   in 16 bits, where a sum over pieces of tokens would be held in float32 beside the gradient; and not where the rows of
-  fewer than 128 tokens fit.
+  fewer than 128 tokens fit. Activation checkpointing lets the gradients of the first forward go, and makes them again.
 - Otherwise twice, in the forward and in the backward.
 
 All are custom operators: how many tokens are in use decides their shapes, which a compiler cannot know. A target that
@@ -352,16 +352,16 @@ def _setup_context_of_sum(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     *tensors, ignore_index, softcap, workspace_mib, smoothing, z_loss, ctx.needs = inputs
     _, nll, peak, log_total, *gradients = output
-    ctx.save_for_backward(*tensors, nll, peak, log_total)
+    ctx.save_for_backward(*tensors, nll, peak, log_total, *gradients)
     ctx.settings = ignore_index, softcap, workspace_mib
     ctx.terms = smoothing, z_loss
-    # Not saved: they are scaled in place, and no memory is left to them once they are returned.
-    ctx.gradients = [gradient.detach() for gradient in gradients]
+    # Written to by a backward, and given away.
+    ctx.spent = False
 
 
 def _differentiate_sum(ctx, d_total, *_):
     operators, saved = torch.ops.torchtune_lce, ctx.saved_tensors
-    operands, (targets, nll, peak, log_total) = Operands(*saved[:_COUNT]), saved[_COUNT:]
+    operands, (targets, nll, peak, log_total, *gradients) = Operands(*saved[:_COUNT]), saved[_COUNT:]
     needs = list(ctx.needs_input_grad[:_COUNT])
     if torch.is_grad_enabled():
         # For a second derivative, which this operator refuses when it is asked for.
@@ -369,18 +369,19 @@ def _differentiate_sum(ctx, d_total, *_):
         arguments = *operands, targets, nll, peak, log_total, *ctx.settings, needs
         gradients = operators.chunked_backward(*upstream, None, *arguments)
     else:
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None or any(need and not made for need, made in zip(needs, ctx.needs, strict=True)):
+        if ctx.spent or any(need and not made for need, made in zip(needs, ctx.needs, strict=True)):
             # Once more over the same graph; or vmap, inside which nothing seems to ask for a gradient.
             made = operators.chunked_sum(*operands, targets, *ctx.settings, *ctx.terms, needs)
             gradients = made[-_COUNT:]
         # A tracer may not write to what the forward has returned, and many upstream gradients need as many results.
         in_place = all(map(is_writable, (d_total, *gradients)))
+        ctx.spent = ctx.spent or in_place
         # Of ignored tokens nothing, whatever d_total is.
         of_tokens = d_total.where(targets != ctx.settings[0], 0)[:, None]
         factors = Operands(*[d_total] * _COUNT)._replace(hidden=of_tokens, low=of_tokens)
+        # By their data, or torch would refuse another backward, as what was saved has been written to.
         gradients = [
-            made if not need else made.mul_(factor) if in_place else made * factor
+            made if not need else made.data.mul_(factor) if in_place else made * factor
             for made, factor, need in zip(gradients, factors, needs, strict=True)
         ]
     return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 7
