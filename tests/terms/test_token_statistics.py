@@ -1,5 +1,6 @@
 """Entropy and accuracy of each token against plain PyTorch on full logits."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from common_logits import COMMON, inputs_with_a_common_logit
 from torch.profiler import ProfilerActivity, profile
 
 from torchtune_lce import linear_token_statistics
+from torchtune_lce.implementations import walk
 from torchtune_lce.inputs.call import checked
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.terms.token_statistics import token_statistics
@@ -271,6 +273,30 @@ def test_memory(dtype):
         False,
     )
     assert used.peak <= MIB + 2 * shape.vectors()
+
+
+def test_memory_of_what_is_widened():
+    """A CPU widens hidden states of 16 bits: some at a time, as all would not fit."""
+    shape = Shape(tokens=512, vocabulary=700, width=1024)
+    inputs = make_inputs(shape, torch.bfloat16, torch.device("cpu"))
+    arguments = inputs["hidden"], inputs["weight"], inputs["targets"]
+    entropy, _ = linear_token_statistics(*arguments, workspace_mib=1)
+    used = usage(lambda: linear_token_statistics(*arguments, workspace_mib=1), torch.device("cpu"), False)
+    assert used.peak <= MIB + 2 * shape.vectors()
+    exact, _ = plain(inputs["hidden"].double(), inputs["weight"].double(), None)
+    torch.testing.assert_close(entropy.double(), exact.where(inputs["targets"] != -100, 0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "bytes_of_entry"), [(torch.float32, 2 * 4), (torch.bfloat16, 2 * 4 + 2)], ids=str)
+def test_strips_as_wide_as_the_workspace_holds(dtype, bytes_of_entry, monkeypatch):
+    """However large the hidden states are, which a card takes as they are: each strip is some launches."""
+    monkeypatch.setattr(walk, "_WIDENING", ())
+    shape = Shape(tokens=256, vocabulary=2000, width=2048)
+    inputs = make_inputs(shape, dtype, torch.device("cpu"))
+    with profile(activities=[ProfilerActivity.CPU]) as recorded, torch.no_grad():
+        linear_token_statistics(inputs["hidden"], inputs["weight"], inputs["targets"], workspace_mib=1)
+    strips = next(event.count for event in recorded.key_averages() if event.key == "aten::mm")
+    assert strips == math.ceil(shape.vocabulary / (MIB // (shape.tokens * bytes_of_entry)))
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

@@ -21,6 +21,7 @@ from torchtune_lce.implementations.walk import (
     no_values,
     pieces,
     sizes_of,
+    tokens_per_piece,
     walk_gradients,
 )
 from torchtune_lce.inputs.autocast import without_autocast
@@ -60,11 +61,19 @@ torch.library.define(
 @torch.library.impl("torchtune_lce::predictions", "default")
 @without_autocast
 def _predict(hidden, weight, bias, low, up, scale, softcap, workspace_mib):
-    operands = Operands(hidden, weight, bias, low, up, scale)
-    everything = torch.arange(hidden.shape[0], device=hidden.device)
+    operands, tokens = Operands(hidden, weight, bias, low, up, scale), hidden.shape[0]
     sizes = sizes_of(operands, None, workspace_mib, more_blocks=1)
-    piece = Piece(operands, softcap, everything, everything, entries_per_strip(hidden.shape[0], sizes))
-    none = hidden.new_zeros(hidden.shape[0], dtype=piece.wide)
+    # All at once, of which no copy is needed; some where they are widened.
+    at_once = tokens_per_piece(tokens, sizes) if sizes.widened else tokens
+    found = []
+    for rows in torch.arange(tokens, device=hidden.device).split(max(at_once, 1)):
+        strip = entries_per_strip(rows.numel(), sizes, copied=sizes.widened)
+        found.append(_predict_piece(Piece(operands, softcap, rows, rows, strip)))
+    return tuple(map(torch.cat, zip(*found, strict=True)))
+
+
+def _predict_piece(piece: Piece) -> Predictions:
+    none = piece.hidden.new_zeros(piece.rows.shape, dtype=piece.wide)
     found = Predictions(none - torch.inf, torch.full_like(none, -1, dtype=torch.int64), none, none)
     for part, rows in piece.strips():
         logits, _, _ = piece.logits(part, rows, differentiable=False)
@@ -78,7 +87,7 @@ def _predict(hidden, weight, bias, low, up, scale, softcap, workspace_mib):
         others += logits.sum(-1)
         disorder += torch.special.entr(logits).sum(-1)
         found = Predictions(largest, place, others, disorder)
-    return tuple(found)
+    return found
 
 
 @torch.library.register_fake("torchtune_lce::predictions")
