@@ -185,10 +185,9 @@ def _reduced(losses: Losses, lse: Tensor | None, call: Call, reduction: str) -> 
 
 def _token_losses(call: Call, impl: str) -> choice.TokenLosses:
     """What computes the call's losses a token: an implementation, and around it what it does not do itself."""
-    scaled = call.low_rank is not None and call.low_rank.scale is not None
-    name, token_losses = choice.choose(impl, call.hidden, choice.beyond_kernels(call.options, scaled))
+    name, token_losses = choice.choose(impl, call.hidden, choice.beyond_kernels(call.options, call.scaled))
     choice.check_transforms(name, *call.given, *(call.low_rank or ()))
-    # Others return the means themselves, as any does that are no such product.
+    # Other means the implementation returns itself.
     if call.options.label_smoothing and choice.CAPABILITIES[name].own_backward and call.means_by_product:
         token_losses = with_mean_logits(token_losses)
     if call.shard is not None:

@@ -180,19 +180,28 @@ def _forward_piece(piece: Piece, with_means: bool, with_directions: bool) -> tup
         # Before the next strip's are made.
         del logits, tanh, exponentials, weight
     sums = _Sums(peak, total, target.masked_fill_(piece.outside, torch.nan))
-    slope = apart = None
-    if direction is not None:
-        # Of no other entries there is no mean.
-        share = total.where(total > 0, 1)[:, None]
-        direction.div_(share)
-        low_direction = None if low_direction is None else low_direction.div_(share)
-        slope = torch.ones_like(target) if piece.softcap is None else 1 - (target / piece.softcap).square()
-        slope = slope if scale is None else slope * scale[piece.labels]
-        own = piece.operands.weight[piece.labels].to(piece.wide).mul_(slope[:, None])
-        along, square = (torch.einsum("nd,nd->n", x, own) for x in (direction, own))
-        apart = 2 * along > square
-        direction.addcmul_(own, apart[:, None].to(piece.wide), value=-1)
+    slope, apart = (None, None) if direction is None else _finish_directions(piece, sums, direction, low_direction)
     return *sums.losses(), mean, direction, low_direction, slope, apart
+
+
+def _finish_directions(piece: Piece, sums: _Sums, direction: Tensor, low_direction: Tensor | None):
+    """Makes means of sums over the other entries, and takes the target's row from ``direction`` where that leaves less.
+
+    Returns c_t of the module's docstring, and where that is.
+    """
+    weight, scale, target = piece.operands.weight, piece.operands.scale, sums.target
+    # Of no other entries there is no mean.
+    total = sums.total.where(sums.total > 0, 1)[:, None]
+    direction.div_(total)
+    if low_direction is not None:
+        low_direction.div_(total)
+    slope = torch.ones_like(target) if piece.softcap is None else 1 - (target / piece.softcap).square()
+    slope = slope if scale is None else slope * scale[piece.labels]
+    own = weight[piece.labels].to(piece.wide).mul_(slope[:, None])
+    # |m - own| < |m|
+    apart = 2 * torch.einsum("nd,nd->n", direction, own) > torch.einsum("nd,nd->n", own, own)
+    direction.addcmul_(own, apart[:, None].to(piece.wide), value=-1)
+    return slope, apart
 
 
 torch.library.define(
