@@ -91,7 +91,7 @@ def entry_gradients(
         if d_weight is not None:
             products.append(weight_product(strip, blocks.columns, given, scaled_blocks, count, d_weight, config))
         if d_bias is not None:
-            products.append(bias_product(strip, given, count, d_bias))
+            products.append(bias_product(strip, blocks.columns, given, count, d_bias, config))
         return again, products
 
     for strip in strips:

@@ -66,12 +66,14 @@ def _weight_kernel(
 @triton.jit(do_not_specialize=["first_entry", "entries"])
 def _bias_kernel(
     strip,
+    strip_blocks,
     factors,
     d_bias,
     count,
     strip_stride,
     first_entry,
     entries,
+    TMA: tl.constexpr,
     ROWS: tl.constexpr,
     PLACES: tl.constexpr,
 ):
@@ -81,7 +83,10 @@ def _bias_kernel(
     total = tl.zeros((ROWS, PLACES), tl.float32)
     for start in range(0, used, PLACES):
         place = start + tl.arange(0, PLACES)
-        e = tl.load(own + place[None, :], mask=(row < entries)[:, None] & (place < used)[None, :], other=0.0)
+        if TMA:
+            e = strip_blocks.load([tl.program_id(0) * ROWS, start])
+        else:
+            e = tl.load(own + place[None, :], mask=(row < entries)[:, None] & (place < used)[None, :], other=0.0)
         total += e.to(tl.float32) * tl.load(factors + place, mask=place < used, other=0.0)[None, :]
     tl.store(d_bias + first_entry + row, tl.sum(total, 1).to(d_bias.dtype.element_ty), mask=row < entries)
 
@@ -126,24 +131,31 @@ def weight_product(
     return launch
 
 
-def bias_product(strip: Tensor, given: ForEntries, count: Tensor, d_bias: Tensor) -> Callable[[int, int], None]:
-    """The same for the bias, [V]."""
-    # The interpreter takes programs in turn: there few of them.
-    rows = 64 if strip.device.type == "cpu" else 16
+def bias_product(
+    strip: Tensor,
+    columns: object | None,
+    given: ForEntries,
+    count: Tensor,
+    d_bias: Tensor,  # [V], filled at the strip's entries
+    config: Config,
+) -> Callable[[int, int], None]:
+    """The same for the bias."""
     kernel = Repeated(
         _bias_kernel,
         (
             strip,
+            columns,
             given.factors,
             d_bias,
             count,
             strip.stride(0),
         ),
-        ROWS=rows,
-        PLACES=128,
-        num_warps=4,
+        TMA=columns is not None,
+        ROWS=config.entry_tile,
+        PLACES=weight_depth(strip, config),
+        num_warps=config.warps,
     )
-    return lambda first, entries: kernel((ceil_div(entries, rows),), first, entries)
+    return lambda first, entries: kernel((ceil_div(entries, config.entry_tile),), first, entries)
 
 
 def weight_depth(strip: Tensor, config: Config) -> int:
