@@ -22,7 +22,7 @@ from torchtune_lce.kernels import strip_operators  # defines the operators of th
 from torchtune_lce.kernels.backward import output_tiles, run_backward
 from torchtune_lce.kernels.descriptors import has_blocks
 from torchtune_lce.kernels.forward import MOST_TILES, Activity, lse_and_target_logit
-from torchtune_lce.kernels.operands import Gradients, Operands, Places, used_in
+from torchtune_lce.kernels.operands import Gradients, Operands, Places, by_measured, used_in
 from torchtune_lce.kernels.operators import operator, refuse_second_derivative, rows_contiguous
 from torchtune_lce.kernels.places import compact, in_order
 from torchtune_lce.kernels.plan import make_plan
@@ -64,6 +64,7 @@ def token_losses(filtering: Filtering) -> Callable:
             call.labels,
             options.ignore_index,
             options.softcap,
+            options.logit_scale,
             eps if records else None,
             filter_hidden,
             filter_weight,
@@ -77,14 +78,26 @@ def token_losses(filtering: Filtering) -> Callable:
 torch.library.define(
     "torchtune_lce::cut_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor targets, int ignore_index, "
-    "float? softcap, float? eps, bool filter_hidden, bool filter_weight, int workspace_mib) "
+    "float? softcap, float logit_scale, float? eps, bool filter_hidden, bool filter_weight, int workspace_mib) "
     "-> (Tensor nll, Tensor peak, Tensor log_total, Tensor rows, Tensor labels, Tensor count, Tensor row_total, "
     "Tensor words, Tensor dropped_mass, Tensor divisor)",
 )
 
 
 def _forward(
-    hidden, weight, bias, low, up, targets, ignore_index, softcap, eps, filter_hidden, filter_weight, workspace_mib
+    hidden,
+    weight,
+    bias,
+    low,
+    up,
+    targets,
+    ignore_index,
+    softcap,
+    logit_scale,
+    eps,
+    filter_hidden,
+    filter_weight,
+    workspace_mib,
 ):
     """nll, peak and log_total as in :class:`torchtune_lce.inputs.losses.Losses`, [N] float32; then what the backward
     needs. ``targets`` may hold anything.
@@ -93,7 +106,7 @@ def _forward(
     that order. The latter is peak and log_total, as in :class:`Places`. words and dropped_mass are an
     :class:`Activity`, the first in one row, both empty without eps. Last what a mean divides by.
     """
-    operands = _operands(hidden, weight, bias, low, up, softcap)
+    operands = _operands(hidden, weight, bias, low, up, softcap, logit_scale)
     config = config_for(hidden.device, hidden.dtype)
     targets = targets.contiguous()
     rows, labels, count, divisor = compact(targets, ignore_index, weight.shape[0])
@@ -110,11 +123,11 @@ def _forward(
             labels[piece],
             used,
             activity and activity.of(blocks, piece),
-            math.log(eps) if activity else 0.0,
+            math.log2(eps) if activity else 0.0,
             row_total[piece],
             target_logit[piece],
         )
-    results = row_losses(row_total, target_logit, rows, targets, count, weight.shape[0])
+    results = row_losses(row_total, target_logit, rows, targets, count, weight.shape[0], operands.logit_scale)
     if activity is None:
         nothing = [hidden.new_empty(0, dtype=dtype) for dtype in (torch.int32, torch.float32)]
         return *results, rows, labels, count, row_total, *nothing, divisor
@@ -122,7 +135,21 @@ def _forward(
 
 
 @torch.library.register_fake("torchtune_lce::cut_cross_entropy")
-def _(hidden, weight, bias, low, up, targets, ignore_index, softcap, eps, filter_hidden, filter_weight, workspace_mib):
+def _(
+    hidden,
+    weight,
+    bias,
+    low,
+    up,
+    targets,
+    ignore_index,
+    softcap,
+    logit_scale,
+    eps,
+    filter_hidden,
+    filter_weight,
+    workspace_mib,
+):
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return hidden.new_empty(shape, dtype=dtype)
 
@@ -145,7 +172,7 @@ def _(hidden, weight, bias, low, up, targets, ignore_index, softcap, eps, filter
 torch.library.define(
     "torchtune_lce::cut_cross_entropy_backward",
     "(Tensor? d_nll, Tensor? d_lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor rows, "
-    "Tensor labels, Tensor count, Tensor row_total, Tensor words, float? softcap, "
+    "Tensor labels, Tensor count, Tensor row_total, Tensor words, float? softcap, float logit_scale, "
     "bool filter_hidden, bool filter_weight, bool[] needs, int workspace_mib) "
     "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_low, Tensor d_up, Tensor tiles)",
 )
@@ -165,6 +192,7 @@ def _backward(
     row_total,
     words,
     softcap,
+    logit_scale,
     filter_hidden,
     filter_weight,
     needs,
@@ -174,12 +202,13 @@ def _backward(
 
     And [kept tiles, all tiles] int64, of all launches.
     """
-    operands = _operands(hidden, weight, bias, low, up, softcap)
+    operands = _operands(hidden, weight, bias, low, up, softcap, logit_scale)
     config = config_for(hidden.device, hidden.dtype)
     recorded = None
     if words.numel():
         words = words.view(_activity_shape(rows.numel(), weight.shape[0], config))
         recorded = Activity(words, None, config.forward_entries)
+    d_nll, d_lse = by_measured(d_nll, logit_scale), by_measured(d_lse, logit_scale)
     d_nll = row_total.new_zeros(rows.shape) if d_nll is None else d_nll[rows]
     d_lse = None if d_lse is None else d_lse[rows]
     places = Places(rows, labels, count, row_total, d_nll, d_lse)
@@ -259,11 +288,11 @@ def _(d_nll, d_lse, *arguments):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, bias, low, up, _, _, softcap, _, *settings = inputs
+    hidden, weight, bias, low, up, _, _, softcap, logit_scale, _, *settings = inputs
     _, _, _, rows, labels, count, row_total, words, dropped_mass, _ = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, low, up, rows, labels, count, row_total, words)
-    ctx.settings = softcap, *settings
+    ctx.settings = softcap, logit_scale, *settings
     ctx.record = None
     # A trace has no calls to tell of.
     if is_readable(rows):
@@ -273,14 +302,14 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, d_nll, _, d_lse, *__):
-    softcap, filter_hidden, filter_weight, workspace_mib = ctx.settings
+    softcap, logit_scale, filter_hidden, filter_weight, workspace_mib = ctx.settings
     needs = list(ctx.needs_input_grad[:5])
     *gradients, tiles = _cut_cross_entropy_backward(
-        d_nll, d_lse, *ctx.saved_tensors, softcap, filter_hidden, filter_weight, needs, workspace_mib
+        d_nll, d_lse, *ctx.saved_tensors, softcap, logit_scale, filter_hidden, filter_weight, needs, workspace_mib
     )
     if ctx.record:
         ctx.record.tiles = tiles
-    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 7
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 8
 
 
 _cut_cross_entropy = operator("cut_cross_entropy", _forward, _differentiate, _setup_context)
@@ -294,11 +323,13 @@ def _operands(
     low: Tensor | None,
     up: Tensor | None,
     softcap: float | None,
+    logit_scale: float,
 ) -> Operands:
     hidden, weight, low, up = map(rows_contiguous, (hidden, weight, low, up))
     # Of a number of another type kernels would be compiled anew.
     softcap = softcap if softcap is None else float(softcap)
-    return Operands(hidden, weight, bias if bias is None else bias.contiguous(), low, up, softcap)
+    bias = bias if bias is None else bias.contiguous()
+    return Operands(hidden, weight, bias, low, up, softcap, float(logit_scale))
 
 
 def _taken(operands: Operands, rows: Tensor, used: Tensor) -> Operands:

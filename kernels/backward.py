@@ -80,6 +80,7 @@ def _backward_kernel(
     low_stride,
     up_stride,
     softcap,
+    log2_scale,
     HAS_BIAS: tl.constexpr,
     HAS_LOW_RANK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -183,6 +184,7 @@ def _backward_kernel(
                 low_stride,
                 up_stride,
                 softcap,
+                log2_scale,
                 HAS_BIAS,
                 HAS_LOW_RANK,
                 HAS_SOFTCAP,
@@ -474,6 +476,7 @@ def run_backward(
                 plan.columns_length.numel(),
                 *operands.row_strides,
                 operands.softcap or 1.0,
+                operands.log2_scale,
             ),
             # Starts only when all of the grid fits, as its barrier needs.
             launch_cooperative_grid=True,

@@ -49,6 +49,7 @@ def logit_gradient_pair(
     low_stride,
     up_stride,
     softcap,
+    log2_scale,
     HAS_BIAS: tl.constexpr,
     HAS_LOW_RANK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -155,7 +156,7 @@ def logit_gradient_pair(
         upstream_softmax += tl.load(d_lse + place, mask=used, other=0.0)
     peak = tl.load(row_total + 2 * place, mask=used, other=float("inf"))
     log_sum = tl.load(row_total + 2 * place + 1, mask=used, other=0.0) * LOG2_E
-    softmax = tl.exp2((logits - peak[:, None]) * LOG2_E - log_sum[:, None])
+    softmax = tl.exp2((logits - peak[:, None]) * log2_scale - log_sum[:, None])
     softmax = tl.where((any_entry < entries_total)[None, :], softmax, 0.0)
     if HAS_TAIL:
         tile = tl.arange(0, WIDTH // TILE)

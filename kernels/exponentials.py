@@ -20,7 +20,6 @@ from torchtune_lce.kernels.division import strip_dtype
 from torchtune_lce.kernels.launching import Repeated
 from torchtune_lce.kernels.operands import Piece
 from torchtune_lce.kernels.primitives import (
-    LOG2_E_SINGLE,
     bitwise_or,
     multiply_add,
     rounded_to_tf32,
@@ -134,6 +133,7 @@ def _exponential_kernel(
     strip_stride,
     words_stride,
     softcap,
+    log2_scale,
     eps,
     number,
     first_tile,
@@ -188,7 +188,7 @@ def _exponential_kernel(
             PRECISION,
         )
         reference = tl.load(references + place, mask=present, other=0.0)
-        powers = tl.exp2(multiply_add(logits, LOG2_E_SINGLE, (reference * -LOG2_E_SINGLE)[:, None]))
+        powers = tl.exp2(multiply_add(logits, log2_scale, (reference * -log2_scale)[:, None]))
         own = tl.load(labels + place, mask=present, other=0).to(tl.int32) - tile * ENTRIES
         left_out = in_tile[None, :] == own[:, None]
         if RAGGED:
@@ -350,6 +350,7 @@ def strip_exponentials(
             strip.values.stride(0),
             strip.words.stride(0) if eps is not None else 0,
             operands.softcap or 1.0,
+            operands.log2_scale,
             eps or 0.0,
         ),
         HAS_BIAS=operands.bias is not None,

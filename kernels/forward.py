@@ -20,7 +20,7 @@ from torch import Tensor
 from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
 from torchtune_lce.kernels.launching import Repeated, launch
 from torchtune_lce.kernels.operands import Operands
-from torchtune_lce.kernels.primitives import LOG2_E, add_low_rank, bitwise_or, softcapped, tile_coordinates
+from torchtune_lce.kernels.primitives import add_low_rank, bitwise_or, softcapped, tile_coordinates
 from torchtune_lce.kernels.tuning import Config, ceil_div, config_for, programs
 
 WORD_BITS = tl.constexpr(32)
@@ -68,8 +68,9 @@ def _tile_statistics(
     row_block,
     entries_total,
     first_tile,
-    log_eps,
+    log2_eps,
     softcap,
+    log2_scale,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     RECORD: tl.constexpr,
@@ -91,8 +92,8 @@ def _tile_statistics(
     tl.store(statistics + tokens, peak, mask=token_mask)
     # A row of -inf alone must not become -inf - -inf.
     peak = tl.where(peak == float("-inf"), 0.0, peak)
-    # The difference first: it is exact where it is small, and the least finite number times log2(e) is -inf.
-    powers = tl.exp2((logits - peak[:, None]) * LOG2_E)
+    # The difference first: it is exact where it is small, and the least finite number as an exponent of 2 is -inf.
+    powers = tl.exp2((logits - peak[:, None]) * log2_scale)
     total = tl.sum(powers, 1)
 
     if RECORD:
@@ -100,7 +101,7 @@ def _tile_statistics(
         known = tokens < tl.where(first_tile > 0, tokens_total, 0)
         known_peak = tl.load(running + tokens, mask=known, other=0.0)
         known_peak = tl.where(token_mask, tl.where(known, known_peak, float("-inf")), float("inf"))
-        bound = tl.exp(known_peak - peak + log_eps)
+        bound = tl.exp2((known_peak - peak) * log2_scale + log2_eps)
         bound *= tl.load(running + tokens_stride + tokens, mask=known, other=1.0)
         # `<` and not `>=`: a NaN must be kept, so that it reaches the gradients.
         below = powers < bound[:, None]
@@ -267,8 +268,9 @@ def _pointer_kernel(
     up_stride,
     tokens_stride,
     words_stride,
-    log_eps,
+    log2_eps,
     softcap,
+    log2_scale,
     first_tile,
     tiles,
     HAS_BIAS: tl.constexpr,
@@ -329,8 +331,9 @@ def _pointer_kernel(
             row_block,
             entries_total,
             first_tile,
-            log_eps,
+            log2_eps,
             softcap,
+            log2_scale,
             HAS_BIAS,
             HAS_SOFTCAP,
             RECORD,
@@ -360,8 +363,9 @@ def _descriptor_kernel(
     up_stride,
     tokens_stride,
     words_stride,
-    log_eps,
+    log2_eps,
     softcap,
+    log2_scale,
     first_tile,
     tiles,
     HAS_BIAS: tl.constexpr,
@@ -420,8 +424,9 @@ def _descriptor_kernel(
             row_block,
             entries_total,
             first_tile,
-            log_eps,
+            log2_eps,
             softcap,
+            log2_scale,
             HAS_BIAS,
             HAS_SOFTCAP,
             RECORD,
@@ -439,6 +444,7 @@ def _merge_kernel(
     running,
     count,
     tokens_stride,
+    log2_scale,
     first_tile,
     tiles,
     RECORD: tl.constexpr,
@@ -468,7 +474,7 @@ def _merge_kernel(
         higher = tl.maximum(peak, tl.max(part, 0))
         # A NaN passes the maxima by and reaches the totals; -inf alone must not become -inf - -inf.
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        shrunk, share = tl.exp(peak - base), tl.exp(part - base[None, :])
+        shrunk, share = tl.exp2((peak - base) * log2_scale), tl.exp2((part - base[None, :]) * log2_scale)
         total = total * shrunk + tl.sum(share * tl.load(parts + tokens_stride, mask=present, other=0.0), 0)
         if RECORD:
             left_out = tl.load(parts + 2 * tokens_stride, mask=present, other=0.0)
@@ -504,8 +510,8 @@ def lse_and_target_logit(
     labels: Tensor,  # [N] integer
     count: Tensor,  # [1] int32, rows in use, on the device
     activity: Activity | None,  # filled for these rows
-    log_eps: float,
-    row_total: Tensor,  # [N, 2] float32, filled: the peak and the log of the sum of exp(logit - peak)
+    log2_eps: float,
+    row_total: Tensor,  # [N, 2] float32, filled: the peak and the log of the sum measured from it
     target_logit: Tensor,  # [N] float32, filled
 ) -> None:
     """Launches the forward for one piece of tokens; reads nothing back to the host. Fills nothing past the count."""
@@ -536,8 +542,9 @@ def lse_and_target_logit(
             *operands.row_strides,
             tokens,
             activity.words.stride(0) if activity else 0,
-            log_eps,
+            log2_eps,
             operands.softcap or 1.0,
+            operands.log2_scale,
         ),
         **operands.flags,
         RECORD=activity is not None,
@@ -550,7 +557,11 @@ def lse_and_target_logit(
         num_stages=config.forward_stages,
     )
     merge = Repeated(
-        _merge_kernel, (statistics, running, count, tokens), RECORD=activity is not None, TILES=32, BLOCK=32
+        _merge_kernel,
+        (statistics, running, count, tokens, operands.log2_scale),
+        RECORD=activity is not None,
+        TILES=32,
+        BLOCK=32,
     )
     for first_tile, width in plan:
         grid = (min(programs(hidden.device), ceil_div(tokens, config.row_block) * width),)

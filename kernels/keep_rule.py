@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from torchtune_lce.kernels.overflow import OVERFLOWS
-from torchtune_lce.kernels.primitives import LOG2_E_SINGLE, bits_set, multiply_add
+from torchtune_lce.kernels.primitives import bits_set, multiply_add
 
 # Trained models leave a few hundredths of the softmax below finfo(bfloat16).eps / 32; a flat softmax leaves all of it.
 DROPPED_MASS_LIMIT = tl.constexpr(0.25)
@@ -28,6 +28,7 @@ def _row_totals(
     place,
     used,
     tokens,
+    log2_scale,
     number,
     first_tile,
     tiles,
@@ -37,7 +38,7 @@ def _row_totals(
     later = place < tl.where(number > 0, used, 0)
     target = tl.load(targets + place, mask=present, other=0.0)
     reference = tl.load(references + place, mask=present, other=0.0)
-    own = tl.exp2(multiply_add(target, LOG2_E_SINGLE, reference * -LOG2_E_SINGLE))
+    own = tl.exp2(multiply_add(target, log2_scale, reference * -log2_scale))
     total = tl.where(number > 0, tl.load(totals_before + place, mask=later, other=0.0), own)
     before = tl.load(totals_before + tokens + place, mask=later, other=0.0)
     dropped = before
@@ -82,6 +83,7 @@ def decide(
     tokens,
     entries_total,
     slots,
+    log2_scale,
     number,
     first_tile,
     tiles,
@@ -103,6 +105,7 @@ def decide(
         place,
         used,
         tokens,
+        log2_scale,
         number,
         first_tile,
         tiles,

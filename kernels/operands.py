@@ -1,5 +1,6 @@
 """What the operators hand to the launchers: operands of the logits, places of tokens, gradients to be filled."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,7 +9,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Operands:
-    """What the logits are made of: ``hidden @ weight.T + low @ up.T + bias``, softcapped."""
+    """What the logits are made of: ``hidden @ weight.T + low @ up.T + bias``, softcapped, times ``logit_scale``.
+
+    Kernels measure logits before that scale, which is no more to them than another base of the exponentials.
+    """
 
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
@@ -16,6 +20,12 @@ class Operands:
     low: Tensor | None  # [N, r]: with up, an adapter's part
     up: Tensor | None  # [V, r]
     softcap: float | None
+    logit_scale: float = 1.0
+
+    @property
+    def log2_scale(self) -> float:
+        """What a logit is multiplied by to be an exponent of 2."""
+        return self.logit_scale * math.log2(math.e)
 
     @property
     def rank(self) -> int:
@@ -35,6 +45,11 @@ class Operands:
             "HAS_LOW_RANK": self.low is not None,
             "HAS_SOFTCAP": self.softcap is not None,
         }
+
+
+def by_measured(upstream: Tensor | None, logit_scale: float) -> Tensor | None:
+    """Of gradients of losses, or of their log-sum-exps, what logits are to get as kernels measure them."""
+    return upstream if upstream is None or logit_scale == 1 else upstream * logit_scale
 
 
 def used_in(piece: slice, count: Tensor, tokens: int) -> Tensor:

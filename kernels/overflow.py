@@ -12,28 +12,28 @@ from torch import Tensor
 
 from torchtune_lce.kernels.launching import launch
 from torchtune_lce.kernels.operands import Piece
-from torchtune_lce.kernels.primitives import LOG2_E_SINGLE, rounded_to_tf32, softcap_slope, softcapped
+from torchtune_lce.kernels.primitives import rounded_to_tf32, softcap_slope, softcapped
 from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 
 # Below it neither the sums of weight rows times E nor the inverse of a row's sum leaves float32.
 OVERFLOWS = tl.constexpr(2.0**96)
-# Past it a reference's product with log2(e) is rounded by more than exponentials can make up for.
+# Past it a reference as an exponent of 2 is rounded by more than exponentials can make up for.
 HUGE = tl.constexpr(2.0**26)
 # Most shares of the vocabulary that a row's maximum is looked for in.
 MOST_SHARES = 32
 
 
 @triton.jit
-def overflown(row_sum, target, reference):
+def overflown(row_sum, target, reference, log2_scale):
     """Written so that a NaN is; but where the target's logit is one, so is the loss, whatever is done."""
-    return (((row_sum < OVERFLOWS) & (tl.abs(reference) < HUGE)) == 0) & (target == target)
+    return (((row_sum < OVERFLOWS) & (tl.abs(reference * log2_scale) < HUGE)) == 0) & (target == target)
 
 
 @triton.jit
-def _done_again(targets, references, row_sums, place, present):
+def _done_again(targets, references, row_sums, place, present, log2_scale):
     target = tl.load(targets + place, mask=present, other=0.0)
     reference = tl.load(references + place, mask=present, other=0.0)
-    return present & overflown(tl.load(row_sums + place, mask=present, other=0.0), target, reference)
+    return present & overflown(tl.load(row_sums + place, mask=present, other=0.0), target, reference, log2_scale)
 
 
 @triton.jit
@@ -89,6 +89,7 @@ def _maximum_kernel(
     features,
     weight_stride,
     softcap,
+    log2_scale,
     shares,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -101,7 +102,7 @@ def _maximum_kernel(
     share = tl.program_id(1)
     place = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     present = place < tl.minimum(tl.load(count) - first_place, tokens)
-    again = _done_again(targets, references, row_sums, place, present)
+    again = _done_again(targets, references, row_sums, place, present, log2_scale)
     tiles = tl.where(tl.max(again.to(tl.int32), 0) > 0, tl.cdiv(entries_total, ENTRIES), 0)
     largest = tl.full((TOKENS,), float("-inf"), tl.float32)
     for tile in range(share, tiles, shares):
@@ -146,6 +147,7 @@ def _redo_kernel(
     features,
     weight_stride,
     softcap,
+    log2_scale,
     shares,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -161,7 +163,7 @@ def _redo_kernel(
     chunk = tl.program_id(1)
     place = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     present = place < tl.minimum(tl.load(count) - first_place, tokens)
-    again = _done_again(targets, references, row_sums, place, present)
+    again = _done_again(targets, references, row_sums, place, present, log2_scale)
     any_rows = tl.max(again.to(tl.int32), 0) > 0
     largest = tl.full((TOKENS,), float("-inf"), tl.float32)
     for share in range(0, tl.where(any_rows, shares, 0)):
@@ -191,8 +193,8 @@ def _redo_kernel(
             BLOCK_D,
             PRECISION,
         )
-        # The difference first: the least finite number times log2(e) is -inf.
-        powers = tl.exp2((logits - largest[:, None]) * LOG2_E_SINGLE)
+        # The difference first: the least finite number as an exponent of 2 is -inf.
+        powers = tl.exp2((logits - largest[:, None]) * log2_scale)
         left_out = (entries[None, :] == label[:, None]) | (entries >= entries_total)[None, :]
         powers = tl.where(left_out, 0.0, powers)
         sum_again += tl.sum(powers, 1)
@@ -240,7 +242,8 @@ def redo_overflown(
         "num_warps": 4,
         "num_stages": config.forward_stages,
     }
-    sizes = (piece.count, piece.first, tokens, weight.shape[0], features, weight.stride(0), operands.softcap or 1.0)
+    sizes = (piece.count, piece.first, tokens, weight.shape[0], features, weight.stride(0))
+    scales = (operands.softcap or 1.0, operands.log2_scale)
     launch(
         _maximum_kernel,
         (row_blocks, shares),
@@ -253,6 +256,7 @@ def redo_overflown(
             row_sums,
             maxima,
             *sizes,
+            *scales,
             shares,
         ),
         **logits,
@@ -272,6 +276,7 @@ def redo_overflown(
             redone,
             totals,
             *sizes,
+            *scales,
             shares,
         ),
         FOR_TF32=product_precision == "tf32" and states.element_size() == 2,

@@ -7,8 +7,6 @@ from torchtune_lce.kernels.tuning import is_interpreted
 
 IS_INTERPRETED = tl.constexpr(is_interpreted())
 LOG2_E = tl.constexpr(1.4426950408889634)
-# The same as float32 holds it, for arithmetic whose two sides must see one number.
-LOG2_E_SINGLE = tl.constexpr(1.4426950216293335)
 # Depth of products over an adapter's rank, the least that tl.dot takes: addresses of deeper ones spill.
 RANK_DEPTH = tl.constexpr(16)
 # Of loops over products with an adapter's matrix, which are not pipelined: by Triton 3.6, on sm90 in 16 bits, sums over

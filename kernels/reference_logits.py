@@ -3,7 +3,8 @@
 Exponentials measured from it need no running maximum: their sum over the other entries is (1 - p) / p of the target, so
 neither a confident token nor a logit that all entries share costs digits. A target that is masked, or far below the
 others, would make that sum overflow. So a sample of the vocabulary is looked at first, and a row's reference is at
-least its largest logit less ``FURTHEST_BELOW``. Rows that overflow all the same are done again, see overflow.py.
+least its largest logit less ``FURTHEST_BELOW`` powers of two. Rows that overflow all the same are done again, see
+overflow.py.
 """
 
 import torch
@@ -13,13 +14,13 @@ from torch import Tensor
 
 from torchtune_lce.kernels.launching import launch
 from torchtune_lce.kernels.operands import Operands
-from torchtune_lce.kernels.primitives import LOG2_E_SINGLE, multiply_add, softcapped
+from torchtune_lce.kernels.primitives import multiply_add, softcapped
 from torchtune_lce.kernels.tuning import Config, ceil_div
 
 # Entries spread over the vocabulary.
 SAMPLED_ENTRIES = tl.constexpr(256)
 # With it the sums of the softmax's other entries stay far below overflow.OVERFLOWS.
-FURTHEST_BELOW = tl.constexpr(44.0)
+FURTHEST_BELOW = tl.constexpr(64.0)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -40,6 +41,7 @@ def _reference_kernel(
     hidden_stride,
     weight_stride,
     softcap,
+    log2_scale,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -98,13 +100,13 @@ def _reference_kernel(
         others = softcapped(others, softcap)
     # From here on it spoils all results of its token, and of no other.
     target = tl.where(names_entry, target, float("nan"))
-    reference = tl.maximum(target, tl.max(others, 1) - FURTHEST_BELOW)
+    reference = tl.maximum(target, tl.max(others, 1) - FURTHEST_BELOW / log2_scale)
     tl.store(target_logits + place, target, mask=inside)
     tl.store(references + place, reference, mask=inside)
     # The target's own exponential, and those of the sample's other entries.
-    offset = reference * -LOG2_E_SINGLE
-    powers = tl.exp2(multiply_add(others, LOG2_E_SINGLE, offset[:, None]))
-    floor = tl.exp2(multiply_add(target, LOG2_E_SINGLE, offset))
+    offset = reference * -log2_scale
+    powers = tl.exp2(multiply_add(others, log2_scale, offset[:, None]))
+    floor = tl.exp2(multiply_add(target, log2_scale, offset))
     counts = is_first[None, :] & (sampled[None, :] != label[:, None])
     floor += tl.sum(tl.where(counts, powers, 0.0), 1)
     tl.store(floors + place, floor, mask=inside)
@@ -140,6 +142,7 @@ def reference_logits(
             hidden.stride(0),
             weight.stride(0),
             operands.softcap or 1.0,
+            operands.log2_scale,
         ),
         HAS_BIAS=operands.bias is not None,
         HAS_SOFTCAP=operands.softcap is not None,

@@ -23,7 +23,7 @@ from torchtune_lce.kernels.division import GROUPS
 from torchtune_lce.kernels.launching import launch
 from torchtune_lce.kernels.operands import Piece, Walk
 from torchtune_lce.kernels.overflow import overflown
-from torchtune_lce.kernels.primitives import LOG2_E_SINGLE, log_one_plus, multiply_add, softcap_slope
+from torchtune_lce.kernels.primitives import log_one_plus, multiply_add, softcap_slope
 from torchtune_lce.kernels.tuning import Config, ceil_div, rows_and_columns
 
 # Sums below it have no inverse in float32; what they are in a gradient is below any number of it.
@@ -59,6 +59,8 @@ def _finish_kernel(
     parts,
     blocks_a_group,
     softcap,
+    logit_scale,
+    log2_scale,
     HAS_SOFTCAP: tl.constexpr,
     FILTER: tl.constexpr,
     NORMALISED: tl.constexpr,
@@ -80,13 +82,13 @@ def _finish_kernel(
     target = tl.load(targets + place, mask=used, other=0.0)
     reference = tl.load(references + place, mask=used, other=0.0)
     others = tl.load(row_sums + place, mask=used, other=0.0)
-    again = used & overflown(others, target, reference)
+    again = used & overflown(others, target, reference, log2_scale)
     reference = tl.where(again, tl.load(redone + place, mask=again, other=0.0), reference)
     others = tl.where(again, tl.load(redone + tokens + place, mask=again, other=0.0), others)
     # The reference in base 2 was rounded: so is the target's own exponential, and what should be 1 at the reference.
-    offset = reference * -LOG2_E_SINGLE
-    own = tl.exp2(tl.where(again, (target - reference) * LOG2_E_SINGLE, multiply_add(target, LOG2_E_SINGLE, offset)))
-    unit = tl.where(again, 1.0, tl.exp2(multiply_add(reference, LOG2_E_SINGLE, offset)))
+    offset = reference * -log2_scale
+    own = tl.exp2(tl.where(again, (target - reference) * log2_scale, multiply_add(target, log2_scale, offset)))
+    unit = tl.where(again, 1.0, tl.exp2(multiply_add(reference, log2_scale, offset)))
     whole = own + others
     is_own = reference == target
     beyond = tl.where(is_own, log_one_plus(others / own), tl.log(whole / unit))
@@ -98,10 +100,10 @@ def _finish_kernel(
 
     row = tl.load(rows + place, mask=inside, other=0)
     write = place < tl.where(tl.program_id(1) == 0, tokens, 0)
-    loss = tl.where(is_own, beyond, (reference - target) + beyond)
+    loss = tl.where(is_own, beyond, logit_scale * (reference - target) + beyond)
     # Where an infinity is the largest logit, it is the log-sum-exp, unless the target's is a NaN.
     log_total = tl.where((tl.abs(reference) == float("inf")) & (target == target), reference, beyond)
-    peak = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
+    peak = tl.where(tl.abs(reference) < float("inf"), logit_scale * reference, 0.0)
     tl.store(losses + row, tl.where(used, loss, 0.0), mask=write)
     tl.store(peaks + row, tl.where(used, peak, 0.0), mask=write)
     tl.store(log_totals + row, tl.where(used, log_total, 0.0), mask=write)
@@ -236,6 +238,8 @@ def finish_rows(
             left_out.means.shape[0] if left_out else 0,
             left_out.sample.blocks_a_group if left_out else 1,
             softcap or 1.0,
+            piece.operands.logit_scale,
+            piece.operands.log2_scale,
         ),
         HAS_SOFTCAP=softcap is not None,
         FILTER=left_out is not None,

@@ -20,6 +20,7 @@ def _loss_kernel(
     log_totals,
     tokens,
     entries_total,
+    logit_scale,
     BLOCK: tl.constexpr,
 ):
     """Results at each place's row, 0 past the count, where row_total becomes 0 too."""
@@ -35,11 +36,11 @@ def _loss_kernel(
     log_sum = tl.where((label >= 0) & (label < entries_total), log_sum, float("nan"))
     # The peak and the target's logit first: their difference is exact where it is small. A sum that the target is
     # nearly alone in may round to just below it, and a loss is never negative.
-    loss = peak - target + log_sum
+    loss = logit_scale * (peak - target) + log_sum
     loss = tl.where(loss < 0, 0.0, loss)
-    finite = tl.where(tl.abs(peak) < float("inf"), peak, 0.0)
+    finite = tl.where(tl.abs(peak) < float("inf"), logit_scale * peak, 0.0)
     # An infinity is in the sum too, and so is a NaN.
-    rest = target - finite
+    rest = logit_scale * target - finite
     log_total = tl.where((log_sum >= rest) | (log_sum != log_sum), log_sum, rest)
     tl.store(losses + row, loss, mask=inside)
     tl.store(peaks + row, finite, mask=inside)
@@ -55,6 +56,7 @@ def row_losses(
     targets: Tensor,  # [N], as they came
     count: Tensor,  # [1] int32, rows in use, on the device
     vocabulary: int,
+    logit_scale: float,
 ) -> list[Tensor]:  # nll, peak and log_total, [N] float32, 0 where not in use
     """One launch. Where a target names no entry, NaN in nll, log_total and the log of the sum in ``row_total``."""
     tokens = rows.numel()
@@ -72,6 +74,7 @@ def row_losses(
                 *results,
                 tokens,
                 vocabulary,
+                logit_scale,
             ),
             BLOCK=256,
         )

@@ -15,7 +15,6 @@ from torchtune_lce.kernels.exponentials import Blocks, store_by_entry, strip_log
 from torchtune_lce.kernels.launching import Repeated
 from torchtune_lce.kernels.operands import Operands
 from torchtune_lce.kernels.primitives import (
-    LOG2_E_SINGLE,
     multiply_add,
     rounded_to_tf32,
     softcap_slope,
@@ -43,6 +42,7 @@ def _again_kernel(
     weight_stride,
     strip_stride,
     softcap,
+    log2_scale,
     first_place,
     places,
     first_tile,
@@ -95,7 +95,7 @@ def _again_kernel(
         # Past the places in use there is nothing, whatever a bias says.
         shift = tl.load(shares + place, mask=present, other=0.0)
         offset = tl.load(shares + tokens + place, mask=present, other=float("-inf"))
-        powers = tl.exp2(multiply_add(logits - shift[:, None], LOG2_E_SINGLE, offset[:, None]))
+        powers = tl.exp2(multiply_add(logits - shift[:, None], log2_scale, offset[:, None]))
         if HAS_SOFTCAP:
             powers *= softcap_slope(logits, softcap)
         if RAGGED:
@@ -151,6 +151,7 @@ def strip_again(
             weight.stride(0),
             strip.stride(0),
             operands.softcap or 1.0,
+            operands.log2_scale,
         ),
         HAS_BIAS=operands.bias is not None,
         HAS_SOFTCAP=operands.softcap is not None,

@@ -14,7 +14,7 @@ from torchtune_lce.inputs.losses import Losses
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.inputs.validation import is_readable
 from torchtune_lce.kernels.entry_gradients import entry_gradients
-from torchtune_lce.kernels.operands import Operands
+from torchtune_lce.kernels.operands import Operands, by_measured
 from torchtune_lce.kernels.operators import operator, refuse_second_derivative, rows_contiguous
 from torchtune_lce.kernels.places import compact
 from torchtune_lce.kernels.row_gradients import row_gradients
@@ -37,26 +37,35 @@ def token_losses(
     row's reference, see reference_logits.py.
     """
     nll, peak, log_total, *_, divisor = _strip_cross_entropy(
-        hidden, weight, bias, targets, options.ignore_index, options.softcap, eps, is_trained, options.workspace_mib
+        hidden,
+        weight,
+        bias,
+        targets,
+        options.ignore_index,
+        options.softcap,
+        options.logit_scale,
+        eps,
+        is_trained,
+        options.workspace_mib,
     )
     return Losses(nll, peak.detach(), log_total, divisor=divisor)
 
 
 torch.library.define(
     "torchtune_lce::strip_cross_entropy",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float? softcap, float? eps, "
-    "bool is_trained, int workspace_mib) -> (Tensor nll, Tensor peak, Tensor log_total, Tensor dropped_mass, "
-    "Tensor values, Tensor coefficients, Tensor kept, Tensor shares, Tensor rows, Tensor labels, Tensor count, "
-    "Tensor divisor)",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float? softcap, "
+    "float logit_scale, float? eps, bool is_trained, int workspace_mib) -> (Tensor nll, Tensor peak, Tensor log_total, "
+    "Tensor dropped_mass, Tensor values, Tensor coefficients, Tensor kept, Tensor shares, Tensor rows, Tensor labels, "
+    "Tensor count, Tensor divisor)",
 )
 
 
-def _forward(hidden, weight, bias, targets, ignore_index, softcap, eps, is_trained, workspace_mib):
+def _forward(hidden, weight, bias, targets, ignore_index, softcap, logit_scale, eps, is_trained, workspace_mib):
     """A :class:`Walk`; then rows [N] int64, the tokens in use first, labels in that order, count [1] int32, and what a
     mean divides by. ``targets`` may hold anything.
     """
     eps = eps if eps is None else float(eps)
-    operands = _operands(hidden, weight, bias, softcap)
+    operands = _operands(hidden, weight, bias, softcap, logit_scale)
     targets = targets.contiguous()
     rows, labels, count, divisor = compact(targets, ignore_index, weight.shape[0])
     config = config_for(hidden.device, hidden.dtype)
@@ -64,15 +73,17 @@ def _forward(hidden, weight, bias, targets, ignore_index, softcap, eps, is_train
     return *walk, rows, labels, count, divisor
 
 
-def _operands(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Operands:
+def _operands(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
+) -> Operands:
     # Of a number of another type kernels would be compiled anew.
     softcap = softcap if softcap is None else float(softcap)
     bias = bias if bias is None else bias.contiguous()
-    return Operands(rows_contiguous(hidden), rows_contiguous(weight), bias, None, None, softcap)
+    return Operands(rows_contiguous(hidden), rows_contiguous(weight), bias, None, None, softcap, float(logit_scale))
 
 
 @torch.library.register_fake("torchtune_lce::strip_cross_entropy")
-def _(hidden, weight, bias, targets, ignore_index, softcap, eps, is_trained, workspace_mib):
+def _(hidden, weight, bias, targets, ignore_index, softcap, logit_scale, eps, is_trained, workspace_mib):
     tokens = targets.shape[0]
     filters = eps is not None
     row_blocks = ceil_div(tokens, config_for(hidden.device, hidden.dtype).row_block) if filters else 0
@@ -93,15 +104,30 @@ def _(hidden, weight, bias, targets, ignore_index, softcap, eps, is_trained, wor
 torch.library.define(
     "torchtune_lce::strip_cross_entropy_backward",
     "(Tensor? d_nll, Tensor? d_lse, Tensor? hidden, Tensor weight, Tensor? bias, Tensor values, Tensor coefficients, "
-    "Tensor shares, Tensor rows, Tensor labels, Tensor count, float? softcap, bool[] needs, int workspace_mib) "
-    "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
+    "Tensor shares, Tensor rows, Tensor labels, Tensor count, float? softcap, float logit_scale, bool[] needs, "
+    "int workspace_mib) -> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
 )
 
 
 def _backward(
-    d_nll, d_lse, hidden, weight, bias, values, coefficients, shares, rows, labels, count, softcap, needs, workspace_mib
+    d_nll,
+    d_lse,
+    hidden,
+    weight,
+    bias,
+    values,
+    coefficients,
+    shares,
+    rows,
+    labels,
+    count,
+    softcap,
+    logit_scale,
+    needs,
+    workspace_mib,
 ):
     """Gradients by hidden, weight and bias, empty where ``needs`` has no True; without those two hidden may be None."""
+    d_nll, d_lse = by_measured(d_nll, logit_scale), by_measured(d_lse, logit_scale)
     if d_nll is None:
         d_nll = coefficients.new_zeros(1).expand(rows.numel())
     weight = rows_contiguous(weight)
@@ -112,7 +138,7 @@ def _backward(
     d_bias = weight.new_empty(weight.shape[0] if needs_bias else 0)
     if needs_weight or needs_bias:
         entry_gradients(
-            _operands(hidden, weight, bias, softcap),
+            _operands(hidden, weight, bias, softcap, logit_scale),
             rows,
             labels,
             count,
@@ -138,13 +164,13 @@ def _(d_nll, d_lse, hidden, weight, bias, values, *rest):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, bias, _, _, softcap, _, is_trained, workspace_mib = inputs
+    hidden, weight, bias, _, _, softcap, logit_scale, _, is_trained, workspace_mib = inputs
     _, _, _, dropped_mass, values, coefficients, kept, shares, rows, labels, count, _ = output
     ctx.set_materialize_grads(False)
     # Who keeps hidden states for nothing keeps memory.
     of_logits = (hidden, weight, bias) if is_trained else (None, weight, None)
     ctx.save_for_backward(*of_logits, values, coefficients, shares, rows, labels, count)
-    ctx.settings = softcap, workspace_mib
+    ctx.settings = softcap, logit_scale, workspace_mib
     # A trace has no calls to tell of.
     ctx.record = open_record(rows.numel(), rows.device) if is_readable(rows) else None
     if ctx.record and dropped_mass.numel():
@@ -166,12 +192,14 @@ def _kept_and_all(kept: Tensor, count: Tensor, hidden: Tensor, weight: Tensor) -
 
 
 def _differentiate(ctx, d_nll, _, d_lse, *__):
-    softcap, workspace_mib = ctx.settings
+    softcap, logit_scale, workspace_mib = ctx.settings
     needs = list(ctx.needs_input_grad[:3])
-    gradients = _strip_cross_entropy_backward(d_nll, d_lse, *ctx.saved_tensors, softcap, needs, workspace_mib)
+    gradients = _strip_cross_entropy_backward(
+        d_nll, d_lse, *ctx.saved_tensors, softcap, logit_scale, needs, workspace_mib
+    )
     if ctx.record:
         ctx.record.tiles = ctx.kept
-    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 6
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 7
 
 
 _strip_cross_entropy = operator("strip_cross_entropy", _forward, _differentiate, _setup_context)

@@ -47,6 +47,7 @@ def _tail_kernel(
     low_stride,
     up_stride,
     softcap,
+    log2_scale,
     HAS_BIAS: tl.constexpr,
     HAS_LOW_RANK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -93,7 +94,7 @@ def _tail_kernel(
             logits += tl.load(bias + entry, mask=inside, other=0.0).to(tl.float32)[None, :]
         if HAS_SOFTCAP:
             logits = softcapped(logits, softcap)
-        softmax = tl.exp2((logits - peak[:, None]) * LOG2_E - log_sum[:, None])
+        softmax = tl.exp2((logits - peak[:, None]) * log2_scale - log_sum[:, None])
         rank_here = tl.load(ranks + column * row_blocks_total + place // ROW_BLOCK, mask=used, other=0)
         # The last comparison is false for a NaN: one token's must not reach the others.
         dropped = (rank_here < 0)[:, None] & inside[None, :] & (softmax <= 1)
@@ -188,6 +189,7 @@ def tail_direction(
             operands.rank,
             *operands.row_strides,
             operands.softcap or 1.0,
+            operands.log2_scale,
         ),
         **operands.flags,
         SAMPLE=config.sample,

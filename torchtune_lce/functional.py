@@ -25,6 +25,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     shift: int = 0,
@@ -39,6 +40,7 @@ def linear_cross_entropy(
         reduction: ``mean`` over the targets that are not ignored, ``sum``, or ``none``: the shape of ``targets``, 0
             where ignored. No tokens, or all of them ignored, give 0 with zero gradients.
         softcap: logits become ``softcap * tanh(logits / softcap)``.
+        logit_scale: then they are multiplied by it, in float32: 1 / temperature, or a model's own factor. Finite, > 0.
         z_loss: this times the squared log-sum-exp is added to each token's loss, which keeps the logits from drifting.
         label_smoothing: the share of the target's weight that is spread over the whole vocabulary, in [0, 1], as in
             ``torch.nn.functional.cross_entropy``. Never filtered.
@@ -64,6 +66,7 @@ def linear_cross_entropy(
     options = Options(
         ignore_index=ignore_index,
         softcap=softcap,
+        logit_scale=logit_scale,
         filter_eps=filter_eps,
         workspace_mib=workspace_mib,
         z_loss=z_loss,
@@ -83,6 +86,7 @@ def linear_token_logprobs(
     *,
     ignore_index: int = -100,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     shift: int = 0,
     impl: str = "auto",
     filter_eps: float | str | None = "auto",
@@ -93,7 +97,13 @@ def linear_token_logprobs(
     What DPO, PPO and GRPO are made of. Gradients flow with any upstream gradient a token; arguments and errors as in
     :func:`linear_cross_entropy`.
     """
-    options = Options(ignore_index=ignore_index, softcap=softcap, filter_eps=filter_eps, workspace_mib=workspace_mib)
+    options = Options(
+        ignore_index=ignore_index,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        filter_eps=filter_eps,
+        workspace_mib=workspace_mib,
+    )
     call = checked(hidden, weight, targets, bias, options=options, shift=shift)
     return -compute(call, reduction="none", impl=impl)
 
@@ -113,6 +123,7 @@ def linear_token_statistics(
     *,
     ignore_index: int = -100,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     shift: int = 0,
     workspace_mib: int = 128,
 ) -> TokenStatistics:
@@ -129,7 +140,7 @@ def linear_token_statistics(
 
     Arguments and errors as in :func:`linear_cross_entropy`; a target out of range on a GPU is not correct.
     """
-    options = Options(ignore_index=ignore_index, softcap=softcap, workspace_mib=workspace_mib)
+    options = Options(ignore_index=ignore_index, softcap=softcap, logit_scale=logit_scale, workspace_mib=workspace_mib)
     return compute_token_statistics(checked(hidden, weight, targets, bias, options=options, shift=shift))
 
 

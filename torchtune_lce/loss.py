@@ -64,6 +64,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         metrics: names out of :data:`torchtune_lce.inputs.options.METRICS`, or one of them: what this package's recipes
             log of each step's labels, beside its loss.
         check_targets: check the range of every batch's targets on a GPU too, which stalls it, not only the first one's.
+        logit_scale: what the logits are multiplied by after a softcap, see :func:`torchtune_lce.linear_cross_entropy`.
 
     Raises:
         TypeError, ValueError: a setting that no implementation accepts, by name.
@@ -82,11 +83,13 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         label_smoothing: float = 0.0,
         metrics: Sequence[str] | str = (),
         check_targets: bool = False,
+        logit_scale: float = 1.0,
     ):
         super().__init__()
         self._options = Options(
             ignore_index=ignore_index,
             softcap=softcap,
+            logit_scale=logit_scale,
             filter_eps=filter_eps,
             workspace_mib=workspace_mib,
             z_loss=z_loss,

@@ -35,7 +35,7 @@ class Case:
     frozen: tuple[str, ...] = ()
     layout: str = "contiguous"
     target_dtype: torch.dtype = torch.int64
-    logit_scale: float = 2.0  # standard deviation of the logits
+    deviation: float = 2.0  # standard, of the logits
     confident: float = 0.0  # share of the tokens whose softmax is nearly one entry: the target,
     mistaken: bool = False  # or another one
     filter_eps: float | str | None = "auto"
@@ -54,9 +54,13 @@ CASES = {
     "sum": Case(settings=Settings(reduction="sum")),
     "none": Case(settings=Settings(reduction="none")),
     "bias": Case(bias=True),
-    "softcap": Case(settings=Settings(softcap=3.0), logit_scale=4.0),
+    "softcap": Case(settings=Settings(softcap=3.0), deviation=4.0),
     "bias-softcap-none": Case(settings=Settings(softcap=5.0, reduction="none"), bias=True, pulled=BOTH),
-    "saturated-softcap": Case(settings=Settings(softcap=0.5), logit_scale=20.0, bias=True),
+    "saturated-softcap": Case(settings=Settings(softcap=0.5), deviation=20.0, bias=True),
+    "scale": Case(settings=Settings(logit_scale=0.37), deviation=6.0),
+    "scale-bias-softcap-none": Case(
+        settings=Settings(logit_scale=2.7, softcap=5.0, reduction="none"), bias=True, pulled=BOTH
+    ),
     "shift-1": Case(tokens=(3, 23), settings=Settings(shift=1)),
     "shift-1-none-lse": Case(tokens=(3, 23), settings=Settings(shift=1, reduction="none"), pulled=BOTH),
     "shift-3-sum": Case(tokens=(2, 3, 11), settings=Settings(shift=3, reduction="sum")),
@@ -74,7 +78,7 @@ CASES = {
     "lse-confident": Case(pulled=BOTH, confident=0.7, settings=Settings(reduction="sum")),
     # A sum: divided by their number, the gradients of float16 would be subnormal.
     "confident": Case(confident=0.7, settings=Settings(reduction="sum")),
-    "large-logits": Case(logit_scale=3000.0),
+    "large-logits": Case(deviation=3000.0),
     "rank-1": Case(tokens=(), ignored=0.0, pulled=BOTH),
     "rank-1-ignored": Case(tokens=(), ignored=1.0),
     "rank-3": Case(tokens=(5, 13), settings=Settings(reduction="none")),
@@ -99,7 +103,7 @@ CASES = {
     "bias-alone": Case(frozen=("hidden", "weight"), bias=True, settings=Settings(softcap=4.0)),
     "all-frozen": Case(frozen=INPUTS, bias=True),
     "all-frozen-ignored": Case(frozen=("weight",), ignored=1.0),
-    "keep-all": Case(filter_eps=None, logit_scale=4.0),
+    "keep-all": Case(filter_eps=None, deviation=4.0),
 }
 # Rounding shows where it meets a sum, a cancellation (p - 1) or a nonlinearity; places and shapes are the same code.
 LOW_PRECISION = (
@@ -108,6 +112,7 @@ LOW_PRECISION = (
     "bias-softcap-none",
     "softcap",
     "shift-1-none-lse",
+    "scale-bias-softcap-none",
     "lse-confident",
     "confident",
     "all-ignored",
@@ -122,6 +127,7 @@ FROZEN_HEAD = (
     "mean",
     "bias-softcap-none",
     "saturated-softcap",
+    "scale-bias-softcap-none",
     "shift-1-none-lse",
     "all-ignored",
     "all-ignored-none",
@@ -135,15 +141,16 @@ FROZEN_HEAD = (
     "tiles",
     "one-of-all",
 )
-FROZEN_HEAD_IN_16_BITS = ("sum", "bias-softcap-none", "lse-confident", "tiles", "one-wide")
+FROZEN_HEAD_IN_16_BITS = ("sum", "scale-bias-softcap-none", "lse-confident", "tiles", "one-wide")
 # Compiling is what takes the time: the differences in code that the compiler sees.
 COMPILED = ("mean", "bias-softcap-none", "shift-1-none-lse", "all-ignored", "no-tokens", "frozen-weight", "strided")
 # A tile goes if no entry in it reaches the threshold and no target lies in it: what is probable keeps to the first
 # tile, and in "filter-mistaken" the targets are what keeps others.
-FILTER = Case(tokens=(140,), vocabulary=501, filter_eps=0.02, logit_scale=1.0, confident=0.9, first_entries=97)
+FILTER = Case(tokens=(140,), vocabulary=501, filter_eps=0.02, deviation=1.0, confident=0.9, first_entries=97)
 FILTERING = {
     "filter": replace(FILTER, pulled=BOTH),
     "filter-softcap": replace(FILTER, bias=True, settings=Settings(softcap=60.0)),
+    "filter-scale": replace(FILTER, deviation=2.0, settings=Settings(logit_scale=0.5)),
     "filter-mistaken": replace(FILTER, mistaken=True, settings=Settings(reduction="none")),
 }
 # On a card: many row blocks and strips, a width of several steps.
@@ -632,14 +639,14 @@ def test_second_derivative_is_refused(impl, device):
 def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor | None]:
     """hidden, weight, targets and bias; what is not frozen is a leaf that asks for its gradient."""
     hidden = torch.randn(*case.tokens, case.width)
-    weight = torch.randn(case.vocabulary, case.width) * (case.logit_scale / case.width**0.5)
+    weight = torch.randn(case.vocabulary, case.width) * (case.deviation / case.width**0.5)
     probable = torch.randint(0, case.first_entries or case.vocabulary, case.tokens)
     targets = torch.randint(0, case.vocabulary, case.tokens) if case.mistaken else probable.clone()
     if case.confident:
         chosen = torch.rand(case.tokens) < case.confident
         # Along the entry's own row: a logit around 25 to 75, where the other rows' are a sqrt(D)-th of that. From
         # hardly confident to a softmax of 1 but for 1e-20: rounding before p - 1 is taken shows in between.
-        aligned = weight[probable] * (50 * (0.5 + torch.rand(*case.tokens, 1)) / case.logit_scale**2)
+        aligned = weight[probable] * (50 * (0.5 + torch.rand(*case.tokens, 1)) / case.deviation**2)
         if case.settings.shift:
             aligned = aligned.roll(-case.settings.shift, -2)
         hidden[chosen] = aligned[chosen]
@@ -732,4 +739,5 @@ def compare(actual: dict[str, torch.Tensor], native: Plain, exact: Plain, bounds
 
 def highest_probability(exact: Plain, case: Case) -> torch.Tensor:
     logits, softcap = exact.logits, case.settings.softcap
-    return (logits if softcap is None else softcap * torch.tanh(logits / softcap)).softmax(-1).amax(-1)
+    capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return (capped * case.settings.logit_scale).softmax(-1).amax(-1)

@@ -22,6 +22,7 @@ class Settings:
     shift: int = 0
     z_loss: float = 0.0
     label_smoothing: float = 0.0
+    logit_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Plain:
     """Results of plain PyTorch, and what the bounds are derived from. M tokens are left after the shift."""
 
     results: dict[str, Tensor]  # loss, lse, and gradients by the name of their input
-    logits: Tensor  # [M, V], before the softcap
+    logits: Tensor  # [M, V], before softcap and scale
     d_logits: Tensor  # [M, V], gradient by them
     d_nll: Tensor  # [M], gradient by a token's cross-entropy
     d_lse: Tensor  # [M]
@@ -73,6 +74,7 @@ def plain_torch(
 
     logits = F.linear(states, leaves["weight"], leaves.get("bias")).to(wide)
     capped = logits if settings.softcap is None else settings.softcap * torch.tanh(logits / settings.softcap)
+    capped = capped * settings.logit_scale
     nll = F.cross_entropy(capped, labels, ignore_index=settings.ignore_index, reduction="none")
     lse = capped.logsumexp(-1).masked_fill(labels == settings.ignore_index, 0)
     logit_sum = capped.sum(-1).masked_fill(labels == settings.ignore_index, 0)
@@ -136,6 +138,9 @@ def allowances(
         # 2 sigmoid(2x) - 1 takes four roundings of values up to 2.
         d_logit = d_logit + 8 * eps * settings.softcap
         d_slope = 2 * (d_logit + rounded) / settings.softcap + 4 * eps
+    # What follows is of scaled logits, and its slope the derivative by what they are before cap and scale.
+    scale = settings.logit_scale
+    capped, d_logit, rounded, slope, d_slope = (scale * x for x in (capped, d_logit, rounded, slope, d_slope))
     softmax = capped.softmax(-1)
     target = exact.labels.where(exact.labels != settings.ignore_index, 0)[:, None]
     # The exponent of each term is rounded, in base e or 2, then the sum and its logarithm.
@@ -182,9 +187,9 @@ def allowances(
     if settings.label_smoothing:
         # Rounded on its own too, and so is what it is added to.
         parts = {
-            "hidden": uniform * weight.sum(0),
-            "weight": (uniform * hidden).sum(0),
-            "bias": uniform.sum(),
+            "hidden": scale * uniform * weight.sum(0),
+            "weight": scale * (uniform * hidden).sum(0),
+            "bias": scale * uniform.sum(),
         }
         bounds = {name: bound + 2 * rounding(parts[name], dtype) for name, bound in bounds.items()}
     bounds["hidden"] = _scatter(bounds["hidden"], exact.rows, exact.results["hidden"])
@@ -194,7 +199,7 @@ def allowances(
     d_loss = d_nll
     if settings.label_smoothing or settings.z_loss:
         lse = capped.logsumexp(-1).abs()
-        d_sum = (d_logit + rounded + sum_error(vocabulary, wide) * magnitude).sum(-1)
+        d_sum = (d_logit + rounded + sum_error(vocabulary, wide) * scale * magnitude).sum(-1)
         share, z_loss = settings.label_smoothing, settings.z_loss
         d_loss = (1 - share) * d_nll + share * (d_lse_rounded + d_sum / vocabulary) + 2 * z_loss * lse * d_lse_rounded
         size = exact.nll.abs() + lse + share * capped.mean(-1).abs() + z_loss * lse.square()

@@ -30,6 +30,8 @@ def token_losses(call: Call) -> Losses:
     logits = full_logits(call.hidden, call.weight, call.bias, call.low_rank)
     if options.softcap is not None:
         logits = options.softcap * torch.tanh(logits / options.softcap)
+    if options.logit_scale != 1:
+        logits = logits * options.logit_scale
     valid = call.valid
     target = call.labels.where(valid, 0).long().unsqueeze(-1)
     peak = logits.detach().amax(-1)

@@ -102,8 +102,10 @@ def _apart_from_all_masked(bias: Tensor | None, options: Options) -> tuple[Tenso
     if bias is None or options.softcap is not None:  # a capped logit is finite
         return bias, 0.0
     all_masked = bias.isneginf().all()
-    # Not the least number: another logit beside it would pass float16's range.
-    return bias.masked_fill(all_masked, torch.finfo(bias.dtype).min / 4), torch.where(all_masked, torch.inf, 0.0)
+    # Not the least number: another logit beside it, or their scale, would pass the range.
+    return bias.masked_fill(all_masked, torch.finfo(bias.dtype).min / (4 * max(options.logit_scale, 1))), torch.where(
+        all_masked, torch.inf, 0.0
+    )
 
 
 class _SumGradients(torch.autograd.Function):

@@ -30,6 +30,9 @@ def check_options(options: Options) -> None:
     softcap = options.softcap
     if softcap is not None and not (_is_real(softcap) and 0 < softcap < math.inf):
         raise ValueError(f"softcap must be None or a finite number > 0, got {softcap!r}")
+    logit_scale = options.logit_scale
+    if not (_is_real(logit_scale) and 0 < logit_scale < math.inf):
+        raise ValueError(f"logit_scale must be a finite number > 0, got {logit_scale!r}")
     z_loss = options.z_loss
     if not (_is_real(z_loss) and 0 <= z_loss < math.inf):
         raise ValueError(f"z_loss must be a finite number >= 0, got {z_loss!r}")

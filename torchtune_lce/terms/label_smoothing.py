@@ -41,6 +41,8 @@ def with_mean_logits(token_losses: TokenLosses) -> TokenLosses:
             means = means + bias.mean(dtype=means.dtype).where(valid, 0)
         if low is not None:
             means = means + _mean_logits(low, up, valid, options)
+        if options.logit_scale != 1:
+            means = means * options.logit_scale
         losses = token_losses(call)
         return losses._replace(mean=(means - losses.peak).to(losses.peak.dtype))
 
