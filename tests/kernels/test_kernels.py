@@ -63,7 +63,7 @@ def run_forward(hidden, weight, targets, used=None, eps=EPS):
         targets,
         count,
         activity,
-        math.log(eps),
+        math.log2(eps),
         total,
         target_logit,
     )
