@@ -51,11 +51,11 @@ def token_losses(filtering: Filtering) -> Callable:
         # The forward has the gradient of hidden states.
         if low is None and needs_hidden and torch.is_grad_enabled() and not (needs_weight and records):
             return strip_operators.token_losses(
-                hidden, weight, bias, call.labels, eps if records else None, needs_weight, options
+                hidden, weight, bias, call.labels, eps if records else None, needs_weight, call.with_entropy, options
             )
         # A gradient that nobody wants must not make the others keep more.
         filter_hidden, filter_weight = filtering.hidden or not needs_hidden, filtering.weight or not needs_weight
-        nll, peak, log_total, *_, divisor = _cut_cross_entropy(
+        nll, peak, log_total, entropies, *_, divisor = _cut_cross_entropy(
             hidden,
             weight,
             bias,
@@ -68,9 +68,11 @@ def token_losses(filtering: Filtering) -> Callable:
             eps if records else None,
             filter_hidden,
             filter_weight,
+            call.with_entropy,
             options.workspace_mib,
         )
-        return Losses(nll, peak.detach(), log_total, divisor=divisor)
+        entropy = entropies.detach() if call.with_entropy else None
+        return Losses(nll, peak.detach(), log_total, divisor=divisor, entropy=entropy)
 
     return run
 
@@ -78,9 +80,9 @@ def token_losses(filtering: Filtering) -> Callable:
 torch.library.define(
     "torchtune_lce::cut_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor targets, int ignore_index, "
-    "float? softcap, float logit_scale, float? eps, bool filter_hidden, bool filter_weight, int workspace_mib) "
-    "-> (Tensor nll, Tensor peak, Tensor log_total, Tensor rows, Tensor labels, Tensor count, Tensor row_total, "
-    "Tensor words, Tensor dropped_mass, Tensor divisor)",
+    "float? softcap, float logit_scale, float? eps, bool filter_hidden, bool filter_weight, bool with_entropy, "
+    "int workspace_mib) -> (Tensor nll, Tensor peak, Tensor log_total, Tensor entropies, Tensor rows, Tensor labels, "
+    "Tensor count, Tensor row_total, Tensor words, Tensor dropped_mass, Tensor divisor)",
 )
 
 
@@ -97,10 +99,12 @@ def _forward(
     eps,
     filter_hidden,
     filter_weight,
+    with_entropy,
     workspace_mib,
 ):
-    """nll, peak and log_total as in :class:`torchtune_lce.inputs.losses.Losses`, [N] float32; then what the backward
-    needs. ``targets`` may hold anything.
+    """nll, peak and log_total as in :class:`torchtune_lce.inputs.losses.Losses`, [N] float32, and entropies or [0].
+
+    Then what the backward needs. ``targets`` may hold anything.
 
     rows [N] int64 lists the tokens in use first, count [1] int32 how many those are, labels and row_total [N, 2] are in
     that order. The latter is peak and log_total, as in :class:`Places`. words and dropped_mass are an
@@ -114,8 +118,9 @@ def _forward(
     activity = None if eps is None else _empty_activity(tokens, weight.shape[0], config, hidden.device)
     row_total = hidden.new_empty((tokens, 2), dtype=torch.float32)
     target_logit = hidden.new_empty(tokens, dtype=torch.float32)
+    mean_exponent = torch.empty_like(target_logit) if with_entropy else None
     workspace = workspace_mib * 2**20 - (activity.words.nbytes if activity else 0)
-    for piece in _pieces(tokens, _forward_bytes(operands), workspace, config):
+    for piece in _pieces(tokens, _forward_bytes(operands, with_entropy), workspace, config):
         blocks = slice(piece.start // config.row_block, ceil_div(piece.stop, config.row_block))
         used = used_in(piece, count, tokens)
         lse_and_target_logit(
@@ -126,8 +131,10 @@ def _forward(
             math.log2(eps) if activity else 0.0,
             row_total[piece],
             target_logit[piece],
+            mean_exponent[piece] if with_entropy else None,
         )
-    results = row_losses(row_total, target_logit, rows, targets, count, weight.shape[0], operands.logit_scale)
+    vocabulary, logit_scale = weight.shape[0], operands.logit_scale
+    results = row_losses(row_total, target_logit, mean_exponent, rows, targets, count, vocabulary, logit_scale)
     if activity is None:
         nothing = [hidden.new_empty(0, dtype=dtype) for dtype in (torch.int32, torch.float32)]
         return *results, rows, labels, count, row_total, *nothing, divisor
@@ -148,6 +155,7 @@ def _(
     eps,
     filter_hidden,
     filter_weight,
+    with_entropy,
     workspace_mib,
 ):
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -158,6 +166,7 @@ def _(
     row_blocks, words = _activity_shape(tokens, weight.shape[0], config) if eps is not None else (0, 0)
     return (
         *(empty(tokens) for _ in range(3)),
+        empty(tokens if with_entropy else 0),
         empty(tokens, dtype=torch.int64),
         torch.empty_like(targets),
         empty(1, dtype=torch.int32),
@@ -288,11 +297,11 @@ def _(d_nll, d_lse, *arguments):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, bias, low, up, _, _, softcap, logit_scale, _, *settings = inputs
-    _, _, _, rows, labels, count, row_total, words, dropped_mass, _ = output
+    hidden, weight, bias, low, up, _, _, softcap, logit_scale, _, *filters, _, workspace_mib = inputs
+    _, _, _, _, rows, labels, count, row_total, words, dropped_mass, _ = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, low, up, rows, labels, count, row_total, words)
-    ctx.settings = softcap, logit_scale, *settings
+    ctx.settings = softcap, logit_scale, *filters, workspace_mib
     ctx.record = None
     # A trace has no calls to tell of.
     if is_readable(rows):
@@ -309,7 +318,7 @@ def _differentiate(ctx, d_nll, _, d_lse, *__):
     )
     if ctx.record:
         ctx.record.tiles = tiles
-    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 8
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 9
 
 
 _cut_cross_entropy = operator("cut_cross_entropy", _forward, _differentiate, _setup_context)
@@ -353,10 +362,10 @@ def _empty_activity(tokens: int, vocabulary: int, config: Config, device: torch.
     )
 
 
-def _forward_bytes(operands: Operands) -> int:
+def _forward_bytes(operands: Operands, with_entropy: bool = False) -> int:
     """Workspace that a token takes in the forward, beside its bits: its states in order, and a phase's statistics."""
     states = (x for x in (operands.hidden, operands.low) if x is not None)
-    return sum(x.shape[1] * x.element_size() for x in states) + 3 * 4 * (MOST_TILES + 1)
+    return sum(x.shape[1] * x.element_size() for x in states) + (3 + with_entropy) * 4 * (MOST_TILES + 1)
 
 
 def _sum_bytes(hidden: Tensor) -> int:

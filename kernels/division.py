@@ -67,6 +67,7 @@ def divide(
     features: int,
     dtype: torch.dtype,
     filters: bool,
+    sums_a_tile: int,
     workspace: int,
     workers: int,
     config: Config,
@@ -81,7 +82,7 @@ def divide(
     for pieces in itertools.takewhile(row_blocks.__ge__, _numbers_of_pieces()):
         blocks = ceil_div(row_blocks, pieces)
         places = min(blocks * config.row_block, tokens)
-        room = workspace - bytes_beside(places, tiles, features, filters, config)
+        room = workspace - bytes_beside(places, tiles, features, filters, sums_a_tile, config)
         widest = min(room // tile_bytes(places, dtype, filters, config), tiles)
         if widest < 1:
             continue
@@ -97,7 +98,7 @@ def divide(
     if not filters:
         return best
     places = min(best.tokens, tokens)
-    taken = bytes_beside(places, tiles, features, filters, config)
+    taken = bytes_beside(places, tiles, features, filters, sums_a_tile, config)
     taken += best.tiles * tile_bytes(places, dtype, filters, config)
     more = max(workspace - taken, 0) // (ceil_div(places, config.row_block) * slot_bytes(dtype, config))
     own = best.tiles * config.forward_entries // ENTRIES_A_SLOT
@@ -129,9 +130,12 @@ def slot_bytes(dtype: torch.dtype, config: Config) -> int:
     return config.row_block * strip_dtype(dtype).itemsize + 4
 
 
-def bytes_beside(places: int, tiles: int, features: int, filters: bool, config: Config) -> int:
-    """Of a piece beside its strip: u', the sums of all tiles, S', where rows are done again; and what is dropped."""
-    numbers = places * (features + max(tiles, 2) + 3)
+def bytes_beside(places: int, tiles: int, features: int, filters: bool, sums_a_tile: int, config: Config) -> int:
+    """Of a piece beside its strip: u', the sums of all tiles and of those, where rows are done again; what is dropped.
+
+    ``sums_a_tile`` and token: one of E, and one of E times its exponent where that is wanted.
+    """
+    numbers = places * (features + sums_a_tile * (max(tiles, 2) + 2) + 1)
     if filters:
         sampled = Sample.of(0, 1, 1, tiles).tiles
         row_blocks = ceil_div(places, config.row_block)

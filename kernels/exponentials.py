@@ -122,6 +122,7 @@ def _exponential_kernel(
     strip,
     strip_blocks,
     sums,
+    exponent_sums,
     dropped_sums,
     words,
     count,
@@ -151,6 +152,7 @@ def _exponential_kernel(
     PRECISION: tl.constexpr,
 ):
     """E of `tiles` tiles of ENTRIES entries from `first_tile` on, and each tile's sum of it a token: sums[tile, place].
+    Unless None also exponent_sums[tile, place], of E times its exponent of 2.
 
     The target's own cell is 0, in both. What is stored, by entry, is E times the softcap's derivative; sums are of E
     alone. With FILTER also a bit for each row block and entry, 1 where active, and each tile's sums over the entries
@@ -188,13 +190,19 @@ def _exponential_kernel(
             PRECISION,
         )
         reference = tl.load(references + place, mask=present, other=0.0)
-        powers = tl.exp2(multiply_add(logits, log2_scale, (reference * -log2_scale)[:, None]))
+        exponents = multiply_add(logits, log2_scale, (reference * -log2_scale)[:, None])
+        powers = tl.exp2(exponents)
         own = tl.load(labels + place, mask=present, other=0).to(tl.int32) - tile * ENTRIES
         left_out = in_tile[None, :] == own[:, None]
         if RAGGED:
             left_out = left_out | (entries >= entries_total)[None, :]
         powers = tl.where(left_out, 0.0, powers)
-        tl.store(sums + tile.to(tl.int64) * tokens + place, tl.sum(powers, 1), mask=present)
+        at_tile = tile.to(tl.int64) * tokens + place
+        tl.store(sums + at_tile, tl.sum(powers, 1), mask=present)
+        if exponent_sums is not None:
+            # Not nothing times -inf.
+            weighted = tl.sum(tl.where(powers > 0, powers * exponents, 0.0), 1)
+            tl.store(exponent_sums + at_tile, weighted, mask=present)
         if FILTER:
             WORDS: tl.constexpr = ENTRIES // WORD_BITS
             least = tl.load(floors + place, mask=present, other=float("inf"))
@@ -315,7 +323,7 @@ def strip_exponentials(
     piece: Piece,
     strip: Strip,  # filled
     blocks: Blocks,
-    tile_sums: Tensor,  # [tiles, M] float32, filled for the strip's tiles
+    tile_sums: Tensor,  # [1 or 2, tiles, M] float32, filled for the strip's: sums of E, and of E times its exponent
     running: Tensor | None,  # [2, 2, M] float32: with a filter, see :class:`Dropped`
     eps: float | None,
     config: Config,
@@ -338,7 +346,8 @@ def strip_exponentials(
             running,
             strip.values,
             blocks.stored,
-            tile_sums,
+            tile_sums[0],
+            tile_sums[1] if tile_sums.shape[0] > 1 else None,
             strip.dropped_sums,
             strip.words,
             piece.count,

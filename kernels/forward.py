@@ -74,11 +74,15 @@ def _tile_statistics(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     RECORD: tl.constexpr,
+    ENTROPY: tl.constexpr,
     RAGGED: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """Stores one tile's peak and sum of exponentials and, with RECORD, its activity bits and the sum they leave out."""
+    """Stores one tile's peak and sum of exponentials and, with RECORD, its activity bits and the sum they leave out.
+
+    Last, with ENTROPY, the sum of exponentials times their exponents of 2.
+    """
     token_mask = tokens < tokens_total
     entries = entry_tile * ENTRIES + tl.arange(0, ENTRIES)
     if HAS_BIAS:
@@ -93,8 +97,13 @@ def _tile_statistics(
     # A row of -inf alone must not become -inf - -inf.
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     # The difference first: it is exact where it is small, and the least finite number as an exponent of 2 is -inf.
-    powers = tl.exp2((logits - peak[:, None]) * log2_scale)
+    exponents = (logits - peak[:, None]) * log2_scale
+    powers = tl.exp2(exponents)
     total = tl.sum(powers, 1)
+    if ENTROPY:
+        # Not nothing times -inf.
+        weighted = tl.sum(tl.where(powers > 0, powers * exponents, 0.0), 1)
+        tl.store(statistics + (2 + RECORD) * tokens_stride + tokens, weighted, mask=token_mask)
 
     if RECORD:
         # Before the first phase nothing is known, and every entry of a token may matter.
@@ -162,6 +171,7 @@ def _target_kernel(
     running,
     row_total,
     target_logit,
+    mean_exponent,
     words,
     dropped_mass,
     features,
@@ -227,6 +237,9 @@ def _target_kernel(
     tl.store(row_total + 2 * tokens, tl.load(running + tokens, mask=mask, other=0.0), mask=mask)
     total = tl.load(running + tokens_stride + tokens, mask=mask, other=1.0)
     tl.store(row_total + 2 * tokens + 1, tl.log(total), mask=mask)
+    if mean_exponent is not None:
+        weighted = tl.load(running + (2 + RECORD) * tokens_stride + tokens, mask=mask, other=0.0)
+        tl.store(mean_exponent + tokens, weighted / total, mask=mask)
     if RECORD:
         _mark_flat_row_block(
             running,
@@ -277,6 +290,7 @@ def _pointer_kernel(
     HAS_LOW_RANK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     RECORD: tl.constexpr,
+    ENTROPY: tl.constexpr,
     RAGGED: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -324,7 +338,7 @@ def _pointer_kernel(
             entry_tile,
             bias,
             running,
-            statistics + column.to(tl.int64) * tokens_stride * (3 if RECORD else 2),
+            statistics + column.to(tl.int64) * tokens_stride * (2 + RECORD + ENTROPY),
             words,
             words_stride,
             tokens_stride,
@@ -337,6 +351,7 @@ def _pointer_kernel(
             HAS_BIAS,
             HAS_SOFTCAP,
             RECORD,
+            ENTROPY,
             RAGGED,
             ROW_BLOCK,
             ENTRIES,
@@ -372,6 +387,7 @@ def _descriptor_kernel(
     HAS_LOW_RANK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     RECORD: tl.constexpr,
+    ENTROPY: tl.constexpr,
     RAGGED: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -417,7 +433,7 @@ def _descriptor_kernel(
             entry_tile,
             bias,
             running,
-            statistics + column.to(tl.int64) * tokens_stride * (3 if RECORD else 2),
+            statistics + column.to(tl.int64) * tokens_stride * (2 + RECORD + ENTROPY),
             words,
             words_stride,
             tokens_stride,
@@ -430,6 +446,7 @@ def _descriptor_kernel(
             HAS_BIAS,
             HAS_SOFTCAP,
             RECORD,
+            ENTROPY,
             RAGGED,
             ROW_BLOCK,
             ENTRIES,
@@ -448,10 +465,12 @@ def _merge_kernel(
     first_tile,
     tiles,
     RECORD: tl.constexpr,
+    ENTROPY: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Adds statistics[0:tiles, :, i] to running[:, i]: peak, sum and dropped sum, in the order of the vocabulary.
+    """Adds statistics[0:tiles, :, i] to running[:, i]: peak, sum, dropped sum and the sum times exponents, in
+    the order of the vocabulary.
 
     The first phase begins them, with nothing summed yet.
     """
@@ -465,8 +484,11 @@ def _merge_kernel(
     dropped = tl.zeros((BLOCK,), tl.float32)
     if RECORD:
         dropped = tl.load(own + 2 * tokens_stride, mask=known, other=0.0)
+    weighted = tl.zeros((BLOCK,), tl.float32)
+    if ENTROPY:
+        weighted = tl.load(own + (2 + RECORD) * tokens_stride, mask=known, other=0.0)
     tile = tl.arange(0, TILES)
-    tile_stride = tokens_stride * (3 if RECORD else 2)
+    tile_stride = tokens_stride * (2 + RECORD + ENTROPY)
     parts = statistics + tile[:, None].to(tl.int64) * tile_stride + index[None, :]
     for first in range(0, tiles, TILES):
         present = (first + tile < tiles)[:, None] & mask[None, :]
@@ -474,8 +496,15 @@ def _merge_kernel(
         higher = tl.maximum(peak, tl.max(part, 0))
         # A NaN passes the maxima by and reaches the totals; -inf alone must not become -inf - -inf.
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        shrunk, share = tl.exp2((peak - base) * log2_scale), tl.exp2((part - base[None, :]) * log2_scale)
-        total = total * shrunk + tl.sum(share * tl.load(parts + tokens_stride, mask=present, other=0.0), 0)
+        lower, moved = (peak - base) * log2_scale, (part - base[None, :]) * log2_scale
+        shrunk, share = tl.exp2(lower), tl.exp2(moved)
+        part_total = tl.load(parts + tokens_stride, mask=present, other=0.0)
+        if ENTROPY:
+            # Measured from another logit, all exponents move by as much.
+            own_part = tl.load(parts + (2 + RECORD) * tokens_stride, mask=present, other=0.0)
+            own_part += tl.where(share > 0, moved * part_total, 0.0)
+            weighted = (weighted + tl.where(shrunk > 0, lower * total, 0.0)) * shrunk + tl.sum(share * own_part, 0)
+        total = total * shrunk + tl.sum(share * part_total, 0)
         if RECORD:
             left_out = tl.load(parts + 2 * tokens_stride, mask=present, other=0.0)
             dropped = dropped * shrunk + tl.sum(share * left_out, 0)
@@ -485,6 +514,8 @@ def _merge_kernel(
     tl.store(own + tokens_stride, total, mask=mask)
     if RECORD:
         tl.store(own + 2 * tokens_stride, dropped, mask=mask)
+    if ENTROPY:
+        tl.store(own + (2 + RECORD) * tokens_stride, weighted, mask=mask)
 
 
 def phases(vocabulary: int, tile: int) -> list[tuple[int, int]]:
@@ -513,6 +544,7 @@ def lse_and_target_logit(
     log2_eps: float,
     row_total: Tensor,  # [N, 2] float32, filled: the peak and the log of the sum measured from it
     target_logit: Tensor,  # [N] float32, filled
+    mean_exponent: Tensor | None,  # [N] float32, filled: of 2, by the softmax, measured from the peak
 ) -> None:
     """Launches the forward for one piece of tokens; reads nothing back to the host. Fills nothing past the count."""
     hidden, weight = operands.hidden, operands.weight
@@ -520,8 +552,9 @@ def lse_and_target_logit(
     tokens, features = hidden.shape
     vocabulary = weight.shape[0]
     plan = phases(vocabulary, config.forward_entries)
-    # Of each token: its largest logit, its sum and, when recorded, that of its inactive entries.
-    running = hidden.new_empty((3 if activity else 2, tokens), dtype=torch.float32)
+    with_entropy = mean_exponent is not None
+    # Of each token: its largest logit, its sum, that of its inactive entries and that times exponents, where wanted.
+    running = hidden.new_empty((2 + (activity is not None) + with_entropy, tokens), dtype=torch.float32)
     statistics = hidden.new_empty((max(width for _, width in plan), *running.shape), dtype=torch.float32)
     kernel, hidden_operand, weight_operand = _kernel_for(hidden, weight, config)
     tile_statistics = Repeated(
@@ -548,6 +581,7 @@ def lse_and_target_logit(
         ),
         **operands.flags,
         RECORD=activity is not None,
+        ENTROPY=with_entropy,
         ROW_BLOCK=config.row_block,
         ENTRIES=config.forward_entries,
         BLOCK_D=config.block_d,
@@ -560,6 +594,7 @@ def lse_and_target_logit(
         _merge_kernel,
         (statistics, running, count, tokens, operands.log2_scale),
         RECORD=activity is not None,
+        ENTROPY=with_entropy,
         TILES=32,
         BLOCK=32,
     )
@@ -583,6 +618,7 @@ def lse_and_target_logit(
             running,
             row_total,
             target_logit,
+            mean_exponent,
             activity.words if activity else None,
             activity.dropped_mass if activity else None,
             features,

@@ -108,6 +108,7 @@ class Walk(NamedTuple):
     # [5, N] float32 by place, or [0]: for gradients by entry. E is exp2((z - shift) log2(e) + offset) of a logit z; the
     # first two are shift and offset, the others 1, E of the target, and the sum of the others' E, over the sum of all.
     shares: Tensor
+    entropies: Tensor  # [N] float32, or [0], by row of hidden, 0 where not in use
 
 
 class ForEntries(NamedTuple):

@@ -151,6 +151,7 @@ def _redo_kernel(
     shares,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    WITH_EXPONENTS: tl.constexpr,
     FOR_TF32: tl.constexpr,
     TOKENS: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -159,7 +160,10 @@ def _redo_kernel(
     PRECISION: tl.constexpr,
     PRODUCT_PRECISION: tl.constexpr,
 ):
-    """Of overflown rows: redone[0] their largest logits, redone[1] their sums from those on, and a chunk of totals."""
+    """Of overflown rows: redone[0] their largest logits, redone[1] their sums from those on, and a chunk of totals.
+
+    WITH_EXPONENTS redone[2] too, the sums of E times its exponent of 2.
+    """
     chunk = tl.program_id(1)
     place = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     present = place < tl.minimum(tl.load(count) - first_place, tokens)
@@ -172,6 +176,7 @@ def _redo_kernel(
     label = tl.load(labels + place, mask=present, other=0).to(tl.int32)
     d = chunk * FEATURES + tl.arange(0, FEATURES)
     sum_again = tl.zeros((TOKENS,), tl.float32)
+    weighted = tl.zeros((TOKENS,), tl.float32)
     total = tl.zeros((TOKENS, FEATURES), tl.float32)
     for tile in range(0, tl.where(any_rows, tl.cdiv(entries_total, ENTRIES), 0)):
         entries = tile * ENTRIES + tl.arange(0, ENTRIES)
@@ -194,10 +199,13 @@ def _redo_kernel(
             PRECISION,
         )
         # The difference first: the least finite number as an exponent of 2 is -inf.
-        powers = tl.exp2((logits - largest[:, None]) * log2_scale)
+        exponents = (logits - largest[:, None]) * log2_scale
+        powers = tl.exp2(exponents)
         left_out = (entries[None, :] == label[:, None]) | (entries >= entries_total)[None, :]
         powers = tl.where(left_out, 0.0, powers)
         sum_again += tl.sum(powers, 1)
+        if WITH_EXPONENTS:
+            weighted += tl.sum(tl.where(powers > 0, powers * exponents, 0.0), 1)
         if HAS_SOFTCAP:
             # Past the vocabulary a logit is -inf.
             powers = tl.where(left_out, 0.0, powers * softcap_slope(logits, softcap))
@@ -215,13 +223,15 @@ def _redo_kernel(
     first_chunk = again & (place < tl.where(chunk == 0, tokens, 0))
     tl.store(redone + place, largest, mask=first_chunk)
     tl.store(redone + tokens + place, sum_again, mask=first_chunk)
+    if WITH_EXPONENTS:
+        tl.store(redone + 2 * tokens.to(tl.int64) + place, weighted, mask=first_chunk)
 
 
 def redo_overflown(
     piece: Piece,
     row_sums: Tensor,  # [M] float32: what says which rows
     maxima: Tensor,  # float32, a workspace: of M each, as many as there is room for, up to MOST_SHARES
-    redone: Tensor,  # [2, M] float32: filled with references and sums of those rows
+    redone: Tensor,  # [2 or 3, M] float32: filled with references and sums of those rows, see _redo_kernel
     totals: Tensor,  # [M, D] float32: filled at those rows
     product_precision: str,
     config: Config,
@@ -279,6 +289,7 @@ def redo_overflown(
             *scales,
             shares,
         ),
+        WITH_EXPONENTS=redone.shape[0] > 2,
         FOR_TF32=product_precision == "tf32" and states.element_size() == 2,
         FEATURES=config.entry_tile,
         PRODUCT_PRECISION=product_precision,

@@ -23,7 +23,7 @@ from torchtune_lce.kernels.division import GROUPS
 from torchtune_lce.kernels.launching import launch
 from torchtune_lce.kernels.operands import Piece, Walk
 from torchtune_lce.kernels.overflow import overflown
-from torchtune_lce.kernels.primitives import log_one_plus, multiply_add, softcap_slope
+from torchtune_lce.kernels.primitives import LOG_2, log_one_plus, multiply_add, softcap_slope
 from torchtune_lce.kernels.tuning import Config, ceil_div, rows_and_columns
 
 # Sums below it have no inverse in float32; what they are in a gradient is below any number of it.
@@ -39,8 +39,10 @@ def _finish_kernel(
     targets,
     references,
     row_sums,
+    row_exponents,
     redone,
     losses,
+    entropies,
     peaks,
     log_totals,
     dropped_mass,
@@ -105,6 +107,13 @@ def _finish_kernel(
     log_total = tl.where((tl.abs(reference) == float("inf")) & (target == target), reference, beyond)
     peak = tl.where(tl.abs(reference) < float("inf"), logit_scale * reference, 0.0)
     tl.store(losses + row, tl.where(used, loss, 0.0), mask=write)
+    if entropies is not None:
+        weighted = tl.load(row_exponents + place, mask=used, other=0.0)
+        weighted = tl.where(again, tl.load(redone + 2 * tokens.to(tl.int64) + place, mask=again, other=0.0), weighted)
+        weighted += tl.where(own > 0, own * ((target - reference) * log2_scale), 0.0)
+        # Where an infinity is the largest logit, an entry is infinitely likelier than itself.
+        entropy = tl.where(tl.abs(log_total) < float("inf"), beyond - LOG_2 * weighted / whole, float("nan"))
+        tl.store(entropies + row, tl.where(used, entropy, 0.0), mask=write)
     tl.store(peaks + row, tl.where(used, peak, 0.0), mask=write)
     tl.store(log_totals + row, tl.where(used, log_total, 0.0), mask=write)
     factor = 1 / whole
@@ -197,8 +206,8 @@ def _gradient_kernel(
 def finish_rows(
     piece: Piece,
     totals: Tensor,  # [M, D] float32: u'
-    row_sums: Tensor,  # [M] float32: S'
-    redone: Tensor,  # [2, M] float32: see redo_overflown
+    row_sums: Tensor,  # [1 or 2, M] float32: S', and sums of E times its exponent of 2
+    redone: Tensor,  # [2 or 3, M] float32: see redo_overflown
     left_out: Dropped | None,
     walk: Walk,  # filled at the piece's rows of hidden, and its places
     config: Config,
@@ -207,6 +216,7 @@ def finish_rows(
     weight, values = piece.operands.weight, piece.states
     tokens, features = values.shape
     softcap = piece.operands.softcap
+    with_entropy = row_sums.shape[0] > 1
     block = rows_and_columns(values.device)
     launch(
         _finish_kernel,
@@ -218,9 +228,11 @@ def finish_rows(
             piece.labels,
             piece.targets,
             piece.references,
-            row_sums,
+            row_sums[0],
+            row_sums[1] if with_entropy else None,
             redone,
             walk.losses,
+            walk.entropies if with_entropy else None,
             walk.references,
             walk.log_totals,
             walk.dropped_mass,

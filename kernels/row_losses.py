@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchtune_lce.kernels.launching import launch
+from torchtune_lce.kernels.primitives import LOG_2
 from torchtune_lce.kernels.tuning import ceil_div
 
 
@@ -12,12 +13,14 @@ from torchtune_lce.kernels.tuning import ceil_div
 def _loss_kernel(
     row_total,
     target_logits,
+    mean_exponents,
     rows,
     targets,
     count,
     losses,
     peaks,
     log_totals,
+    entropies,
     tokens,
     entries_total,
     logit_scale,
@@ -45,6 +48,11 @@ def _loss_kernel(
     tl.store(losses + row, loss, mask=inside)
     tl.store(peaks + row, finite, mask=inside)
     tl.store(log_totals + row, log_total, mask=inside)
+    if entropies is not None:
+        entropy = log_sum - LOG_2 * tl.load(mean_exponents + place, mask=used, other=0.0)
+        # Where an infinity is the largest logit, an entry is infinitely likelier than itself.
+        entropy = tl.where(tl.abs(peak) < float("inf"), entropy, float("nan"))
+        tl.store(entropies + row, tl.where(used, entropy, 0.0), mask=inside)
     tl.store(row_total + 2 * place, peak, mask=inside)
     tl.store(row_total + 2 * place + 1, log_sum, mask=inside)
 
@@ -52,15 +60,17 @@ def _loss_kernel(
 def row_losses(
     row_total: Tensor,  # [N, 2] float32: peak and log of the sum measured from it, in the order of ``rows``
     target_logits: Tensor,  # [N] float32, in that order
+    mean_exponents: Tensor | None,  # [N] float32, in that order: see lse_and_target_logit
     rows: Tensor,  # [N] int64, those in use first
     targets: Tensor,  # [N], as they came
     count: Tensor,  # [1] int32, rows in use, on the device
     vocabulary: int,
     logit_scale: float,
-) -> list[Tensor]:  # nll, peak and log_total, [N] float32, 0 where not in use
+) -> list[Tensor]:  # nll, peak and log_total, [N] float32, 0 where not in use, and the entropy, or [0]
     """One launch. Where a target names no entry, NaN in nll, log_total and the log of the sum in ``row_total``."""
     tokens = rows.numel()
-    results = [target_logits.new_empty(tokens) for _ in range(3)]
+    with_entropy = mean_exponents is not None
+    results = [target_logits.new_empty(size) for size in (tokens, tokens, tokens, tokens * with_entropy)]
     if tokens:
         launch(
             _loss_kernel,
@@ -68,10 +78,12 @@ def row_losses(
             (
                 row_total,
                 target_logits,
+                mean_exponents,
                 rows,
                 targets,
                 count,
-                *results,
+                *results[:3],
+                results[3] if with_entropy else None,
                 tokens,
                 vocabulary,
                 logit_scale,

@@ -29,6 +29,7 @@ def token_losses(
     targets: Tensor,
     eps: float | None,
     is_trained: bool,
+    with_entropy: bool,
     options: Options,
 ) -> Losses:
     """What the function that :func:`torchtune_lce.kernels.autograd.token_losses` makes returns; eps None: unfiltered.
@@ -36,7 +37,7 @@ def token_losses(
     With gradients by weight and bias only where ``is_trained``, and then unfiltered. What stands for the peak is each
     row's reference, see reference_logits.py.
     """
-    nll, peak, log_total, *_, divisor = _strip_cross_entropy(
+    nll, peak, log_total, *_, entropies, _, _, _, divisor = _strip_cross_entropy(
         hidden,
         weight,
         bias,
@@ -46,21 +47,25 @@ def token_losses(
         options.logit_scale,
         eps,
         is_trained,
+        with_entropy,
         options.workspace_mib,
     )
-    return Losses(nll, peak.detach(), log_total, divisor=divisor)
+    entropy = entropies.detach() if with_entropy else None
+    return Losses(nll, peak.detach(), log_total, divisor=divisor, entropy=entropy)
 
 
 torch.library.define(
     "torchtune_lce::strip_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float? softcap, "
-    "float logit_scale, float? eps, bool is_trained, int workspace_mib) -> (Tensor nll, Tensor peak, Tensor log_total, "
-    "Tensor dropped_mass, Tensor values, Tensor coefficients, Tensor kept, Tensor shares, Tensor rows, Tensor labels, "
-    "Tensor count, Tensor divisor)",
+    "float logit_scale, float? eps, bool is_trained, bool with_entropy, int workspace_mib) "
+    "-> (Tensor nll, Tensor peak, Tensor log_total, Tensor dropped_mass, Tensor values, Tensor coefficients, "
+    "Tensor kept, Tensor shares, Tensor entropies, Tensor rows, Tensor labels, Tensor count, Tensor divisor)",
 )
 
 
-def _forward(hidden, weight, bias, targets, ignore_index, softcap, logit_scale, eps, is_trained, workspace_mib):
+def _forward(
+    hidden, weight, bias, targets, ignore_index, softcap, logit_scale, eps, is_trained, with_entropy, workspace_mib
+):
     """A :class:`Walk`; then rows [N] int64, the tokens in use first, labels in that order, count [1] int32, and what a
     mean divides by. ``targets`` may hold anything.
     """
@@ -69,7 +74,9 @@ def _forward(hidden, weight, bias, targets, ignore_index, softcap, logit_scale, 
     targets = targets.contiguous()
     rows, labels, count, divisor = compact(targets, ignore_index, weight.shape[0])
     config = config_for(hidden.device, hidden.dtype)
-    walk = walk_rows(operands, targets, rows, labels, count, eps, is_trained, workspace_mib * 2**20, config)
+    walk = walk_rows(
+        operands, targets, rows, labels, count, eps, is_trained, with_entropy, workspace_mib * 2**20, config
+    )
     return *walk, rows, labels, count, divisor
 
 
@@ -83,7 +90,7 @@ def _operands(
 
 
 @torch.library.register_fake("torchtune_lce::strip_cross_entropy")
-def _(hidden, weight, bias, targets, ignore_index, softcap, logit_scale, eps, is_trained, workspace_mib):
+def _(hidden, weight, bias, targets, ignore_index, softcap, logit_scale, eps, is_trained, with_entropy, workspace_mib):
     tokens = targets.shape[0]
     filters = eps is not None
     row_blocks = ceil_div(tokens, config_for(hidden.device, hidden.dtype).row_block) if filters else 0
@@ -94,6 +101,7 @@ def _(hidden, weight, bias, targets, ignore_index, softcap, logit_scale, eps, is
         hidden.new_empty((2, tokens), dtype=torch.float32),
         hidden.new_empty(row_blocks, dtype=torch.int32),
         hidden.new_empty((5, tokens) if is_trained else 0, dtype=torch.float32),
+        hidden.new_empty(tokens if with_entropy else 0, dtype=torch.float32),
         hidden.new_empty(tokens, dtype=torch.int64),
         torch.empty_like(targets),
         hidden.new_empty(1, dtype=torch.int32),
@@ -164,8 +172,8 @@ def _(d_nll, d_lse, hidden, weight, bias, values, *rest):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, bias, _, _, softcap, logit_scale, _, is_trained, workspace_mib = inputs
-    _, _, _, dropped_mass, values, coefficients, kept, shares, rows, labels, count, _ = output
+    hidden, weight, bias, _, _, softcap, logit_scale, _, is_trained, _, workspace_mib = inputs
+    _, _, _, dropped_mass, values, coefficients, kept, shares, _, rows, labels, count, _ = output
     ctx.set_materialize_grads(False)
     # Who keeps hidden states for nothing keeps memory.
     of_logits = (hidden, weight, bias) if is_trained else (None, weight, None)
@@ -199,7 +207,7 @@ def _differentiate(ctx, d_nll, _, d_lse, *__):
     )
     if ctx.record:
         ctx.record.tiles = ctx.kept
-    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 7
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 8
 
 
 _strip_cross_entropy = operator("strip_cross_entropy", _forward, _differentiate, _setup_context)

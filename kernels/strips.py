@@ -34,9 +34,22 @@ from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 
 # Tiles are added in their order, from the first on, whatever strips they came in, and how threads share the work must
 # not depend on whether a number is a multiple of 16: a token's sum has the same bits in any company.
-@triton.jit(do_not_specialize=["first_place", "tokens", "tiles"])
-def _row_sum_kernel(sums, row_sums, count, first_place, tokens, tiles, TILES: tl.constexpr, BLOCK: tl.constexpr):
-    """row_sums[place] = sum of sums[:, place]."""
+@triton.jit(do_not_specialize=["first_place", "tokens", "tiles", "sums_stride"])
+def _row_sum_kernel(
+    sums,
+    row_sums,
+    count,
+    first_place,
+    tokens,
+    tiles,
+    sums_stride,
+    TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """row_sums[kind, place] = sum of sums[kind, :, place]."""
+    kind = tl.program_id(1).to(tl.int64)
+    sums += kind * sums_stride
+    row_sums += kind * tokens
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     present = place < tl.minimum(tl.load(count) - first_place, tokens)
     tile = tl.arange(0, TILES)
@@ -57,6 +70,7 @@ def walk_rows(
     count: Tensor,  # [1] int32, rows in use, on the device
     eps: float | None,  # None: nothing is filtered
     is_trained: bool,  # the projection: shares are wanted
+    with_entropy: bool,
     workspace: int,  # bytes
     config: Config,
 ) -> Walk:
@@ -76,16 +90,19 @@ def walk_rows(
         values.new_zeros(row_blocks, dtype=torch.int32) if filters else empty(0, dtype=torch.int32),
     )
     shares = empty(5, tokens) if is_trained else empty(0)
-    results = Walk(empty(tokens), empty(tokens), empty(tokens), dropped_mass, values, empty(2, tokens), kept, shares)
+    by_row = [empty(tokens) for _ in range(3)]
+    results = Walk(*by_row, dropped_mass, values, empty(2, tokens), kept, shares, empty(tokens * with_entropy))
     if not tokens:
         return results
     logits = reference_logits(operands, targets, rows, count, values, config)
     tiles = ceil_div(vocabulary, config.forward_entries)
     workers = programs(hidden.device)
-    division = divide(tokens, vocabulary, features, hidden.dtype, filters, workspace, workers, config)
+    sums_a_tile = 1 + with_entropy
+    division = divide(tokens, vocabulary, features, hidden.dtype, filters, sums_a_tile, workspace, workers, config)
     places = min(division.tokens, tokens)
     totals = empty(places, features)
-    sums = empty((max(tiles, 2) + 3) * places)
+    sums_of_tiles = empty(sums_a_tile, max(tiles, 2) * places)
+    sums_of_rows = empty((2 * sums_a_tile + 1) * places)
     slots = None
     if filters:
         slots = max(division.slots, division.tiles * config.forward_entries // ENTRIES_A_SLOT)
@@ -93,9 +110,9 @@ def walk_rows(
     for number, first in enumerate(range(0, tokens, places)):
         here = slice(first, first + places)
         piece = Piece(operands, rows[here], labels[here], count, first, values[here], *logits[:, here])
-        row_sums, redone, tile_sums = (
-            sums[from_ * piece.tokens : to * piece.tokens] for from_, to in ((0, 1), (1, 3), (3, max(tiles, 2) + 3))
-        )
+        tile_sums = sums_of_tiles[:, : max(tiles, 2) * piece.tokens]
+        of_rows = sums_of_rows[: (2 * sums_a_tile + 1) * piece.tokens].view(-1, piece.tokens)
+        row_sums, redone = of_rows[:sums_a_tile], of_rows[sums_a_tile:]
         left_out = None
         if filters:
             blocks = slice(first // config.row_block, ceil_div(first + piece.tokens, config.row_block))
@@ -104,7 +121,7 @@ def walk_rows(
         walk(piece, totals, strip, tile_sums, left_out, eps, config)
         launch(
             _row_sum_kernel,
-            (ceil_div(piece.tokens, 32),),
+            (ceil_div(piece.tokens, 32), sums_a_tile),
             (
                 tile_sums,
                 row_sums,
@@ -112,12 +129,15 @@ def walk_rows(
                 first,
                 piece.tokens,
                 tiles,
+                tile_sums.stride(0),
             ),
             TILES=64,
             BLOCK=32,
             num_warps=4,
         )
-        redo_overflown(piece, row_sums, tile_sums, redone, totals, product_precision(hidden.dtype, config), config)
+        redo_overflown(
+            piece, row_sums[0], tile_sums[0], redone, totals, product_precision(hidden.dtype, config), config
+        )
         if left_out is not None:
             find_means(piece, left_out, strip, config)
         finish_rows(piece, totals, row_sums, redone, left_out, results, config)
@@ -128,7 +148,7 @@ def walk(
     piece: Piece,
     totals: Tensor,  # [M, D] float32, filled: u'
     strip: Strip,
-    tile_sums: Tensor,  # [tiles, M] float32, filled: sums of E
+    tile_sums: Tensor,  # [1 or 2, tiles, M] float32, filled: sums of E, and of E times its exponent of 2
     dropped: Dropped | None,  # filled
     eps: float | None,
     config: Config,
@@ -141,7 +161,7 @@ def walk(
     blocks = Blocks.of(piece, strip, depth, chunk, config)
     kernels = [strip_exponentials(piece, strip, blocks, tile_sums, dropped and dropped.running, eps, config)]
     if dropped is not None:
-        kernels.append(pack_active(piece, strip, tile_sums, dropped, config))
+        kernels.append(pack_active(piece, strip, tile_sums[0], dropped, config))
     kernels.append(add_product(piece, strip, blocks, dropped is not None, totals, config))
     for number, (first, here) in enumerate(strip.parts(tiles)):
         for kernel in kernels:

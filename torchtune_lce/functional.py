@@ -91,11 +91,16 @@ def linear_token_logprobs(
     impl: str = "auto",
     filter_eps: float | str | None = "auto",
     workspace_mib: int = 128,
-) -> Tensor:
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target, float32 in the shape of ``targets``, 0 where ignored or shifted off.
 
-    What DPO, PPO and GRPO are made of. Gradients flow with any upstream gradient a token; arguments and errors as in
-    :func:`linear_cross_entropy`.
+    What DPO, PPO and GRPO are made of; ``logit_scale`` is then 1 / temperature. Gradients flow with any upstream
+    gradient a token; arguments and errors as in :func:`linear_cross_entropy`.
+
+    With ``return_entropy`` also the entropy of each prediction, in nats, alike, but without a gradient (that of
+    :func:`linear_token_statistics` has one). The ``cce`` implementations have it from the pass that makes the losses,
+    others compute the logits once more.
     """
     options = Options(
         ignore_index=ignore_index,
@@ -104,8 +109,16 @@ def linear_token_logprobs(
         filter_eps=filter_eps,
         workspace_mib=workspace_mib,
     )
+    validation.check_flag("return_entropy", return_entropy)
     call = checked(hidden, weight, targets, bias, options=options, shift=shift)
-    return -compute(call, reduction="none", impl=impl)
+    if not return_entropy:
+        return -compute(call, reduction="none", impl=impl)
+    losses = _token_losses(call, impl)(replace(call, with_entropy=True))
+    entropy = losses.entropy
+    if entropy is None:
+        with torch.no_grad():
+            entropy = token_statistics(call)[0]
+    return -call.at_targets(losses.nll), call.at_targets(entropy)
 
 
 class TokenStatistics(NamedTuple):

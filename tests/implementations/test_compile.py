@@ -198,7 +198,7 @@ def test_operators_of_cce_keep_the_rules(adapter, eps, frozen, device):
     weight.requires_grad_(not frozen)
     low, up = (torch.randn(rows, 3, device=device, requires_grad=True) for rows in (len(hidden), len(weight)))
     low_rank = (None, None) if adapter == "none" else (low, up)
-    arguments = (hidden, weight, bias, *low_rank, targets, -100, None, 0.5, eps, True, True, 64)
+    arguments = (hidden, weight, bias, *low_rank, targets, -100, None, 0.5, eps, True, True, True, 64)
     torch.library.opcheck(torch.ops.torchtune_lce.cut_cross_entropy.default, arguments)
 
 

@@ -66,6 +66,7 @@ def run_forward(hidden, weight, targets, used=None, eps=EPS):
         math.log2(eps),
         total,
         target_logit,
+        None,
     )
     return config, count, activity, total.sum(1), target_logit
 

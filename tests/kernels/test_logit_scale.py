@@ -10,12 +10,11 @@ import torch
 pytest.importorskip("triton")
 
 from tests.support.calls import compute
+from tests.support.hard_rows import CONFIDENT, MISTAKEN, TOKENS, VOCABULARY, hard_inputs
 from torchtune_lce.inputs.low_rank import LowRank
 from torchtune_lce.inputs.options import Options
-from torchtune_lce.kernels.reference_logits import SAMPLED_ENTRIES
 
 FACTOR = 4.0
-TOKENS, VOCABULARY, WIDTH = 75, 301, 40
 # With a filter and a trained head by tiles, else by strips; an adapter goes by tiles.
 WAYS = {
     "tiles": {"impl": "cce"},
@@ -30,29 +29,6 @@ WAYS = {
 def _sparse(monkeypatch):
     """Inputs this small keep most of their tiles, and all would be computed."""
     monkeypatch.setattr("torchtune_lce.kernels.plan.DENSE_FRACTION", 1.0)
-
-
-def hard_inputs(device: torch.device, rank: int) -> dict[str, torch.Tensor]:
-    """With rows of each kind: of a trained softmax, flat, confident, of a loss past 100, and of a masked target."""
-    torch.manual_seed(7)
-    hidden, weight = torch.randn(TOKENS, WIDTH, device=device), torch.randn(VOCABULARY, WIDTH, device=device) / 8
-    # Two entries that one feature alone speaks for and against. The first is in no sample of the vocabulary.
-    favourite, loser = 6, 7
-    assert not any(number * VOCABULARY // SAMPLED_ENTRIES.value == favourite for number in range(SAMPLED_ENTRIES.value))
-    hidden[:, 0], weight[:, 0] = 0, 0
-    weight[favourite], weight[loser] = 0, 0
-    weight[favourite, 0], weight[loser, 0] = 4, -4
-    # All far below zero; and most of them improbable, so that a filter finds whole tiles to leave out.
-    bias = torch.randn(VOCABULARY, device=device) / 4 - 40
-    bias[97:] -= 6
-    bias[5] = -torch.inf
-    targets = torch.randint(8, 97, (TOKENS,), device=device)
-    hidden[10:20] *= 0.01
-    hidden[20:30, 0], targets[20:30] = 5, favourite
-    hidden[30:40, 0], targets[30:40] = 20, loser
-    targets[40:42], targets[42:50] = 5, -100
-    adapter = {"low": torch.randn(TOKENS, rank, device=device), "up": torch.randn(VOCABULARY, rank, device=device) / 8}
-    return {"hidden": hidden, "weight": weight, "bias": bias, "targets": targets} | (adapter if rank else {})
 
 
 def results_of(inputs: dict[str, torch.Tensor], way: dict, factor: float, softcap: float | None) -> dict:
@@ -84,10 +60,13 @@ def results_of(inputs: dict[str, torch.Tensor], way: dict, factor: float, softca
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("way", WAYS)
 def test_by_the_operands_or_by_the_option(way, softcap, device):
-    inputs = hard_inputs(device, WAYS[way].get("rank", 0))
+    inputs, rank = hard_inputs(device), WAYS[way].get("rank")
+    if rank:
+        inputs["low"] = torch.randn(TOKENS, rank, device=device)
+        inputs["up"] = torch.randn(VOCABULARY, rank, device=device) / 8
     scaled, plain = (results_of(inputs, WAYS[way], factor, softcap) for factor in (1.0, FACTOR))
-    assert plain["loss"][30:40].gt(100).all()
-    assert plain["loss"][20:30].lt(1e-6).all()
+    assert plain["loss"][MISTAKEN].gt(100).all()
+    assert plain["loss"][CONFIDENT].lt(1e-6).all()
     for name, wanted in plain.items():
         torch.testing.assert_close(
             scaled[name], wanted, rtol=0, atol=1e-38, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"

@@ -400,12 +400,12 @@ def test_division_fits_the_workspace_and_covers_everything(tokens, workspace_mib
         ((8, 0), (8, 6), (9, 0)), (1, 50_021, 256_000), (8, 4096)
     ):
         config = tuning._cuda_config(capability, dtype, "tf32x3")
-        parts = division.divide(tokens, vocabulary, features, dtype, filters, workspace_mib * MIB, 132, config)
+        parts = division.divide(tokens, vocabulary, features, dtype, filters, 1, workspace_mib * MIB, 132, config)
         tiles = -(-vocabulary // config.forward_entries)
         assert parts.tokens % config.row_block == 0
         assert 1 <= parts.tiles <= tiles
         places = min(parts.tokens, tokens)
-        taken = division.bytes_beside(places, tiles, features, filters, config)
+        taken = division.bytes_beside(places, tiles, features, filters, 1, config)
         taken += parts.tiles * division.tile_bytes(places, dtype, filters, config)
         own = parts.tiles * config.forward_entries // division.ENTRIES_A_SLOT
         if filters:
@@ -425,7 +425,7 @@ def test_where_the_workspace_is_small_tokens_are_taken_in_pieces(device, calls, 
     assert len(calls) == 1
     calls.clear()
     divide = strips.divide
-    monkeypatch.setattr(strips, "divide", lambda *args: divide(*args[:5], args[5] // 100, *args[6:]))
+    monkeypatch.setattr(strips, "divide", lambda *args: divide(*args[:6], args[6] // 100, *args[7:]))
     loss = EXACT(hidden, weight, targets, workspace_mib=1)
     assert len(calls) > 1 or device.type == "cuda"
     torch.testing.assert_close(grad(loss, hidden), grad(whole, hidden), rtol=1e-5, atol=1e-7)
@@ -448,7 +448,7 @@ def test_operators_keep_the_rules(softcap, with_bias, device):
     targets[:4] = -100
     bias = torch.randn(200, device=device) if with_bias else None
     for is_trained in (False, True):
-        arguments = (hidden, weight, bias, targets, -100, softcap, 0.5, None, is_trained, 64)
+        arguments = (hidden, weight, bias, targets, -100, softcap, 0.5, None, is_trained, True, 64)
         torch.library.opcheck(torch.ops.torchtune_lce.strip_cross_entropy.default, arguments)
         weight.requires_grad_()
 

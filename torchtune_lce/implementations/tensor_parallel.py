@@ -40,7 +40,8 @@ def over_ranks(local: TokenLosses) -> TokenLosses:
             hidden = _SumGradients.apply(hidden, group)
         bias, beyond = _apart_from_all_masked(call.bias, call.options)
         options = replace(call.options, ignore_index=-1)
-        own = local(replace(call, hidden=hidden, bias=bias, labels=place, options=options, shard=None, summed=False))
+        here = replace(call, hidden=hidden, bias=bias, labels=place, options=options, shard=None)
+        own = local(replace(here, summed=False, with_entropy=False))
         nll, peak, log_total = _Merge.apply(own.nll + beyond, own.peak, own.log_total, valid, owned, group)
         merged = Losses(nll, peak, log_total, divisor=own.divisor)
         if own.mean is None:

@@ -37,6 +37,7 @@ class Call:
     low_rank: LowRank | None = None
     shard: VocabularyShard | None = None
     summed: bool = False  # of its losses only a sum or a mean is differentiated, and no log-sum-exp
+    with_entropy: bool = False  # wanted from whoever has it at hand
 
     @property
     def vocabulary(self) -> int:

@@ -24,3 +24,4 @@ class Losses(NamedTuple):
     mean: Tensor | None = None  # of the logits, less the peak; with label smoothing
     divisor: Tensor | None = None  # [] integer: tokens in use, 1 if there are none; from those that have it at hand
     total: Tensor | None = None  # []; from those that make gradients with the losses, and take any label
+    entropy: Tensor | None = None  # of the prediction, in nats, without gradient; from those that have it where wanted

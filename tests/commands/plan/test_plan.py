@@ -258,9 +258,9 @@ def test_workspace_holds_the_strips(tokens, vocabulary, impl, trained):
     config = tuning._cuda_config((9, 0), torch.bfloat16, "ieee")
     tiles = -(-vocabulary // config.forward_entries)
     filters = impl == "cce"
-    parts = division.divide(tokens, vocabulary, 2048, torch.bfloat16, filters, 128 * 2**20, 132, config)
+    parts = division.divide(tokens, vocabulary, 2048, torch.bfloat16, filters, 1, 128 * 2**20, 132, config)
     rows = min(parts.tokens, tokens)
-    taken = division.bytes_beside(rows, tiles, 2048, filters, config)
+    taken = division.bytes_beside(rows, tiles, 2048, filters, 1, config)
     taken += parts.tiles * division.tile_bytes(rows, torch.bfloat16, filters, config)
     planned = loss_memory(impl, Problem(tokens, 2048, vocabulary, 2, trained))
     kept = 2 * tokens * 2048
