@@ -111,9 +111,7 @@ def _finish_kernel(
         weighted = tl.load(row_exponents + place, mask=used, other=0.0)
         weighted = tl.where(again, tl.load(redone + 2 * tokens.to(tl.int64) + place, mask=again, other=0.0), weighted)
         weighted += tl.where(own > 0, own * ((target - reference) * log2_scale), 0.0)
-        # Where an infinity is the largest logit, an entry is infinitely likelier than itself.
-        entropy = tl.where(tl.abs(log_total) < float("inf"), beyond - LOG_2 * weighted / whole, float("nan"))
-        tl.store(entropies + row, tl.where(used, entropy, 0.0), mask=write)
+        tl.store(entropies + row, tl.where(used, beyond - LOG_2 * weighted / whole, 0.0), mask=write)
     tl.store(peaks + row, tl.where(used, peak, 0.0), mask=write)
     tl.store(log_totals + row, tl.where(used, log_total, 0.0), mask=write)
     factor = 1 / whole

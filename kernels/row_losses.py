@@ -50,8 +50,6 @@ def _loss_kernel(
     tl.store(log_totals + row, log_total, mask=inside)
     if entropies is not None:
         entropy = log_sum - LOG_2 * tl.load(mean_exponents + place, mask=used, other=0.0)
-        # Where an infinity is the largest logit, an entry is infinitely likelier than itself.
-        entropy = tl.where(tl.abs(peak) < float("inf"), entropy, float("nan"))
         tl.store(entropies + row, tl.where(used, entropy, 0.0), mask=inside)
     tl.store(row_total + 2 * place, peak, mask=inside)
     tl.store(row_total + 2 * place + 1, log_sum, mask=inside)

@@ -26,10 +26,17 @@ def exact_entropy(hidden, weight, bias, targets, softcap, scale):
     return torch.distributions.Categorical(logits=logits).entropy().where(targets != -100, 0)
 
 
-@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (None, 0.5), (30.0, 3.0)])
+@pytest.mark.parametrize(
+    ("softcap", "scale", "is_reversed"), [(None, 1.0, False), (None, 0.5, True), (30.0, 3.0, False)]
+)
 @pytest.mark.parametrize("way", WAYS)
-def test_agrees_with_float64(way, softcap, scale, device):
+def test_agrees_with_float64(way, softcap, scale, is_reversed, device):
     inputs = hard_inputs(device)
+    if is_reversed:
+        # What is probable comes last, when sums have been measured from another logit.
+        targets = inputs["targets"]
+        inputs["targets"] = torch.where(targets == -100, -100, len(inputs["weight"]) - 1 - targets)
+        inputs |= {name: inputs[name].flip(0) for name in ("weight", "bias")}
     wanted = exact_entropy(**inputs, softcap=softcap, scale=scale)
     for name in WAYS[way]:
         inputs[name].requires_grad_()
@@ -54,6 +61,18 @@ def test_the_same_in_pieces(device, monkeypatch):
     monkeypatch.setattr(strips, "divide", lambda *args: divide(*args[:6], args[6] // 2000, *args[7:]))
     _, parts = linear_token_logprobs(**inputs, impl="cce_exact", return_entropy=True)
     assert torch.equal(whole, parts)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_of_huge_logits(requires_grad, device):
+    """Rows that are done again, in which more than one entry has a share: float32 holds every fourth number here."""
+    bias = torch.full((301,), -torch.inf, device=device)
+    bias[7], bias[11], bias[200] = 5e7, 5e7 - 4, 5e7 - 8
+    inputs = torch.zeros(3, 8, device=device, requires_grad=requires_grad), torch.zeros(301, 8, device=device)
+    targets = torch.tensor([7, 11, 200], device=device)
+    _, entropy = linear_token_logprobs(*inputs, targets, bias, impl="cce_exact", return_entropy=True)
+    exact = torch.distributions.Categorical(logits=torch.tensor([0.0, -4.0, -8.0])).entropy()
+    torch.testing.assert_close(entropy, exact.to(device).expand(3))
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
