@@ -35,7 +35,7 @@ def token_losses(filtering: Filtering) -> Callable:
     """The preset's function."""
 
     def run(call: Call) -> Losses:
-        hidden, weight, bias, low, up, _ = call.operands
+        hidden, weight, bias, low, up, scale = call.operands
         options = call.options
         if low is not None:
             # Under autocast the adapter's second matrix comes in its own dtype.
@@ -44,7 +44,8 @@ def token_losses(filtering: Filtering) -> Callable:
         hidden, weight, low, up = map(rows_contiguous, (hidden, weight, low, up))
         eps = options.resolved_filter_eps(hidden.dtype)
         needs_hidden, needs_weight = (
-            any(x is not None and x.requires_grad for x in operands) for operands in ((hidden, low), (weight, bias, up))
+            any(x is not None and x.requires_grad for x in operands)
+            for operands in ((hidden, low), (weight, bias, up, scale))
         )
         filters = filtering.hidden and needs_hidden or filtering.weight and needs_weight
         records = bool(eps) and filters and torch.is_grad_enabled()
@@ -61,6 +62,7 @@ def token_losses(filtering: Filtering) -> Callable:
             bias,
             low,
             up,
+            scale,
             call.labels,
             options.ignore_index,
             options.softcap,
@@ -79,10 +81,11 @@ def token_losses(filtering: Filtering) -> Callable:
 
 torch.library.define(
     "torchtune_lce::cut_cross_entropy",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor targets, int ignore_index, "
-    "float? softcap, float logit_scale, float? eps, bool filter_hidden, bool filter_weight, bool with_entropy, "
-    "int workspace_mib) -> (Tensor nll, Tensor peak, Tensor log_total, Tensor entropies, Tensor rows, Tensor labels, "
-    "Tensor count, Tensor row_total, Tensor words, Tensor dropped_mass, Tensor divisor)",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor? scale, Tensor targets, "
+    "int ignore_index, float? softcap, float logit_scale, float? eps, bool filter_hidden, bool filter_weight, "
+    "bool with_entropy, int workspace_mib) "
+    "-> (Tensor nll, Tensor peak, Tensor log_total, Tensor entropies, Tensor rows, Tensor labels, Tensor count, "
+    "Tensor row_total, Tensor words, Tensor dropped_mass, Tensor divisor)",
 )
 
 
@@ -92,6 +95,7 @@ def _forward(
     bias,
     low,
     up,
+    scale,
     targets,
     ignore_index,
     softcap,
@@ -110,7 +114,7 @@ def _forward(
     that order. The latter is peak and log_total, as in :class:`Places`. words and dropped_mass are an
     :class:`Activity`, the first in one row, both empty without eps. Last what a mean divides by.
     """
-    operands = _operands(hidden, weight, bias, low, up, softcap, logit_scale)
+    operands = _operands(hidden, weight, bias, low, up, scale, softcap, logit_scale)
     config = config_for(hidden.device, hidden.dtype)
     targets = targets.contiguous()
     rows, labels, count, divisor = compact(targets, ignore_index, weight.shape[0])
@@ -148,6 +152,7 @@ def _(
     bias,
     low,
     up,
+    scale,
     targets,
     ignore_index,
     softcap,
@@ -180,10 +185,10 @@ def _(
 
 torch.library.define(
     "torchtune_lce::cut_cross_entropy_backward",
-    "(Tensor? d_nll, Tensor? d_lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor rows, "
-    "Tensor labels, Tensor count, Tensor row_total, Tensor words, float? softcap, float logit_scale, "
-    "bool filter_hidden, bool filter_weight, bool[] needs, int workspace_mib) "
-    "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_low, Tensor d_up, Tensor tiles)",
+    "(Tensor? d_nll, Tensor? d_lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, "
+    "Tensor? scale, Tensor rows, Tensor labels, Tensor count, Tensor row_total, Tensor words, float? softcap, "
+    "float logit_scale, bool filter_hidden, bool filter_weight, bool[] needs, int workspace_mib) "
+    "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_low, Tensor d_up, Tensor d_scale, Tensor tiles)",
 )
 
 
@@ -195,6 +200,7 @@ def _backward(
     bias,
     low,
     up,
+    scale,
     rows,
     labels,
     count,
@@ -207,11 +213,11 @@ def _backward(
     needs,
     workspace_mib,
 ):
-    """Gradients by hidden, weight, bias, low and up, empty where ``needs`` has no True.
+    """Gradients by hidden, weight, bias, low, up and scale, empty where ``needs`` has no True.
 
     And [kept tiles, all tiles] int64, of all launches.
     """
-    operands = _operands(hidden, weight, bias, low, up, softcap, logit_scale)
+    operands = _operands(hidden, weight, bias, low, up, scale, softcap, logit_scale)
     config = config_for(hidden.device, hidden.dtype)
     recorded = None
     if words.numel():
@@ -221,13 +227,14 @@ def _backward(
     d_nll = row_total.new_zeros(rows.shape) if d_nll is None else d_nll[rows]
     d_lse = None if d_lse is None else d_lse[rows]
     places = Places(rows, labels, count, row_total, d_nll, d_lse)
-    need_hidden, need_weight, need_bias, need_low, need_up = needs
+    need_hidden, need_weight, need_bias, need_low, need_up, need_scale = needs
     wanted = Gradients(
         hidden.new_zeros(hidden.shape) if need_hidden else None,
         weight.new_empty(weight.shape) if need_weight else None,
         bias.new_empty(bias.shape) if need_bias else None,
         low.new_zeros(low.shape, dtype=torch.float32) if need_low else None,
         up.new_empty(up.shape) if need_up else None,
+        scale.new_empty(scale.shape) if need_scale else None,
     )
     tiles = torch.zeros(2, dtype=torch.int64, device=hidden.device)
 
@@ -237,7 +244,7 @@ def _backward(
         )
         tokens = piece.stop - piece.start
         row_blocks = ceil_div(tokens, config.row_block)
-        strip_tiles, copies = _division(operands, gradients.hidden is not None, tokens, workspace_mib, config)
+        strip_tiles, copies = _division(operands, gradients, tokens, workspace_mib, config)
         first = piece.start // config.row_block
         here = places.of(piece)
         # Hidden states that are not copied are in order as they are if every token is in use.
@@ -250,7 +257,7 @@ def _backward(
             row_blocks,
             weight.shape[0],
             strip_tiles,
-            output_tiles(gradients.weight, config),
+            output_tiles(gradients, config),
             hidden.shape[1],
             config,
             tiles,
@@ -268,7 +275,7 @@ def _backward(
 
     # The sums of the hidden states' gradient over strips may take half of the workspace; past that it is made by pieces
     # of tokens, in a pass of its own.
-    strip_bytes = 4 * _tile_bytes(hidden, config) // config.row_block
+    strip_bytes = 4 * _tile_bytes(hidden, wanted, config) // config.row_block
     pieces = _pieces(rows.numel(), max(2 * _sum_bytes(hidden), strip_bytes), workspace_mib * 2**20, config)
     everything = slice(0, rows.numel())
     if len(pieces) == 1 or not need_hidden and pieces:
@@ -278,7 +285,7 @@ def _backward(
         if any(gradient is not None for gradient in others):
             run(everything, others)
         for piece in pieces:
-            run(piece, Gradients(wanted.hidden, None, None, None, None))
+            run(piece, Gradients(wanted.hidden, None, None, None, None, None))
     else:
         for gradient in wanted.by_entry():
             if gradient is not None:
@@ -290,17 +297,17 @@ def _backward(
 
 @torch.library.register_fake("torchtune_lce::cut_cross_entropy_backward")
 def _(d_nll, d_lse, *arguments):
-    operands, needs = arguments[:5], arguments[-2]
+    operands, needs = arguments[:6], arguments[-2]
     hidden = operands[0]
     gradients = (x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in zip(operands, needs, strict=True))
     return *gradients, hidden.new_empty(2, dtype=torch.int64)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, bias, low, up, _, _, softcap, logit_scale, _, *filters, _, workspace_mib = inputs
+    hidden, weight, bias, low, up, scale, _, _, softcap, logit_scale, _, *filters, _, workspace_mib = inputs
     _, _, _, _, rows, labels, count, row_total, words, dropped_mass, _ = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, low, up, rows, labels, count, row_total, words)
+    ctx.save_for_backward(hidden, weight, bias, low, up, scale, rows, labels, count, row_total, words)
     ctx.settings = softcap, logit_scale, *filters, workspace_mib
     ctx.record = None
     # A trace has no calls to tell of.
@@ -312,7 +319,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, d_nll, _, d_lse, *__):
     softcap, logit_scale, filter_hidden, filter_weight, workspace_mib = ctx.settings
-    needs = list(ctx.needs_input_grad[:5])
+    needs = list(ctx.needs_input_grad[:6])
     *gradients, tiles = _cut_cross_entropy_backward(
         d_nll, d_lse, *ctx.saved_tensors, softcap, logit_scale, filter_hidden, filter_weight, needs, workspace_mib
     )
@@ -331,6 +338,7 @@ def _operands(
     bias: Tensor | None,
     low: Tensor | None,
     up: Tensor | None,
+    scale: Tensor | None,
     softcap: float | None,
     logit_scale: float,
 ) -> Operands:
@@ -338,7 +346,8 @@ def _operands(
     # Of a number of another type kernels would be compiled anew.
     softcap = softcap if softcap is None else float(softcap)
     bias = bias if bias is None else bias.contiguous()
-    return Operands(hidden, weight, bias, low, up, softcap, float(logit_scale))
+    scale = scale if scale is None else scale.contiguous()
+    return Operands(hidden, weight, bias, low, up, softcap, float(logit_scale), scale)
 
 
 def _taken(operands: Operands, rows: Tensor, used: Tensor) -> Operands:
@@ -373,13 +382,14 @@ def _sum_bytes(hidden: Tensor) -> int:
     return 2 * hidden.shape[1] if hidden.element_size() == 2 else 0
 
 
-def _tile_bytes(hidden: Tensor, config: Config) -> int:
-    """A tile's logit gradients, and the softmax mass of its tokens."""
-    return config.row_block * (config.entry_tile * hidden.element_size() + 4)
+def _tile_bytes(hidden: Tensor, wanted: Gradients, config: Config) -> int:
+    """A tile's logit gradients, the softmax mass of its tokens, and what its entries' scales get."""
+    gradients = config.row_block * (config.entry_tile * hidden.element_size() + 4)
+    return gradients + 4 * config.entry_tile * (wanted.scale is not None)
 
 
 def _division(
-    operands: Operands, need_hidden: bool, tokens: int, workspace_mib: int, config: Config
+    operands: Operands, wanted: Gradients, tokens: int, workspace_mib: int, config: Config
 ) -> tuple[int, bool]:
     """Tiles of a strip, and whether hidden states are copied in the order of their places, within the workspace.
 
@@ -393,9 +403,9 @@ def _division(
     workspace = workspace_mib * 2**20
     # The last is the plan's, and the forward's bits.
     left = workspace - 24 * vocabulary - 64 * columns * row_blocks
-    if need_hidden:
+    if wanted.hidden is not None:
         left -= tokens * _sum_bytes(hidden)
-    if need_hidden or low is not None:
+    if wanted.hidden is not None or low is not None:
         left -= tail_bytes(hidden)
     if low is not None:
         # Its gradient in float32, and the tail's mean of it.
@@ -406,7 +416,7 @@ def _division(
     copies = has_blocks(config, hidden, weight) and fits
     if copies:
         left -= copy
-    return min(max(left // _tile_bytes(hidden, config), 2 * row_blocks), (columns + 1) * row_blocks), copies
+    return min(max(left // _tile_bytes(hidden, wanted, config), 2 * row_blocks), (columns + 1) * row_blocks), copies
 
 
 def _pieces(tokens: int, bytes_a_token: int, workspace: int, config: Config) -> list[slice]:

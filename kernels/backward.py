@@ -14,6 +14,7 @@ from torchtune_lce.kernels.backward_tiles import (
     bias_gradient_tile,
     hidden_gradient_tile,
     logit_gradient_pair,
+    scale_gradient_tile,
     weight_gradient_tile,
 )
 from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
@@ -33,6 +34,7 @@ def _backward_kernel(
     weight_rows,
     weight_columns,
     bias,
+    scales,
     low,
     up,
     rows,
@@ -45,6 +47,7 @@ def _backward_kernel(
     gradient_rows,
     gradient_columns,
     masses,
+    scale_sums,
     mass_before,
     tail,
     low_tail,
@@ -55,6 +58,7 @@ def _backward_kernel(
     d_bias,
     d_low,
     d_up,
+    d_scale,
     counters,
     entries,
     ids,
@@ -83,6 +87,7 @@ def _backward_kernel(
     log2_scale,
     HAS_BIAS: tl.constexpr,
     HAS_LOW_RANK: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_D_LSE: tl.constexpr,
     HAS_TAIL: tl.constexpr,
@@ -91,6 +96,7 @@ def _backward_kernel(
     NEED_BIAS: tl.constexpr,
     NEED_LOW: tl.constexpr,
     NEED_UP: tl.constexpr,
+    NEED_SCALE: tl.constexpr,
     DENSE: tl.constexpr,
     HIDDEN_TMA: tl.constexpr,
     WEIGHT_TMA: tl.constexpr,
@@ -117,7 +123,7 @@ def _backward_kernel(
     tokens_total = tl.load(count)
     row_blocks = tl.cdiv(tokens_total, ROW_BLOCK)
     chunks = tl.cdiv(features, FEATURES)
-    # Work items of a column: the chunks of its weight gradient, those of `up`, then its bias gradient.
+    # Work items of a column: the chunks of its weight gradient, those of `up`, then its bias gradient and its scale's.
     weight_chunks = 0
     if NEED_WEIGHT:
         weight_chunks = chunks
@@ -126,6 +132,9 @@ def _backward_kernel(
         column_chunks += tl.cdiv(rank, RANK_BLOCK)
     bias_chunk = column_chunks
     if NEED_BIAS:
+        column_chunks += 1
+    scale_chunk = column_chunks
+    if NEED_SCALE:
         column_chunks += 1
     # Of a row block: the chunks of its hidden states' gradient, then those of `low`.
     hidden_chunks = 0
@@ -155,6 +164,7 @@ def _backward_kernel(
                 weight,
                 weight_rows,
                 bias,
+                scales,
                 low,
                 up,
                 rows,
@@ -167,6 +177,7 @@ def _backward_kernel(
                 pairs,
                 gradients,
                 masses,
+                scale_sums,
                 pair,
                 first_pair,
                 first_column,
@@ -187,6 +198,7 @@ def _backward_kernel(
                 log2_scale,
                 HAS_BIAS,
                 HAS_LOW_RANK,
+                HAS_SCALE,
                 HAS_SOFTCAP,
                 HAS_D_LSE,
                 HAS_TAIL,
@@ -285,6 +297,20 @@ def _backward_kernel(
                             row_blocks_total,
                             entries_total,
                             ROW_BLOCK,
+                            TILE,
+                        )
+                if NEED_SCALE:
+                    if chunk == scale_chunk:
+                        scale_gradient_tile(
+                            entries,
+                            column_slots,
+                            column_lengths,
+                            scale_sums,
+                            d_scale,
+                            column,
+                            first_id,
+                            row_blocks_total,
+                            entries_total,
                             TILE,
                         )
             else:
@@ -406,10 +432,15 @@ def run_backward(
     if wanted.hidden is not None and wanted.hidden.element_size() == 2:
         sums_high = wanted.hidden.view(torch.int16)
         sums_low = sums_high.new_empty((places.rows.numel(), features))
-    of_tail = nothing = (None,) * 4
+    scale_sums = None
+    if wanted.scale is not None:
+        scale_sums = wanted.scale.new_empty((strip_tiles, config.entry_tile))
+    of_tail = nothing = (None,) * 3
+    masses = None
     if tail is not None:
         new_empty = places.row_total.new_empty
-        of_tail = new_empty((strip_tiles, config.row_block)), new_empty(places.rows.numel()), *tail
+        masses = new_empty((strip_tiles, config.row_block))
+        of_tail = new_empty(places.rows.numel()), *tail
     by_row = None, None
     counters = iter(plan.counters)
 
@@ -436,6 +467,7 @@ def run_backward(
                 weight,
                 *weight_blocks,
                 operands.bias,
+                operands.scale,
                 operands.low,
                 operands.up,
                 places.rows,
@@ -446,6 +478,8 @@ def run_backward(
                 places.d_lse,
                 gradients,
                 *gradient_blocks(gradients),
+                None if dense else masses,
+                scale_sums,
                 *(nothing if dense else of_tail),
                 wanted.hidden,
                 sums_high,
@@ -454,6 +488,7 @@ def run_backward(
                 wanted.bias,
                 wanted.low,
                 wanted.up,
+                wanted.scale,
                 next(counters),
                 plan.entries,
                 None if dense else plan.ids,
@@ -488,6 +523,7 @@ def run_backward(
             NEED_BIAS=wanted.bias is not None,
             NEED_LOW=wanted.low is not None,
             NEED_UP=wanted.up is not None,
+            NEED_SCALE=wanted.scale is not None,
             DENSE=dense,
             HIDDEN_TMA=hidden_blocks[0] is not None,
             WEIGHT_TMA=weight_blocks[0] is not None,
@@ -521,9 +557,9 @@ def run_backward(
     if not plan.is_dense:
         run(plan.sparse_strips, workspace, 0, by_row if may_be_in_order else hidden_blocks, by_row, dense=False)
     dense = [(plan.dense_strips, plan.dense_strips_by_row, workspace, 0)]
-    if output_tiles(wanted.weight, config):
+    if output_tiles(wanted, config):
         # Rows of the weight's gradient that are not written yet hold the logit gradients of the strips before them.
-        output = wanted.weight.view(-1)[: output_tiles(wanted.weight, config) * _tile_numel(config)]
+        output = wanted.weight.view(-1)[: output_tiles(wanted, config) * _tile_numel(config)]
         dense.insert(0, (plan.output_strips, plan.output_strips_by_row, output, features))
     for strips, strips_by_row, gradients, factor in dense:
         run(strips, gradients, factor, hidden_blocks, weight_blocks, dense=True)
@@ -535,6 +571,6 @@ def _tile_numel(config: Config) -> int:
     return config.row_block * config.entry_tile
 
 
-def output_tiles(d_weight: Tensor | None, config: Config) -> int:
-    """How many tiles of logit gradients have room in the weight's gradient."""
-    return 0 if d_weight is None else d_weight.numel() // _tile_numel(config)
+def output_tiles(wanted: Gradients, config: Config) -> int:
+    """How many tiles of logit gradients have room in the weight's gradient; none where each has sums beside it."""
+    return 0 if wanted.weight is None or wanted.scale is not None else wanted.weight.numel() // _tile_numel(config)

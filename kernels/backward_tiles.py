@@ -20,6 +20,7 @@ def logit_gradient_pair(
     weight,
     weight_rows,
     bias,
+    scales,
     low,
     up,
     rows,
@@ -32,6 +33,7 @@ def logit_gradient_pair(
     pairs,
     gradients,
     masses,
+    scale_sums,
     pair,
     first_pair,
     first_column,
@@ -52,6 +54,7 @@ def logit_gradient_pair(
     log2_scale,
     HAS_BIAS: tl.constexpr,
     HAS_LOW_RANK: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_D_LSE: tl.constexpr,
     HAS_TAIL: tl.constexpr,
@@ -66,7 +69,8 @@ def logit_gradient_pair(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(softmax * (d_nll + d_lse) - onehot * d_nll) * softcap', rounded to the input dtype only after the difference.
+    """(softmax * (d_nll + d_lse) - onehot * d_nll) * softcap' * scale, rounded to the input dtype only after the
+    difference. Unless None also sums over the tile's tokens, of what is scaled times the gradient by its scaled value.
 
     WIDTH entries: one tile, or two of the same row block next to each other.
     """
@@ -148,6 +152,10 @@ def logit_gradient_pair(
         logits = tl.dot(a, b, logits, input_precision=PRECISION)
     if HAS_BIAS:
         logits += tl.load(bias + entry).to(tl.float32)[None, :]
+    unscaled = logits
+    if HAS_SCALE:
+        scale = tl.load(scales + entry)
+        logits *= scale[None, :]
     if HAS_SOFTCAP:
         logits = softcapped(logits, softcap)
     upstream = tl.load(d_nll + place, mask=used, other=0.0)
@@ -168,6 +176,12 @@ def logit_gradient_pair(
     gradient = softmax * upstream_softmax[:, None] - tl.where(is_target, upstream[:, None], 0.0)
     if HAS_SOFTCAP:
         gradient *= 1 - (logits / softcap) * (logits / softcap)
+    if HAS_SCALE:
+        if scale_sums is not None:
+            # Past the tokens in use there is no gradient, though what is scaled may be anything.
+            by_scale = tl.sum(tl.where(used[:, None], gradient * unscaled, 0.0), 0)
+            tl.store(scale_sums + slot.to(tl.int64) * TILE + in_tile, by_scale, mask=in_pair < width)
+        gradient *= scale[None, :]
     out = gradients + slot.to(tl.int64) * (ROW_BLOCK * TILE) + in_tile
     out = out[None, :] + tl.arange(0, ROW_BLOCK)[:, None] * TILE
     tl.store(out, gradient.to(gradients.dtype.element_ty), mask=(in_pair < width)[None, :])
@@ -275,6 +289,30 @@ def bias_gradient_tile(
         total += tl.sum(gradient.to(tl.float32), 0)
     entry = tl.load(entries + column * TILE + within)
     tl.store(d_bias + entry, total.to(d_bias.dtype.element_ty), mask=entry < entries_total)
+
+
+@triton.jit
+def scale_gradient_tile(
+    entries,
+    slots,
+    length,
+    scale_sums,
+    d_scale,
+    column,
+    first_id,
+    row_blocks,
+    entries_total,
+    TILE: tl.constexpr,
+):
+    """d_scale[entries of the column] = sum of the column's kept tiles."""
+    within = tl.arange(0, TILE)
+    slots += column.to(tl.int64) * row_blocks
+    total = tl.zeros((TILE,), tl.float32)
+    for index in range(0, tl.load(length + column)):
+        slot = tl.load(slots + index) - first_id
+        total += tl.load(scale_sums + slot.to(tl.int64) * TILE + within)
+    entry = tl.load(entries + column * TILE + within)
+    tl.store(d_scale + entry, total, mask=entry < entries_total)
 
 
 @triton.jit

@@ -60,6 +60,7 @@ def _tile_statistics(
     tokens_total,
     entry_tile,
     bias,
+    scales,
     running,
     statistics,
     words,
@@ -72,6 +73,7 @@ def _tile_statistics(
     softcap,
     log2_scale,
     HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     RECORD: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -87,6 +89,8 @@ def _tile_statistics(
     entries = entry_tile * ENTRIES + tl.arange(0, ENTRIES)
     if HAS_BIAS:
         logits += tl.load(bias + entries, mask=entries < entries_total, other=0.0).to(tl.float32)[None, :]
+    if HAS_SCALE:
+        logits *= tl.load(scales + entries, mask=entries < entries_total, other=0.0)[None, :]
     if HAS_SOFTCAP:
         logits = softcapped(logits, softcap)
     if RAGGED:
@@ -164,6 +168,7 @@ def _target_kernel(
     hidden,
     weight,
     bias,
+    scales,
     low,
     up,
     labels,
@@ -185,6 +190,7 @@ def _target_kernel(
     softcap,
     HAS_BIAS: tl.constexpr,
     HAS_LOW_RANK: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     RECORD: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -231,6 +237,8 @@ def _target_kernel(
     target = tl.sum(tl.where(own, logits, 0.0), 1)
     if HAS_BIAS:
         target += tl.load(bias + label, mask=mask, other=0.0).to(tl.float32)
+    if HAS_SCALE:
+        target *= tl.load(scales + label, mask=mask, other=0.0)
     if HAS_SOFTCAP:
         target = softcapped(target, softcap)
     tl.store(target_logit + tokens, target, mask=mask)
@@ -266,6 +274,7 @@ def _pointer_kernel(
     hidden,
     weight,
     bias,
+    scales,
     low,
     up,
     count,
@@ -288,6 +297,7 @@ def _pointer_kernel(
     tiles,
     HAS_BIAS: tl.constexpr,
     HAS_LOW_RANK: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     RECORD: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -337,6 +347,7 @@ def _pointer_kernel(
             tokens_total,
             entry_tile,
             bias,
+            scales,
             running,
             statistics + column.to(tl.int64) * tokens_stride * (2 + RECORD + ENTROPY),
             words,
@@ -349,6 +360,7 @@ def _pointer_kernel(
             softcap,
             log2_scale,
             HAS_BIAS,
+            HAS_SCALE,
             HAS_SOFTCAP,
             RECORD,
             ENTROPY,
@@ -363,6 +375,7 @@ def _descriptor_kernel(
     hidden,
     weight,
     bias,
+    scales,
     low,
     up,
     count,
@@ -385,6 +398,7 @@ def _descriptor_kernel(
     tiles,
     HAS_BIAS: tl.constexpr,
     HAS_LOW_RANK: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     RECORD: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -432,6 +446,7 @@ def _descriptor_kernel(
             tokens_total,
             entry_tile,
             bias,
+            scales,
             running,
             statistics + column.to(tl.int64) * tokens_stride * (2 + RECORD + ENTROPY),
             words,
@@ -444,6 +459,7 @@ def _descriptor_kernel(
             softcap,
             log2_scale,
             HAS_BIAS,
+            HAS_SCALE,
             HAS_SOFTCAP,
             RECORD,
             ENTROPY,
@@ -563,6 +579,7 @@ def lse_and_target_logit(
             hidden_operand,
             weight_operand,
             operands.bias,
+            operands.scale,
             operands.low,
             operands.up,
             count,
@@ -611,6 +628,7 @@ def lse_and_target_logit(
             hidden,
             weight,
             operands.bias,
+            operands.scale,
             operands.low,
             operands.up,
             labels,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Operands:
-    """What the logits are made of: ``hidden @ weight.T + low @ up.T + bias``, softcapped, times ``logit_scale``.
+    """What the logits are made of: ``(hidden @ weight.T + low @ up.T + bias) * scale``, capped, times ``logit_scale``.
 
     Kernels measure logits before that scale, which is no more to them than another base of the exponentials.
     """
@@ -21,6 +21,7 @@ class Operands:
     up: Tensor | None  # [V, r]
     softcap: float | None
     logit_scale: float = 1.0
+    scale: Tensor | None = None  # [V] float32: of DoRA
 
     @property
     def log2_scale(self) -> float:
@@ -43,6 +44,7 @@ class Operands:
         return {
             "HAS_BIAS": self.bias is not None,
             "HAS_LOW_RANK": self.low is not None,
+            "HAS_SCALE": self.scale is not None,
             "HAS_SOFTCAP": self.softcap is not None,
         }
 
@@ -127,9 +129,10 @@ class Gradients(NamedTuple):
     bias: Tensor | None  # [V], every element written
     low: Tensor | None  # [N, r] float32, zero; filled at the rows in use
     up: Tensor | None  # [V, r], every row written
+    scale: Tensor | None  # [V] float32, every element written
 
     def by_token(self) -> "Gradients":
-        return Gradients(self.hidden, None, None, self.low, None)
+        return Gradients(self.hidden, None, None, self.low, None, None)
 
     def by_entry(self) -> "Gradients":
-        return Gradients(None, self.weight, self.bias, None, self.up)
+        return Gradients(None, self.weight, self.bias, None, self.up, self.scale)

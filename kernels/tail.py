@@ -27,6 +27,7 @@ def _tail_kernel(
     hidden,
     weight,
     bias,
+    scales,
     low,
     up,
     rows,
@@ -50,6 +51,7 @@ def _tail_kernel(
     log2_scale,
     HAS_BIAS: tl.constexpr,
     HAS_LOW_RANK: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     SAMPLE: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
@@ -92,6 +94,9 @@ def _tail_kernel(
             logits = tl.dot(a, b, logits, input_precision=PRECISION)
         if HAS_BIAS:
             logits += tl.load(bias + entry, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if HAS_SCALE:
+            scale = tl.load(scales + entry, mask=inside, other=0.0)
+            logits *= scale[None, :]
         if HAS_SOFTCAP:
             logits = softcapped(logits, softcap)
         softmax = tl.exp2((logits - peak[:, None]) * log2_scale - log_sum[:, None])
@@ -101,6 +106,8 @@ def _tail_kernel(
         mass += tl.sum(tl.where(dropped, softmax, 0.0), 0)
         if HAS_SOFTCAP:
             softmax *= 1 - (logits / softcap) * (logits / softcap)
+        if HAS_SCALE:
+            softmax *= scale[None, :]
         weights = tl.sum(tl.where(dropped, softmax, 0.0), 0)
         for start in range(0, features, BLOCK_D):
             d = start + depth
@@ -154,7 +161,7 @@ def tail_direction(
 ) -> tuple[Tensor, Tensor | None]:  # [D] and, with low, [r] float32
     """What a unit of dropped mass adds to the gradients of a hidden state and of ``low``; zero if nothing is dropped.
 
-    With a softcap each row is weighted by the cap's derivative too.
+    With a softcap each row is weighted by the cap's derivative too, and so it is by its scale.
     """
     hidden, weight, low = operands.hidden, operands.weight, operands.low
     columns, row_blocks = plan.ranks.shape
@@ -172,6 +179,7 @@ def tail_direction(
             hidden,
             weight,
             operands.bias,
+            operands.scale,
             low,
             operands.up,
             places.rows,

@@ -53,8 +53,10 @@ class Call:
     impl: str = "cce"
     bias: bool = False
     rank: int = 0
+    scaled: bool = False  # rows of the weight and of the low rank's
     softcap: float | None = None
     with_lse: bool = False
+    with_entropy: bool = False
     ignored: bool = False
     workspace_mib: int = 128
     frozen: tuple[str, ...] = ()
@@ -64,7 +66,7 @@ class Call:
 
 CALLS = (
     Call("sparse, even", width=None, ignored=True),
-    Call("sparse, everything", bias=True, rank=8, softcap=20.0, with_lse=True),
+    Call("sparse, everything", bias=True, rank=8, scaled=True, softcap=20.0, with_lse=True, with_entropy=True),
     # More logit gradients than 1 MiB holds.
     Call("sparse strips", vocabulary=(14, 8), impl="cce_kahan_full_c", ignored=True, workspace_mib=1),
     # Also no room there for a copy of the hidden states, and some for strips in the weight's gradient.
@@ -95,6 +97,7 @@ CALLS = (
         bias=True,
         softcap=20.0,
         with_lse=True,
+        with_entropy=True,
         workspace_mib=1,
     ),
 )
@@ -126,6 +129,7 @@ WITHOUT_COPY_ENGINE = (
     ("_product_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
     ("_again_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
     ("_weight_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
+    ("_bias_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
 )
 IN_INTERPRETER = (
     *WITHOUT_COPY_ENGINE,
@@ -283,10 +287,14 @@ def operands(call: Call, dtype, device) -> tuple[dict, "object"]:
     if call.rank:
         leaves["low"] = torch.randn(tokens, call.rank) / 4
         leaves["up"] = torch.randn(vocabulary, call.rank) / 4
+    if call.scaled:
+        scale = 0.5 + torch.rand(vocabulary)
     targets = torch.randint(0, alive, (tokens,))
     if call.ignored:
         targets[1::4] = -100
     leaves = {name: leaf.to(dtype).to(device) for name, leaf in leaves.items()}
+    if call.scaled:
+        leaves["scale"] = scale.to(device)
     return leaves, targets.to(device)
 
 
@@ -294,7 +302,7 @@ def make_call(call: Call, leaves: dict, targets) -> dict:
     """Loss, lse and the gradients of what is not frozen."""
     import torch
 
-    from torchtune_lce.functional import compute
+    from torchtune_lce.implementations import choice
     from torchtune_lce.inputs.call import checked
     from torchtune_lce.inputs.low_rank import LowRank
     from torchtune_lce.inputs.options import Options
@@ -303,10 +311,14 @@ def make_call(call: Call, leaves: dict, targets) -> dict:
     options = Options(softcap=call.softcap, workspace_mib=call.workspace_mib, filter_eps=2**-12)
     given = checked(leaves["hidden"], leaves["weight"], targets, leaves.get("bias"), options=options)
     if call.rank:
-        given = replace(given, low_rank=LowRank(leaves["low"], leaves["up"], None))
-    loss, lse = compute(given, reduction="sum", impl=call.impl, return_lse=True)
+        given = replace(given, low_rank=LowRank(leaves["low"], leaves["up"], leaves.get("scale")))
+    _, token_losses = choice.choose(call.impl, leaves["hidden"])
+    losses = token_losses(replace(given, with_entropy=call.with_entropy))
+    loss, lse = losses.nll.sum(), losses.peak + losses.log_total
     gradients = torch.autograd.grad(loss + lse.sum() if call.with_lse else loss, list(wanted.values()))
     results = {"loss": loss, "lse": lse} | dict(zip(wanted, gradients, strict=True))
+    if call.with_entropy:
+        results["entropy"] = losses.entropy
     return {name: result.detach().cpu() for name, result in results.items()}
 
 
@@ -318,14 +330,17 @@ def check(call: Call, leaves: dict, targets, results: dict) -> None:
     exact = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
     logits = F.linear(exact["hidden"], exact["weight"], exact.get("bias"))
     if call.rank:
-        logits = logits + exact["low"] @ exact["up"].T
+        logits = (logits + exact["low"] @ exact["up"].T) * exact.get("scale", 1)
     if call.softcap:
         logits = call.softcap * torch.tanh(logits / call.softcap)
     loss = F.cross_entropy(logits, targets, reduction="sum")
     lse = logits.logsumexp(-1).where(targets != -100, 0)
     names = [name for name in leaves if name not in call.frozen]
     wanted = torch.autograd.grad(loss + lse.sum() if call.with_lse else loss, [exact[name] for name in names])
-    for name, right in {"loss": loss, "lse": lse, **dict(zip(names, wanted, strict=True))}.items():
+    rights = {"loss": loss, "lse": lse, **dict(zip(names, wanted, strict=True))}
+    if call.with_entropy:
+        rights["entropy"] = torch.distributions.Categorical(logits=logits).entropy().where(targets != -100, 0)
+    for name, right in rights.items():
         right = right.detach().cpu()
         # Roomy, for what 16 bits round and the filter leaves out: a tile that was lost or doubled is more.
         error = (results[name].double() - right).norm() / right.norm().clamp(min=1e-6)

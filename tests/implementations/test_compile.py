@@ -190,14 +190,21 @@ def test_an_impl_that_cannot_run_says_so_when_compiled_too(device):
 
 @pytest.mark.parametrize(
     ("adapter", "frozen", "eps"),
-    [("none", False, 2.0**-6), ("none", True, 2.0**-6), ("none", True, None), ("LoRA", True, 2.0**-6)],
+    [
+        ("none", False, 2.0**-6),
+        ("none", True, 2.0**-6),
+        ("none", True, None),
+        ("LoRA", True, 2.0**-6),
+        ("DoRA", True, 2.0**-6),
+    ],
 )
 def test_operators_of_cce_keep_the_rules(adapter, eps, frozen, device):
     hidden, weight, targets = make_inputs(device)
     bias = torch.randn(VOCABULARY, device=device, requires_grad=not frozen)
     weight.requires_grad_(not frozen)
     low, up = (torch.randn(rows, 3, device=device, requires_grad=True) for rows in (len(hidden), len(weight)))
-    low_rank = (None, None) if adapter == "none" else (low, up)
+    scale = torch.randn(VOCABULARY, device=device, requires_grad=True)
+    low_rank = {"none": (None, None, None), "LoRA": (low, up, None), "DoRA": (low, up, scale)}[adapter]
     arguments = (hidden, weight, bias, *low_rank, targets, -100, None, 0.5, eps, True, True, True, 64)
     torch.library.opcheck(torch.ops.torchtune_lce.cut_cross_entropy.default, arguments)
 

@@ -188,15 +188,22 @@ def test_torchtunes_way_is_compared_with_the_adapter():
 # ---- in the kernels
 
 
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
-    ("impl", "dropout"), [("cce_exact", 0.0), ("cce_exact", 0.4), ("cce", 0.4), ("cce_kahan_full_c", 0.0)]
+    ("kind", "impl", "dropout", "case"),
+    [
+        *(
+            ("LoRA", *call, case)
+            for call in [("cce_exact", 0.0), ("cce", 0.4), ("cce_kahan_full_c", 0.0)]
+            for case in CASES
+        ),
+        *(("DoRA", *call, case) for call in [("cce_exact", 0.4), ("cce", 0.0)] for case in CASES if case != "smoothed"),
+    ],
 )
-def test_kernels_are_torchtunes(impl, dropout, case, device):
+def test_kernels_are_torchtunes(kind, impl, dropout, case, device):
     """As above, in float32: no softmax entry here is below what filtering leaves out there, 2^-28."""
     pytest.importorskip("triton")
     trained = case in ("softcap", "smoothed")
-    output = make_output("LoRA", dropout=dropout, use_bias=trained).to(device)
+    output = make_output(kind, dropout=dropout, use_bias=trained).to(device)
     for name in ("weight", "bias") if trained else ("weight",):
         getattr(output, name).requires_grad_(trained)
     hidden, targets = (x.to(device) for x in batch(torch.float32))
@@ -243,8 +250,10 @@ def test_kernels_read_by_the_copy_engine_beside_an_adapter(needs, device, monkey
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rank", [1, 8, 16, 24, 40, 140])
-def test_filtered_gradients_beside_an_adapter_on_a_card(rank, dtype, device):
+@pytest.mark.parametrize(
+    ("rank", "scaled"), [*((rank, False) for rank in (1, 8, 16, 24, 40, 140)), (8, True), (140, True)]
+)
+def test_filtered_gradients_beside_an_adapter_on_a_card(rank, scaled, dtype, device):
     """In 16 bits, where compilers pipeline products whose tiles may be as narrow as the rank; two runs, equal bits."""
     tokens, vocabulary, width = 700, 3000, 256
     values = {
@@ -258,11 +267,14 @@ def test_filtered_gradients_beside_an_adapter_on_a_card(rank, dtype, device):
     values["hidden"][:, 0] = 2
     values["weight"][alive:, 0] = -7
     values = {name: x.to(device, dtype) for name, x in values.items()}
+    if scaled:
+        values["scale"] = 0.5 + torch.rand(vocabulary, device=device)
     targets = torch.randint(alive, (tokens,), device=device)
 
     def gradients(dtype, impl):
-        leaves = {name: x.to(dtype).requires_grad_() for name, x in values.items()}
-        low_rank = LowRank(leaves["low"], leaves["up"], None)
+        wide = {"scale": torch.promote_types(dtype, torch.float32)}
+        leaves = {name: x.to(wide.get(name, dtype)).requires_grad_() for name, x in values.items()}
+        low_rank = LowRank(leaves["low"], leaves["up"], leaves.get("scale"))
         settings = {"options": Options(), "reduction": "mean", "shift": 0, "return_lse": False, "impl": impl}
         loss = compute(leaves["hidden"], leaves["weight"], targets, None, low_rank=low_rank, **settings)
         return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
@@ -275,8 +287,11 @@ def test_filtered_gradients_beside_an_adapter_on_a_card(rank, dtype, device):
         assert (found[name].double() - exact).norm() < torch.finfo(dtype).eps * exact.norm(), name
 
 
-@pytest.mark.parametrize(("rank", "eps"), [(1, None), (140, None), (140, 2.0**-8)])
-def test_kernels_with_a_large_rank_in_strips_and_with_a_dropped_tail(rank, eps, device):
+@pytest.mark.parametrize(
+    ("rank", "eps", "scaled"),
+    [(1, None, False), (140, None, False), (140, 2.0**-8, False), (1, None, True), (140, 2.0**-8, True)],
+)
+def test_kernels_with_a_large_rank_in_strips_and_with_a_dropped_tail(rank, eps, scaled, device):
     """Against float64. Rank 140 takes two blocks of it; filtered gradients are near, and their tail's mean is there.
 
     Where all rows of weight and adapter agree in a feature the whole tail is its mean: the gradient there is exact.
@@ -290,14 +305,23 @@ def test_kernels_with_a_large_rank_in_strips_and_with_a_dropped_tail(rank, eps, 
     hidden[:, 0] = 3
     weight[:, 0] = torch.linspace(-3, 0, vocabulary)[torch.randperm(vocabulary)]
     weight[:, 1] = up[:, 0] = 0.5
+    leaf_names = ["hidden", "weight", "low", "up"]
+    scale = None
+    if scaled:
+        leaf_names.append("scale")
+        scale = 0.5 + torch.rand(vocabulary)
+        # Rows agree as they are used, and one of them is not.
+        scale[11] = 0
+        weight[:, 1] = up[:, 0] = (0.5 / scale).nan_to_num(posinf=0)
     targets = torch.randint(vocabulary, (tokens,))
     targets[7:50] = -100
 
     def gradients(dtype, impl):
-        leaves = [x.to(device, dtype).requires_grad_() for x in (hidden, weight, low, up)]
+        values = (x for x in (hidden, weight, low, up, scale) if x is not None)
+        leaves = [x.to(device, dtype).requires_grad_() for x in values]
         options = Options(filter_eps=eps, workspace_mib=1)
         settings = {"options": options, "reduction": "mean", "shift": 0, "return_lse": False, "impl": impl}
-        low_rank = LowRank(leaves[2], leaves[3], None)
+        low_rank = LowRank(leaves[2], leaves[3], leaves[4] if scaled else None)
         loss = compute(*leaves[:2], targets.to(device), None, low_rank=low_rank, **settings)
         return loss.detach(), torch.autograd.grad(loss, leaves)
 
@@ -316,7 +340,7 @@ def test_kernels_with_a_large_rank_in_strips_and_with_a_dropped_tail(rank, eps, 
         return
     assert records[0].kept_fraction < 0.9
     assert records[0].dropped_mass.mean() > 1e-3
-    for name, ours, wanted in zip(("hidden", "weight", "low", "up"), found, exact, strict=True):
+    for name, ours, wanted in zip(leaf_names, found, exact, strict=True):
         assert 0 < (ours.double() - wanted).norm() < 0.1 * wanted.norm(), name
     for ours, wanted, feature in ((found[0], exact[0], 1), (found[2], exact[2], 0)):
         torch.testing.assert_close(ours[:, feature].double(), wanted[:, feature], rtol=1e-3, atol=1e-6)
@@ -390,14 +414,14 @@ def test_kernels_allocate_nothing_as_large_as_the_weight(device):
 # ---- what runs, and what is refused
 
 
-def test_kernels_refuse_dora_and_auto_takes_chunked(caplog):
+def test_kernels_refuse_to_smooth_dora_and_auto_takes_chunked(caplog):
     output = make_output("DoRA")
     hidden, targets = batch(torch.float32)
-    _, loss = bound(output, impl="cce")
-    message = r"impl='cce' does not scale rows of the output .* set impl='chunked' \(what 'auto' takes for it\)"
+    _, loss = bound(output, impl="cce", label_smoothing=0.1)
+    message = r"impl='cce' does not sum up capped or scaled logits.* set impl='chunked' \(what 'auto' takes for it\)"
     with pytest.raises(RuntimeError, match=message):
         loss(hidden, targets)
-    _, loss = bound(output)
+    _, loss = bound(output, label_smoothing=0.1)
     caplog.set_level(logging.INFO)
     assert loss.implementation(hidden) == "chunked"
     assert loss(hidden, targets).isfinite()
@@ -409,9 +433,11 @@ def test_kernels_refuse_dora_and_auto_takes_chunked(caplog):
 def test_auto_says_why(caplog):
     choice._say_once.cache_clear()
     caplog.set_level(logging.INFO, logger="torchtune_lce")
-    name, _ = choice.choose("auto", torch.empty(1, device="meta"), choice.beyond_kernels(Options(), True))
+    name, _ = choice.choose(
+        "auto", torch.empty(1, device="meta"), choice.beyond_kernels(Options(label_smoothing=0.1), True)
+    )
     assert name == "chunked"
-    assert "the kernels do not scale rows of the output" in caplog.text
+    assert "the kernels do not sum up capped or scaled logits" in caplog.text
 
 
 def test_bad_inputs():

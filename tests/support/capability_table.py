@@ -14,8 +14,7 @@ BEGIN, END = "<!-- table: tests/support/capability_table.py -->", "<!-- end of t
 HEAD = (
     "`impl`",
     "filters the gradient of",
-    "label smoothing with a softcap",
-    "DoRA on the output",
+    "label smoothing with a softcap, or DoRA on the output",
     "float64",
     "second derivatives",
     "`torch.func`, forward mode",
@@ -29,7 +28,7 @@ def row(name: str, can: Capabilities) -> tuple[str, ...]:
     return (
         f"`{name}`",
         _filtered(can),
-        *(_answer(has) for has in (can.capped_means, can.scaled_rows, can.float64)),
+        *(_answer(has) for has in (can.changed_means, can.float64)),
         *(_answer(has, "refused" if can.own_backward else "as torch") for has in derivatives),
         _needs(can),
         _devices(can),

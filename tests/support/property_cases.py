@@ -77,7 +77,7 @@ def calls(draw, impl: str, dtypes: list[torch.dtype], device: torch.device) -> C
         softcap=softcap,
         shift=draw(st.sampled_from((0, 0, 1, 2, 9))) if tokens else 0,
         z_loss=draw(st.sampled_from((0.0, 0.0, 1e-3, 0.2))),
-        label_smoothing=0.0 if softcap is not None and not CAPABILITIES[impl].capped_means else smoothing,
+        label_smoothing=0.0 if softcap is not None and not CAPABILITIES[impl].changed_means else smoothing,
     )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
 

@@ -14,8 +14,8 @@ class Capabilities:
     """Of one implementation. What one lacks it refuses in a sentence, unless torch decides: see ``own_backward``."""
 
     filtering: Filtering  # which gradients leave out softmax entries below filter_eps
-    capped_means: bool  # returns the mean of softcapped logits, which label_smoothing needs; without a softcap all can
-    scaled_rows: bool  # takes a LowRank with a scale, which DoRA on the output is
+    # Returns means of logits that are capped, or scaled as DoRA does it, for label_smoothing; of others all can.
+    changed_means: bool
     float64: bool
     any_label: bool  # takes labels that name no entry, and gives NaN for their tokens; others are given none
     own_backward: bool  # custom operators, which refuse derivatives that they lack; others leave that to torch
@@ -29,8 +29,7 @@ class Capabilities:
 
 _KERNELS = Capabilities(
     filtering=UNFILTERED,
-    capped_means=False,
-    scaled_rows=False,
+    changed_means=False,
     float64=False,
     any_label=True,
     own_backward=True,
@@ -43,8 +42,7 @@ _KERNELS = Capabilities(
 )
 _REFERENCE = Capabilities(
     filtering=UNFILTERED,
-    capped_means=True,
-    scaled_rows=True,
+    changed_means=True,
     float64=True,
     any_label=False,
     own_backward=False,

@@ -38,8 +38,7 @@ _FUNCTIONS: dict[str, TokenLosses] = {
 NAMES = ("auto", *CAPABILITIES)
 # What settings may need that not every implementation can: fields of Capabilities, as messages say them.
 _NEEDS = {
-    "scaled_rows": "scale rows of the output projection, as DoRA on model.output does",
-    "capped_means": "sum up capped logits, as label_smoothing with a softcap does",
+    "changed_means": "sum up capped or scaled logits, as label_smoothing with a softcap or DoRA on the output does",
 }
 
 
@@ -53,11 +52,7 @@ def beyond_kernels(options: Options, scaled: bool) -> str | None:
 
     ``scaled``: a :class:`torchtune_lce.inputs.low_rank.LowRank` with a scale is part of the projection.
     """
-    if scaled:
-        return "scaled_rows"
-    if options.label_smoothing and options.softcap is not None:
-        return "capped_means"
-    return None
+    return "changed_means" if options.label_smoothing and (scaled or options.softcap is not None) else None
 
 
 def check_transforms(name: str, *tensors: Tensor | None) -> None:

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 import torch
 
-from torchtune_lce.implementations.capabilities import CAPABILITIES, CCE_PRESETS, able
+from torchtune_lce.implementations.capabilities import CAPABILITIES, CCE_PRESETS
 from torchtune_lce.implementations.walk import Sizes, entries_per_strip, tokens_per_piece, tokens_with_whole_rows
 from torchtune_lce.inputs.dtypes import accumulation_dtype
 
@@ -118,8 +118,6 @@ def obstacle(loss: str, adapter: OutputAdapter | None) -> str | None:
     base = loss.removesuffix("_compiled")
     if adapter is not None and base == "main":
         return "has no formula for an adapter on the output (apply_lora_to_output: False)"
-    if adapter is not None and adapter.scaled and base in CAPABILITIES and not CAPABILITIES[base].scaled_rows:
-        return f"does not take DoRA on the output; {able('scaled_rows')[0]} does"
     return None
 
 
@@ -216,9 +214,7 @@ def _chunked(problem: Problem) -> LossMemory:
     gradients = problem.hidden_bytes + problem.head_bytes + problem.adapter_bytes
     # Of a token: the sum of its gradient, and in 16 bits its hidden state widened.
     copies = problem.features * (wide if problem.itemsize == wide else 2 * wide)
-    # The length of the scaled rows is found before the loss, some of them at a time.
-    rows = min(problem.vocabulary, NORM_BYTES // (2 * wide * problem.features)) if problem.scaled else 0
-    lengths = rows * problem.features * (wide if problem.itemsize == wide else 2 * wide) + vectors
+    lengths = _row_lengths(problem) + vectors
     whole_rows = min(tokens, tokens_with_whole_rows(tokens, sizes))
     if summed and problem.itemsize == wide and whole_rows:
         made = whole_rows * (problem.vocabulary * sizes.bytes_of_entry(1) + copies) + gradients + vectors
@@ -235,12 +231,24 @@ def _chunked(problem: Problem) -> LossMemory:
     return LossMemory(max(forward, lengths), at_once + gradients + vectors)
 
 
+def _row_lengths(problem: Problem) -> int:
+    """What finding the lengths of DoRA's scaled rows takes, before the loss, some of them at a time."""
+    if not problem.scaled:
+        return 0
+    wide = max(problem.itemsize, 4)
+    rows = min(problem.vocabulary, NORM_BYTES // (2 * wide * problem.features))
+    return rows * problem.features * (2 * wide if problem.itemsize < wide else wide)
+
+
 def _cce(problem: Problem) -> LossMemory:
     # Never more than one copy of the logits and a float32 copy of the hidden states would be.
     most = problem.itemsize * problem.logits + 4 * problem.tokens * problem.features
     workspace = max(min(problem.workspace_mib * 2**20, most), _least_workspace(problem)) + _vectors(problem)
     workspace += problem.adapter_kept
-    return LossMemory(workspace, workspace + problem.hidden_bytes + problem.head_bytes + problem.adapter_bytes)
+    return LossMemory(
+        max(workspace, _row_lengths(problem)),
+        workspace + problem.hidden_bytes + problem.head_bytes + problem.adapter_bytes,
+    )
 
 
 def _cce_in_strips(problem: Problem, filters: bool) -> LossMemory:

@@ -238,13 +238,14 @@ def test_workspace_holds_the_kernels_tiles_and_lists(tokens, vocabulary, monkeyp
     config = tuning._cuda_config((8, 0), torch.bfloat16, "ieee")
     hidden, weight = (torch.empty(size, 2048, dtype=torch.bfloat16, device="meta") for size in (tokens, vocabulary))
     operands = autograd.Operands(hidden, weight, None, None, None, None)
-    tiles, copies = autograd._division(operands, False, tokens, 128, config)
+    nothing = autograd.Gradients(None, None, None, None, None, None)
+    tiles, copies = autograd._division(operands, nothing, tokens, 128, config)
     assert not copies
     all_tiles = -(-tokens // 128) * -(-vocabulary // 128)
-    taken = tiles * autograd._tile_bytes(hidden, config) + 64 * all_tiles
+    taken = tiles * autograd._tile_bytes(hidden, nothing, config) + 64 * all_tiles
     planned = loss_memory("cce", Problem(tokens, 2048, vocabulary, 2, True)).forward
     assert planned >= taken
-    assert planned >= 2 * -(-tokens // 128) * autograd._tile_bytes(hidden, config) + 64 * all_tiles
+    assert planned >= 2 * -(-tokens // 128) * autograd._tile_bytes(hidden, nothing, config) + 64 * all_tiles
     assert planned <= 1.1 * max(128 * 2**20, taken) + 64 * tokens + 32 * vocabulary
 
 
@@ -609,11 +610,11 @@ def test_losses_that_do_not_take_the_output_are_left_out(capsys):
     assert run("--config", TINY, *dora) == 0
     printed = capsys.readouterr().out
     planned = [line.split()[0] for line in printed.splitlines() if re.match(r" \w+ +\d+\.\d\d +\d+% ", line)]
-    assert planned == ["stock", "stock_compiled", "torch_compile", "chunked"]
-    assert "cce does not take DoRA on the output; chunked does." in printed
+    assert planned == ["stock", "stock_compiled", "torch_compile", "chunked", "cce"]
     assert "main_compiled has no formula for an adapter on the output" in printed
-    assert run("--config", TINY, "--losses", "stock,cce", *dora) == 2
-    assert capsys.readouterr().err == "tune-lce plan: --losses: cce does not take DoRA on the output; chunked does\n"
+    assert run("--config", TINY, "--losses", "stock,main_compiled", *dora) == 2
+    why = "main_compiled has no formula for an adapter on the output (apply_lora_to_output: False)"
+    assert capsys.readouterr().err == f"tune-lce plan: --losses: {why}\n"
 
 
 @pytest.mark.parametrize(
