@@ -217,7 +217,7 @@ def test_operators_of_chunked_keep_the_rules(adapter, device):
         for shape in ((len(targets), 3), (VOCABULARY, 3), VOCABULARY)
     )
     low_rank = {"none": (None, None, None), "LoRA": (low, up, None), "DoRA": (low, up, scale)}[adapter]
-    arguments = (hidden, weight, None, *low_rank, targets, -100, 30.0, 64)
+    arguments = (hidden, weight, None, *low_rank, targets, -100, 30.0, 0.5, 64)
     torch.library.opcheck(torch.ops.torchtune_lce.chunked.default, (*arguments, adapter != "LoRA", False))
     needs = [x is not None for x in (hidden, weight, None, *low_rank)]
     torch.library.opcheck(torch.ops.torchtune_lce.chunked_sum.default, (*arguments, 0.1, 1e-3, needs))

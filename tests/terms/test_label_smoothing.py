@@ -34,7 +34,9 @@ def make_tensors(device, dtype=torch.float32, frozen=()):
     return tensors, targets
 
 
-def plain(tensors, targets, dtype, *, shift=0, reduction="mean", z_loss=0.0, smoothing=SMOOTHING, softcap=None):
+def plain(
+    tensors, targets, dtype, *, shift=0, reduction="mean", z_loss=0.0, smoothing=SMOOTHING, softcap=None, scale=1.0
+):
     """The loss in ``dtype`` on full logits, and the leaves that it was made of."""
     leaves = {name: x.detach().to(dtype).requires_grad_(x.requires_grad) for name, x in tensors.items()}
     labels = targets[:, shift:].flatten()
@@ -42,6 +44,7 @@ def plain(tensors, targets, dtype, *, shift=0, reduction="mean", z_loss=0.0, smo
     logits = logits.to(torch.promote_types(dtype, torch.float32))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    logits = logits * scale
     losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
     losses = losses + z_loss * logits.logsumexp(-1).square().where(labels != -100, 0)
     if reduction == "none":
@@ -72,6 +75,8 @@ CASES = {
     "z-loss": {"z_loss": 0.3, "shift": 1},
     "uniform alone": {"smoothing": 1.0},
     "softcap": {"softcap": 2.0, "reduction": "sum"},
+    "scale": {"scale": 0.6, "z_loss": 0.3},
+    "scale, softcap": {"scale": 1.7, "softcap": 2.0},
 }
 
 
@@ -81,7 +86,9 @@ def test_equals_cross_entropy(impl, case):
     assert_equals_cross_entropy(impl, CASES[case], *make_tensors("cpu"))
 
 
-@pytest.mark.parametrize(("impl", "case"), [("cce", "none, shift"), ("cce", "z-loss"), ("cce_exact", "sum")])
+@pytest.mark.parametrize(
+    ("impl", "case"), [("cce", "none, shift"), ("cce", "z-loss"), ("cce_exact", "sum"), ("cce", "scale")]
+)
 def test_kernels_equal_cross_entropy(impl, case, device):
     """Not every case: each takes Triton's interpreter seconds, and what is on top of them is the same code."""
     assert_equals_cross_entropy(impl, CASES[case], *make_tensors(device))
@@ -143,6 +150,7 @@ def assert_equals_cross_entropy(impl, case, tensors, targets) -> None:
         label_smoothing=settings["smoothing"],
         z_loss=settings.get("z_loss", 0.0),
         softcap=settings.get("softcap"),
+        logit_scale=settings.get("scale", 1.0),
         workspace_mib=1,
     )
     loss = compute(
@@ -401,7 +409,7 @@ def test_must_be_a_share(smoothing):
 def test_kernels_refuse_a_softcap_and_auto_takes_chunked(device):
     tensors, targets = make_tensors(device)
     settings = {"targets": targets, "label_smoothing": SMOOTHING, "softcap": 2.0}
-    message = r"impl='cce' does not sum up capped logits, .* set impl='chunked' \(what 'auto' takes for it\)"
+    message = r"impl='cce' does not sum up capped or scaled logits, .* set impl='chunked' \(what 'auto' takes for it\)"
     with pytest.raises(RuntimeError, match=message):
         linear_cross_entropy(**tensors, **settings, impl="cce")
     assert torch.equal(

@@ -47,6 +47,21 @@ def test_token_logprobs(impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_entropies_beside_log_probabilities(impl, device):
+    """At a temperature, as reinforcement learning takes them."""
+    hidden, weight, targets = make_inputs(device)
+    options = {"logit_scale": 1 / 0.7, "impl": impl}
+    logprobs, entropy = linear_token_logprobs(hidden, weight, targets, **options, return_entropy=True)
+    leaves, _, _ = exact(hidden, weight, targets)
+    logits = F.linear(*leaves) / 0.7
+    wanted = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0].where(targets != -100, 0)
+    assert_close([entropy], [torch.distributions.Categorical(logits=logits).entropy().where(targets != -100, 0)])
+    gradients = torch.autograd.grad(logprobs.sum(), (hidden, weight))
+    assert_close([logprobs, *gradients], [wanted, *torch.autograd.grad(wanted.sum(), leaves)])
+    assert not entropy.requires_grad
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_z_loss(impl, device):
     hidden, weight, targets = make_inputs(device)
     loss = LinearCrossEntropyLoss(impl=impl, z_loss=0.3)(hidden, targets, weight)

@@ -33,16 +33,19 @@ def make_tensors(dtype=torch.float32, device="cpu", bias=True):
     return hidden, weight, targets, bias
 
 
-def plain(hidden, weight, bias, softcap=None):
+def plain(hidden, weight, bias, softcap=None, scale=1.0):
     """Entropy and the most likely entry of each token, in float64, on logits rounded as the inputs' product is."""
     logits = F.linear(hidden, weight, bias).double()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    logits = scale * logits
     return torch.distributions.Categorical(logits=logits).entropy(), logits.argmax(-1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("settings", [{}, {"softcap": 3.0}, {"bias": False}], ids=["bias", "softcap", "plain"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"softcap": 3.0, "scale": 1.7}, {"bias": False, "scale": 0.6}], ids=["bias", "softcap", "plain"]
+)
 def test_equals_plain(settings, dtype):
     assert_equals_plain(settings, dtype, "cpu")
 
@@ -55,9 +58,10 @@ def test_equals_plain_on_a_card(dtype):
 
 def assert_equals_plain(settings, dtype, device):
     hidden, weight, targets, bias = make_tensors(dtype, device, settings.get("bias", True))
-    softcap = settings.get("softcap")
-    entropy, correct = linear_token_statistics(hidden, weight, targets, bias, softcap=softcap, workspace_mib=1)
-    expected, best = plain(hidden, weight, bias, softcap)
+    softcap, scale = settings.get("softcap"), settings.get("scale", 1.0)
+    options = {"softcap": softcap, "logit_scale": scale, "workspace_mib": 1}
+    entropy, correct = linear_token_statistics(hidden, weight, targets, bias, **options)
+    expected, best = plain(hidden, weight, bias, softcap, scale)
     valid = targets != -100
     assert entropy.dtype == torch.promote_types(dtype, torch.float32)
     assert entropy.shape == correct.shape == targets.shape
@@ -172,7 +176,9 @@ def assert_as_in_float64(hidden, weight, bias, targets, column, tolerance, gradi
 
 
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden", "bias"), ("hidden", "weight")])
-@pytest.mark.parametrize("case", [{}, {"softcap": 3.0}, {"shift": 2}, {"dtype": torch.bfloat16}])
+@pytest.mark.parametrize(
+    "case", [{"logit_scale": 0.6}, {"softcap": 3.0, "logit_scale": 1.7}, {"shift": 2}, {"dtype": torch.bfloat16}]
+)
 def test_gradient_of_the_entropy(case, frozen):
     assert_gradient_of_the_entropy(dict(case), frozen, "cpu")
 
@@ -202,6 +208,7 @@ def assert_gradient_of_the_entropy(case, frozen, device):
     logits = F.linear(wide["hidden"].nan_to_num(), wide["weight"], wide["bias"])
     if "softcap" in case:
         logits = case["softcap"] * torch.tanh(logits / case["softcap"])
+    logits = logits * case.get("logit_scale", 1)
     exact = torch.distributions.Categorical(logits=logits).entropy()
     shift = case.get("shift", 0)
     exact = F.pad(exact[:, : exact.shape[1] - shift], (shift, 0)).where(targets != -100, 0)
@@ -255,10 +262,10 @@ def test_one_graph():
     for eager, graph in zip(*gradients, strict=True):
         assert torch.equal(eager, graph)
     constants = (hidden.detach().flatten(0, 1), weight.detach(), None, None, None, None)
-    torch.library.opcheck(torch.ops.torchtune_lce.predictions.default, (*constants, 3.0, 1))
-    largest, _, others, disorder = torch.ops.torchtune_lce.predictions(*constants, 3.0, 1)
+    torch.library.opcheck(torch.ops.torchtune_lce.predictions.default, (*constants, 3.0, 0.5, 1))
+    largest, _, others, disorder = torch.ops.torchtune_lce.predictions(*constants, 3.0, 0.5, 1)
     trained = (constants[0].clone().requires_grad_(), weight, *constants[2:])
-    arguments = (*trained, targets.flatten(), largest, others, disorder, -100, 3.0, 1)
+    arguments = (*trained, targets.flatten(), largest, others, disorder, -100, 3.0, 0.5, 1)
     torch.library.opcheck(torch.ops.torchtune_lce.entropy.default, arguments)
 
 

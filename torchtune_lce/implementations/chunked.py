@@ -48,7 +48,7 @@ from torchtune_lce.inputs.losses import Losses
 from torchtune_lce.inputs.validation import is_writable
 
 _OPERANDS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor? scale"
-_SETTINGS = "int ignore_index, float? softcap, int workspace_mib"
+_SETTINGS = "int ignore_index, float? softcap, float logit_scale, int workspace_mib"
 _GRADIENTS = ", ".join(f"Tensor d_{name}" for name in Operands._fields)
 _COUNT = len(Operands._fields)
 
@@ -58,7 +58,7 @@ def token_losses(call: Call) -> Losses:
     options, operands = call.options, Operands(*call.operands)
     needs = Operands(*(x is not None and x.requires_grad and torch.is_grad_enabled() for x in operands))
     with_means = bool(options.label_smoothing) and not call.means_by_product
-    settings = call.labels, options.ignore_index, options.softcap, options.workspace_mib
+    settings = call.labels, options.ignore_index, options.softcap, float(options.logit_scale), options.workspace_mib
     if call.summed and needs.of_entries and not with_means and _sums_fit(operands, options):
         total, nll, peak, log_total, *_ = torch.ops.torchtune_lce.chunked_sum(
             *operands, *settings, options.label_smoothing, options.z_loss, list(needs)
@@ -94,8 +94,9 @@ class _Sums(NamedTuple):
         return nll, base, (self.total * (self.peak - base).exp() + (self.target - base).exp()).log()
 
 
-def _upstream(d_nll: Tensor, d_lse: Tensor | None, nll: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients by the target's logit, and by another one as a share of its softmax."""
+def _upstream(d_nll: Tensor, d_lse: Tensor | None, nll: Tensor, logit_scale: float) -> tuple[Tensor, Tensor]:
+    """Gradients by the target's logit, and by another one as a share of its softmax; before ``logit_scale``."""
+    d_nll, d_lse = d_nll * logit_scale, d_lse if d_lse is None else d_lse * logit_scale
     # Of the target p - 1 and p: neither is the difference of two numbers near 1.
     d_target = d_nll * torch.expm1(-nll)
     return (d_target, d_nll) if d_lse is None else (d_target + d_lse * torch.exp(-nll), d_nll + d_lse)
@@ -195,7 +196,9 @@ def _finish_directions(piece: Piece, sums: _Sums, direction: Tensor, low_directi
     direction.div_(total)
     if low_direction is not None:
         low_direction.div_(total)
-    slope = torch.ones_like(target) if piece.softcap is None else 1 - (target / piece.softcap).square()
+    slope = torch.ones_like(target)
+    if piece.softcap is not None:
+        slope = 1 - (target / (piece.softcap * piece.logit_scale)).square()
     slope = slope if scale is None else slope * scale[piece.labels]
     own = weight[piece.labels].to(piece.wide).mul_(slope[:, None])
     # |m - own| < |m|
@@ -207,20 +210,22 @@ def _finish_directions(piece: Piece, sums: _Sums, direction: Tensor, low_directi
 torch.library.define(
     "torchtune_lce::chunked_along_directions",
     "(Tensor? d_nll, Tensor? d_lse, Tensor nll, Tensor slope, Tensor targets, Tensor direction, Tensor? apart, "
-    "Tensor rows, int ignore_index, int workspace_mib) -> Tensor",
+    "Tensor rows, int ignore_index, float logit_scale, int workspace_mib) -> Tensor",
 )
 
 
 @torch.library.impl("torchtune_lce::chunked_along_directions", "default")
 @without_autocast
-def _along_directions(d_nll, d_lse, nll, slope, targets, direction, apart, rows, ignore_index, workspace_mib):
+def _along_directions(
+    d_nll, d_lse, nll, slope, targets, direction, apart, rows, ignore_index, logit_scale, workspace_mib
+):
     """Gradient [N, D] by the hidden states, ``rows`` being the weight's, or [N, r] by ``low``, they being ``up``'s.
 
     ``apart``: where the target's row has been taken from ``direction``.
     """
-    d_target, d_softmax = _upstream(torch.zeros_like(nll) if d_nll is None else d_nll, d_lse, nll)
+    d_target, d_softmax = _upstream(torch.zeros_like(nll) if d_nll is None else d_nll, d_lse, nll, logit_scale)
     if apart is not None:
-        d_target = torch.where(apart, 0 if d_lse is None else d_lse, d_target)
+        d_target = torch.where(apart, 0 if d_lse is None else d_lse * logit_scale, d_target)
     along, d_target = (d_softmax * -torch.expm1(-nll))[:, None], (d_target * slope)[:, None]
     gradient = rows.new_zeros(direction.shape)
     # Both terms in the accumulation dtype, and their factors as they are.
@@ -234,7 +239,7 @@ def _along_directions(d_nll, d_lse, nll, slope, targets, direction, apart, rows,
 
 
 @torch.library.register_fake("torchtune_lce::chunked_along_directions")
-def _(d_nll, d_lse, nll, slope, targets, direction, apart, rows, ignore_index, workspace_mib):
+def _(d_nll, d_lse, nll, slope, targets, direction, apart, rows, ignore_index, logit_scale, workspace_mib):
     return rows.new_empty(direction.shape)
 
 
@@ -251,7 +256,8 @@ def _backward(d_nll, d_lse, d_means, *arguments):
     """Gradients by the operands, empty where ``needs`` has no True."""
     operands, (targets, nll, peak, log_total, *settings, needs) = Operands(*arguments[:_COUNT]), arguments[_COUNT:]
     d_nll = torch.zeros_like(nll) if d_nll is None else d_nll
-    d_target, d_softmax = _upstream(d_nll, d_lse, nll)
+    logit_scale = settings[2]
+    d_target, d_softmax = _upstream(d_nll, d_lse, nll, logit_scale)
     factor = d_softmax * torch.exp(-log_total)
     vocabulary, needs = operands.weight.shape[0], Operands(*needs)
 
@@ -259,7 +265,7 @@ def _backward(d_nll, d_lse, d_means, *arguments):
         rows = piece.rows
         d_logits = logits.sub_(peak[rows, None]).exp_().mul_(factor[rows, None])
         swap_at_targets(d_logits, piece.labels, start, d_target[rows])
-        return d_logits if d_means is None else d_logits.add_(d_means[rows, None] / vocabulary)
+        return d_logits if d_means is None else d_logits.add_(d_means[rows, None] * (logit_scale / vocabulary))
 
     # In pieces of tokens the logits would be computed another time.
     walked = pieces(operands, targets, *settings, at_once=needs.of_entries)
@@ -272,11 +278,11 @@ def _(d_nll, d_lse, d_means, *arguments):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ignore_index, softcap, workspace_mib, ctx.with_means, ctx.with_directions = inputs
+    *tensors, ignore_index, softcap, logit_scale, workspace_mib, ctx.with_means, ctx.with_directions = inputs
     ctx.set_materialize_grads(False)
     nll, peak, log_total, _, *directions = output
     ctx.save_for_backward(*tensors, nll, peak, log_total, *directions)
-    ctx.settings = ignore_index, softcap, workspace_mib
+    ctx.settings = ignore_index, softcap, logit_scale, workspace_mib
 
 
 def _differentiate(ctx, d_nll, _, d_lse, d_means, *__):
@@ -285,18 +291,18 @@ def _differentiate(ctx, d_nll, _, d_lse, d_means, *__):
     needs = Operands(*ctx.needs_input_grad[:_COUNT])
     if ctx.with_directions and not needs.of_entries:
         direction, low_direction, slope, apart = directions
-        ignore_index, _, workspace_mib = ctx.settings
+        ignore_index, _, logit_scale, workspace_mib = ctx.settings
 
         def along(*direction):
             upstream = d_nll, d_lse, nll, slope, targets
-            return operators.chunked_along_directions(*upstream, *direction, ignore_index, workspace_mib)
+            return operators.chunked_along_directions(*upstream, *direction, ignore_index, logit_scale, workspace_mib)
 
         d_hidden = along(direction, apart, operands.weight) if needs.hidden else None
         d_low = along(low_direction, None, operands.up) if needs.low else None
-        return d_hidden, None, None, d_low, *[None] * 8
+        return d_hidden, None, None, d_low, *[None] * 9
     upstream = d_nll, d_lse, d_means if ctx.with_means else None
     gradients = operators.chunked_backward(*upstream, *operands, targets, nll, peak, log_total, *ctx.settings, [*needs])
-    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 6
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 7
 
 
 # --- a sum, with its gradients ---
@@ -325,7 +331,7 @@ def _sum(*arguments):
         exponentials = logits.sub_(base[:, None]).exp_()
         nll[rows], peak[rows], log_total[rows] = _Sums(largest, exponentials.sum(-1), target).losses()
         d_nll, d_lse = _by_sum(peak[rows] + log_total[rows], smoothing, z_loss)
-        d_target, d_softmax = _upstream(d_nll, d_lse, nll[rows])
+        d_target, d_softmax = _upstream(d_nll, d_lse, nll[rows], piece.logit_scale)
         # No more than 1, also where no other entry can be and base is none of their logits.
         shrunk = (base - peak[rows] - log_total[rows]).clamp_(max=0).exp()
         d_logits = exponentials.mul_((d_softmax * shrunk)[:, None])
@@ -359,10 +365,10 @@ def _(*arguments):
 def _setup_context_of_sum(ctx, inputs, output) -> None:
     # The gradients are outputs too, for which zeros would be made.
     ctx.set_materialize_grads(False)
-    *tensors, ignore_index, softcap, workspace_mib, smoothing, z_loss, ctx.needs = inputs
+    *tensors, ignore_index, softcap, logit_scale, workspace_mib, smoothing, z_loss, ctx.needs = inputs
     _, nll, peak, log_total, *gradients = output
     ctx.save_for_backward(*tensors, nll, peak, log_total, *gradients)
-    ctx.settings = ignore_index, softcap, workspace_mib
+    ctx.settings = ignore_index, softcap, logit_scale, workspace_mib
     ctx.terms = smoothing, z_loss
     # Written to by a backward, and given away.
     ctx.spent = False
@@ -393,7 +399,7 @@ def _differentiate_sum(ctx, d_total, *_):
             made if not need else made.data.mul_(factor) if in_place else made * factor
             for made, factor, need in zip(gradients, factors, needs, strict=True)
         ]
-    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 7
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 8
 
 
 def _refuse_second_derivative(ctx, *_):

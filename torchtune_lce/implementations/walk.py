@@ -133,8 +133,17 @@ def tokens_with_whole_rows(tokens: int, sizes: Sizes) -> int:
 class Piece:
     """Some tokens' logits, a strip of the vocabulary at a time; each strip takes the memory of the one before."""
 
-    def __init__(self, operands: Operands, softcap: float | None, rows: Tensor, labels: Tensor, strip: int):
-        self.operands, self.softcap, self.rows, self.strip = operands, softcap, rows, strip
+    def __init__(
+        self,
+        operands: Operands,
+        softcap: float | None,
+        logit_scale: float,
+        rows: Tensor,
+        labels: Tensor,
+        strip: int,
+    ):
+        self.operands, self.softcap, self.logit_scale = operands, softcap, logit_scale
+        self.rows, self.strip = rows, strip
         hidden, low = operands.hidden, operands.low
         # Of a label that names no entry another one is looked at, and what it gives not used.
         self.labels = labels.clamp(0, operands.weight.shape[0] - 1)
@@ -177,7 +186,10 @@ class Piece:
             logits = torch.mul(logits, scale[part], out=self.block(1, weight.shape[0]) if differentiable else logits)
         if self.softcap is not None:
             tanh = logits.div_(self.softcap).tanh_()
-            logits = torch.mul(tanh, self.softcap, out=self.block(2, weight.shape[0]) if differentiable else tanh)
+            out = self.block(2, weight.shape[0]) if differentiable else tanh
+            logits = torch.mul(tanh, self.softcap * self.logit_scale, out=out)
+        elif self.logit_scale != 1:
+            logits.mul_(self.logit_scale)
         return logits, tanh, unscaled
 
 
@@ -186,6 +198,7 @@ def pieces(
     targets: Tensor,
     ignore_index: int,
     softcap: float | None,
+    logit_scale: float,
     workspace_mib: int,
     *,
     more_blocks: int = 0,
@@ -204,7 +217,7 @@ def pieces(
         tokens = tokens_per_piece(tokens, sizes)
     for some in rows.split(max(tokens, 1)):
         strip = sizes.vocabulary if whole_rows else entries_per_strip(some.numel(), sizes, copied=not at_once)
-        yield Piece(operands, softcap, some, targets[some].long(), strip)
+        yield Piece(operands, softcap, logit_scale, some, targets[some].long(), strip)
 
 
 def swap_at_targets(values: Tensor, labels: Tensor, start: int, new: Tensor | float) -> Tensor:
@@ -227,7 +240,8 @@ def walk_gradients(
 ) -> tuple[Tensor, ...]:
     """Gradients by the operands, empty where ``needs`` has no True, from those by the logits of a strip at a time.
 
-    ``by_logits(logits, start, piece)`` makes these of the strip's logits, whose first entry is ``start``; in their
+    ``by_logits(logits, start, piece)`` makes these, by what the logits are before ``logit_scale``, of the strip's
+    logits, whose first entry is ``start``; in their
     place if it can, both in the accumulation dtype. What is summed over tokens of 16 bits must come in one piece.
     """
     made: dict[str, Tensor] = {}
@@ -275,7 +289,10 @@ def no_values(operands: Operands, needs: Operands) -> tuple[Tensor, ...]:
 
 
 def _strip_gradient(piece: Piece, part: slice, weight: Tensor, by_logits) -> tuple[Tensor, Tensor | None]:
-    """By the strip's logits, before scale and softcap, and by the scale, or None; both in the accumulation dtype."""
+    """By the strip's logits, before scale and softcap, and by the scale, or None; both in the accumulation dtype.
+
+    What ``by_logits`` makes is by the logits before ``logit_scale``.
+    """
     logits, tanh, unscaled = piece.logits(part, weight, differentiable=True)
     d_logits = by_logits(logits, part.start, piece)
     if tanh is not None:

@@ -54,13 +54,13 @@ class Predictions(NamedTuple):
 torch.library.define(
     "torchtune_lce::predictions",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor? scale, float? softcap, "
-    "int workspace_mib) -> (Tensor largest, Tensor place, Tensor others, Tensor disorder)",
+    "float logit_scale, int workspace_mib) -> (Tensor largest, Tensor place, Tensor others, Tensor disorder)",
 )
 
 
 @torch.library.impl("torchtune_lce::predictions", "default")
 @without_autocast
-def _predict(hidden, weight, bias, low, up, scale, softcap, workspace_mib):
+def _predict(hidden, weight, bias, low, up, scale, softcap, logit_scale, workspace_mib):
     operands, tokens = Operands(hidden, weight, bias, low, up, scale), hidden.shape[0]
     sizes = sizes_of(operands, None, workspace_mib, more_blocks=1)
     # All at once, of which no copy is needed; some where they are widened.
@@ -68,7 +68,7 @@ def _predict(hidden, weight, bias, low, up, scale, softcap, workspace_mib):
     found = []
     for rows in torch.arange(tokens, device=hidden.device).split(max(at_once, 1)):
         strip = entries_per_strip(rows.numel(), sizes, copied=sizes.widened)
-        found.append(_predict_piece(Piece(operands, softcap, rows, rows, strip)))
+        found.append(_predict_piece(Piece(operands, softcap, logit_scale, rows, rows, strip)))
     return tuple(map(torch.cat, zip(*found, strict=True)))
 
 
@@ -91,7 +91,7 @@ def _predict_piece(piece: Piece) -> Predictions:
 
 
 @torch.library.register_fake("torchtune_lce::predictions")
-def _(hidden, weight, bias, low, up, scale, softcap, workspace_mib):
+def _(hidden, weight, bias, low, up, scale, softcap, logit_scale, workspace_mib):
     values = [hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype)) for _ in range(3)]
     return values[0], hidden.new_empty(hidden.shape[0], dtype=torch.int64), *values[1:]
 
@@ -99,13 +99,27 @@ def _(hidden, weight, bias, low, up, scale, softcap, workspace_mib):
 torch.library.define(
     "torchtune_lce::entropy",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor? scale, Tensor targets, "
-    "Tensor largest, Tensor others, Tensor disorder, int ignore_index, float? softcap, int workspace_mib) -> Tensor",
+    "Tensor largest, Tensor others, Tensor disorder, int ignore_index, float? softcap, float logit_scale, "
+    "int workspace_mib) -> Tensor",
 )
 
 
 @torch.library.impl("torchtune_lce::entropy", "default")
 def _entropy(
-    hidden, weight, bias, low, up, scale, targets, largest, others, disorder, ignore_index, softcap, workspace_mib
+    hidden,
+    weight,
+    bias,
+    low,
+    up,
+    scale,
+    targets,
+    largest,
+    others,
+    disorder,
+    ignore_index,
+    softcap,
+    logit_scale,
+    workspace_mib,
 ):
     """Of each token, [N], 0 where ignored, from what :class:`Predictions` of all entries say."""
     # Without a largest logit no entry can be, or one is infinitely likelier than itself.
@@ -114,7 +128,22 @@ def _entropy(
 
 
 @torch.library.register_fake("torchtune_lce::entropy")
-def _(hidden, weight, bias, low, up, scale, targets, largest, others, disorder, ignore_index, softcap, workspace_mib):
+def _(
+    hidden,
+    weight,
+    bias,
+    low,
+    up,
+    scale,
+    targets,
+    largest,
+    others,
+    disorder,
+    ignore_index,
+    softcap,
+    logit_scale,
+    workspace_mib,
+):
     return torch.empty_like(others)
 
 
@@ -122,7 +151,7 @@ torch.library.define(
     "torchtune_lce::entropy_backward",
     "(Tensor d_entropy, Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor? scale, "
     "Tensor targets, Tensor largest, Tensor others, Tensor disorder, int ignore_index, float? softcap, "
-    "int workspace_mib, bool[] needs) "
+    "float logit_scale, int workspace_mib, bool[] needs) "
     "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_low, Tensor d_up, Tensor d_scale)",
 )
 
@@ -134,7 +163,8 @@ def _entropy_backward(d_entropy, *arguments):
     operands, (targets, largest, others, disorder, *settings, needs) = Operands(*arguments[:6]), arguments[6:]
     needs = Operands(*needs)
     total = 1 + others
-    factor, mean = d_entropy / total, disorder / total
+    # By logits as they are before their scale.
+    factor, mean = d_entropy * settings[2] / total, disorder / total
 
     def by_logits(logits, _, piece):
         rows = piece.rows
@@ -153,15 +183,15 @@ def _(d_entropy, *arguments):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ignore_index, softcap, workspace_mib = inputs
+    *tensors, ignore_index, softcap, logit_scale, workspace_mib = inputs
     ctx.save_for_backward(*tensors)
-    ctx.settings = ignore_index, softcap, workspace_mib
+    ctx.settings = ignore_index, softcap, logit_scale, workspace_mib
 
 
 def _differentiate(ctx, d_entropy):
     needs = ctx.needs_input_grad[:6]
     gradients = torch.ops.torchtune_lce.entropy_backward(d_entropy, *ctx.saved_tensors, *ctx.settings, needs)
-    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 7
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 8
 
 
 def _refuse_second_derivative(ctx, *_):
@@ -180,8 +210,9 @@ def token_statistics(call: Call) -> tuple[Tensor, Tensor]:
     """
     call, outside = call.without_labels_outside()
     options, operands = call.options, call.operands
+    settings = options.softcap, float(options.logit_scale), options.workspace_mib
     constants = [x if x is None else x.detach() for x in operands]
-    found = Predictions(*torch.ops.torchtune_lce.predictions(*constants, options.softcap, options.workspace_mib))
+    found = Predictions(*torch.ops.torchtune_lce.predictions(*constants, *settings))
     if call.shard is not None:
         found, operands = _over_ranks(found, call.shard), constants
     entropy = torch.ops.torchtune_lce.entropy(
@@ -191,8 +222,7 @@ def token_statistics(call: Call) -> tuple[Tensor, Tensor]:
         found.others,
         found.disorder,
         options.ignore_index,
-        options.softcap,
-        options.workspace_mib,
+        *settings,
     )
     correct = (found.place == call.labels) & call.valid
     return entropy, correct if outside is None else correct & ~outside
