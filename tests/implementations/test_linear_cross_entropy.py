@@ -99,6 +99,9 @@ CASES = {
     "one-of-all": Case(tokens=(1,), vocabulary=1, width=1, ignored=0.0, pulled=BOTH),
     "frozen-hidden": Case(frozen=("hidden",), bias=True),
     "frozen-weight": Case(frozen=("weight",), bias=True, pulled=BOTH),
+    "frozen-head-scale": Case(
+        frozen=("weight", "bias"), settings=Settings(logit_scale=2.7, softcap=5.0), bias=True, pulled=BOTH
+    ),
     "frozen-bias": Case(frozen=("bias",), bias=True),
     "bias-alone": Case(frozen=("hidden", "weight"), bias=True, settings=Settings(softcap=4.0)),
     "all-frozen": Case(frozen=INPUTS, bias=True),
@@ -585,8 +588,9 @@ def test_what_chunked_keeps_of_a_frozen_head_loses_no_digits(dtype, common, toke
     upstream = torch.linspace(1, 2, 40, device=device) * 2**6
     gradients = []
     for states, rows in ((hidden, weight), (hidden.double(), weight.double())):
+        impl = "chunked" if rows is weight else "reference"
         loss, lse = linear_cross_entropy(
-            states, rows, targets, reduction="none", return_lse=True, impl="chunked" if rows is weight else "reference"
+            states, rows, targets, logit_scale=0.75, reduction="none", return_lse=True, impl=impl
         )
         results = {"loss": [loss], "lse": [lse], "both": [loss, lse]}[pulled]
         (gradient,) = torch.autograd.grad(results, hidden, [upstream.to(loss.dtype)] * len(results))
