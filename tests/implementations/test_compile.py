@@ -6,10 +6,12 @@ from functools import partial
 import pytest
 import torch
 import torch._dynamo.testing
+from grid import needs_compiler
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from torchtune_lce import linear_cross_entropy
+from torchtune_lce.divergence import steps as divergence_steps
 from torchtune_lce.implementations import compiled
 from torchtune_lce.inputs import filtering
 from torchtune_lce.kernels import autograd  # noqa: F401, defines the operators
@@ -163,6 +165,20 @@ def test_a_variant_too_many_is_refused(counted_compilations, device):
     # By a class of Dynamo's that has changed its name.
     with pytest.raises(Exception, match="fullgraph|limit"):
         run_variants(device)
+
+
+@needs_compiler
+def test_another_number_is_compiled_anew():
+    """The shares of a distillation, label smoothing and the like: told to compile for any number, torch 2.13 went on
+    with one that it had seen before, in some of the places that it stands in."""
+    torch.manual_seed(0)
+    logits, teacher = torch.randn(2, 7, 50)
+    for share in (0.5, 0.3):
+        ours, expected = logits.clone(), logits.clone()
+        fused, plain = (made.of_rows for made in (divergence_steps.steps(True), divergence_steps.steps(False)))
+        for function, values in ((fused, ours), (plain, expected)):
+            function(values, teacher.clone(), None, None, share, 1 - share, True)
+        torch.testing.assert_close(ours, expected)
 
 
 def test_a_caller_that_compiles_takes_torch_compile_in(counted_compilations, device):

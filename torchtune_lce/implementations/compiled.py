@@ -14,7 +14,8 @@ def compiled_always(function: Callable) -> Callable:
     """The function under torch.compile, which raises where it would run a variant of it without compiling it.
 
     A variant is a dtype, a softcap, a bias or none, a frozen weight or not: torch's limit for a function, eight in a
-    process, is soon passed, so its limit for all of them together holds.
+    process, is soon passed, so its limit for all of them together holds. Numbers of Python are constants: torch 2.13,
+    told to compile for any, may go on with one that it has seen before.
     """
     # As one whole, or torch would only warn.
     compiled = torch.compile(function, dynamic=True, fullgraph=True)
@@ -22,7 +23,7 @@ def compiled_always(function: Callable) -> Callable:
     @wraps(function)
     def run(*arguments):
         config = torch._dynamo.config
-        with config.patch(recompile_limit=config.accumulated_recompile_limit):
+        with config.patch(recompile_limit=config.accumulated_recompile_limit, specialize_float=True):
             return compiled(*arguments)
 
     return run
