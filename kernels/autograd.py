@@ -22,7 +22,7 @@ from torchtune_lce.kernels import strip_operators  # defines the operators of th
 from torchtune_lce.kernels.backward import output_tiles, run_backward
 from torchtune_lce.kernels.descriptors import has_blocks
 from torchtune_lce.kernels.forward import MOST_TILES, Activity, lse_and_target_logit
-from torchtune_lce.kernels.operands import Gradients, Operands, Places, by_measured, used_in
+from torchtune_lce.kernels.operands import Gradients, Operands, Places, scaled_upstream, used_in
 from torchtune_lce.kernels.operators import operator, refuse_second_derivative, rows_contiguous
 from torchtune_lce.kernels.places import compact, in_order
 from torchtune_lce.kernels.plan import make_plan
@@ -223,7 +223,7 @@ def _backward(
     if words.numel():
         words = words.view(_activity_shape(rows.numel(), weight.shape[0], config))
         recorded = Activity(words, None, config.forward_entries)
-    d_nll, d_lse = by_measured(d_nll, logit_scale), by_measured(d_lse, logit_scale)
+    d_nll, d_lse = scaled_upstream(d_nll, logit_scale), scaled_upstream(d_lse, logit_scale)
     d_nll = row_total.new_zeros(rows.shape) if d_nll is None else d_nll[rows]
     d_lse = None if d_lse is None else d_lse[rows]
     places = Places(rows, labels, count, row_total, d_nll, d_lse)

@@ -190,8 +190,7 @@ def _exponential_kernel(
             PRECISION,
         )
         reference = tl.load(references + place, mask=present, other=0.0)
-        exponents = multiply_add(logits, log2_scale, (reference * -log2_scale)[:, None])
-        powers = tl.exp2(exponents)
+        powers = tl.exp2(multiply_add(logits, log2_scale, (reference * -log2_scale)[:, None]))
         own = tl.load(labels + place, mask=present, other=0).to(tl.int32) - tile * ENTRIES
         left_out = in_tile[None, :] == own[:, None]
         if RAGGED:
@@ -200,8 +199,8 @@ def _exponential_kernel(
         at_tile = tile.to(tl.int64) * tokens + place
         tl.store(sums + at_tile, tl.sum(powers, 1), mask=present)
         if exponent_sums is not None:
-            # Not nothing times -inf.
-            weighted = tl.sum(tl.where(powers > 0, powers * exponents, 0.0), 1)
+            # A logarithm again: for exponents beside their powers there are no registers. Not nothing times -inf.
+            weighted = tl.sum(tl.where(powers > 0, powers * tl.log2(powers), 0.0), 1)
             tl.store(exponent_sums + at_tile, weighted, mask=present)
         if FILTER:
             WORDS: tl.constexpr = ENTRIES // WORD_BITS

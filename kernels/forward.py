@@ -101,12 +101,11 @@ def _tile_statistics(
     # A row of -inf alone must not become -inf - -inf.
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     # The difference first: it is exact where it is small, and the least finite number as an exponent of 2 is -inf.
-    exponents = (logits - peak[:, None]) * log2_scale
-    powers = tl.exp2(exponents)
+    powers = tl.exp2((logits - peak[:, None]) * log2_scale)
     total = tl.sum(powers, 1)
     if ENTROPY:
-        # Not nothing times -inf.
-        weighted = tl.sum(tl.where(powers > 0, powers * exponents, 0.0), 1)
+        # A logarithm again: for exponents beside their powers there are no registers. Not nothing times -inf.
+        weighted = tl.sum(tl.where(powers > 0, powers * tl.log2(powers), 0.0), 1)
         tl.store(statistics + (2 + RECORD) * tokens_stride + tokens, weighted, mask=token_mask)
 
     if RECORD:
@@ -560,7 +559,7 @@ def lse_and_target_logit(
     log2_eps: float,
     row_total: Tensor,  # [N, 2] float32, filled: the peak and the log of the sum measured from it
     target_logit: Tensor,  # [N] float32, filled
-    mean_exponent: Tensor | None,  # [N] float32, filled: of 2, by the softmax, measured from the peak
+    mean_exponent: Tensor | None,  # [N] float32, filled: under the softmax the mean of (logit - peak) * log2_scale
 ) -> None:
     """Launches the forward for one piece of tokens; reads nothing back to the host. Fills nothing past the count."""
     hidden, weight = operands.hidden, operands.weight

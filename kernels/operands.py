@@ -49,8 +49,8 @@ class Operands:
         }
 
 
-def by_measured(upstream: Tensor | None, logit_scale: float) -> Tensor | None:
-    """Of gradients of losses, or of their log-sum-exps, what logits are to get as kernels measure them."""
+def scaled_upstream(upstream: Tensor | None, logit_scale: float) -> Tensor | None:
+    """Upstream gradients of losses or log-sum-exps, for kernels, whose gradients are by logits before their scale."""
     return upstream if upstream is None or logit_scale == 1 else upstream * logit_scale
 
 
@@ -100,17 +100,18 @@ class Piece:
 class Walk(NamedTuple):
     """What a walk over the vocabulary in strips leaves, by row of hidden or by place."""
 
-    losses: Tensor  # [N] float32, 0 where not in use, as the next two and the last but one
+    losses: Tensor  # [N] float32, 0 where not in use, as all by row of hidden
     references: Tensor  # [N] float32; one that is not finite is 0
     log_totals: Tensor  # [N] float32: log-sum-exps less the references
     dropped_mass: Tensor  # [N] float32, or [0] without a filter: the softmax mass that the gradient leaves out
     values: Tensor  # [N, D] in the dtype of hidden, by place: see :func:`row_gradients`
     coefficients: Tensor  # [2, N] float32, by place
     kept: Tensor  # [row blocks] int32, or [0]: columns of each that the gradient is made of
-    # [5, N] float32 by place, or [0]: for gradients by entry. E is exp2((z - shift) log2(e) + offset) of a logit z; the
-    # first two are shift and offset, the others 1, E of the target, and the sum of the others' E, over the sum of all.
+    # [5, N] float32 by place, or [0]: for gradients by entry. E is exp2((z - shift) log2_scale + offset) of a logit z;
+    # the first two are shift and offset, the others 1, E of the target, and the sum of the others' E, over the sum of
+    # all.
     shares: Tensor
-    entropies: Tensor  # [N] float32, or [0], by row of hidden, 0 where not in use
+    entropies: Tensor  # [N] float32, or [0]
 
 
 class ForEntries(NamedTuple):

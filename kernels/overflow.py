@@ -1,9 +1,9 @@
 """Rows whose sums pass any bound are done again, measured from their largest logit.
 
-A row comes here if its target's logit is far below the others, by 66 and more, and the sample that reference_logits.py
-looks at did not show it; if its logits are as large as a mask's; or if infinities made a difference that is no number.
-Both kernels are always launched, since the host does not know, and leave at once where nothing is to do. A program
-makes the logits again for each chunk of features that it sums: simple, and slow where many rows need it.
+A row comes here if its target's logit is far below the others, by 66 and more once scaled, and the sample that
+reference_logits.py looks at did not show it; if its logits are as large as a mask's; or if infinities made a difference
+that is no number. Both kernels are always launched, since the host does not know, and leave at once where nothing is to
+do. A program makes the logits again for each chunk of features that it sums: simple, and slow where many rows need it.
 """
 
 import triton
@@ -199,13 +199,12 @@ def _redo_kernel(
             PRECISION,
         )
         # The difference first: the least finite number as an exponent of 2 is -inf.
-        exponents = (logits - largest[:, None]) * log2_scale
-        powers = tl.exp2(exponents)
+        powers = tl.exp2((logits - largest[:, None]) * log2_scale)
         left_out = (entries[None, :] == label[:, None]) | (entries >= entries_total)[None, :]
         powers = tl.where(left_out, 0.0, powers)
         sum_again += tl.sum(powers, 1)
         if WITH_EXPONENTS:
-            weighted += tl.sum(tl.where(powers > 0, powers * exponents, 0.0), 1)
+            weighted += tl.sum(tl.where(powers > 0, powers * tl.log2(powers), 0.0), 1)
         if HAS_SOFTCAP:
             # Past the vocabulary a logit is -inf.
             powers = tl.where(left_out, 0.0, powers * softcap_slope(logits, softcap))

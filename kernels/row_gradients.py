@@ -71,8 +71,8 @@ def _finish_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Loss, reference and log-sum-exp less it at each place's row; values, slopes and scales, for the gradient, at it;
-    and shares, for gradients by entry, unless None.
+    """Loss, reference and log-sum-exp less it at each place's row, and entropies unless None; values, slopes and scales,
+    for the gradient, at it; and shares, for gradients by entry, unless None.
 
     The slope is that of the softcap at the target, negative where it belongs to the loss's upstream gradient. With
     NORMALISED the values of a likely target are not scaled by 1 - p, which the scale then is: float16 has no room for
@@ -111,7 +111,9 @@ def _finish_kernel(
         weighted = tl.load(row_exponents + place, mask=used, other=0.0)
         weighted = tl.where(again, tl.load(redone + 2 * tokens.to(tl.int64) + place, mask=again, other=0.0), weighted)
         weighted += tl.where(own > 0, own * ((target - reference) * log2_scale), 0.0)
-        tl.store(entropies + row, tl.where(used, beyond - LOG_2 * weighted / whole, 0.0), mask=write)
+        entropy = beyond - LOG_2 * weighted / whole
+        # Measured from an unlikely target both are large.
+        tl.store(entropies + row, tl.where(used & ((entropy < 0) == 0), entropy, 0.0), mask=write)
     tl.store(peaks + row, tl.where(used, peak, 0.0), mask=write)
     tl.store(log_totals + row, tl.where(used, log_total, 0.0), mask=write)
     factor = 1 / whole

@@ -26,7 +26,7 @@ def _loss_kernel(
     logit_scale,
     BLOCK: tl.constexpr,
 ):
-    """Results at each place's row, 0 past the count, where row_total becomes 0 too."""
+    """Results at each place's row, 0 past the count, where row_total becomes 0 too; entropies unless None."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < tokens
     used = place < tl.minimum(tl.load(count), tokens)
@@ -50,7 +50,7 @@ def _loss_kernel(
     tl.store(log_totals + row, log_total, mask=inside)
     if entropies is not None:
         entropy = log_sum - LOG_2 * tl.load(mean_exponents + place, mask=used, other=0.0)
-        tl.store(entropies + row, tl.where(used, entropy, 0.0), mask=inside)
+        tl.store(entropies + row, tl.where(used & ((entropy < 0) == 0), entropy, 0.0), mask=inside)
     tl.store(row_total + 2 * place, peak, mask=inside)
     tl.store(row_total + 2 * place + 1, log_sum, mask=inside)
 

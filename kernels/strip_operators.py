@@ -14,7 +14,7 @@ from torchtune_lce.inputs.losses import Losses
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.inputs.validation import is_readable
 from torchtune_lce.kernels.entry_gradients import entry_gradients
-from torchtune_lce.kernels.operands import Operands, by_measured
+from torchtune_lce.kernels.operands import Operands, scaled_upstream
 from torchtune_lce.kernels.operators import operator, refuse_second_derivative, rows_contiguous
 from torchtune_lce.kernels.places import compact
 from torchtune_lce.kernels.row_gradients import row_gradients
@@ -135,7 +135,7 @@ def _backward(
     workspace_mib,
 ):
     """Gradients by hidden, weight and bias, empty where ``needs`` has no True; without those two hidden may be None."""
-    d_nll, d_lse = by_measured(d_nll, logit_scale), by_measured(d_lse, logit_scale)
+    d_nll, d_lse = scaled_upstream(d_nll, logit_scale), scaled_upstream(d_lse, logit_scale)
     if d_nll is None:
         d_nll = coefficients.new_zeros(1).expand(rows.numel())
     weight = rows_contiguous(weight)

@@ -101,7 +101,8 @@ def walk_rows(
     division = divide(tokens, vocabulary, features, hidden.dtype, filters, sums_a_tile, workspace, workers, config)
     places = min(division.tokens, tokens)
     totals = empty(places, features)
-    sums_of_tiles = empty(sums_a_tile, max(tiles, 2) * places)
+    # Each from a multiple of 16 bytes on: kernels are compiled for such addresses or for others.
+    sums_of_tiles = empty(sums_a_tile, ceil_div(max(tiles, 2) * places, 4) * 4)
     sums_of_rows = empty((2 * sums_a_tile + 1) * places)
     slots = None
     if filters:

@@ -55,6 +55,7 @@ class Call:
     rank: int = 0
     scaled: bool = False  # rows of the weight and of the low rank's
     softcap: float | None = None
+    logit_scale: float = 1.0
     with_lse: bool = False
     with_entropy: bool = False
     ignored: bool = False
@@ -66,7 +67,16 @@ class Call:
 
 CALLS = (
     Call("sparse, even", width=None, ignored=True),
-    Call("sparse, everything", bias=True, rank=8, scaled=True, softcap=20.0, with_lse=True, with_entropy=True),
+    Call(
+        "sparse, everything",
+        bias=True,
+        rank=8,
+        scaled=True,
+        softcap=20.0,
+        logit_scale=0.7,
+        with_lse=True,
+        with_entropy=True,
+    ),
     # More logit gradients than 1 MiB holds.
     Call("sparse strips", vocabulary=(14, 8), impl="cce_kahan_full_c", ignored=True, workspace_mib=1),
     # Also no room there for a copy of the hidden states, and some for strips in the weight's gradient.
@@ -96,6 +106,7 @@ CALLS = (
         impl="cce_exact",
         bias=True,
         softcap=20.0,
+        logit_scale=0.7,
         with_lse=True,
         with_entropy=True,
         workspace_mib=1,
@@ -308,7 +319,9 @@ def make_call(call: Call, leaves: dict, targets) -> dict:
     from torchtune_lce.inputs.options import Options
 
     wanted = {name: leaf.requires_grad_() for name, leaf in leaves.items() if name not in call.frozen}
-    options = Options(softcap=call.softcap, workspace_mib=call.workspace_mib, filter_eps=2**-12)
+    options = Options(
+        softcap=call.softcap, logit_scale=call.logit_scale, workspace_mib=call.workspace_mib, filter_eps=2**-12
+    )
     given = checked(leaves["hidden"], leaves["weight"], targets, leaves.get("bias"), options=options)
     if call.rank:
         given = replace(given, low_rank=LowRank(leaves["low"], leaves["up"], leaves.get("scale")))
@@ -333,6 +346,7 @@ def check(call: Call, leaves: dict, targets, results: dict) -> None:
         logits = (logits + exact["low"] @ exact["up"].T) * exact.get("scale", 1)
     if call.softcap:
         logits = call.softcap * torch.tanh(logits / call.softcap)
+    logits = logits * call.logit_scale
     loss = F.cross_entropy(logits, targets, reduction="sum")
     lse = logits.logsumexp(-1).where(targets != -100, 0)
     names = [name for name in leaves if name not in call.frozen]

@@ -40,7 +40,7 @@ def linear_cross_entropy(
         reduction: ``mean`` over the targets that are not ignored, ``sum``, or ``none``: the shape of ``targets``, 0
             where ignored. No tokens, or all of them ignored, give 0 with zero gradients.
         softcap: logits become ``softcap * tanh(logits / softcap)``.
-        logit_scale: then they are multiplied by it, in float32: 1 / temperature, or a model's own factor. Finite, > 0.
+        logit_scale: then they are multiplied by it, in float32: 1 / temperature, or a model's own factor. From 1e-30 to 1e30.
         z_loss: this times the squared log-sum-exp is added to each token's loss, which keeps the logits from drifting.
         label_smoothing: the share of the target's weight that is spread over the whole vocabulary, in [0, 1], as in
             ``torch.nn.functional.cross_entropy``. Never filtered.
@@ -100,7 +100,7 @@ def linear_token_logprobs(
 
     With ``return_entropy`` also the entropy of each prediction, in nats, alike, but without a gradient (that of
     :func:`linear_token_statistics` has one). The ``cce`` implementations have it from the pass that makes the losses,
-    others compute the logits once more.
+    others compute the logits once more. It is right to some 2e-5, and NaN where the log-probability is.
     """
     options = Options(
         ignore_index=ignore_index,
@@ -111,13 +111,18 @@ def linear_token_logprobs(
     )
     validation.check_flag("return_entropy", return_entropy)
     call = checked(hidden, weight, targets, bias, options=options, shift=shift)
-    if not return_entropy:
-        return -compute(call, reduction="none", impl=impl)
+    if return_entropy:
+        return logprobs_and_entropy(call, impl)
+    return -compute(call, reduction="none", impl=impl)
+
+
+def logprobs_and_entropy(call: Call, impl: str) -> tuple[Tensor, Tensor]:
+    """:func:`linear_token_logprobs` with ``return_entropy``, of a call that has been checked."""
     losses = _token_losses(call, impl)(replace(call, with_entropy=True))
     entropy = losses.entropy
     if entropy is None:
         with torch.no_grad():
-            entropy = token_statistics(call)[0]
+            entropy = token_statistics(call)[0].masked_fill(losses.nll.isnan(), torch.nan)
     return -call.at_targets(losses.nll), call.at_targets(entropy)
 
 

@@ -1,5 +1,7 @@
 """The entropy that a pass of the kernels leaves beside its losses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,9 @@ pytest.importorskip("triton")
 
 from tests.support.hard_rows import CONFIDENT, IGNORED, hard_inputs
 from torchtune_lce import linear_token_logprobs
+from torchtune_lce.functional import logprobs_and_entropy
+from torchtune_lce.inputs.call import checked
+from torchtune_lce.inputs.options import Options
 from torchtune_lce.kernels import strips
 
 # What has a gradient decides between strips and tiles, and whether bits are recorded.
@@ -73,6 +78,33 @@ def test_of_huge_logits(requires_grad, device):
     _, entropy = linear_token_logprobs(*inputs, targets, bias, impl="cce_exact", return_entropy=True)
     exact = torch.distributions.Categorical(logits=torch.tensor([0.0, -4.0, -8.0])).entropy()
     torch.testing.assert_close(entropy, exact.to(device).expand(3))
+
+
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_of_sure_tokens_with_unlikely_targets(is_recorded, device):
+    """Small ones, from exponentials that are measured from a logit far below the largest; none is negative."""
+    torch.manual_seed(0)
+    hidden, weight = 80 * torch.randn(256, 16, device=device), torch.randn(301, 16, device=device) / 4
+    targets = torch.arange(256, device=device)
+    hidden.requires_grad_(is_recorded)
+    logprobs, entropy = linear_token_logprobs(hidden, weight, targets, impl="cce", return_entropy=True)
+    exact = torch.distributions.Categorical(logits=hidden.double() @ weight.double().T).entropy()
+    assert (logprobs < -20).sum() > 50
+    assert exact.min() < 1e-9
+    assert (entropy >= 0).all()
+    torch.testing.assert_close(entropy.double(), exact, rtol=1e-3, atol=4e-5)
+
+
+@pytest.mark.parametrize("impl", ["cce", "chunked"])
+def test_where_a_label_names_no_entry_it_is_no_number(impl, device):
+    call = hard_inputs(device)
+    call["targets"][3] = 301
+    options = Options()
+    given = replace(checked(**(call | {"targets": call["targets"].clamp(max=300)}), options=options), in_range=False)
+    given = replace(given, labels=call["targets"])
+    assert given.labels.max() == 301
+    _, entropy = logprobs_and_entropy(given, impl)
+    assert entropy.isnan().nonzero().flatten().tolist() == [3]
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

@@ -386,7 +386,7 @@ def _check_masked_rank(mesh, impls: tuple[str, ...]) -> None:
     """
     least = torch.finfo(torch.float32).min
     masks = (-torch.inf, False), (-torch.inf, True), (least, False), (torch.finfo(torch.bfloat16).min, True)
-    added = {}, {"label_smoothing": 0.1}, {"z_loss": 0.1}
+    added = {}, {"label_smoothing": 0.1}, {"z_loss": 0.1, "logit_scale": 0.5}
     for impl, (mask, target_there), setting in itertools.product(impls, masks, added):
         problem = _masked_problem(mesh, mask, target_there)
         valid = problem.targets != -100

@@ -42,7 +42,8 @@ def over_ranks(local: TokenLosses) -> TokenLosses:
         options = replace(call.options, ignore_index=-1)
         here = replace(call, hidden=hidden, bias=bias, labels=place, options=options, shard=None)
         own = local(replace(here, summed=False, with_entropy=False))
-        nll, peak, log_total = _Merge.apply(own.nll + beyond, own.peak, own.log_total, valid, owned, group)
+        nll, log_total = own.nll + beyond, own.log_total - beyond
+        nll, peak, log_total = _Merge.apply(nll, own.peak, log_total, valid, owned, group)
         merged = Losses(nll, peak, log_total, divisor=own.divisor)
         if own.mean is None:
             return merged
@@ -95,18 +96,15 @@ def whole_hidden(hidden: DTensor, shard: VocabularyShard) -> tuple[Tensor, Vocab
 
 
 def _apart_from_all_masked(bias: Tensor | None, options: Options) -> tuple[Tensor | None, Tensor | float]:
-    """A bias [rows] that leaves this rank some softmax, and what losses of targets here lack by it: inf, or else 0.
+    """A bias [rows] that leaves this rank some softmax, and how far above the logits its own are by it: inf, or else 0.
 
     Where -inf masks every row here, the local softmax would be NaN, and so would the gradients by it, though its share
-    in the whole is zero. A finite bias far below all others' has the same share.
+    in the whole is zero.
     """
     if bias is None or options.softcap is not None:  # a capped logit is finite
         return bias, 0.0
     all_masked = bias.isneginf().all()
-    # Not the least number: another logit beside it, or their scale, would pass the range.
-    return bias.masked_fill(all_masked, torch.finfo(bias.dtype).min / (4 * max(options.logit_scale, 1))), torch.where(
-        all_masked, torch.inf, 0.0
-    )
+    return bias.masked_fill(all_masked, 0), torch.where(all_masked, torch.inf, 0.0)
 
 
 class _SumGradients(torch.autograd.Function):

@@ -13,10 +13,9 @@ class Options:
     """Settings of one call, validated once by :func:`torchtune_lce.inputs.validation.check_options`.
 
     ``filter_eps`` is ``"auto"``, ``None`` (keep everything) or a float in [0, 1): softmax entries below it may be
-    dropped from the gradients by the implementations that filter. ``logit_scale`` multiplies the logits after softcap
-    and bias. ``z_loss`` times the squared log-sum-exp is added to
-    each token's loss (PaLM, Chowdhery et al. 2022, section 5). ``label_smoothing`` is that of
-    ``torch.nn.functional.cross_entropy``.
+    dropped from the gradients by the implementations that filter. ``logit_scale`` multiplies the logits after bias and
+    softcap. ``z_loss`` times the squared log-sum-exp is added to each token's loss (PaLM, Chowdhery et al. 2022,
+    section 5). ``label_smoothing`` is that of ``torch.nn.functional.cross_entropy``.
     """
 
     ignore_index: int = -100

@@ -31,8 +31,9 @@ def check_options(options: Options) -> None:
     if softcap is not None and not (_is_real(softcap) and 0 < softcap < math.inf):
         raise ValueError(f"softcap must be None or a finite number > 0, got {softcap!r}")
     logit_scale = options.logit_scale
-    if not (_is_real(logit_scale) and 0 < logit_scale < math.inf):
-        raise ValueError(f"logit_scale must be a finite number > 0, got {logit_scale!r}")
+    # Far within float32, in which it is taken, times log2(e).
+    if not (_is_real(logit_scale) and 1e-30 <= logit_scale <= 1e30):
+        raise ValueError(f"logit_scale must be a number from 1e-30 to 1e30, got {logit_scale!r}")
     z_loss = options.z_loss
     if not (_is_real(z_loss) and 0 <= z_loss < math.inf):
         raise ValueError(f"z_loss must be a finite number >= 0, got {z_loss!r}")
