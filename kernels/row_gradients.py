@@ -71,8 +71,8 @@ def _finish_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Loss, reference and log-sum-exp less it at each place's row, and entropies unless None; values, slopes and scales,
-    for the gradient, at it; and shares, for gradients by entry, unless None.
+    """Loss, reference and log-sum-exp less it at each place's row, and entropies unless None; values, slopes and
+    scales, for the gradient, at it; and shares, for gradients by entry, unless None.
 
     The slope is that of the softcap at the target, negative where it belongs to the loss's upstream gradient. With
     NORMALISED the values of a likely target are not scaled by 1 - p, which the scale then is: float16 has no room for
