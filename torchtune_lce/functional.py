@@ -40,7 +40,8 @@ def linear_cross_entropy(
         reduction: ``mean`` over the targets that are not ignored, ``sum``, or ``none``: the shape of ``targets``, 0
             where ignored. No tokens, or all of them ignored, give 0 with zero gradients.
         softcap: logits become ``softcap * tanh(logits / softcap)``.
-        logit_scale: then they are multiplied by it, in float32: 1 / temperature, or a model's own factor. From 1e-30 to 1e30.
+        logit_scale: then they are multiplied by it, in float32: 1 / temperature, or a model's own factor. From 1e-30
+            to 1e30.
         z_loss: this times the squared log-sum-exp is added to each token's loss, which keeps the logits from drifting.
         label_smoothing: the share of the target's weight that is spread over the whole vocabulary, in [0, 1], as in
             ``torch.nn.functional.cross_entropy``. Never filtered.

@@ -595,9 +595,17 @@ def test_what_chunked_keeps_of_a_frozen_head_loses_no_digits(dtype, common, toke
         results = {"loss": [loss], "lse": [lse], "both": [loss, lse]}[pulled]
         (gradient,) = torch.autograd.grad(results, hidden, [upstream.to(loss.dtype)] * len(results))
         gradients.append(gradient.double())
-    # The latter's was rounded on its way to hidden, once.
-    error = ((gradients[0] - gradients[1]).norm(dim=-1) / gradients[1].norm(dim=-1)).max().item()
-    assert error < 1.5 * torch.finfo(dtype).eps, f"{error:.1e} off"
+
+    def error_of(gradient):
+        # What is exact was rounded on its way to hidden, once.
+        return ((gradient.double() - gradients[1]).norm(dim=-1) / gradients[1].norm(dim=-1)).max().item()
+
+    bound = 1.5 * torch.finfo(dtype).eps
+    if device.type == "cuda":
+        # Exponentials are rounded for the product, as torch rounds the gradients by the logits.
+        loss = F.cross_entropy(0.75 * F.linear(hidden, weight).float(), targets, reduction="none")
+        bound += 2 * error_of(torch.autograd.grad(loss, hidden, upstream)[0])
+    assert error_of(gradients[0]) < bound, f"{error_of(gradients[0]):.1e} off"
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked"])
