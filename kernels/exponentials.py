@@ -26,6 +26,7 @@ from torchtune_lce.kernels.primitives import (
     softcap_slope,
     softcapped,
     tile_coordinates,
+    times_log2,
 )
 from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 
@@ -199,9 +200,8 @@ def _exponential_kernel(
         at_tile = tile.to(tl.int64) * tokens + place
         tl.store(sums + at_tile, tl.sum(powers, 1), mask=present)
         if exponent_sums is not None:
-            # A logarithm again: for exponents beside their powers there are no registers. Not nothing times -inf.
-            weighted = tl.sum(tl.where(powers > 0, powers * tl.log2(powers), 0.0), 1)
-            tl.store(exponent_sums + at_tile, weighted, mask=present)
+            # Not of the exponents themselves: for those beside their powers there are no registers.
+            tl.store(exponent_sums + at_tile, tl.sum(times_log2(powers), 1), mask=present)
         if FILTER:
             WORDS: tl.constexpr = ENTRIES // WORD_BITS
             least = tl.load(floors + place, mask=present, other=float("inf"))

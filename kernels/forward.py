@@ -20,7 +20,7 @@ from torch import Tensor
 from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
 from torchtune_lce.kernels.launching import Repeated, launch
 from torchtune_lce.kernels.operands import Operands
-from torchtune_lce.kernels.primitives import add_low_rank, bitwise_or, softcapped, tile_coordinates
+from torchtune_lce.kernels.primitives import add_low_rank, bitwise_or, softcapped, tile_coordinates, times_log2
 from torchtune_lce.kernels.tuning import Config, ceil_div, config_for, programs
 
 WORD_BITS = tl.constexpr(32)
@@ -104,8 +104,8 @@ def _tile_statistics(
     powers = tl.exp2((logits - peak[:, None]) * log2_scale)
     total = tl.sum(powers, 1)
     if ENTROPY:
-        # A logarithm again: for exponents beside their powers there are no registers. Not nothing times -inf.
-        weighted = tl.sum(tl.where(powers > 0, powers * tl.log2(powers), 0.0), 1)
+        # Not of the exponents themselves: for those beside their powers there are no registers.
+        weighted = tl.sum(times_log2(powers), 1)
         tl.store(statistics + (2 + RECORD) * tokens_stride + tokens, weighted, mask=token_mask)
 
     if RECORD:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchtune_lce.kernels.launching import launch
 from torchtune_lce.kernels.operands import Piece
-from torchtune_lce.kernels.primitives import rounded_to_tf32, softcap_slope, softcapped
+from torchtune_lce.kernels.primitives import rounded_to_tf32, softcap_slope, softcapped, times_log2
 from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 
 # Below it neither the sums of weight rows times E nor the inverse of a row's sum leaves float32.
@@ -204,7 +204,7 @@ def _redo_kernel(
         powers = tl.where(left_out, 0.0, powers)
         sum_again += tl.sum(powers, 1)
         if WITH_EXPONENTS:
-            weighted += tl.sum(tl.where(powers > 0, powers * tl.log2(powers), 0.0), 1)
+            weighted += tl.sum(times_log2(powers), 1)
         if HAS_SOFTCAP:
             # Past the vocabulary a logit is -inf.
             powers = tl.where(left_out, 0.0, powers * softcap_slope(logits, softcap))
