@@ -146,23 +146,9 @@ def _forward(
 
 
 @torch.library.register_fake("torchtune_lce::cut_cross_entropy")
-def _(
-    hidden,
-    weight,
-    bias,
-    low,
-    up,
-    scale,
-    targets,
-    ignore_index,
-    softcap,
-    logit_scale,
-    eps,
-    filter_hidden,
-    filter_weight,
-    with_entropy,
-    workspace_mib,
-):
+def _(*arguments):
+    hidden, weight, _, _, _, _, targets, _, _, _, eps, _, _, with_entropy, _ = arguments
+
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return hidden.new_empty(shape, dtype=dtype)
 

@@ -132,14 +132,14 @@ def weight_product(
 
 
 def bias_product(
-    strip: Tensor,
-    columns: object | None,
+    strip: Tensor,  # [entries, whole row blocks of N]
+    columns: object | None,  # its descriptor, None where the copy engine cannot read it
     given: ForEntries,
-    count: Tensor,
+    count: Tensor,  # [1] int32
     d_bias: Tensor,  # [V], filled at the strip's entries
     config: Config,
 ) -> Callable[[int, int], None]:
-    """The same for the bias."""
+    """The same for the bias: no product, but a sum of the strip times the factors."""
     kernel = Repeated(
         _bias_kernel,
         (

@@ -83,6 +83,12 @@ def test_the_functions_take_what_the_component_takes(device):
             function(hidden, weight, targets, workspace_mib=0)
 
 
+@pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf"), 1e39, 1e-46, 10**400, True, "2", None])
+def test_logit_scale_must_be_a_factor_that_float32_holds(scale):
+    with pytest.raises(ValueError, match=r"logit_scale must be a number from 1e-30 to 1e30, got"):
+        LinearCrossEntropyLoss(logit_scale=scale)
+
+
 @pytest.mark.parametrize("z_loss", [-1e-4, float("nan"), "auto"])
 def test_z_loss_must_be_a_weight(z_loss):
     with pytest.raises(ValueError, match=r"z_loss must be a finite number >= 0, got"):

@@ -40,8 +40,7 @@ def over_ranks(local: TokenLosses) -> TokenLosses:
             hidden = _SumGradients.apply(hidden, group)
         bias, beyond = _apart_from_all_masked(call.bias, call.options)
         options = replace(call.options, ignore_index=-1)
-        here = replace(call, hidden=hidden, bias=bias, labels=place, options=options, shard=None)
-        own = local(replace(here, summed=False, with_entropy=False))
+        own = local(replace(call, hidden=hidden, bias=bias, labels=place, options=options, shard=None, summed=False))
         nll, log_total = own.nll + beyond, own.log_total - beyond
         nll, peak, log_total = _Merge.apply(nll, own.peak, log_total, valid, owned, group)
         merged = Losses(nll, peak, log_total, divisor=own.divisor)

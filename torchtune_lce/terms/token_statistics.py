@@ -105,46 +105,19 @@ torch.library.define(
 
 
 @torch.library.impl("torchtune_lce::entropy", "default")
-def _entropy(
-    hidden,
-    weight,
-    bias,
-    low,
-    up,
-    scale,
-    targets,
-    largest,
-    others,
-    disorder,
-    ignore_index,
-    softcap,
-    logit_scale,
-    workspace_mib,
-):
-    """Of each token, [N], 0 where ignored, from what :class:`Predictions` of all entries say."""
+def _entropy(*arguments):
+    """Of each token, [N], 0 where ignored, from what :class:`Predictions` of all entries say. Operands and settings are
+    for the backward.
+    """
+    targets, largest, others, disorder, ignore_index, *_ = arguments[6:]
     # Without a largest logit no entry can be, or one is infinitely likelier than itself.
     entropy = (torch.log1p(others) + disorder / (1 + others)).where(largest.isfinite(), torch.nan)
     return entropy.where(targets != ignore_index, 0)
 
 
 @torch.library.register_fake("torchtune_lce::entropy")
-def _(
-    hidden,
-    weight,
-    bias,
-    low,
-    up,
-    scale,
-    targets,
-    largest,
-    others,
-    disorder,
-    ignore_index,
-    softcap,
-    logit_scale,
-    workspace_mib,
-):
-    return torch.empty_like(others)
+def _(*arguments):
+    return torch.empty_like(arguments[8])
 
 
 torch.library.define(
@@ -163,8 +136,9 @@ def _entropy_backward(d_entropy, *arguments):
     operands, (targets, largest, others, disorder, *settings, needs) = Operands(*arguments[:6]), arguments[6:]
     needs = Operands(*needs)
     total = 1 + others
+    _, _, logit_scale, _ = settings
     # By logits as they are before their scale.
-    factor, mean = d_entropy * settings[2] / total, disorder / total
+    factor, mean = d_entropy * logit_scale / total, disorder / total
 
     def by_logits(logits, _, piece):
         rows = piece.rows
