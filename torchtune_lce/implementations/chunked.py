@@ -77,7 +77,7 @@ def _sums_fit(operands: Operands, options) -> bool:
     return tokens_with_whole_rows(hidden.shape[0], sizes_of(operands, options.softcap, options.workspace_mib)) > 0
 
 
-class _Sums(NamedTuple):
+class Sums(NamedTuple):
     """Of some tokens over the entries beside their targets, [n] each."""
 
     peak: Tensor  # largest logit
@@ -94,7 +94,7 @@ class _Sums(NamedTuple):
         return nll, base, (self.total * (self.peak - base).exp() + (self.target - base).exp()).log()
 
 
-def _upstream(d_nll: Tensor, d_lse: Tensor | None, nll: Tensor, logit_scale: float) -> tuple[Tensor, Tensor]:
+def by_target_and_others(d_nll: Tensor, d_lse: Tensor | None, nll: Tensor, logit_scale: float) -> tuple[Tensor, Tensor]:
     """Gradients by the target's logit, and by another one as a share of its softmax; before ``logit_scale``."""
     d_nll, d_lse = d_nll * logit_scale, d_lse if d_lse is None else d_lse * logit_scale
     # Of the target p - 1 and p: neither is the difference of two numbers near 1.
@@ -180,12 +180,12 @@ def _forward_piece(piece: Piece, with_means: bool, with_directions: bool) -> tup
             add_product(direction.mul_(shrunk[:, None]), exponentials.to(piece.factor), weight)
         # Before the next strip's are made.
         del logits, tanh, exponentials, weight
-    sums = _Sums(peak, total, target.masked_fill_(piece.outside, torch.nan))
+    sums = Sums(peak, total, target.masked_fill_(piece.outside, torch.nan))
     slope, apart = (None, None) if direction is None else _finish_directions(piece, sums, direction, low_direction)
     return *sums.losses(), mean, direction, low_direction, slope, apart
 
 
-def _finish_directions(piece: Piece, sums: _Sums, direction: Tensor, low_direction: Tensor | None):
+def _finish_directions(piece: Piece, sums: Sums, direction: Tensor, low_direction: Tensor | None):
     """Makes means of sums over the other entries, and takes the target's row from ``direction`` where that leaves less.
 
     Returns c_t of the module's docstring, and where that is.
@@ -223,7 +223,9 @@ def _along_directions(
 
     ``apart``: where the target's row has been taken from ``direction``.
     """
-    d_target, d_softmax = _upstream(torch.zeros_like(nll) if d_nll is None else d_nll, d_lse, nll, logit_scale)
+    d_target, d_softmax = by_target_and_others(
+        torch.zeros_like(nll) if d_nll is None else d_nll, d_lse, nll, logit_scale
+    )
     if apart is not None:
         d_target = torch.where(apart, 0 if d_lse is None else d_lse * logit_scale, d_target)
     along, d_target = (d_softmax * -torch.expm1(-nll))[:, None], (d_target * slope)[:, None]
@@ -257,7 +259,7 @@ def _backward(d_nll, d_lse, d_means, *arguments):
     operands, (targets, nll, peak, log_total, *settings, needs) = Operands(*arguments[:_COUNT]), arguments[_COUNT:]
     d_nll = torch.zeros_like(nll) if d_nll is None else d_nll
     logit_scale = settings[2]
-    d_target, d_softmax = _upstream(d_nll, d_lse, nll, logit_scale)
+    d_target, d_softmax = by_target_and_others(d_nll, d_lse, nll, logit_scale)
     factor = d_softmax * torch.exp(-log_total)
     vocabulary, needs = operands.weight.shape[0], Operands(*needs)
 
@@ -329,9 +331,9 @@ def _sum(*arguments):
         largest = logits.amax(-1)
         base = finite(largest)
         exponentials = logits.sub_(base[:, None]).exp_()
-        nll[rows], peak[rows], log_total[rows] = _Sums(largest, exponentials.sum(-1), target).losses()
-        d_nll, d_lse = _by_sum(peak[rows] + log_total[rows], smoothing, z_loss)
-        d_target, d_softmax = _upstream(d_nll, d_lse, nll[rows], piece.logit_scale)
+        nll[rows], peak[rows], log_total[rows] = Sums(largest, exponentials.sum(-1), target).losses()
+        d_nll, d_lse = by_sum(peak[rows] + log_total[rows], smoothing, z_loss)
+        d_target, d_softmax = by_target_and_others(d_nll, d_lse, nll[rows], piece.logit_scale)
         # No more than 1, also where no other entry can be and base is none of their logits.
         shrunk = (base - peak[rows] - log_total[rows]).clamp_(max=0).exp()
         d_logits = exponentials.mul_((d_softmax * shrunk)[:, None])
@@ -347,7 +349,7 @@ def _sum(*arguments):
     return total.sum(), nll, peak, log_total, *gradients
 
 
-def _by_sum(lse: Tensor, smoothing: float, z_loss: float) -> tuple[Tensor, Tensor | None]:
+def by_sum(lse: Tensor, smoothing: float, z_loss: float) -> tuple[Tensor, Tensor | None]:
     """Gradients of the sum by a token's loss and log-sum-exp; None without a term of the latter."""
     d_nll = torch.full_like(lse, 1 - smoothing)
     if z_loss:
@@ -380,7 +382,7 @@ def _differentiate_sum(ctx, d_total, *_):
     needs = list(ctx.needs_input_grad[:_COUNT])
     if torch.is_grad_enabled():
         # For a second derivative, which this operator refuses when it is asked for.
-        upstream = (x if x is None else d_total * x for x in _by_sum(peak + log_total, *ctx.terms))
+        upstream = (x if x is None else d_total * x for x in by_sum(peak + log_total, *ctx.terms))
         arguments = *operands, targets, nll, peak, log_total, *ctx.settings, needs
         gradients = operators.chunked_backward(*upstream, None, *arguments)
     else:
