@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from fused_steps import steps_as
 from grid import each
 from torch import nn
 from torch.autograd import forward_ad
@@ -12,11 +13,18 @@ from torch.utils.checkpoint import checkpoint
 from torchtune_lce import linear_cross_entropy
 from torchtune_lce.implementations.capabilities import CAPABILITIES
 
-TRIED = ("reference", "chunked", "cce")
+TRIED = ("reference", "chunked", "torch_compile", "cce")
 EACH, OPERATORS = each(*TRIED), each(*(name for name in TRIED if CAPABILITIES[name].own_backward))
 TOKENS, VOCABULARY, WIDTH = 21, 83, 12
 # float32 sums of 12 products and 83 exponentials; filtering at finfo(float32).eps / 32 is far below.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+@pytest.fixture(autouse=True)
+def _uncompiled():
+    """What a compiler fuses is the same to autograd."""
+    with steps_as():
+        yield
 
 
 def make_inputs(device):
@@ -63,12 +71,13 @@ def test_ignored_tokens_have_no_gradient_of_any_upstream(impl, frozen, reduction
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
-def test_chunked_goes_back_in_parts_and_again(frozen, device):
+@pytest.mark.parametrize("impl", ["chunked", "torch_compile"])
+def test_goes_back_in_parts_and_again(impl, frozen, device):
     """Gradients that the forward has made are given away once; another backward over the graph makes the same ones."""
     hidden, weight, targets = make_inputs(device)
     weight.requires_grad_(not frozen)
     leaves = [hidden] if frozen else [hidden, weight]
-    loss = linear_cross_entropy(hidden, weight, targets, softcap=9.0, z_loss=0.1, label_smoothing=0.0, impl="chunked")
+    loss = linear_cross_entropy(hidden, weight, targets, softcap=9.0, z_loss=0.1, label_smoothing=0.0, impl=impl)
     together = torch.autograd.grad(loss, leaves, retain_graph=True)
     copies = [gradient.clone() for gradient in together]
     torch.autograd.grad(loss, leaves, loss.new_ones(2), is_grads_batched=True, retain_graph=True)

@@ -1,16 +1,18 @@
 """The table of what each impl can do: the code does it or refuses it by name, and the pages say the same."""
 
 import re
+from functools import partial
 
 import capability_table
 import pytest
 import torch
 import torch.nn.functional as F
 from calls import compute
+from fused_steps import steps_as
 from grid import each
 from project import ROOT
 
-from torchtune_lce.implementations import choice, compiled, reference
+from torchtune_lce.implementations import choice
 from torchtune_lce.implementations.capabilities import CAPABILITIES, able, setting
 from torchtune_lce.inputs.low_rank import LowRank
 from torchtune_lce.inputs.options import Options
@@ -94,26 +96,24 @@ TRIED = {
 
 @pytest.mark.parametrize("attempt", TRIED, ids=lambda attempt: attempt.__name__)
 @pytest.mark.parametrize("impl", each(*CAPABILITIES))
-def test_does_or_refuses(impl, attempt, device, monkeypatch):
-    """As exactly as plain PyTorch; or, if it has a backward of its own, in a sentence that names those that do."""
+def test_does_or_refuses(impl, attempt, device):
+    """As exactly as plain PyTorch; or in a sentence that names those that do."""
     can, capability = CAPABILITIES[impl], TRIED[attempt]
     if can.needs_compiler:
         # Up to its code generation, which takes seconds: what it refuses, it refuses before.
         torch._dynamo.reset()
-        quick = torch.compile(reference.token_losses, backend="aot_eager", fullgraph=True)
-        monkeypatch.setattr(compiled, "_compiled", lambda: quick)
-    if getattr(can, capability):
-        ours, expected = attempt(impl, device)
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
-        return
-    with pytest.raises(RuntimeError) as caught:
-        attempt(impl, device)
-    if can.own_backward:
-        # The presets share their operators, whose backward does not know which one it serves.
-        named = "cce" if can.needs_triton and attempt is second_derivative else impl
-        assert str(caught.value).startswith(f"impl='{named}' ")
-        offered = re.findall(r"(?:impl=|, | or )'(\w+)'", str(caught.value).split("; set ")[1])
-        assert tuple(offered) == able(capability)
+    with steps_as(partial(torch.compile, backend="aot_eager", fullgraph=True)):
+        if getattr(can, capability):
+            ours, expected = attempt(impl, device)
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+            return
+        with pytest.raises(RuntimeError) as caught:
+            attempt(impl, device)
+    # The presets share their operators, whose backward does not know which one it serves.
+    named = "cce" if can.needs_triton and attempt is second_derivative else impl
+    assert str(caught.value).startswith(f"impl='{named}' ")
+    offered = re.findall(r"(?:impl=|, | or )'(\w+)'", str(caught.value).split("; set ")[1])
+    assert tuple(offered) == able(capability)
 
 
 def test_every_impl_has_its_row():

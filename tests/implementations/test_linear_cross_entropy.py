@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common_logits import COMMON, inputs_with_a_common_logit
-from grid import each, marks_of, needs_compiler, needs_triton, one
+from fused_steps import steps_as
+from grid import each, marks_of, needs_triton, one
 from tolerance import Plain, Settings, Upstream, allowances, assert_as_accurate_as_torch, plain_torch
 
 from torchtune_lce import linear_cross_entropy
-from torchtune_lce.implementations import walk
+from torchtune_lce.implementations import fused, walk
 from torchtune_lce.implementations.choice import CCE_PRESETS
 
 F64 = torch.float64
@@ -203,6 +204,7 @@ def _calls():
     for dtype in (fp32, fp16, bf16):
         yield _call("chunked", "many-pieces", many, dtype)
     yield _call("torch_compile", "mean", CASES["mean"], bf16)
+    yield _call("torch_compile", "frozen-head", replace(CASES["bias-softcap-none"], frozen=("weight", "bias")), fp32)
     for name, case in FILTERING.items():
         yield _call("cce", name, case, fp16)
         yield _call("cce", name, case, bf16, pytest.mark.gpu)
@@ -220,9 +222,11 @@ def _call(impl: str, name: str, case: Case, dtype: torch.dtype, *marks):
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
-    """`chunked` takes 64 entries at a time, or whole rows of 16 tokens: its budget holds all of so few logits."""
+    """`chunked` takes 64 entries at a time, or whole rows of 16 tokens, and `torch_compile` these with products of 64
+    entries: their budget holds all of so few logits."""
     monkeypatch.setattr(walk, "tokens_with_whole_rows", lambda tokens, sizes: 16)
     monkeypatch.setattr(walk, "entries_per_strip", lambda tokens, sizes, **_: min(sizes.vocabulary, 64))
+    monkeypatch.setattr(fused, "divide", lambda *_, **__: fused.Division(16, 64, wide_sums=False))
 
 
 @pytest.mark.parametrize(("impl", "case", "dtype"), list(_calls()))
@@ -249,12 +253,34 @@ def test_agrees_with_float64(impl, case, dtype, device):
         assert torch.equal(tensor, tensors[name]), f"{name} was written to"
 
 
-@pytest.mark.parametrize("frozen", [(), ("weight",)], ids=["trained", "frozen"])
+def _uncompiled_calls():
+    for name, case in CASES.items():
+        low_precision = (torch.float16, torch.bfloat16, F64) if name in LOW_PRECISION else ()
+        for dtype in (torch.float32, *low_precision):
+            yield _call("torch_compile", name, case, dtype)
+    for name in FROZEN_HEAD:
+        low_precision = (torch.float16, torch.bfloat16) if name in FROZEN_HEAD_IN_16_BITS else ()
+        for dtype in (torch.float32, *low_precision):
+            yield _call("torch_compile", f"frozen-head-{name}", replace(CASES[name], frozen=("weight", "bias")), dtype)
+
+
+@pytest.mark.parametrize(("impl", "case", "dtype"), list(_uncompiled_calls()))
+def test_steps_agree_with_float64(impl, case, dtype, device):
+    """All that is not the compiler's."""
+    with steps_as():
+        test_agrees_with_float64(impl, case, dtype, device)
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias")], ids=["trained", "frozen"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_chunked_without_widening(dtype, frozen, device, monkeypatch):
-    """As on ROCm, where products of 16 bits are rounded to them and widened ones would be slow."""
+@pytest.mark.parametrize("impl", ["chunked", "torch_compile"])
+def test_without_widening(impl, dtype, frozen, device, monkeypatch):
+    """As on ROCm, where products of 16 bits are rounded to them and widened ones would be slow; `torch_compile` on any
+    card."""
     monkeypatch.setattr(walk, "_WIDENING", ())
-    test_agrees_with_float64("chunked", replace(CASES["tiles"], frozen=frozen), dtype, device)
+    for pulled in (BOTH, ("loss",)):
+        with steps_as():
+            test_agrees_with_float64(impl, replace(CASES["tiles"], frozen=frozen, pulled=pulled), dtype, device)
 
 
 def _frozen_head_calls():
@@ -329,18 +355,10 @@ def test_a_softcap_far_above_the_logits_changes_nothing(softcap, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("impl", EACH)
 def test_second_backward_gives_the_same(impl, dtype, device):
-    """With retain_graph; what the forward keeps must survive the first backward. Compiled code gives it up on purpose:
-    the backward reuses that memory, and torch says so."""
+    """With retain_graph; what the forward keeps must survive the first backward."""
     case = replace(CASES["bias-softcap-none"], layout="transposed", tokens=(5, 13))
-    if impl == "torch_compile":
-        # As other tests here have it compiled.
-        case = replace(CASES["bias"], settings=Settings(reduction="none"), pulled=BOTH)
     tensors, upstream = make_inputs(case, dtype, device), make_upstream(case, device)
     results = call(impl, case, tensors)
-    if impl == "torch_compile":
-        with pytest.raises(RuntimeError, match="requires create_graph=False and retain_graph=False"):
-            backward(results, upstream, retain_graph=True)
-        return
     backward(results, upstream, retain_graph=True)
     first = {name: tensors[name].grad for name in INPUTS}
     for name in INPUTS:
@@ -608,21 +626,11 @@ def test_what_chunked_keeps_of_a_frozen_head_loses_no_digits(dtype, common, toke
     assert error_of(gradients[0]) < bound, f"{error_of(gradients[0]):.1e} off"
 
 
-@pytest.mark.parametrize("impl", ["reference", "chunked"])
+@pytest.mark.parametrize("impl", ["reference", "chunked", "torch_compile"])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_gradcheck(impl, softcap):
-    assert torch.autograd.gradcheck(*tiny_float64(impl, softcap))
-
-
-@needs_compiler
-def test_gradcheck_compiled():
-    """gradcheck goes backward through one graph many times; code compiled for one time must not come from a cache."""
-    import torch._functorch.config
-    import torch._inductor.config
-
-    with torch._functorch.config.patch(donated_buffer=False), torch._inductor.config.patch(force_disable_caches=True):
-        torch._dynamo.reset()
-        assert torch.autograd.gradcheck(*tiny_float64("torch_compile", softcap=3.0))
+    with steps_as():
+        assert torch.autograd.gradcheck(*tiny_float64(impl, softcap))
 
 
 def tiny_float64(impl, softcap):

@@ -15,8 +15,11 @@ from allocations import (
     usage,
 )
 from calls import compute
+from grid import needs_compiler
 from torch.utils.checkpoint import checkpoint
 
+from torchtune_lce.implementations import fused, walk
+from torchtune_lce.implementations.memory import Problem, loss_memory
 from torchtune_lce.inputs.options import Options
 
 # One whose logits are what would not fit, one whose hidden states and their gradient's float32 sum would not.
@@ -108,6 +111,66 @@ def test_chunked_takes_more_tokens_than_fit():
     copies = shape.tokens * shape.width * 12
     assert forward.kept <= shape.vectors(), "whole rows of few tokens alone would fit"
     assert backward.peak <= 64 * 8 * shape.tokens + copies + gradient_bytes(inputs) + 2 * shape.vectors()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("dtype", "frozen", "reduction", "options"),
+    [
+        (torch.float32, False, "mean", {}),
+        (torch.bfloat16, False, "mean", {"softcap": 5.0, "bias": True}),
+        (torch.float32, False, "none", {}),
+        (torch.bfloat16, True, "none", {}),
+    ],
+    ids=["mean", "mean-bf16", "none", "none-frozen-bf16"],
+)
+def test_torch_compile(dtype, frozen, reduction, options, monkeypatch):
+    """One block of logits, as on a card: in 16 bits not widened, with the memory that a float32 sum would take beside
+    it. What the forward keeps of a mean, or with a frozen head, are gradients."""
+    monkeypatch.setattr(walk, "_WIDENING", ())
+    inputs = make_inputs(LONG, dtype, torch.device("cpu"), bias="bias" in options)
+    inputs["weight"].requires_grad_(not frozen)
+    forward, backward = usage_of_both("torch_compile", inputs, softcap=options.get("softcap"), reduction=reduction)
+    rows = LONG.tokens if frozen else LONG.vocabulary
+    budget = WORKSPACE_MIB * MIB + (4 * rows * LONG.width if dtype == torch.bfloat16 else 0)
+    assert LONG.logits(dtype.itemsize) > budget + 2 * LONG.vectors(), "the bound would hold anyway"
+    gradients = gradient_bytes(inputs)
+    made = frozen or reduction == "mean"
+    assert forward.kept <= gradients * made + LONG.vectors()
+    assert forward.peak <= budget + gradients * made + 2 * LONG.vectors()
+    assert forward.kept + backward.peak <= (not made) * budget + gradients * (1 + frozen) + 2 * LONG.vectors()
+    if reduction == "mean" and not options:
+        planned = loss_memory(
+            "torch_compile", Problem(LONG.tokens, LONG.width, LONG.vocabulary, 4, True, WORKSPACE_MIB)
+        )
+        assert planned.forward == pytest.approx(forward.peak, rel=0.1)
+        assert planned.backward == pytest.approx(forward.kept + backward.peak, rel=0.1)
+
+
+# A sum over few pieces, over many, of a token, of one piece; a workspace that holds no whole row.
+@pytest.mark.parametrize("tokens", [1, 1000, 8192, 131_072])
+@pytest.mark.parametrize("workspace_mib", [1, 128])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pieces_of_torch_compile(dtype, trained, workspace_mib, tokens):
+    """As large as fits; in 16 bits no sum of more than eight is rounded."""
+    features, vocabulary, wide = 512, 128_256, 4
+    needs = walk.Operands(True, trained, False, False, False, False)
+    division = fused.divide(tokens, features, vocabulary, dtype, workspace_mib, widened=False, needs=needs)
+    piece = min(division.tokens, tokens)
+    taken = piece * (vocabulary + 4 * features) * dtype.itemsize
+    budget = workspace_mib * MIB
+    if dtype == torch.bfloat16:
+        if division.wide_sums:
+            taken += 2 * wide * division.entries * features
+        else:
+            budget += wide * features * (vocabulary if trained else tokens)
+            assert not trained or tokens <= 8 * division.tokens
+    assert taken <= budget
+    assert piece == tokens or taken > 0.5 * budget - 128 * vocabulary * dtype.itemsize
+    assert division.tokens < 128 or division.tokens % 128 == 0
+    many = tokens >= (131_072 if workspace_mib == 128 else 8192)
+    assert division.wide_sums == (dtype == torch.bfloat16 and trained and many)
 
 
 @pytest.mark.parametrize("shape", [FEW_LONG, FEW_WIDE], ids=["long", "wide"])
@@ -209,20 +272,23 @@ def assert_cce_bounds(shape: Shape, inputs: dict, workspace_mib: int) -> None:
     assert forward.kept + backward.peak <= workspace_mib * MIB + gradient_bytes(inputs) + 2 * shape.vectors()
 
 
-def usage_of_both(impl: str, inputs: dict, workspace_mib: int = WORKSPACE_MIB, softcap=None) -> tuple[Usage, Usage]:
-    """Of a forward and its backward, a mean over the tokens."""
+def usage_of_both(
+    impl: str, inputs: dict, workspace_mib: int = WORKSPACE_MIB, softcap=None, reduction="mean"
+) -> tuple[Usage, Usage]:
+    """Of a forward and its backward."""
     options = Options(workspace_mib=workspace_mib, softcap=softcap)
 
     def loss(inputs):
-        return compute(**inputs, options=options, reduction="mean", shift=0, impl=impl, return_lse=False)
+        return compute(**inputs, options=options, reduction=reduction, shift=0, impl=impl, return_lse=False)
 
     device = inputs["hidden"].device
     interpreted = impl.startswith("cce") and device.type == "cpu"
-    # What is made once a process does not count.
-    loss(make_inputs(Shape(3, 5, 16), inputs["hidden"].dtype, device)).backward()
+    # What is made once a process does not count: of the inputs themselves where that is compiled for them.
+    some = inputs if impl == "torch_compile" else make_inputs(Shape(3, 5, 16), inputs["hidden"].dtype, device)
+    loss(some).sum().backward()
     held = []
     for tensor in inputs.values():
         if tensor is not None:
             tensor.grad = None
     forward = usage(lambda: held.append(loss(inputs)), device, interpreted)
-    return forward, usage(lambda: held.pop().backward(), device, interpreted)
+    return forward, usage(lambda: held.pop().sum().backward(), device, interpreted)

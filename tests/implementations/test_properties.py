@@ -4,6 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
+from fused_steps import steps_as
 from grid import needs_triton
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,11 +13,11 @@ from tally import tried
 from tolerance import allowances, assert_as_accurate_as_torch, plain_torch
 
 from torchtune_lce import linear_cross_entropy
-from torchtune_lce.implementations import walk
+from torchtune_lce.implementations import fused, walk
 from torchtune_lce.implementations.choice import CCE_PRESETS
 
 EACH_IN_TORCH = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-IN_TORCH = pytest.mark.parametrize("impl", ["chunked", "reference"])
+IN_TORCH = pytest.mark.parametrize("impl", ["chunked", "torch_compile", "reference"])
 
 
 def in_triton(test):
@@ -29,12 +30,15 @@ def in_triton(test):
 
 
 def results(call: Call, return_lse: bool = True, **changed) -> dict[str, torch.Tensor]:
-    """Loss, log-sum-exp and every gradient, in strips of ``call.chunk`` entries, or whole rows of as many
-    tokens, where `chunked` runs."""
+    """Loss, log-sum-exp and every gradient, in strips of ``call.chunk`` entries, or whole rows of as many tokens, where
+    `chunked` runs; where `torch_compile` does, in such rows and strips of its products, without its compiler."""
     tensors = {name: x if x is None else x.detach().requires_grad_(x.requires_grad) for name, x in call.tensors.items()}
     tensors |= changed
     strips = mock.patch.object(walk, "entries_per_strip", lambda tokens, sizes, **_: min(sizes.vocabulary, call.chunk))
-    with strips, mock.patch.object(walk, "tokens_with_whole_rows", return_value=call.chunk):
+    division = fused.Division(call.chunk, call.chunk, wide_sums=call.chunk % 2 == 0)
+    divided = mock.patch.object(fused, "divide", return_value=division)
+    whole_rows = mock.patch.object(walk, "tokens_with_whole_rows", return_value=call.chunk)
+    with strips, whole_rows, divided, steps_as():
         made = linear_cross_entropy(
             **tensors, **vars(call.settings), impl=call.impl, filter_eps=call.filter_eps, return_lse=return_lse
         )

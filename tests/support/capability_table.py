@@ -24,19 +24,17 @@ HEAD = (
 
 
 def row(name: str, can: Capabilities) -> tuple[str, ...]:
-    derivatives = can.second_derivative, can.transforms
     return (
         f"`{name}`",
         _filtered(can),
-        *(_answer(has) for has in (can.changed_means, can.float64)),
-        *(_answer(has, "refused" if can.own_backward else "as torch") for has in derivatives),
+        *map(_answer, (can.changed_means, can.float64, can.second_derivative, can.transforms)),
         _needs(can),
         _devices(can),
     )
 
 
-def _answer(has: bool, otherwise: str = "refused") -> str:
-    return "yes" if has else otherwise
+def _answer(has: bool) -> str:
+    return "yes" if has else "refused"
 
 
 def _filtered(can: Capabilities) -> str:

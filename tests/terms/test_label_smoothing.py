@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from allocations import MIB, WIDE, WORKSPACE_MIB, Shape, gradient_bytes, make_inputs, usage
 from calls import compute
+from fused_steps import steps_as
 from torch.profiler import ProfilerActivity, profile
 
 from torchtune_lce import LinearCrossEntropyLoss, linear_cross_entropy
@@ -81,9 +82,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("impl", ["chunked", "torch_compile", "reference"])
 def test_equals_cross_entropy(impl, case):
-    assert_equals_cross_entropy(impl, CASES[case], *make_tensors("cpu"))
+    with steps_as():
+        assert_equals_cross_entropy(impl, CASES[case], *make_tensors("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -111,9 +113,10 @@ def test_frozen_inputs(impl, frozen, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("impl", ["chunked", "torch_compile", "reference"])
 def test_dtypes(impl, dtype):
-    assert_equals_cross_entropy(impl, {}, *make_tensors("cpu", dtype))
+    with steps_as():
+        assert_equals_cross_entropy(impl, {}, *make_tensors("cpu", dtype))
 
 
 @pytest.mark.parametrize("frozen", [(), FROZEN[0]], ids=["trained", "frozen"])

@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from torchtune_lce.implementations.compiled import compiled_always
+from torchtune_lce.implementations.fused import compiled_always
 from torchtune_lce.inputs.dtypes import accumulation_dtype
 
 

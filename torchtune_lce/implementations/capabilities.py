@@ -67,7 +67,12 @@ CAPABILITIES = {
     **{name: replace(_KERNELS, filtering=filtering) for name, filtering in CCE_PRESETS.items()},
     # On a card torch's compiler is Triton, which needs 7.0.
     "torch_compile": replace(
-        _REFERENCE, second_derivative=False, transforms=False, needs_compiler=True, compute_capability=(7, 0)
+        _REFERENCE,
+        own_backward=True,
+        second_derivative=False,
+        transforms=False,
+        needs_compiler=True,
+        compute_capability=(7, 0),
     ),
     "chunked": replace(_REFERENCE, any_label=True, own_backward=True, second_derivative=False, transforms=False),
     "reference": _REFERENCE,

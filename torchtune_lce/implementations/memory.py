@@ -8,7 +8,8 @@ stock, main: 8 chunks of tokens. Kept for the backward: the float32 log-softmax,
 the logits of all chunks, bNV; one chunk at a time is there in float32.
 With compile: True the log-softmax is not kept; the logits are, bNV, and a chunk's gradient comes to them.
 
-torch_compile: logits, bNV, and in the backward their float32 gradient, 4NV.
+torch_compile: the workspace, and in 16 bits as much as a float32 sum of the trained head's gradient would take, or with
+a frozen head of the hidden states'. The forward makes the gradients.
 reference: float32 logits, 4NV, their exponentials, and a mask of the targets, NV; in the backward one gradient more
 in place of the logits. With an adapter the two parts of the sum of logits; with DoRA's scale, in the backward, what it
 scales, the gradient, and the gradient's products with either.
@@ -30,8 +31,15 @@ from dataclasses import dataclass
 
 import torch
 
+from torchtune_lce.implementations import fused
 from torchtune_lce.implementations.capabilities import CAPABILITIES, CCE_PRESETS
-from torchtune_lce.implementations.walk import Sizes, entries_per_strip, tokens_per_piece, tokens_with_whole_rows
+from torchtune_lce.implementations.walk import (
+    Operands,
+    Sizes,
+    entries_per_strip,
+    tokens_per_piece,
+    tokens_with_whole_rows,
+)
 from torchtune_lce.inputs.dtypes import accumulation_dtype
 
 CHUNKS = 8
@@ -135,7 +143,7 @@ def loss_memory(loss: str, problem: Problem) -> LossMemory:
             return _chunks_compiled(problem)
         return _chunks_eager(problem, all_logits=base == "stock")
     if base == "torch_compile":
-        return _full_logits_compiled(problem)
+        return _fused(problem)
     if base == "reference":
         return _full_logits(problem)
     if base == "chunked":
@@ -146,17 +154,6 @@ def loss_memory(loss: str, problem: Problem) -> LossMemory:
             return _cce(problem)
         return _cce_in_strips(problem, filtering.hidden)
     raise ValueError(f"no formula for the memory of {loss!r}")
-
-
-def _full_logits_compiled(problem: Problem) -> LossMemory:
-    logits, b = problem.logits, problem.itemsize
-    gradients = problem.hidden_bytes + problem.head_bytes + problem.adapter_bytes
-    if problem.adapter is None:
-        return LossMemory(b * logits, b * logits + max(4 * logits, gradients))
-    # The float32 sum, or in a shorter dtype its two parts; the scale's gradient takes these in float32 once more.
-    kept = 4 * logits + problem.adapter_kept
-    on_the_way = (8 + b if problem.scaled else 4) * logits
-    return LossMemory(max(kept, 2 * b * logits + problem.adapter_kept), kept + max(on_the_way, gradients))
 
 
 def _full_logits(problem: Problem) -> LossMemory:
@@ -204,24 +201,42 @@ def _chunks_compiled(problem: Problem) -> LossMemory:
     return LossMemory(forward, kept + by_logits + gradients)
 
 
+def _fused(problem: Problem) -> LossMemory:
+    dtype, tokens = _dtype(problem), problem.tokens
+    adapted = problem.adapter is not None
+    needs = Operands(True, problem.trained_head, False, adapted, adapted, problem.scaled)
+    sizes = tokens, problem.features, problem.vocabulary, dtype, problem.workspace_mib
+    division = fused.divide(*sizes, widened=False, needs=needs)
+    piece = min(division.tokens, tokens)
+    # A product, and where not all are taken at once hidden states.
+    states = piece * problem.features * problem.itemsize * (1 if piece == tokens else 2)
+    wide = accumulation_dtype(dtype).itemsize
+    sums = 0
+    if division.wide_sums:
+        columns = problem.features * problem.trained_head + (problem.adapter.rank if adapted else 0)
+        sums = wide * (problem.vocabulary * columns + division.entries * problem.features)
+    kept = _gradients(problem) + _vectors(problem) + problem.adapter_kept
+    forward = piece * problem.vocabulary * problem.itemsize + states + sums + kept
+    return LossMemory(max(forward, _lengths(problem)), kept)
+
+
 def _chunked(problem: Problem) -> LossMemory:
-    dtype = {8: torch.float64, 4: torch.float32, 2: torch.bfloat16}[problem.itemsize]
+    dtype = _dtype(problem)
     wide, tokens = accumulation_dtype(dtype).itemsize, problem.tokens
     sizes = Sizes(problem.features, problem.vocabulary, dtype, problem.workspace_mib, 1 + problem.scaled)
-    summed = problem.trained_head or problem.adapter is not None
     low = 0 if problem.adapter is None else 2 * wide * tokens * problem.adapter.rank
     vectors = _vectors(problem) + problem.adapter_kept + low
-    gradients = problem.hidden_bytes + problem.head_bytes + problem.adapter_bytes
+    gradients = _gradients(problem)
     # Of a token: the sum of its gradient, and in 16 bits its hidden state widened.
     copies = problem.features * (wide if problem.itemsize == wide else 2 * wide)
     lengths = _row_lengths(problem) + vectors
     whole_rows = min(tokens, tokens_with_whole_rows(tokens, sizes))
-    if summed and problem.itemsize == wide and whole_rows:
+    if _summed(problem) and problem.itemsize == wide and whole_rows:
         made = whole_rows * (problem.vocabulary * sizes.bytes_of_entry(1) + copies) + gradients + vectors
         return LossMemory(max(made, lengths), gradients + vectors)
     piece = tokens_per_piece(tokens, sizes)
     strip = entries_per_strip(piece, sizes)
-    if not summed:
+    if not _summed(problem):
         forward = strip * sizes.bytes_of_entry(piece) + piece * copies + problem.hidden_bytes + vectors
         # What is kept, the gradient, and two terms of it.
         return LossMemory(forward, 2 * problem.hidden_bytes + min(problem.workspace_mib * 2**20, 2 * tokens * copies))
@@ -231,11 +246,24 @@ def _chunked(problem: Problem) -> LossMemory:
     return LossMemory(max(forward, lengths), at_once + gradients + vectors)
 
 
+def _dtype(problem: Problem) -> torch.dtype:
+    return {8: torch.float64, 4: torch.float32, 2: torch.bfloat16}[problem.itemsize]
+
+
+def _summed(problem: Problem) -> bool:
+    """Whether anything that tokens share has a gradient."""
+    return problem.trained_head or problem.adapter is not None
+
+
+def _gradients(problem: Problem) -> int:
+    return problem.hidden_bytes + problem.head_bytes + problem.adapter_bytes
+
+
 def _row_lengths(problem: Problem) -> int:
     """What finding the lengths of DoRA's scaled rows takes, before the loss, some of them at a time."""
     if not problem.scaled:
         return 0
-    wide = max(problem.itemsize, 4)
+    wide = accumulation_dtype(_dtype(problem)).itemsize
     rows = min(problem.vocabulary, NORM_BYTES // (2 * wide * problem.features))
     return rows * problem.features * (2 * wide if problem.itemsize < wide else wide)
 

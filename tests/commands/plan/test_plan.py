@@ -181,6 +181,10 @@ def test_workspace_bounds_ours():
     small, large = (Problem(8192, 2048, vocabulary, 2, False, 64) for vocabulary in (50_000, 500_000))
     for impl in ("cce", "cce_exact", "chunked"):
         assert loss_memory(impl, large).peak - loss_memory(impl, small).peak < 5 * 2**20
+    for problem in (small, large):
+        # What a float32 sum of the hidden states' gradient would take, and that gradient.
+        beside = 3 * problem.hidden_bytes + 64 * problem.tokens + 8 * problem.vocabulary
+        assert loss_memory("torch_compile", problem).peak <= 64 * 2**20 + beside
     assert loss_memory("stock", large).peak > 9.9 * loss_memory("stock", small).peak
     with pytest.raises(ValueError, match="no formula for the memory of 'auto'"):
         loss_memory("auto", small)
