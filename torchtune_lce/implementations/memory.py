@@ -217,7 +217,7 @@ def _fused(problem: Problem) -> LossMemory:
         sums = wide * (problem.vocabulary * columns + division.entries * problem.features)
     kept = _gradients(problem) + _vectors(problem) + problem.adapter_kept
     forward = piece * problem.vocabulary * problem.itemsize + states + sums + kept
-    return LossMemory(max(forward, _lengths(problem)), kept)
+    return LossMemory(max(forward, _row_lengths(problem) + _vectors(problem) + problem.adapter_kept), kept)
 
 
 def _chunked(problem: Problem) -> LossMemory:
