@@ -68,6 +68,7 @@ CAPABILITIES = {
     # On a card torch's compiler is Triton, which needs 7.0.
     "torch_compile": replace(
         _REFERENCE,
+        any_label=True,
         own_backward=True,
         second_derivative=False,
         transforms=False,

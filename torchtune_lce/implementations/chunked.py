@@ -200,11 +200,18 @@ def _finish_directions(piece: Piece, sums: Sums, direction: Tensor, low_directio
     if piece.softcap is not None:
         slope = 1 - (target / (piece.softcap * piece.logit_scale)).square()
     slope = slope if scale is None else slope * scale[piece.labels]
-    own = weight[piece.labels].to(piece.wide).mul_(slope[:, None])
+    return slope, take_own_rows(direction, weight, piece.labels, slope)
+
+
+def take_own_rows(direction: Tensor, weight: Tensor, labels: Tensor, slope: Tensor) -> Tensor:
+    """Takes c_t w_t of the module's docstring from m, ``direction`` [n, D] in the accumulation dtype, where that leaves
+    less; returns where, [n] bool.
+    """
+    own = weight[labels].to(direction.dtype).mul_(slope[:, None])
     # |m - own| < |m|
     apart = 2 * torch.einsum("nd,nd->n", direction, own) > torch.einsum("nd,nd->n", own, own)
-    direction.addcmul_(own, apart[:, None].to(piece.wide), value=-1)
-    return slope, apart
+    direction.addcmul_(own, apart[:, None].to(direction.dtype), value=-1)
+    return apart
 
 
 torch.library.define(

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from torchtune_lce.implementations.capabilities import TWICE_DIFFERENTIABLE
-from torchtune_lce.implementations.chunked import by_sum, by_target_and_others
-from torchtune_lce.implementations.fused import UNIT, Walk, gradients, steps
+from torchtune_lce.implementations.chunked import by_sum, by_target_and_others, take_own_rows
+from torchtune_lce.implementations.fused import UNIT, Cap, Walk, gradients, steps
 from torchtune_lce.implementations.walk import Operands, no_values
 from torchtune_lce.inputs.autocast import without_autocast
 from torchtune_lce.inputs.call import Call
 from torchtune_lce.inputs.dtypes import accumulation_dtype
 from torchtune_lce.inputs.losses import Losses
+from torchtune_lce.inputs.validation import is_writable
 
 _OPERANDS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor? scale"
-_SETTINGS = "int ignore_index, float? softcap, int workspace_mib"
+_SETTINGS = "int ignore_index, float? softcap, float logit_scale, int workspace_mib"
 _GRADIENTS = ", ".join(f"Tensor d_{name}" for name in Operands._fields)
 _COUNT = len(Operands._fields)
 
@@ -30,9 +31,8 @@ def token_losses(call: Call) -> Losses:
     """By one of the operators."""
     options, operands = call.options, Operands(*call.operands)
     needs = Operands(*(x is not None and x.requires_grad and torch.is_grad_enabled() for x in operands))
-    # Without a softcap and a scale the mean is a product of its own, see label_smoothing.py.
-    with_means = bool(options.label_smoothing) and (options.softcap is not None or operands.scale is not None)
-    settings = call.labels, options.ignore_index, options.softcap, options.workspace_mib
+    with_means = bool(options.label_smoothing) and not call.means_by_product
+    settings = call.labels, options.ignore_index, options.softcap, float(options.logit_scale), options.workspace_mib
     # Gradients by a mean may be too small for float16 before a scaler has enlarged them, and those by a sum too large.
     if call.summed and any(needs) and not with_means and operands.hidden.dtype != torch.float16:
         total, count, nll, peak, log_total, *_ = torch.ops.torchtune_lce.compiled_sum(
@@ -67,20 +67,20 @@ def _operator(name: str, signature: str):
 @_operator(
     "compiled",
     f"({_OPERANDS}, Tensor targets, {_SETTINGS}, str purpose) -> (Tensor nll, Tensor peak, Tensor log_total, "
-    "Tensor means, Tensor direction, Tensor low_direction, Tensor slope)",
+    "Tensor means, Tensor direction, Tensor low_direction, Tensor slope, Tensor apart)",
 )
 def _forward(*arguments):
     """What :func:`token_losses` returns, and as chunked's operator of this kind what gradients are made of; the latter
     empty unless the ``purpose`` is ``directions``, the mean unless it is ``means``.
     """
-    operands, (targets, ignore_index, softcap, workspace_mib, purpose) = _split(arguments)
+    operands, (targets, ignore_index, *cap, workspace_mib, purpose) = _split(arguments)
     results = _results(operands, targets, purpose)
-    *numbers, mean, direction, low_direction, slope = results
+    *numbers, mean, direction, low_direction, slope, apart = results
     to_directions = purpose == "directions"
     needs = Operands(True, False, False, low_direction.numel() > 0, False, False) if to_directions else None
     walk = Walk(operands, targets, ignore_index, workspace_mib, needs)
     for rows in walk:
-        common = rows.logits, rows.labels, operands.bias, operands.scale, softcap
+        common = rows.logits, rows.labels, operands.bias, operands.scale, Cap(*cap)
         of_statistics = "directions" if to_directions else "losses"
         *found, reference, factor, d_target, at_target = steps().statistics(*common, of_statistics, 0.0, 0.0)
         for result, part in zip(numbers, found, strict=True):
@@ -90,9 +90,12 @@ def _forward(*arguments):
         if to_directions:
             slope[rows.at] = at_target
             steps().write_gradient(*common, reference, factor, d_target, None)
-            for result, matrix in ((direction, operands.weight), (low_direction, operands.up)):
-                if result.numel():
-                    result[rows.at] = walk.product(rows, matrix, 1 / UNIT).to(result.dtype)
+            if low_direction.numel():
+                low_direction[rows.at] = walk.product(rows, operands.up, 1 / UNIT).to(low_direction.dtype)
+            made = walk.product(rows, operands.weight, 1 / UNIT, wide=True)
+            labels = rows.labels.clamp(0, operands.weight.shape[0] - 1)
+            apart[rows.at] = take_own_rows(made, operands.weight, labels, at_target)
+            direction[rows.at] = made.to(direction.dtype)
     return results
 
 
@@ -113,8 +116,9 @@ def _results(operands: Operands, targets: Tensor, purpose: str) -> tuple[Tensor,
         *numbers,
         torch.zeros_like(like) if purpose == "means" else like.new_empty(0),
         hidden.new_zeros(hidden.shape) if to_directions else hidden.new_empty(0),
-        low.new_zeros(low.shape) if to_directions and low is not None else hidden.new_empty(0),
+        like.new_zeros(low.shape if to_directions and low is not None else 0),
         torch.zeros_like(like) if to_directions else like.new_empty(0),
+        torch.zeros_like(like, dtype=torch.bool) if to_directions else like.new_empty(0, dtype=torch.bool),
     )
 
 
@@ -131,15 +135,19 @@ def _(*arguments):
 )
 def _backward(d_nll, d_lse, d_means, *arguments):
     """Gradients by the operands, empty where ``needs`` has no True."""
-    operands, (targets, nll, peak, log_total, ignore_index, softcap, workspace_mib, needs) = _split(arguments)
-    d_target, d_softmax = by_target_and_others(torch.zeros_like(nll) if d_nll is None else d_nll, d_lse, nll)
+    operands, (targets, nll, peak, log_total, ignore_index, *cap, workspace_mib, needs) = _split(arguments)
+    cap = Cap(*cap)
+    d_target, d_softmax = by_target_and_others(
+        torch.zeros_like(nll) if d_nll is None else d_nll, d_lse, nll, cap.logit_scale
+    )
+    d_means = None if d_means is None else d_means * cap.logit_scale
     factor = d_softmax * torch.exp(-log_total)
 
     def by_logits(rows):
         return *(x[rows.at] for x in (peak, factor, d_target)), None if d_means is None else d_means[rows.at]
 
     needs = Operands(*needs)
-    return gradients(Walk(operands, targets, ignore_index, workspace_mib, needs), needs, softcap, by_logits)
+    return gradients(Walk(operands, targets, ignore_index, workspace_mib, needs), needs, cap, by_logits)
 
 
 @torch.library.register_fake("torchtune_lce::compiled_backward")
@@ -148,30 +156,31 @@ def _(d_nll, d_lse, d_means, *arguments):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ignore_index, softcap, workspace_mib, ctx.purpose = inputs
+    *tensors, ignore_index, softcap, logit_scale, workspace_mib, ctx.purpose = inputs
     ctx.set_materialize_grads(False)
     nll, peak, log_total, _, *directions = output
     ctx.save_for_backward(*tensors, nll, peak, log_total, *directions)
-    ctx.settings = ignore_index, softcap, workspace_mib
+    ctx.settings = ignore_index, softcap, logit_scale, workspace_mib
 
 
 def _differentiate(ctx, d_nll, _, d_lse, d_means, *__):
     operators, (operands, others) = torch.ops.torchtune_lce, _split(ctx.saved_tensors)
-    targets, nll, peak, log_total, *directions, slope = others
+    targets, nll, peak, log_total, *directions, slope, apart = others
     needs = Operands(*ctx.needs_input_grad[:_COUNT])
     # A second derivative is refused by the operator that says whose it is.
     if ctx.purpose == "directions" and not needs.of_entries and not torch.is_grad_enabled():
-        ignore_index, _, workspace_mib = ctx.settings
-        made = dict.fromkeys(Operands._fields)
-        for name, direction, rows in zip(("hidden", "low"), directions, (operands.weight, operands.up), strict=True):
-            if getattr(needs, name):
-                made[name] = operators.chunked_along_directions(
-                    d_nll, d_lse, nll, slope, targets, direction, rows, ignore_index, workspace_mib
-                )
-        return *made.values(), *[None] * 5
+        ignore_index, _, *settings = ctx.settings
+
+        def along(*direction):
+            upstream = d_nll, d_lse, nll, slope, targets
+            return operators.chunked_along_directions(*upstream, *direction, ignore_index, *settings)
+
+        d_hidden = along(directions[0], apart, operands.weight) if needs.hidden else None
+        d_low = along(directions[1], None, operands.up) if needs.low else None
+        return d_hidden, None, None, d_low, *[None] * 8
     d_means = d_means if ctx.purpose == "means" else None
     arguments = *operands, targets, nll, peak, log_total, *ctx.settings, list(needs)
-    return *_needed(operators.compiled_backward(d_nll, d_lse, d_means, *arguments), needs), *[None] * 5
+    return *_needed(operators.compiled_backward(d_nll, d_lse, d_means, *arguments), needs), *[None] * 6
 
 
 def _needed(found, needs) -> tuple[Tensor | None, ...]:
@@ -190,11 +199,12 @@ def _sum(*arguments):
     """The sum of :attr:`torchtune_lce.inputs.losses.Losses.total`, the number of tokens in use, what the sum is made
     of, and gradients by the mean, empty where ``needs`` has no True.
     """
-    operands, (targets, ignore_index, softcap, workspace_mib, smoothing, z_loss, needs) = _split(arguments)
+    operands, (targets, ignore_index, *cap, workspace_mib, smoothing, z_loss, needs) = _split(arguments)
+    cap = Cap(*cap)
     numbers, needs = _numbers(operands, targets), Operands(*needs)
 
     def by_logits(rows):
-        common = rows.logits, rows.labels, operands.bias, operands.scale, softcap
+        common = rows.logits, rows.labels, operands.bias, operands.scale, cap
         *found, reference, factor, d_target, _ = steps().statistics(*common, "sum", smoothing, z_loss)
         for result, part in zip(numbers, found, strict=True):
             result[rows.at] = part
@@ -202,7 +212,7 @@ def _sum(*arguments):
 
     walk = Walk(operands, targets, ignore_index, workspace_mib, needs)
     # Of the mean: a sum that is scaled later would be rounded twice.
-    found = gradients(walk, needs, softcap, by_logits, factor=1 / max(walk.tokens, 1))
+    found = gradients(walk, needs, cap, by_logits, factor=1 / max(walk.tokens, 1))
     nll, peak, log_total = numbers
     total = (1 - smoothing) * nll.sum()
     # Nothing times what may be infinite would not be nothing.
@@ -224,34 +234,41 @@ def _(*arguments):
 def _setup_context_of_sum(ctx, inputs, output) -> None:
     # The gradients are outputs too, for which zeros would be made.
     ctx.set_materialize_grads(False)
-    *tensors, ignore_index, softcap, workspace_mib, smoothing, z_loss, ctx.needs = inputs
+    *tensors, ignore_index, softcap, logit_scale, workspace_mib, smoothing, z_loss, ctx.needs = inputs
     _, count, nll, peak, log_total, *found = output
-    ctx.save_for_backward(*tensors, count, nll, peak, log_total)
-    ctx.settings = ignore_index, softcap, workspace_mib
+    ctx.save_for_backward(*tensors, count, nll, peak, log_total, *found)
+    ctx.settings = ignore_index, softcap, logit_scale, workspace_mib
     ctx.terms = smoothing, z_loss
-    # Not saved: they are scaled in place, and no memory is left to them once they are returned.
-    ctx.gradients = [gradient.detach() for gradient in found]
+    # Written to by a backward, and given away.
+    ctx.spent = False
 
 
 def _differentiate_sum(ctx, d_total, *_):
     operators, (operands, others) = torch.ops.torchtune_lce, _split(ctx.saved_tensors)
-    targets, count, nll, peak, log_total = others
+    targets, count, nll, peak, log_total, *found = others
     needs = list(ctx.needs_input_grad[:_COUNT])
     if torch.is_grad_enabled():
         # For a second derivative, which this operator refuses when it is asked for.
-        by_token = (d_total * x for x in by_sum(peak + log_total, *ctx.terms))
+        by_token = (x if x is None else d_total * x for x in by_sum(peak + log_total, *ctx.terms))
         arguments = *operands, targets, nll, peak, log_total, *ctx.settings, needs
         found = operators.compiled_backward(*by_token, None, *arguments)
     else:
-        found, ctx.gradients = ctx.gradients, None
-        if found is None or any(need and not made for need, made in zip(needs, ctx.needs, strict=True)):
+        if ctx.spent or any(need and not made for need, made in zip(needs, ctx.needs, strict=True)):
             # Once more over the same graph; or vmap, inside which nothing seems to ask for a gradient.
             found = operators.compiled_sum(*operands, targets, *ctx.settings, *ctx.terms, needs)[-_COUNT:]
+        # Of ignored tokens nothing, whatever d_total is.
         factor = d_total * count
-        # A tracer, whose tensors are of other types, may not write to what the forward has returned.
-        in_place = all(type(gradient) is Tensor for gradient in found)
-        found = [gradient.mul_(factor) if in_place else (gradient * factor).to(gradient.dtype) for gradient in found]
-    return *_needed(found, needs), *[None] * 7
+        of_tokens = factor.where(targets != ctx.settings[0], 0)[:, None]
+        factors = Operands(*[factor] * _COUNT)._replace(hidden=of_tokens, low=of_tokens)
+        # A tracer may not write to what the forward has returned, and many upstream gradients need as many results.
+        in_place = all(map(is_writable, (d_total, *found)))
+        ctx.spent = ctx.spent or in_place
+        # By their data, or torch would refuse another backward, as what was saved has been written to.
+        found = [
+            made if not need else made.data.mul_(by) if in_place else (made * by).to(made.dtype)
+            for made, by, need in zip(found, factors, needs, strict=True)
+        ]
+    return *_needed(found, needs), *[None] * 8
 
 
 def _refuse_second_derivative(ctx, *_):

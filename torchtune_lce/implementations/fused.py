@@ -49,15 +49,28 @@ def compiled_always(function: Callable, dynamic: bool | None = True) -> Callable
     return run
 
 
+class Cap(NamedTuple):
+    """What becomes of logits with bias and scale."""
+
+    softcap: float | None
+    logit_scale: float
+
+    def slope(self, capped: Tensor) -> Tensor:
+        """Derivative of capped logits, before ``logit_scale``, from what they are after it."""
+        if self.softcap is None:
+            return torch.ones_like(capped)
+        return 1 - (capped / (self.softcap * self.logit_scale)).square()
+
+
 # --- steps, each of which passes over a piece's logits ---
 
 
 def statistics(
     logits: Tensor,  # [n, V] without bias, scale and softcap
-    labels: Tensor,  # [n] int32
+    labels: Tensor,  # [n] int32; where one names no entry, its token's results are NaN
     bias: Tensor | None,
     scale: Tensor | None,
-    softcap: float | None,
+    cap: Cap,
     purpose: str,
     smoothing: float,
     z_loss: float,
@@ -70,29 +83,32 @@ def statistics(
     target's logit. ``losses``: nothing.
     """
     values, _ = _uncapped(logits, bias, scale)
-    is_target, at_target = _is_target(values, labels), labels[:, None].long()
-    target = _capped(values.gather(-1, at_target).squeeze(-1), softcap)
+    is_target, some_entry = _is_target(values, labels), labels.clamp(0, values.shape[1] - 1).long()
+    target = _capped(values.gather(-1, some_entry[:, None]).squeeze(-1), cap)
+    # Where a label names no entry.
+    target = target.masked_fill(some_entry != labels, torch.nan)
     # A softcap rises: the largest comes before it, so that its tanh is asked for once.
-    largest = _capped(values.masked_fill(is_target, -torch.inf).amax(-1), softcap)
+    largest = _capped(values.masked_fill(is_target, -torch.inf).amax(-1), cap)
     base = finite(largest)
-    others = _capped(values, softcap).masked_fill(is_target, -torch.inf)
+    others = _capped(values, cap).masked_fill(is_target, -torch.inf)
     sums = Sums(largest, (others - base[:, None]).exp().sum(-1), target)
     nll, peak, log_total = found = sums.losses()
     if purpose == "sum":
-        d_target, d_softmax = by_target_and_others(*by_sum(peak + log_total, smoothing, z_loss), nll)
-        return *found, base, d_softmax * (base - peak - log_total).exp(), d_target, None
+        by_total = by_sum(peak + log_total, smoothing, z_loss)
+        d_target, d_softmax = by_target_and_others(*by_total, nll, cap.logit_scale)
+        # No more than 1, also where no other entry can be and base is none of their logits.
+        return *found, base, d_softmax * (base - peak - log_total).clamp(max=0).exp(), d_target, None
     if purpose == "directions":
         # Of no other entries there is no mean.
         factor = UNIT / sums.total.where(sums.total > 0, 1)
-        slope = torch.ones_like(target) if softcap is None else 1 - (target / softcap).square()
-        slope = slope if scale is None else slope * scale[labels.long()]
+        slope = cap.slope(target) if scale is None else cap.slope(target) * scale[some_entry]
         return *found, base, factor, torch.zeros_like(target), slope
     return *found, None, None, None, None
 
 
-def means(logits: Tensor, labels: Tensor, bias, scale, softcap, peak: Tensor) -> Tensor:
+def means(logits: Tensor, labels: Tensor, bias, scale, cap, peak: Tensor) -> Tensor:
     """Of a token's logits, less its peak: [n] in the accumulation dtype."""
-    values = _capped(_uncapped(logits, bias, scale)[0], softcap)
+    values = _capped(_uncapped(logits, bias, scale)[0], cap)
     # Divided first: a sum of least finite numbers is none.
     return ((values - peak[:, None]) / values.shape[1]).sum(-1)
 
@@ -120,7 +136,7 @@ def _gradient(
     labels: Tensor,  # [n] int32
     bias: Tensor | None,
     scale: Tensor | None,
-    softcap: float | None,
+    cap: Cap,
     reference: Tensor,  # [n], as the rest
     factor: Tensor,
     d_target: Tensor,
@@ -130,13 +146,13 @@ def _gradient(
     softcap's derivative. And the logits with their bias.
     """
     values, unscaled = _uncapped(logits, bias, scale)
-    gradient = (_capped(values, softcap) - reference[:, None]).exp() * factor[:, None]
+    gradient = (_capped(values, cap) - reference[:, None]).exp() * factor[:, None]
     gradient = torch.where(_is_target(values, labels), d_target[:, None], gradient)
     if d_mean is not None:
         gradient = gradient + d_mean[:, None] / values.shape[1]
-    if softcap is not None:
+    if cap.softcap is not None:
         # Of a tanh of its own: what is used twice, a compiler for a CPU would keep, in a block as large as the logits.
-        gradient = gradient * (1 - torch.tanh(-values / softcap).square())
+        gradient = gradient * (1 - torch.tanh(-values / cap.softcap).square())
     return gradient, unscaled
 
 
@@ -148,8 +164,10 @@ def _uncapped(logits: Tensor, bias: Tensor | None, scale: Tensor | None) -> tupl
     return unscaled if scale is None else unscaled * scale, unscaled
 
 
-def _capped(values: Tensor, softcap: float | None) -> Tensor:
-    return values if softcap is None else softcap * torch.tanh(values / softcap)
+def _capped(values: Tensor, cap: Cap) -> Tensor:
+    if cap.softcap is not None:
+        return cap.softcap * cap.logit_scale * torch.tanh(values / cap.softcap)
+    return values if cap.logit_scale == 1 else values * cap.logit_scale
 
 
 def _is_target(values: Tensor, labels: Tensor) -> Tensor:
@@ -174,11 +192,11 @@ def steps() -> Steps:
 def of_any_tokens(function: Callable) -> Callable:
     compiled = compiled_always(function, dynamic=None)
 
-    def run(logits: Tensor, labels: Tensor, bias, scale, softcap, *others):
+    def run(logits: Tensor, labels: Tensor, bias, scale, cap, *others):
         for x in (logits, labels, *others):
             if isinstance(x, Tensor):
                 torch._dynamo.maybe_mark_dynamic(x, 0)
-        return compiled(logits, labels, bias, scale, softcap, *others)
+        return compiled(logits, labels, bias, scale, cap, *others)
 
     return run
 
@@ -286,8 +304,14 @@ class Walk:
                 rows.logits.addmm_(rows.low, up.to(self.factor).T)
             yield rows
 
-    def product(self, rows: Rows, matrix: Tensor, factor: float) -> Tensor:
-        """``factor`` times what stands in the logits' place times ``matrix``, [n, its width] in their dtype."""
+    def product(self, rows: Rows, matrix: Tensor, factor: float, wide: bool = False) -> Tensor:
+        """``factor`` times what stands in the logits' place times ``matrix``, [n, its width] in their dtype; or, not
+        rounded to it where torch has such a product, in the accumulation dtype.
+        """
+        if wide and rows.logits.dtype != self.wide:
+            if has_wide_product(rows.logits):
+                return torch.mm(rows.logits, matrix, out_dtype=self.wide).mul_(factor)
+            return (rows.logits @ matrix).to(self.wide).mul_(factor)
         product = rows.logits.new_empty((rows.logits.shape[0], matrix.shape[1]))
         for part, values in self._strips(matrix):
             beta = 1 if part.start else 0
@@ -320,7 +344,7 @@ class Walk:
 def gradients(
     walk: Walk,
     needs: Operands,
-    softcap: float | None,
+    cap: Cap,
     by_logits: Callable[[Rows], tuple[Tensor | None, ...]],
     factor: float = 1.0,
 ) -> tuple[Tensor, ...]:
@@ -331,7 +355,7 @@ def gradients(
     made = {name: _sums(name, walk) for name in Operands._fields if getattr(needs, name)}
     first = True
     for rows in walk:
-        arguments = rows.logits, rows.labels, operands.bias, operands.scale, softcap, *by_logits(rows)
+        arguments = rows.logits, rows.labels, operands.bias, operands.scale, cap, *by_logits(rows)
         if needs.bias:
             made["bias"].add_(steps().summed_by_bias(*arguments), alpha=factor)
         if needs.scale:
