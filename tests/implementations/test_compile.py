@@ -156,13 +156,14 @@ def run_variants(device):
 
 
 def test_every_variant_is_compiled(counted_compilations, device):
-    """Twelve in one process, or ten; torch's own limit for a function is eight, past which it runs uncompiled."""
+    """More than ten in one process; torch's own limit for a function is eight, past which it runs uncompiled."""
     # What a card multiplies as it is, a CPU widens.
     widened = 0 if device.type == "cuda" else sum(not bias for dtype, _, bias in VARIANTS if dtype == torch.bfloat16)
     limit = torch._dynamo.config.recompile_limit
     for _ in range(2):
         run_variants(device)
-        assert counted_compilations.frame_count == len(VARIANTS) - widened
+        # Passes over logits; and for either dtype of sums what is made of a token's.
+        assert counted_compilations.frame_count == len(VARIANTS) - widened + 2
     assert torch._dynamo.config.recompile_limit == limit
 
 
@@ -199,8 +200,8 @@ def test_ragged_batches_compile_once(frozen, counted_compilations, device):
             compilations.append(counted_compilations.frame_count)
     assert len(set(pieces)) > 4
     assert any(lone)
-    # Statistics for a mean, and for what has one upstream gradient a token; the gradient by the logits.
-    assert set(compilations) == {3}
+    # Statistics; what is made of them for a mean, and for one upstream gradient a token; the gradient by the logits.
+    assert set(compilations) == {4}
 
 
 @needs_compiler

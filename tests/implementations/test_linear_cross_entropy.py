@@ -229,6 +229,17 @@ def _small_pieces(monkeypatch):
     monkeypatch.setattr(fused, "divide", lambda *_, **__: fused.Division(16, 64, wide_sums=False))
 
 
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias")], ids=["trained", "frozen"])
+def test_a_product_with_the_whole_weight_is_rounded_once(frozen, monkeypatch):
+    """Of `torch_compile`, as on a card, whose factors of 16 bits are not widened; however narrow the strips are in which
+    the weight's gradient is added up."""
+    monkeypatch.setattr(walk, "_WIDENING", ())
+    monkeypatch.setattr(fused, "divide", lambda *_, **__: fused.Division(16, 64, wide_sums=True))
+    case, device = Case(tokens=(40,), vocabulary=5_011, width=24, frozen=frozen), torch.device("cpu")
+    with steps_as():
+        test_agrees_with_float64("torch_compile", case, torch.bfloat16, device)
+
+
 @pytest.mark.parametrize(("impl", "case", "dtype"), list(_calls()))
 def test_agrees_with_float64(impl, case, dtype, device):
     tensors = make_inputs(case, dtype, device)

@@ -8,7 +8,7 @@ from torchtune_lce.implementations import fused
 
 
 @contextmanager
-def steps_as(made_of: Callable[[Callable], Callable] = lambda step: step) -> Iterator[None]:
+def steps_as(made_of: Callable[..., Callable] = lambda step, shared=(): step) -> Iterator[None]:
     """Each step as ``made_of`` makes it of the plain function; as that is."""
     fused.steps.cache_clear()
     with mock.patch.object(fused, "of_any_tokens", made_of):

@@ -81,19 +81,20 @@ def _forward(*arguments):
     walk = Walk(operands, targets, ignore_index, workspace_mib, needs)
     for rows in walk:
         common = rows.logits, rows.labels, operands.bias, operands.scale, Cap(*cap)
-        of_statistics = "directions" if to_directions else "losses"
-        *found, reference, factor, d_target, at_target = steps().statistics(*common, of_statistics, 0.0, 0.0)
+        *found, reference, factor, d_target, at_target = steps().finish(
+            *steps().statistics(*common), Cap(*cap), "directions" if to_directions else "losses", 0.0, 0.0
+        )
         for result, part in zip(numbers, found, strict=True):
             result[rows.at] = part
         if purpose == "means":
             mean[rows.at] = steps().means(*common, found[1])
         if to_directions:
-            slope[rows.at] = at_target
+            labels = rows.labels.clamp(0, operands.weight.shape[0] - 1)
+            slope[rows.at] = at_target = at_target if operands.scale is None else at_target * operands.scale[labels]
             steps().write_gradient(*common, reference, factor, d_target, None)
             if low_direction.numel():
                 low_direction[rows.at] = walk.product(rows, operands.up, 1 / UNIT).to(low_direction.dtype)
             made = walk.product(rows, operands.weight, 1 / UNIT, wide=True)
-            labels = rows.labels.clamp(0, operands.weight.shape[0] - 1)
             apart[rows.at] = take_own_rows(made, operands.weight, labels, at_target)
             direction[rows.at] = made.to(direction.dtype)
     return results
@@ -205,7 +206,9 @@ def _sum(*arguments):
 
     def by_logits(rows):
         common = rows.logits, rows.labels, operands.bias, operands.scale, cap
-        *found, reference, factor, d_target, _ = steps().statistics(*common, "sum", smoothing, z_loss)
+        *found, reference, factor, d_target, _ = steps().finish(
+            *steps().statistics(*common), cap, "sum", smoothing, z_loss
+        )
         for result, part in zip(numbers, found, strict=True):
             result[rows.at] = part
         return reference, factor, d_target, None

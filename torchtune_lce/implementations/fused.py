@@ -67,32 +67,37 @@ class Cap(NamedTuple):
 
 def statistics(
     logits: Tensor,  # [n, V] without bias, scale and softcap
-    labels: Tensor,  # [n] int32; where one names no entry, its token's results are NaN
+    labels: Tensor,  # [n] int32; where one names no entry, its token's target is NaN
     bias: Tensor | None,
     scale: Tensor | None,
     cap: Cap,
-    purpose: str,
-    smoothing: float,
-    z_loss: float,
-) -> tuple[Tensor | None, ...]:
-    """A token's loss, peak, and log-sum-exp less it; and what :func:`write_gradient` takes to make of the logits what
-    ``purpose`` needs: a reference, a factor, and what stands at the target. [n] each, in the accumulation dtype.
-
-    ``sum``: the gradient of a sum with label smoothing and z-loss. ``directions``: what is to be multiplied with the
-    weight's rows, see :mod:`torchtune_lce.implementations.chunked`; then there is a last one, the derivative of the
-    target's logit. ``losses``: nothing.
-    """
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :class:`Sums` holds, in the accumulation dtype."""
     values, _ = _uncapped(logits, bias, scale)
     is_target, some_entry = _is_target(values, labels), labels.clamp(0, values.shape[1] - 1).long()
     target = _capped(values.gather(-1, some_entry[:, None]).squeeze(-1), cap)
-    # Where a label names no entry.
-    target = target.masked_fill(some_entry != labels, torch.nan)
     # A softcap rises: the largest comes before it, so that its tanh is asked for once.
     largest = _capped(values.masked_fill(is_target, -torch.inf).amax(-1), cap)
-    base = finite(largest)
     others = _capped(values, cap).masked_fill(is_target, -torch.inf)
-    sums = Sums(largest, (others - base[:, None]).exp().sum(-1), target)
-    nll, peak, log_total = found = sums.losses()
+    total = (others - finite(largest)[:, None]).exp().sum(-1)
+    return largest, total, target.masked_fill(some_entry != labels, torch.nan)
+
+
+def finish(
+    peak: Tensor, total: Tensor, target: Tensor, cap: Cap, purpose: str, smoothing: float, z_loss: float
+) -> tuple[Tensor | None, ...]:
+    """Of the results of :func:`statistics`, without passing over the logits, a token's loss, peak, and log-sum-exp less
+    it; and what :func:`write_gradient` takes to make of the logits what ``purpose`` needs: a reference, a factor, and
+    what stands at the target. [n] each.
+
+    ``sum``: the gradient of a sum with label smoothing and z-loss. ``directions``: what is to be multiplied with the
+    weight's rows, see :mod:`torchtune_lce.implementations.chunked`; then there is a last one, the derivative of the
+    target's logit but for a scale. ``losses``: nothing.
+
+    A step of its own: with the sums in one kernel, Triton 3.6 fails to compile some of few entries.
+    """
+    base = finite(peak)
+    nll, peak, log_total = found = Sums(peak, total, target).losses()
     if purpose == "sum":
         by_total = by_sum(peak + log_total, smoothing, z_loss)
         d_target, d_softmax = by_target_and_others(*by_total, nll, cap.logit_scale)
@@ -100,9 +105,8 @@ def statistics(
         return *found, base, d_softmax * (base - peak - log_total).clamp(max=0).exp(), d_target, None
     if purpose == "directions":
         # Of no other entries there is no mean.
-        factor = UNIT / sums.total.where(sums.total > 0, 1)
-        slope = cap.slope(target) if scale is None else cap.slope(target) * scale[some_entry]
-        return *found, base, factor, torch.zeros_like(target), slope
+        factor = UNIT / total.where(total > 0, 1)
+        return *found, base, factor, torch.zeros_like(target), cap.slope(target)
     return *found, None, None, None, None
 
 
@@ -177,6 +181,7 @@ def _is_target(values: Tensor, labels: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Steps:
     statistics: Callable
+    finish: Callable
     means: Callable
     write_gradient: Callable
     summed_by_bias: Callable
@@ -186,17 +191,23 @@ class Steps:
 @cache
 def steps() -> Steps:
     """Compiled when first called, once a process: importing the package must not start a compiler."""
-    return Steps(*map(of_any_tokens, (statistics, means, write_gradient, summed_by_bias, summed_by_scale)))
+
+    def of_logits(function: Callable) -> Callable:
+        return of_any_tokens(function, shared=(2, 3))
+
+    others = map(of_logits, (means, write_gradient, summed_by_bias, summed_by_scale))
+    return Steps(of_logits(statistics), of_any_tokens(finish), *others)
 
 
-def of_any_tokens(function: Callable) -> Callable:
+def of_any_tokens(function: Callable, shared: tuple[int, ...] = ()) -> Callable:
+    """Compiled. ``shared``: where arguments stand that all tokens share, the bias and the scale."""
     compiled = compiled_always(function, dynamic=None)
 
-    def run(logits: Tensor, labels: Tensor, bias, scale, cap, *others):
-        for x in (logits, labels, *others):
-            if isinstance(x, Tensor):
+    def run(*arguments):
+        for place, x in enumerate(arguments):
+            if isinstance(x, Tensor) and place not in shared:
                 torch._dynamo.maybe_mark_dynamic(x, 0)
-        return compiled(logits, labels, bias, scale, cap, *others)
+        return compiled(*arguments)
 
     return run
 
@@ -336,6 +347,10 @@ class Walk:
                 some.add_(product, alpha=factor)
 
     def _strips(self, matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """In the dtype of factors: as a whole if it has that already, so that no sum of parts is rounded."""
+        if matrix.dtype == self.factor:
+            yield slice(0, matrix.shape[0]), matrix
+            return
         for start in range(0, matrix.shape[0], self.division.entries):
             part = slice(start, min(start + self.division.entries, matrix.shape[0]))
             yield part, matrix[part].to(self.factor)
