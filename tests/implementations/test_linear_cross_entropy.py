@@ -231,8 +231,8 @@ def _small_pieces(monkeypatch):
 
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias")], ids=["trained", "frozen"])
 def test_a_product_with_the_whole_weight_is_rounded_once(frozen, monkeypatch):
-    """Of `torch_compile`, as on a card, whose factors of 16 bits are not widened; however narrow the strips are in which
-    the weight's gradient is added up."""
+    """By `torch_compile`, as on a card, whose factors of 16 bits are not widened; however narrow the strips are that
+    the weight's gradient is added up in."""
     monkeypatch.setattr(walk, "_WIDENING", ())
     monkeypatch.setattr(fused, "divide", lambda *_, **__: fused.Division(16, 64, wide_sums=True))
     case, device = Case(tokens=(40,), vocabulary=5_011, width=24, frozen=frozen), torch.device("cpu")

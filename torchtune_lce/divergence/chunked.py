@@ -169,8 +169,14 @@ def _piece(student, teacher, used, block, shares, workspace, fused, need_gradien
     loss = logits.new_zeros(())
     d_scale = None if student.scale is None else torch.zeros_like(student.scale)
     for parts in zip(logits.split(block), teacher_logits.split(block), strict=True):
-        part_loss, part_d_scale = steps(fused).of_rows(*parts, student.scale, teacher.scale, *shares, need_gradient)
+        part_loss, d_logits, part_d_scale = steps(fused).of_rows(
+            *parts, student.scale, teacher.scale, *shares, need_gradient
+        )
         loss += part_loss
+        if d_logits is not None:
+            parts[0].copy_(d_logits)
+            # Before the next block's is made.
+            del d_logits
         if part_d_scale is not None:
             d_scale += part_d_scale
     return loss, _rounded(logits, student.hidden.dtype, teacher_logits), d_scale

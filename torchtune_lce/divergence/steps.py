@@ -40,15 +40,16 @@ def of_rows(
     forward_share: float,
     reverse_share: float,
     need_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The sum over tokens with all of their logits, [n, V], in whose place their gradient is written; and its gradient
-    by ``scale`` [V], the factors that the logits lack.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The sum over tokens with all of their logits, [n, V]; its gradient by these; and by ``scale`` [V], the factors
+    that the logits lack.
 
-    Four blocks of [n, V] in the accumulation dtype at most.
+    Four blocks of [n, V] in the accumulation dtype at most. The gradient is not written in the logits' place: up to
+    torch 2.11 inductor fails to compile that for a CPU, where a difference of both models' logits is read twice.
     """
     wide = accumulation_dtype(logits.dtype)
     log_q = _scaled(logits, scale).log_softmax(-1, dtype=wide)
-    gap = reverse = d_scale = None
+    gap = reverse = None
     if reverse_share:
         p = _scaled(teacher_logits, teacher_scale).log_softmax(-1, dtype=wide)
         gap = log_q - p
@@ -60,13 +61,12 @@ def of_rows(
     if reverse_share:
         reverse = (q * gap).sum(-1)
         loss = loss + reverse_share * reverse.sum()
-    if need_gradient:
-        d_logits = _by_logits(q, p, gap, reverse, forward_share, reverse_share)
-        # Before another is made.
-        del log_q, q, p, gap
-        d_scale = _unscale(d_logits, logits, scale)
-        logits.copy_(d_logits)
-    return loss, d_scale
+    if not need_gradient:
+        return loss, None, None
+    d_logits = _by_logits(q, p, gap, reverse, forward_share, reverse_share)
+    # Before another is made.
+    del log_q, q, p, gap
+    return loss, d_logits, _unscale(d_logits, logits, scale)
 
 
 def statistics(
