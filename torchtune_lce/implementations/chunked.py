@@ -37,7 +37,6 @@ from torchtune_lce.implementations.walk import (
     no_values,
     pieces,
     sizes_of,
-    swap_at_targets,
     tokens_with_whole_rows,
     walk_gradients,
 )
@@ -150,12 +149,13 @@ torch.library.register_fake("torchtune_lce::chunked")(
 
 def _forward_piece(piece: Piece, with_means: bool, with_directions: bool) -> tuple[Tensor | None, ...]:
     """What the operator returns, of the piece's tokens, in the accumulation dtype."""
-    peak = torch.full_like(piece.labels, -torch.inf, dtype=piece.wide)
+    peak = torch.full_like(piece.rows, -torch.inf, dtype=piece.wide)
     total, target, mean = (torch.zeros_like(peak) for _ in range(3))
     vocabulary, scale, up = piece.operands.weight.shape[0], piece.operands.scale, piece.operands.up
     direction = torch.zeros_like(piece.hidden, dtype=piece.wide) if with_directions else None
     low_direction = torch.zeros_like(piece.low) if with_directions and piece.low is not None else None
     largest = peak  # the target too
+    largest_number = torch.finfo(piece.wide).max
     for part, weight in piece.strips():
         logits, tanh, _ = piece.logits(part, weight, differentiable=with_directions)
         if with_means:
@@ -163,13 +163,14 @@ def _forward_piece(piece: Piece, with_means: bool, with_directions: bool) -> tup
             mean -= (finite(largest) - finite(before)) * (part.start / vocabulary)
             # Divided first: a sum of least finite numbers is none.
             mean += (logits - finite(largest)[:, None]).div_(vocabulary).sum(-1)
-        target += swap_at_targets(logits, piece.labels, part.start, -torch.inf)
+        tokens, there = piece.swap_targets(logits, part.start, -torch.inf)
+        target[tokens] = there
         higher = torch.maximum(peak, logits.amax(-1))
         # Where an infinity is the largest, it comes back out of exp.
-        base = finite(higher)
-        shrunk, peak = (peak - base).exp(), higher
+        base = higher.clamp(-largest_number, largest_number)
+        shrunk, peak = (peak - base).exp_(), higher
         exponentials = logits.sub_(base[:, None]).exp_()
-        total = total * shrunk + exponentials.sum(-1)
+        total = torch.addcmul(exponentials.sum(-1), total, shrunk)
         if direction is not None:
             if tanh is not None:
                 exponentials.mul_(tanh.square_().neg_().add_(1))
@@ -180,7 +181,7 @@ def _forward_piece(piece: Piece, with_means: bool, with_directions: bool) -> tup
             add_product(direction.mul_(shrunk[:, None]), exponentials.to(piece.factor), weight)
         # Before the next strip's are made.
         del logits, tanh, exponentials, weight
-    sums = Sums(peak, total, target.masked_fill_(piece.outside, torch.nan))
+    sums = Sums(peak, total, target.masked_fill_(piece.targets.outside, torch.nan))
     slope, apart = (None, None) if direction is None else _finish_directions(piece, sums, direction, low_direction)
     return *sums.losses(), mean, direction, low_direction, slope, apart
 
@@ -191,6 +192,7 @@ def _finish_directions(piece: Piece, sums: Sums, direction: Tensor, low_directio
     Returns c_t of the module's docstring, and where that is.
     """
     weight, scale, target = piece.operands.weight, piece.operands.scale, sums.target
+    labels = piece.targets.labels
     # Of no other entries there is no mean.
     total = sums.total.where(sums.total > 0, 1)[:, None]
     direction.div_(total)
@@ -199,8 +201,8 @@ def _finish_directions(piece: Piece, sums: Sums, direction: Tensor, low_directio
     slope = torch.ones_like(target)
     if piece.softcap is not None:
         slope = 1 - (target / (piece.softcap * piece.logit_scale)).square()
-    slope = slope if scale is None else slope * scale[piece.labels]
-    return slope, take_own_rows(direction, weight, piece.labels, slope)
+    slope = slope if scale is None else slope * scale[labels]
+    return slope, take_own_rows(direction, weight, labels, slope)
 
 
 def take_own_rows(direction: Tensor, weight: Tensor, labels: Tensor, slope: Tensor) -> Tensor:
@@ -270,15 +272,20 @@ def _backward(d_nll, d_lse, d_means, *arguments):
     factor = d_softmax * torch.exp(-log_total)
     vocabulary, needs = operands.weight.shape[0], Operands(*needs)
 
-    def by_logits(logits, start, piece):
-        rows = piece.rows
-        d_logits = logits.sub_(peak[rows, None]).exp_().mul_(factor[rows, None])
-        swap_at_targets(d_logits, piece.labels, start, d_target[rows])
-        return d_logits if d_means is None else d_logits.add_(d_means[rows, None] * (logit_scale / vocabulary))
+    def of_piece(piece):
+        base, by_softmax, by_target = (x[piece.rows, None] for x in (peak, factor, d_target))
+        by_mean = None if d_means is None else d_means[piece.rows, None] * (logit_scale / vocabulary)
+
+        def by_logits(logits, start):
+            d_logits = logits.sub_(base).exp_().mul_(by_softmax)
+            piece.swap_targets(d_logits, start, by_target.squeeze(-1))
+            return d_logits if by_mean is None else d_logits.add_(by_mean)
+
+        return by_logits
 
     # In pieces of tokens the logits would be computed another time.
     walked = pieces(operands, targets, *settings, at_once=needs.of_entries)
-    return walk_gradients(operands, walked, needs, by_logits)
+    return walk_gradients(operands, walked, needs, of_piece)
 
 
 @torch.library.register_fake("torchtune_lce::chunked_backward")
@@ -332,23 +339,30 @@ def _sum(*arguments):
     operands, (targets, *settings, smoothing, z_loss, needs) = Operands(*arguments[:_COUNT]), arguments[_COUNT:]
     nll, peak, log_total, *_ = _results(operands, targets, with_means=False, with_directions=False)
 
-    def by_logits(logits, _, piece):
+    def of_piece(piece):
         rows = piece.rows
-        target = swap_at_targets(logits, piece.labels, 0, -torch.inf).masked_fill_(piece.outside, torch.nan)
-        largest = logits.amax(-1)
-        base = finite(largest)
-        exponentials = logits.sub_(base[:, None]).exp_()
-        nll[rows], peak[rows], log_total[rows] = Sums(largest, exponentials.sum(-1), target).losses()
-        d_nll, d_lse = by_sum(peak[rows] + log_total[rows], smoothing, z_loss)
-        d_target, d_softmax = by_target_and_others(d_nll, d_lse, nll[rows], piece.logit_scale)
-        # No more than 1, also where no other entry can be and base is none of their logits.
-        shrunk = (base - peak[rows] - log_total[rows]).clamp_(max=0).exp()
-        d_logits = exponentials.mul_((d_softmax * shrunk)[:, None])
-        swap_at_targets(d_logits, piece.labels, 0, d_target)
-        return d_logits
+
+        def by_logits(logits, start):
+            tokens, there = piece.swap_targets(logits, start, -torch.inf)
+            target = torch.empty_like(there)
+            target[tokens] = there
+            target.masked_fill_(piece.targets.outside, torch.nan)
+            largest = logits.amax(-1)
+            base = finite(largest)
+            exponentials = logits.sub_(base[:, None]).exp_()
+            nll[rows], peak[rows], log_total[rows] = Sums(largest, exponentials.sum(-1), target).losses()
+            d_nll, d_lse = by_sum(peak[rows] + log_total[rows], smoothing, z_loss)
+            d_target, d_softmax = by_target_and_others(d_nll, d_lse, nll[rows], piece.logit_scale)
+            # No more than 1, also where no other entry can be and base is none of their logits.
+            shrunk = (base - peak[rows] - log_total[rows]).clamp_(max=0).exp()
+            d_logits = exponentials.mul_((d_softmax * shrunk)[:, None])
+            piece.swap_targets(d_logits, start, d_target)
+            return d_logits
+
+        return by_logits
 
     walked = pieces(operands, targets, *settings, whole_rows=True)
-    gradients = walk_gradients(operands, walked, Operands(*needs), by_logits)
+    gradients = walk_gradients(operands, walked, Operands(*needs), of_piece)
     # Not nothing times what may be infinite.
     total = (1 - smoothing) * nll + smoothing * log_total if smoothing else nll
     if z_loss:

@@ -11,6 +11,7 @@ small.
 
 from __future__ import annotations  # torch 2.8 compiles nested functions, but not `Tensor | None`
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -69,7 +70,7 @@ def add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == sums.dtype:
         sums.addmm_(left, right)
     elif has_wide_product(left):
-        sums += torch.mm(left, right, out_dtype=sums.dtype)
+        torch.addmm(sums, left, right, out_dtype=sums.dtype, out=sums)
     else:
         sums += left @ right
 
@@ -115,9 +116,10 @@ def entries_per_strip(tokens: int, sizes: Sizes, copied: bool = True) -> int:
 def tokens_per_piece(tokens: int, sizes: Sizes) -> int:
     """Tokens that are taken at once, in pieces as equal as can be, for the rest of the workspace to hold a strip.
 
-    Half of it is for what they take themselves, and half for 64 entries at the least.
+    A quarter of it is for what they take themselves: the more that is, the more strips there are to walk. Half of it
+    for 64 entries at the least.
     """
-    bytes_per_token = max(sizes.bytes_of_token, _LEAST_ENTRIES * sizes.bytes_of_entry(1))
+    bytes_per_token = max(2 * sizes.bytes_of_token, _LEAST_ENTRIES * sizes.bytes_of_entry(1))
     fitting = max(sizes.workspace_mib * 2**19 // bytes_per_token, 1)
     return -(-tokens // max(-(-tokens // fitting), 1))
 
@@ -130,6 +132,21 @@ def tokens_with_whole_rows(tokens: int, sizes: Sizes) -> int:
     return 0
 
 
+class Targets(NamedTuple):
+    """Of a piece's n tokens; and in order of the entries that they are, so that those of a strip stand together."""
+
+    labels: Tensor  # [n]; in place of one that names no entry another one, and what it gives is not used
+    outside: Tensor  # [n], where that is
+    tokens: Tensor  # [n] in order
+    entries: Tensor  # [n] in order
+    bounds: list[int]  # where those of each strip begin, and the last one's end
+
+    def among(self, number: int) -> tuple[Tensor, Tensor]:
+        """Those of the strip: tokens and entries."""
+        part = slice(*self.bounds[number : number + 2])
+        return self.tokens[part], self.entries[part]
+
+
 class Piece:
     """Some tokens' logits, a strip of the vocabulary at a time; each strip takes the memory of the one before."""
 
@@ -139,15 +156,12 @@ class Piece:
         softcap: float | None,
         logit_scale: float,
         rows: Tensor,
-        labels: Tensor,
         strip: int,
+        targets: Targets | None = None,
     ):
         self.operands, self.softcap, self.logit_scale = operands, softcap, logit_scale
-        self.rows, self.strip = rows, strip
+        self.rows, self.strip, self.targets = rows, strip, targets
         hidden, low = operands.hidden, operands.low
-        # Of a label that names no entry another one is looked at, and what it gives not used.
-        self.labels = labels.clamp(0, operands.weight.shape[0] - 1)
-        self.outside = labels != self.labels
         self.wide, self.factor = accumulation_dtype(hidden.dtype), _factor_dtype(hidden)
         # Of all tokens no copy is needed.
         used = hidden if rows.numel() == hidden.shape[0] else hidden[rows]
@@ -162,6 +176,18 @@ class Piece:
             part = slice(start, min(start + self.strip, weight.shape[0]))
             yield part, weight[part].to(self.factor)
         self._memory.clear()
+
+    def swap_targets(self, values: Tensor, start: int, new: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Tokens whose targets are among the strip's entries, which begin with ``start``; and what ``values``
+        [n, entries] have there, whose place ``new`` takes, a number or [n].
+        """
+        tokens, entries = self.targets.among(start // self.strip)
+        if not tokens.numel():
+            return tokens, values.new_empty(0)
+        at = tokens, entries - start
+        there = values[at]
+        values[at] = new[tokens] if isinstance(new, Tensor) else new
+        return tokens, there
 
     def block(self, number: int, entries: int) -> Tensor:
         """Memory [n, entries] in the accumulation dtype, the same for each strip."""
@@ -215,19 +241,30 @@ def pieces(
         tokens = tokens_with_whole_rows(tokens, sizes)
     elif not at_once:
         tokens = tokens_per_piece(tokens, sizes)
-    for some in rows.split(max(tokens, 1)):
-        strip = sizes.vocabulary if whole_rows else entries_per_strip(some.numel(), sizes, copied=not at_once)
-        yield Piece(operands, softcap, logit_scale, some, targets[some].long(), strip)
+    taken = [
+        (some, sizes.vocabulary if whole_rows else entries_per_strip(some.numel(), sizes, copied=not at_once))
+        for some in rows.split(max(tokens, 1))
+    ]
+    for (some, strip), its_targets in zip(taken, _targets(targets, taken, sizes.vocabulary), strict=True):
+        yield Piece(operands, softcap, logit_scale, some, strip, its_targets)
 
 
-def swap_at_targets(values: Tensor, labels: Tensor, start: int, new: Tensor | float) -> Tensor:
-    """Values of the targets that lie among the entries from ``start`` on, whose place ``new`` takes; 0 of others."""
-    inside = (labels >= start) & (labels < start + values.shape[1])
-    column = (labels - start).clamp(0, values.shape[1] - 1)[:, None]
-    there = values.gather(-1, column).squeeze(-1)
-    new = torch.where(inside, new, there)
-    values.scatter_(-1, column, new[:, None])
-    return there.where(inside, 0)
+def _targets(targets: Tensor, taken: list[tuple[Tensor, int]], vocabulary: int) -> list[Targets]:
+    """Of each piece, which is its tokens and its strip's entries. The host waits for the device once, not in each."""
+    found, bounds = [], []
+    for some, strip in taken:
+        given = targets[some].long()
+        labels = given.clamp(0, vocabulary - 1)
+        entries, tokens = labels.sort()
+        found.append((labels, labels != given, tokens, entries))
+        starts = torch.arange(0, vocabulary + strip, strip, device=targets.device)
+        bounds.append(torch.searchsorted(entries, starts))
+    on_host = torch.cat(bounds).tolist()
+    ends = itertools.accumulate((x.numel() for x in bounds), initial=0)
+    return [
+        Targets(*of_piece, on_host[start:end])
+        for of_piece, (start, end) in zip(found, itertools.pairwise(ends), strict=True)
+    ]
 
 
 def finite(largest: Tensor) -> Tensor:
@@ -236,13 +273,16 @@ def finite(largest: Tensor) -> Tensor:
 
 
 def walk_gradients(
-    operands: Operands, walked: Iterable[Piece], needs: Operands, by_logits: Callable[[Tensor, int, Piece], Tensor]
+    operands: Operands,
+    walked: Iterable[Piece],
+    needs: Operands,
+    of_piece: Callable[[Piece], Callable[[Tensor, int], Tensor]],
 ) -> tuple[Tensor, ...]:
     """Gradients by the operands, empty where ``needs`` has no True, from those by the logits of a strip at a time.
 
-    ``by_logits(logits, start, piece)`` makes these, by what the logits are before ``logit_scale``, of the strip's
-    logits, whose first entry is ``start``; in their
-    place if it can, both in the accumulation dtype. What is summed over tokens of 16 bits must come in one piece.
+    ``of_piece(piece)(logits, start)`` makes these, by what the logits are before ``logit_scale``, of a strip's logits,
+    whose first entry is ``start``; in their place if it can, both in the accumulation dtype. What is summed over tokens
+    of 16 bits must come in one piece.
     """
     made: dict[str, Tensor] = {}
 
@@ -257,6 +297,7 @@ def walk_gradients(
     for piece in walked:
         d_kept = torch.zeros_like(piece.hidden, dtype=piece.wide) if needs.hidden else None
         d_kept_low = torch.zeros_like(piece.low) if needs.low else None
+        by_logits = of_piece(piece)
         for part, weight in piece.strips():
             d_logits, by_scale = _strip_gradient(piece, part, weight, by_logits)
             if needs.low:
@@ -294,7 +335,7 @@ def _strip_gradient(piece: Piece, part: slice, weight: Tensor, by_logits) -> tup
     What ``by_logits`` makes is by the logits before ``logit_scale``.
     """
     logits, tanh, unscaled = piece.logits(part, weight, differentiable=True)
-    d_logits = by_logits(logits, part.start, piece)
+    d_logits = by_logits(logits, part.start)
     if tanh is not None:
         d_logits.mul_(tanh.square_().neg_().add_(1))
     if unscaled is None:

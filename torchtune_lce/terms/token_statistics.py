@@ -68,7 +68,7 @@ def _predict(hidden, weight, bias, low, up, scale, softcap, logit_scale, workspa
     found = []
     for rows in torch.arange(tokens, device=hidden.device).split(max(at_once, 1)):
         strip = entries_per_strip(rows.numel(), sizes, copied=sizes.widened)
-        found.append(_predict_piece(Piece(operands, softcap, logit_scale, rows, rows, strip)))
+        found.append(_predict_piece(Piece(operands, softcap, logit_scale, rows, strip)))
     return tuple(map(torch.cat, zip(*found, strict=True)))
 
 
@@ -140,15 +140,18 @@ def _entropy_backward(d_entropy, *arguments):
     # By logits as they are before their scale.
     factor, mean = d_entropy * logit_scale / total, disorder / total
 
-    def by_logits(logits, _, piece):
-        rows = piece.rows
-        # With e as above, log p + H = log e + disorder / total; and an entry that cannot be has no gradient.
-        e = logits.sub_(largest[rows, None]).exp_()
-        gradient = torch.special.entr(e)
-        return gradient.sub_(e.mul_(mean[rows, None])).mul_(factor[rows, None])
+    def of_piece(piece):
+        base, of_mean, by_entropy = (x[piece.rows, None] for x in (largest, mean, factor))
+
+        def by_logits(logits, _):
+            # With e as above, log p + H = log e + disorder / total; and an entry that cannot be has no gradient.
+            e = logits.sub_(base).exp_()
+            return torch.special.entr(e).sub_(e.mul_(of_mean)).mul_(by_entropy)
+
+        return by_logits
 
     walked = pieces(operands, targets, *settings, more_blocks=1, at_once=needs.of_entries)
-    return walk_gradients(operands, walked, needs, by_logits)
+    return walk_gradients(operands, walked, needs, of_piece)
 
 
 @torch.library.register_fake("torchtune_lce::entropy_backward")
