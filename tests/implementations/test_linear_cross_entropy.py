@@ -504,6 +504,22 @@ def test_a_bias_removes_entries(impl, least, dtype, device):
     compare(actual, native, exact, allowed(impl, case, dtype, exact, rest))
 
 
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias")], ids=["trained", "frozen"])
+@pytest.mark.parametrize("rise", [60.0, 200.0])
+@pytest.mark.parametrize("impl", [*EACH, one("cce_exact")])
+def test_later_entries_far_above_the_first_ones(impl, rise, frozen, device):
+    """What sums of exponentials are measured from need not be near the largest logit: of the first entries it is far
+    below."""
+    case = Case(vocabulary=200, bias=True, frozen=frozen, pulled=BOTH, settings=Settings(reduction="none"))
+    tensors, upstream = make_inputs(case, torch.float32, device), make_upstream(case, device)
+    tensors["bias"].data[130:] += rise
+    exact, native = (
+        plain_torch(**tensors, settings=case.settings, upstream=upstream, dtype=d) for d in (F64, torch.float32)
+    )
+    actual = run(impl, case, tensors, upstream)
+    compare(actual, native, exact, allowed(impl, case, torch.float32, exact, tensors))
+
+
 @pytest.mark.parametrize("impl", [*EACH, one("cce_exact")])
 def test_a_vocabulary_masked_alike_is_flat(impl, device):
     """Where every logit is the least finite number, each entry is as likely as any other."""

@@ -1,8 +1,8 @@
 """``impl="chunked"``: bounded memory in plain eager PyTorch, for any device and without a compiler.
 
 The vocabulary is walked in strips (:mod:`torchtune_lce.implementations.walk`). Of the entries beside the target the
-largest logit and the sum of exponentials measured from it are kept; no direction ever holds more than a block of
-logits. How often the logits are computed depends on what is differentiated:
+sum of exponentials is kept, measured from one of their logits; no direction ever holds more than a block of logits. How
+often the logits are computed depends on what is differentiated:
 
 - Neither weight, bias nor an adapter's parameters: once. With p the softmax, c a logit's derivative by the product (the
   softcap's, and a scale), g and l the upstream gradients of a token's loss and log-sum-exp, t its target and
@@ -76,15 +76,19 @@ def _sums_fit(operands: Operands, options) -> bool:
     return tokens_with_whole_rows(hidden.shape[0], sizes_of(operands, options.softcap, options.workspace_mib)) > 0
 
 
+# Of a sum of exponentials measured from one of the logits: so far above it is the largest that digits are lost.
+_MOST = 2.0**64
+
+
 class Sums(NamedTuple):
     """Of some tokens over the entries beside their targets, [n] each."""
 
-    peak: Tensor  # largest logit
+    peak: Tensor  # the largest logit, or one that is less
     total: Tensor  # of exponentials measured from it
     target: Tensor  # the target's own logit, NaN where it is no entry
 
     def losses(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Negative log-likelihood; the largest logit, 0 where that is not finite; log-sum-exp, less that."""
+        """Negative log-likelihood; the peak or a larger target, 0 where not finite; log-sum-exp, less that."""
         # By how much the others outweigh the target: log((1 - p) / p), from which a confident token's loss loses no
         # digit.
         others = self.peak - self.target + self.total.log()
@@ -119,7 +123,7 @@ def _forward(*arguments):
     """
     operands, (targets, *settings, with_means, with_directions) = Operands(*arguments[:_COUNT]), arguments[_COUNT:]
     results = _results(operands, targets, with_means, with_directions)
-    for piece in pieces(operands, targets, *settings):
+    for piece in pieces(operands, targets, *settings, multiplied=with_directions):
         for result, part in zip(results, _forward_piece(piece, with_means, with_directions), strict=True):
             if result.numel():
                 result[piece.rows] = part.to(result.dtype)
@@ -149,41 +153,88 @@ torch.library.register_fake("torchtune_lce::chunked")(
 
 def _forward_piece(piece: Piece, with_means: bool, with_directions: bool) -> tuple[Tensor | None, ...]:
     """What the operator returns, of the piece's tokens, in the accumulation dtype."""
-    peak = torch.full_like(piece.rows, -torch.inf, dtype=piece.wide)
-    total, target, mean = (torch.zeros_like(peak) for _ in range(3))
+    found = _walk(piece, None, with_means, with_directions)
+    too_large = found.too_large(piece.factor)
+    if too_large.any():
+        # The others' as before, so that no token's bits depend on another.
+        reference = _largest(piece).where(too_large, found.reference)
+        # Before another direction is made.
+        del found
+        found = _walk(piece, reference, with_means, with_directions)
+    reference, total, target, mean, direction, low_direction = found
+    # Infinities, from which a number was subtracted.
+    peak = reference.masked_fill(total == 0, -torch.inf).masked_fill_(total == torch.inf, torch.inf)
+    sums = Sums(peak, total, target.masked_fill_(piece.targets.outside, torch.nan))
+    slope, apart = (None, None) if direction is None else _finish_directions(piece, sums, direction, low_direction)
+    nll, base, log_total = sums.losses()
+    return nll, base, log_total, mean - base, direction, low_direction, slope, apart
+
+
+class _Walked(NamedTuple):
+    """What a walk over the vocabulary finds, [n] but the last two, of the entries beside the target but the mean."""
+
+    reference: Tensor  # one of their logits
+    total: Tensor  # of exponentials measured from it
+    target: Tensor  # its own logit
+    mean: Tensor  # of all logits
+    direction: Tensor | None  # [n, D]: the weight's rows, added up with these exponentials
+    low_direction: Tensor | None  # [n, r]: likewise ``up``'s
+
+    def too_large(self, factor: torch.dtype) -> Tensor:
+        """[n], whether other logits are so far above the reference that digits, or a factor's range, do not suffice."""
+        found = self.total > _MOST
+        if self.direction is not None and factor == torch.float16:
+            found |= ~self.direction.sum(-1).isfinite()
+        return found
+
+
+def _walk(piece: Piece, reference: Tensor | None, with_means: bool, with_directions: bool) -> _Walked:
+    """``reference``: by default the largest of the first strip, from which the largest of all is seldom far."""
+    totals, target = [], torch.zeros_like(piece.rows, dtype=piece.wide)
+    mean, base = torch.zeros_like(target), None
     vocabulary, scale, up = piece.operands.weight.shape[0], piece.operands.scale, piece.operands.up
     direction = torch.zeros_like(piece.hidden, dtype=piece.wide) if with_directions else None
     low_direction = torch.zeros_like(piece.low) if with_directions and piece.low is not None else None
-    largest = peak  # the target too
-    largest_number = torch.finfo(piece.wide).max
     for part, weight in piece.strips():
         logits, tanh, _ = piece.logits(part, weight, differentiable=with_directions)
         if with_means:
-            before, largest = largest, torch.maximum(largest, logits.amax(-1))
-            mean -= (finite(largest) - finite(before)) * (part.start / vocabulary)
+            base = _finite_largest(logits) if base is None else base
             # Divided first: a sum of least finite numbers is none.
-            mean += (logits - finite(largest)[:, None]).div_(vocabulary).sum(-1)
+            mean += (logits - base[:, None]).div_(vocabulary).sum(-1)
         tokens, there = piece.swap_targets(logits, part.start, -torch.inf)
         target[tokens] = there
-        higher = torch.maximum(peak, logits.amax(-1))
-        # Where an infinity is the largest, it comes back out of exp.
-        base = higher.clamp(-largest_number, largest_number)
-        shrunk, peak = (peak - base).exp_(), higher
-        exponentials = logits.sub_(base[:, None]).exp_()
-        total = torch.addcmul(exponentials.sum(-1), total, shrunk)
+        reference = _finite_largest(logits) if reference is None else reference
+        exponentials = logits.sub_(reference[:, None]).exp_()
+        totals.append(exponentials.sum(-1))
         if direction is not None:
             if tanh is not None:
                 exponentials.mul_(tanh.square_().neg_().add_(1))
             if scale is not None:
                 exponentials.mul_(scale[part])
             if low_direction is not None:
-                low_direction.mul_(shrunk[:, None]).addmm_(exponentials, up[part].to(piece.wide))
-            add_product(direction.mul_(shrunk[:, None]), exponentials.to(piece.factor), weight)
+                low_direction.addmm_(exponentials, up[part].to(piece.wide))
+            add_product(direction, exponentials.to(piece.factor), weight)
         # Before the next strip's are made.
         del logits, tanh, exponentials, weight
-    sums = Sums(peak, total, target.masked_fill_(piece.targets.outside, torch.nan))
-    slope, apart = (None, None) if direction is None else _finish_directions(piece, sums, direction, low_direction)
-    return *sums.losses(), mean, direction, low_direction, slope, apart
+    mean = mean if base is None else mean + base
+    return _Walked(reference, torch.stack(totals).sum(0), target, mean, direction, low_direction)
+
+
+def _largest(piece: Piece) -> Tensor:
+    """[n], of the logits beside the target's."""
+    largest = []
+    for part, weight in piece.strips():
+        logits, _, _ = piece.logits(part, weight, differentiable=False)
+        piece.swap_targets(logits, part.start, -torch.inf)
+        largest.append(_finite_largest(logits))
+        del logits, weight
+    return torch.stack(largest).amax(0)
+
+
+def _finite_largest(logits: Tensor) -> Tensor:
+    """The largest finite number in place of an infinity, which stays in the logits that it is subtracted from."""
+    most = torch.finfo(logits.dtype).max
+    return logits.amax(-1).clamp_(-most, most)
 
 
 def _finish_directions(piece: Piece, sums: Sums, direction: Tensor, low_direction: Tensor | None):

@@ -241,7 +241,9 @@ def _chunked(problem: Problem) -> LossMemory:
         # What is kept, the gradient, and two terms of it.
         return LossMemory(forward, 2 * problem.hidden_bytes + min(problem.workspace_mib * 2**20, 2 * tokens * copies))
     # The logits are made twice, in the backward all tokens' at once.
-    forward = strip * sizes._replace(blocks=1).bytes_of_entry(piece) + vectors
+    losses = sizes._replace(multiplied=False)
+    piece = tokens_per_piece(tokens, losses)
+    forward = entries_per_strip(piece, losses) * losses._replace(blocks=1).bytes_of_entry(piece) + vectors
     at_once = entries_per_strip(tokens, sizes, copied=False) * sizes.bytes_of_entry(tokens) + tokens * copies
     return LossMemory(max(forward, lengths), at_once + gradients + vectors)
 

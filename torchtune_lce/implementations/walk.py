@@ -84,16 +84,18 @@ class Sizes(NamedTuple):
     workspace_mib: int
     blocks: int
     widened: bool = False  # factors of 16 bits
+    multiplied: bool = True  # whether what is made of logits is, with the weight: for gradients
 
     @property
     def bytes_of_token(self) -> int:
         """Of a copy of its hidden state, this widened or a product, and the sum of its gradient."""
-        return self.features * (self.dtype.itemsize + 2 * accumulation_dtype(self.dtype).itemsize)
+        wide = accumulation_dtype(self.dtype).itemsize
+        return self.features * (self.dtype.itemsize + (2 * wide if self.multiplied else wide))
 
     def bytes_of_entry(self, tokens: int) -> int:
         """Its blocks' columns, and in 16 bits its row, widened, and the row's gradient, or the columns rounded."""
         wide = accumulation_dtype(self.dtype).itemsize
-        rounded = self.dtype.itemsize if self.dtype.itemsize < wide else 0
+        rounded = self.dtype.itemsize if self.multiplied and self.dtype.itemsize < wide else 0
         return tokens * self.blocks * wide + (2 * wide * self.features if self.widened else tokens * rounded)
 
 
@@ -230,12 +232,13 @@ def pieces(
     more_blocks: int = 0,
     at_once: bool = False,
     whole_rows: bool = False,
+    multiplied: bool = True,
 ) -> Iterator[Piece]:
     """Of the tokens that are not ignored. ``at_once``: one piece, whose copies come to what the workspace holds.
-    ``whole_rows``: one strip each, see :func:`tokens_with_whole_rows`.
+    ``whole_rows``: one strip each, see :func:`tokens_with_whole_rows`. ``multiplied`` as in :class:`Sizes`.
     """
     rows = (targets != ignore_index).nonzero().squeeze(-1)
-    sizes = sizes_of(operands, softcap, workspace_mib, more_blocks)
+    sizes = sizes_of(operands, softcap, workspace_mib, more_blocks)._replace(multiplied=multiplied)
     tokens = rows.numel()
     if whole_rows:
         tokens = tokens_with_whole_rows(tokens, sizes)
