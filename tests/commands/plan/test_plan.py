@@ -108,20 +108,18 @@ def test_formula_of_a_loss(name, frozen, tokens, features, vocabulary, dtype):
     forward = usage(lambda: held.append(LOSSES[name](hidden, weight, targets)), CPU, False)
     backward = usage(lambda: held.pop().backward(), CPU, False)
     found = loss_memory(name, Problem(tokens, features, vocabulary, hidden.itemsize, not frozen))
-    assert_planned(name, dtype, found, forward.peak, max(forward.peak, forward.kept + backward.peak))
+    peak = max(forward.peak, forward.kept + backward.peak)
+    assert_planned(name, dtype, found, forward.peak, peak, losses_alone=not frozen)
 
 
-def assert_planned(name, dtype, found, forward, peak) -> None:
-    assert found.forward == approximately(forward, name, dtype)
-    assert found.peak == approximately(peak, name, dtype)
-
-
-def approximately(measured: int, name: str, dtype: torch.dtype):
+def assert_planned(name, dtype, found, forward, peak, losses_alone) -> None:
     """In 16 bits a CPU widens the weight's rows for `chunked` where a card rounds a copy of the logits, half as large
-    as they are: that is planned."""
+    as they are, unless the forward makes losses alone: that is planned."""
+    of_forward, of_both, rel = 1.0, 1.0, 0.1
     if name == "chunked" and dtype == torch.bfloat16:
-        return pytest.approx(1.25 * measured, rel=0.12)
-    return pytest.approx(measured, rel=0.1)
+        of_forward, of_both, rel = 0.87 if losses_alone else 1.25, 1.25, 0.12
+    assert found.forward == pytest.approx(of_forward * forward, rel=rel)
+    assert found.peak == pytest.approx(of_both * peak, rel=rel)
 
 
 class OnTheOutput:
@@ -165,7 +163,7 @@ def test_formula_with_lora_on_the_output(name, dropout, scaled, tokens, features
     forward, peak = OnTheOutput(scaled, dropout, tokens, features, vocabulary, dtype).peaks(name)
     adapter = OutputAdapter(8, dropout > 0, scaled)
     found = loss_memory(name, Problem(tokens, features, vocabulary, dtype.itemsize, False, adapter=adapter))
-    assert_planned(name, dtype, found, forward, peak)
+    assert_planned(name, dtype, found, forward, peak, losses_alone=True)
 
 
 def test_compiled_losses_on_an_h100():
