@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torchtune.utils import get_logger, log_rank_zero
 
-from torchtune_lce.divergence.function import check_impl, divergence
+from torchtune_lce.divergence.choice import check_impl, choose
+from torchtune_lce.divergence.function import divergence
 from torchtune_lce.divergence.operands import Head, Shares, check_head
 from torchtune_lce.inputs import validation
 from torchtune_lce.inputs.options import Options
@@ -156,7 +157,7 @@ class _LinearKLLoss(nn.Module):
         return loss
 
     def _say_which(self, student: Head, teacher: Head) -> None:
-        name = "chunked" if self.impl == "auto" else self.impl
+        name = choose(self.impl, student, teacher)
         log_rank_zero(
             get_logger(),
             f"{type(self).__name__} runs impl '{name}' (set: '{self.impl}') on {student.hidden.device.type} "
@@ -208,9 +209,13 @@ class LinearForwardKLLoss(_LinearKLLoss):
 
     Args:
         ignore_index: tokens with a label of this value have no loss and no gradient.
-        impl: ``auto`` and ``chunked``: plain PyTorch in bounded memory; ``torch_compile``: the same, with what stands
-            between the products fused by torch.compile; ``reference``: both full logits.
-        workspace_mib: the most memory in MiB that ``chunked`` uses beyond gradients and O(N + V).
+        impl: ``cce_exact``: Triton kernels, for float32, bfloat16 and float16 on CUDA cards of compute capability 8.0
+            and newer, without an adapter on either output; nothing is left out of the gradients. ``chunked``: plain
+            PyTorch in bounded memory, anywhere; ``torch_compile``: the same, with what stands between the products
+            fused by torch.compile; ``reference``: both full logits. ``auto`` is ``cce_exact`` where that runs, else
+            ``chunked``.
+        workspace_mib: the most memory in MiB that ``cce_exact`` and ``chunked`` use beyond gradients and O(N + V), and
+            beyond hidden states and their gradient's sum, O(N D), where the student's weight or bias is trained.
 
     Raises:
         TypeError, ValueError: a setting that is not accepted, by name.

@@ -82,7 +82,7 @@ def test_as_accurate_as_torchtune(impl, name, dtype, frozen):
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OURS)
-@pytest.mark.parametrize("impl", ["chunked", "torch_compile"])
+@pytest.mark.parametrize("impl", ["chunked", "torch_compile", "cce_exact"])
 def test_as_accurate_as_torchtune_on_a_card(impl, name, dtype, frozen):
     assert_as_accurate_as_torchtune(impl, name, dtype, frozen, "cuda")
 
@@ -132,7 +132,7 @@ def test_memory_layouts_and_shapes():
 
 
 @pytest.mark.parametrize("trained", [TRAINED["frozen head"], TRAINED["all"]], ids=["frozen", "trained"])
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", [*IMPLS, "cce_exact"])
 @pytest.mark.parametrize("tokens", ["all ignored", "none"])
 def test_no_tokens_is_zero_with_zero_gradients(tokens, impl, trained):
     """Gradients of zero, not none: ranks that have none of them wait for each other for ever."""
@@ -408,7 +408,7 @@ def bound(**settings):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"impl": "cce"}, ValueError, "impl must be one of auto, .*, reference, got 'cce': .* no kernels"),
+        ({"impl": "cce"}, ValueError, "impl must be one of auto, .*, got 'cce': .* kernels are 'cce_exact'$"),
         ({"ignore_index": None}, TypeError, "ignore_index must be an int, got None"),
         ({"workspace_mib": 0}, ValueError, "workspace_mib must be at least 1, got 0"),
         ({"sym_kd_ratio": 1.5}, ValueError, r"sym_kd_ratio must be a number in \[0, 1\], got 1.5"),

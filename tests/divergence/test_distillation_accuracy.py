@@ -1,6 +1,7 @@
 """Distillation losses where digits are at stake, against float64 of the same tensors: a student near its teacher,
 logits that share a large value, a masked vocabulary; and heads that autocast casts."""
 
+import itertools
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -13,15 +14,16 @@ from divergence_cases import (
     gradients,
     in_float64,
     logits_of,
+    near_heads,
     relative_error,
     torchtunes,
     traced_steps,
 )
 
 from torchtune_lce.divergence.operands import Head
-from torchtune_lce.inputs.low_rank import LowRank
 
 IMPLS = ["chunked", "torch_compile", "reference"]
+KERNELS = "cce_exact"
 # The first walks tokens, the second the vocabulary.
 TRAINED = {"frozen": ("hidden",), "trained": ("hidden", "weight")}
 both_ways = pytest.mark.parametrize("trained", TRAINED.values(), ids=TRAINED.keys())
@@ -32,32 +34,6 @@ def compiling(impl: str):
 
 
 # ---- a student near its teacher
-
-
-def near_heads(dtype, device, tokens, entries, width, trained=("hidden",), adapter=False):
-    """As late in a distillation: the student is its teacher but for 1%; labels, one of them ignored."""
-
-    def normal(*shape):
-        return torch.randn(*shape, device=device)
-
-    parts = {
-        "hidden": normal(tokens, width),
-        "weight": normal(entries, width) / width**0.5 * 3,
-        "bias": normal(entries),
-    }
-    if adapter:
-        parts |= {"low": normal(tokens, 3), "up": normal(entries, 3)}
-    near = {key: (x + 1e-2 * x.square().mean().sqrt() * torch.randn_like(x)).to(dtype) for key, x in parts.items()}
-    parts = {key: x.to(dtype) for key, x in parts.items()}
-    for name in trained:
-        near[name].requires_grad_()
-    heads = [
-        Head(name, x["hidden"], x["weight"], x["bias"], LowRank(x["low"], x["up"], None) if adapter else None)
-        for name, x in (("student", near), ("teacher", parts))
-    ]
-    labels = torch.randint(0, entries, (tokens,), device=device)
-    labels[1] = -100
-    return *heads, labels
 
 
 def assert_near_the_teacher(impl, heads_and_labels):
@@ -78,12 +54,14 @@ def assert_near_the_teacher(impl, heads_and_labels):
 
 
 @both_ways
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("impl", "dtype"), [*itertools.product(IMPLS, [torch.bfloat16, torch.float16]), (KERNELS, torch.float16)]
+)
 def test_near_the_teacher(impl, dtype, trained):
     """Logits that are rounded before they are compared made the hidden states' gradient a quarter off."""
     with compiling(impl):
-        assert_near_the_teacher(impl, near_heads(dtype, "cpu", 70, 3001, 48, trained))
+        entries = 900 if impl == KERNELS else 3001
+        assert_near_the_teacher(impl, near_heads(dtype, "cpu", 70, entries, 48, trained))
 
 
 @both_ways
@@ -97,7 +75,7 @@ def test_near_the_teacher_with_adapters(impl, trained):
 @pytest.mark.gpu
 @both_ways
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", [*IMPLS, KERNELS])
 def test_near_the_teacher_on_a_card(impl, dtype, trained, device):
     assert_near_the_teacher(impl, near_heads(dtype, device, 600, 16_000, 1024, trained))
 
@@ -106,8 +84,7 @@ def test_near_the_teacher_on_a_card(impl, dtype, trained, device):
 
 
 @both_ways
-@pytest.mark.parametrize("shared", [1e3, 65_536.0, 2.0**20])
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("impl", "shared"), [*itertools.product(IMPLS, [1e3, 65_536.0, 2.0**20]), (KERNELS, 2.0**20)])
 def test_a_large_common_logit(impl, shared, trained, device):
     """The student's and the teacher's share different ones. Their multiples of 1/8 are exact in float32 up to 2^20."""
     student, teacher, labels = common_logits(shared, device, trained)
@@ -145,7 +122,11 @@ def common_logits(shared: float, device, trained):
 @pytest.mark.parametrize("masked", ["first", "last", "scattered"])
 @pytest.mark.parametrize(
     ("impl", "dtype"),
-    [*((impl, torch.float32) for impl in IMPLS), ("chunked", torch.bfloat16), ("chunked", torch.float16)],
+    [
+        *((impl, torch.float32) for impl in (*IMPLS, KERNELS)),
+        ("chunked", torch.bfloat16),
+        ("chunked", torch.float16),
+    ],
 )
 def test_a_masked_vocabulary(impl, dtype, masked, trained, device):
     """By the lowest number of the dtype, in student and teacher, so that whole chunks hold nothing else."""
@@ -156,7 +137,7 @@ def test_a_masked_vocabulary(impl, dtype, masked, trained, device):
             head.bias[part] = torch.finfo(dtype).min
     exact_student, exact_teacher = in_float64(student), in_float64(teacher)
     wide = [logits_of(replace(head, **in_float32(head))) for head in (student, teacher)]
-    for name in OURS if impl != "torch_compile" else ["Symmetric"]:
+    for name in OURS if impl not in ("torch_compile", KERNELS) else ["Symmetric"]:
         with compiling(impl) if device.type == "cpu" else nullcontext():
             loss = compute(student, teacher, labels, name, impl)
         exact = by_formula(exact_student, exact_teacher, labels, name)
@@ -171,11 +152,12 @@ def in_float32(head: Head) -> dict[str, torch.Tensor]:
 
 
 @both_ways
-def test_a_chunk_of_the_teacher_without_any_probability(trained):
+@pytest.mark.parametrize("impl", ["chunked", KERNELS])
+def test_a_chunk_of_the_teacher_without_any_probability(impl, trained, device):
     """Logits of -inf there: the forward divergence asks nothing about what the teacher never says."""
-    student, teacher, labels = near_heads(torch.float32, "cpu", 70, 3001, 24, trained)
+    student, teacher, labels = near_heads(torch.float32, device, 70, 3001, 24, trained)
     teacher.bias[:1600] = -torch.inf
-    loss = compute(student, teacher, labels, "Forward")
+    loss = compute(student, teacher, labels, "Forward", impl)
     exact_student = in_float64(student)
     p = logits_of(in_float64(teacher)).softmax(-1)
     exact = -(p * logits_of(exact_student).log_softmax(-1)).sum(-1)[labels != -100].mean()

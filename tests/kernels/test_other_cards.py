@@ -40,6 +40,8 @@ def test_kernels_compile(capability, compiled):
         "_product_kernel",
         "_redo_kernel",
         "_places_kernel",
+        "_segment_kernel",
+        "_difference_kernel",
     }
     assert {kernel["dtype"] for kernel in here} == {
         dtype for card, dtype in (case.split(":") for case in CASES) if card == capability

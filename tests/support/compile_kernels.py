@@ -21,6 +21,11 @@ from triton.runtime import driver, jit
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.kernels import (
     compiling,
+    divergence_gradients,
+    divergence_operators,
+    divergence_rows,
+    divergence_tiles,
+    divergence_walk,
     division,
     exponentials,
     overflow,
@@ -35,6 +40,19 @@ from torchtune_lce.kernels import (
 # The vocabulary ends within a tile of its one strip. No softcap: it takes registers, and thrice the time.
 TOKENS, VOCABULARY, WIDTH = 2048, 1_000, 2048
 OPTIONS = Options(workspace_mib=4096)
+# They ask the card how many programs run at once.
+LAUNCHERS = (
+    divergence_gradients,
+    divergence_rows,
+    divergence_walk,
+    division,
+    exponentials,
+    overflow,
+    strip_again,
+    strip_product,
+    strips,
+    weight_product,
+)
 
 
 class Elsewhere:
@@ -80,11 +98,8 @@ def compiled_for(capability: int, dtype: torch.dtype) -> list[dict]:
             (jit.JITFunction, "run", compile_alone),
             # Compiled where they are seen.
             (compiling, "_threads", lambda: 1),
-            (strip_operators, "config_for", lambda *_: config),
-            *(
-                (module, "programs", lambda _: 132)
-                for module in (division, exponentials, overflow, strip_again, strip_product, strips, weight_product)
-            ),
+            *((module, "config_for", lambda *_: config) for module in (strip_operators, divergence_tiles)),
+            *((module, "programs", lambda _: 132) for module in LAUNCHERS),
         ):
             undo.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, value)
@@ -97,6 +112,10 @@ def compiled_for(capability: int, dtype: torch.dtype) -> list[dict]:
         for eps in (None, 2.0**-12) if capability == 80 else (2.0**-12,):
             losses = strip_operators.token_losses(hidden, weight, bias, targets, eps, True, False, OPTIONS)
             (losses.nll + losses.log_total).sum().backward()
+        # Both divergences take more than one does.
+        student, labels = (hidden, weight, bias), torch.empty(TOKENS, dtype=torch.int64)
+        teacher = tuple(torch.empty(x.shape, dtype=dtype) for x in student)
+        divergence_operators.total(student, teacher, labels, -100, 0.5, 0.5, OPTIONS.workspace_mib)
     return list(found.values())
 
 

@@ -59,6 +59,32 @@ def make_heads(dtype=torch.float32, device="cpu", bias=True, trained=("hidden", 
     return Head("student", **student), teacher, labels
 
 
+def near_heads(dtype, device, tokens, entries, width, trained=("hidden",), adapter=False):
+    """As late in a distillation: the student is its teacher but for 1%; labels, one of them ignored."""
+
+    def normal(*shape):
+        return torch.randn(*shape, device=device)
+
+    parts = {
+        "hidden": normal(tokens, width),
+        "weight": normal(entries, width) / width**0.5 * 3,
+        "bias": normal(entries),
+    }
+    if adapter:
+        parts |= {"low": normal(tokens, 3), "up": normal(entries, 3)}
+    near = {key: (x + 1e-2 * x.square().mean().sqrt() * torch.randn_like(x)).to(dtype) for key, x in parts.items()}
+    parts = {key: x.to(dtype) for key, x in parts.items()}
+    for name in trained:
+        near[name].requires_grad_()
+    heads = [
+        Head(name, x["hidden"], x["weight"], x["bias"], LowRank(x["low"], x["up"], None) if adapter else None)
+        for name, x in (("student", near), ("teacher", parts))
+    ]
+    labels = torch.randint(0, entries, (tokens,), device=device)
+    labels[1] = -100
+    return *heads, labels
+
+
 def compute(student, teacher, labels, name, impl="chunked", normalize=True, workspace_mib=1, ignore_index=-100):
     return divergence(
         student,

@@ -13,22 +13,13 @@ import torch
 from torch import Tensor
 
 from torchtune_lce.divergence import chunked
+from torchtune_lce.divergence.choice import KERNELS, choose
 from torchtune_lce.divergence.operands import Head, Pair, Shares, checked
 from torchtune_lce.implementations.reference import full_logits
 from torchtune_lce.inputs import validation
 from torchtune_lce.inputs.autocast import without_autocast
 from torchtune_lce.inputs.dtypes import accumulation_dtype
 from torchtune_lce.inputs.low_rank import LowRank
-
-NAMES = ("auto", "chunked", "torch_compile", "reference")
-
-
-def check_impl(impl: str) -> None:
-    if impl not in NAMES:
-        raise ValueError(
-            f"impl must be one of {', '.join(NAMES)}, got {impl!r}: divergences have no kernels of their own, "
-            "'chunked' is what 'auto' takes everywhere"
-        )
 
 
 def divergence(
@@ -49,14 +40,29 @@ def divergence(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, by name.
+        RuntimeError: ``impl`` cannot run on this device, with these dtypes or with an adapter on an output.
     """
     pair = checked(student, teacher, labels, ignore_index)
-    if impl == "reference":
+    name = choose(impl, pair.student, pair.teacher)
+    if name == "reference":
         total, count = _reference(pair, shares)
     else:
-        validation.check_transforms(impl, "impl='reference'", *pair.student.operands)
-        total, count = chunked.total(pair, shares, workspace_mib, fused=impl == "torch_compile")
+        validation.check_transforms(name, "impl='reference'", *pair.student.operands)
+        if name == KERNELS:
+            total, count = _kernels(pair, shares, workspace_mib)
+        else:
+            total, count = chunked.total(pair, shares, workspace_mib, fused=name == "torch_compile")
     return total / count.clamp(min=1) if normalize else total
+
+
+def _kernels(pair: Pair, shares: Shares, workspace_mib: int) -> tuple[Tensor, Tensor]:
+    # Imported here: Triton may be absent, and TRITON_INTERPRET is read when the kernels are defined.
+    from torchtune_lce.kernels import divergence_operators
+
+    student, teacher = (head.operands[:3] for head in (pair.student, pair.teacher))
+    return divergence_operators.total(
+        student, teacher, pair.labels, pair.ignore_index, shares.forward, shares.reverse, workspace_mib
+    )
 
 
 def _reference(pair: Pair, shares: Shares) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from torch import nn
 
 from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.loss_choices import MAIN, STOCK, LossChoice
-from torchtune_lce.divergence import function as divergence
+from torchtune_lce.divergence import choice as divergence
 from torchtune_lce.model.projection import output_rows
 
 _DIVERGENCES = ("Forward", "Reverse", "Symmetric")
