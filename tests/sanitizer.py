@@ -63,6 +63,13 @@ class Call:
     frozen: tuple[str, ...] = ()
     paths: tuple[str, ...] = PATHS
     narrow: bool = False  # blocks for cards with 100 KiB of shared memory a program
+    # Of the forward and the reverse divergence from a teacher, whose operands are frozen, in place of a cross-entropy.
+    shares: tuple[float, float] | None = None
+
+    @property
+    def of_teacher(self) -> tuple[str, ...]:
+        names = ("teacher_hidden", "teacher_weight", "teacher_bias")
+        return names[: 2 + self.bias] if self.shares else ()
 
 
 CALLS = (
@@ -111,9 +118,18 @@ CALLS = (
         with_entropy=True,
         workspace_mib=1,
     ),
+    Call("both divergences", bias=True, ignored=True, shares=(0.3, 0.7)),
+    Call("forward divergence, whole tiles", vocabulary=(4, 0), width=None, frozen=("weight",), shares=(1.0, 0.0)),
+    Call("reverse divergence", vocabulary=(4, 8), shares=(0.0, 1.0)),
+    # Several strips of several pieces of tokens.
+    Call("divergence in strips", tokens=(9, 100), vocabulary=(14, 8), workspace_mib=1, shares=(0.3, 0.7)),
 )
 
 BY_DTYPE = (
+    ("_difference_kernel", "FOR_TF32", True, ("bfloat16", "float32"), "float16's alone are multiplied in tf32"),
+    ("_difference_kernel", "FOR_TF32", False, ("float16",), "float16's are multiplied in tf32"),
+    ("_by_row_kernel", "OF_SUM", True, ("bfloat16", "float32"), "float16 alone has no room for a mean's"),
+    ("_by_row_kernel", "OF_SUM", False, ("float16",), "float16 has no room for a mean's"),
     ("_exponential_kernel", "FOR_TF32", True, ("bfloat16", "float32"), "float16's alone are multiplied in tf32"),
     ("_exponential_kernel", "FOR_TF32", False, ("float16",), "float16's are multiplied in tf32"),
     ("_again_kernel", "FOR_TF32", True, ("bfloat16", "float32"), "float16's alone are multiplied in tf32"),
@@ -137,6 +153,8 @@ WITHOUT_COPY_ENGINE = (
     ("_backward_kernel", "WEIGHT_TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
     ("_backward_kernel", "GRADIENT_TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
     ("_exponential_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
+    ("_segment_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
+    ("_difference_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
     ("_product_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
     ("_again_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
     ("_weight_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
@@ -300,6 +318,8 @@ def operands(call: Call, dtype, device) -> tuple[dict, "object"]:
         leaves["up"] = torch.randn(vocabulary, call.rank) / 4
     if call.scaled:
         scale = 0.5 + torch.rand(vocabulary)
+    for name, shape in zip(call.of_teacher, ((tokens, 40), (vocabulary, 40), (vocabulary,)), strict=False):
+        leaves[name] = torch.randn(shape) / (1 if name == "teacher_hidden" else 3)
     targets = torch.randint(0, alive, (tokens,))
     if call.ignored:
         targets[1::4] = -100
@@ -313,6 +333,8 @@ def make_call(call: Call, leaves: dict, targets) -> dict:
     """Loss, lse and the gradients of what is not frozen."""
     import torch
 
+    if call.shares:
+        return make_divergence(call, leaves, targets)
     from torchtune_lce.implementations import choice
     from torchtune_lce.inputs.call import checked
     from torchtune_lce.inputs.low_rank import LowRank
@@ -335,6 +357,26 @@ def make_call(call: Call, leaves: dict, targets) -> dict:
     return {name: result.detach().cpu() for name, result in results.items()}
 
 
+def make_divergence(call: Call, leaves: dict, targets) -> dict:
+    """Loss and the gradients of what is not frozen."""
+    import torch
+
+    from torchtune_lce.divergence.function import divergence
+    from torchtune_lce.divergence.operands import Head, Shares
+
+    given = leaves | {name: leaves[name].detach() for name in call.of_teacher}
+    wanted = {name: given[name].requires_grad_() for name in given if name not in (*call.frozen, *call.of_teacher)}
+    student, teacher = (
+        Head(name, *(given.get(f"{prefix}{part}") for part in ("hidden", "weight", "bias")))
+        for name, prefix in (("student", ""), ("teacher", "teacher_"))
+    )
+    settings = {"ignore_index": -100, "workspace_mib": call.workspace_mib, "impl": "cce_exact", "normalize": True}
+    loss = divergence(student, teacher, targets, Shares(*call.shares), **settings)
+    gradients = torch.autograd.grad(loss, list(wanted.values()))
+    results = {"loss": loss} | dict(zip(wanted, gradients, strict=True))
+    return {name: result.detach().cpu() for name, result in results.items()}
+
+
 def check(call: Call, leaves: dict, targets, results: dict) -> None:
     """Against plain PyTorch in float64."""
     import torch
@@ -347,11 +389,17 @@ def check(call: Call, leaves: dict, targets, results: dict) -> None:
     if call.softcap:
         logits = call.softcap * torch.tanh(logits / call.softcap)
     logits = logits * call.logit_scale
-    loss = F.cross_entropy(logits, targets, reduction="sum")
+    if call.shares:
+        q = logits.log_softmax(-1)
+        p = F.linear(exact["teacher_hidden"], exact["teacher_weight"], exact.get("teacher_bias")).log_softmax(-1)
+        losses = call.shares[1] * (q.exp() * (q - p)).sum(-1) - call.shares[0] * (p.exp() * q).sum(-1)
+        loss = losses[targets != -100].mean()
+    else:
+        loss = F.cross_entropy(logits, targets, reduction="sum")
     lse = logits.logsumexp(-1).where(targets != -100, 0)
-    names = [name for name in leaves if name not in call.frozen]
+    names = [name for name in leaves if name not in (*call.frozen, *call.of_teacher)]
     wanted = torch.autograd.grad(loss + lse.sum() if call.with_lse else loss, [exact[name] for name in names])
-    rights = {"loss": loss, "lse": lse, **dict(zip(names, wanted, strict=True))}
+    rights = {"loss": loss, **({} if call.shares else {"lse": lse}), **dict(zip(names, wanted, strict=True))}
     if call.with_entropy:
         rights["entropy"] = torch.distributions.Categorical(logits=logits).entropy().where(targets != -100, 0)
     for name, right in rights.items():

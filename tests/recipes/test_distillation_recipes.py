@@ -106,7 +106,15 @@ def test_variants_equal_stock(runs, overrides):
     assert_equal_steps(runs.ours(overrides=overrides), runs.stock(overrides=overrides))
 
 
-@pytest.mark.parametrize("overrides", [["kd_loss.impl=reference"], ["kd_loss.workspace_mib=1", "loss.impl=reference"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["kd_loss.impl=reference"],
+        ["kd_loss.workspace_mib=1", "loss.impl=reference"],
+        # On a CPU interpreted.
+        ["kd_loss.impl=cce_exact"],
+    ],
+)
 def test_settings_come_from_the_config(runs, overrides):
     assert_equal_steps(runs.ours(overrides=overrides), runs.stock())
 

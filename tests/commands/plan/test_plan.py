@@ -201,7 +201,8 @@ def distilled(name, divergence_name, workspace_mib, student, teacher, targets):
         labels = targets.view(4, -1)
         divergence_loss = getattr(kd_losses, f"{divergence_name}KLWithChunkedOutputLoss")()
         return divergence_loss(logits, of_teacher, labels) + CEWithChunkedOutputLoss()(logits, labels)
-    settings = {"ignore_index": -100, "workspace_mib": workspace_mib, "impl": name, "normalize": True}
+    impl = "cce_exact" if name == "cce" else name
+    settings = {"ignore_index": -100, "workspace_mib": workspace_mib, "impl": impl, "normalize": True}
     other = divergence(student, teacher, targets, DIVERGENCES[divergence_name], **settings)
     options = Options(workspace_mib=1)
     settings = {"options": options, "reduction": "mean", "shift": 0, "impl": name, "return_lse": False}
@@ -212,17 +213,27 @@ def distilled(name, divergence_name, workspace_mib, student, teacher, targets):
 @pytest.mark.parametrize("divergence_name", DIVERGENCES)
 @pytest.mark.parametrize(("name", "workspace_mib"), [("stock", 128), ("chunked", 128), ("chunked", 16)])
 def test_formula_of_a_distillation(name, workspace_mib, divergence_name, dtype):
-    tokens, vocabulary = 512, 8192
+    assert_distillation_planned(name, workspace_mib, divergence_name, dtype, CPU, 512, 8192)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workspace_mib", [16, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_formula_of_a_distillation_with_kernels(dtype, workspace_mib, device):
+    assert_distillation_planned("cce", workspace_mib, "Symmetric", dtype, device, 4096, 64_000)
+
+
+def assert_distillation_planned(name, workspace_mib, divergence_name, dtype, device, tokens, vocabulary):
     student, teacher = (
-        Head(who, torch.randn(tokens, size).to(dtype), (torch.randn(vocabulary, size) / 8).to(dtype))
+        Head(who, *((torch.randn(rows, size, device=device) / 8).to(dtype) for rows in (tokens, vocabulary)))
         for who, size in (("student", 64), ("teacher", 128))
     )
     student.hidden.requires_grad_()
-    targets = torch.randint(vocabulary, (tokens,))
+    targets = torch.randint(vocabulary, (tokens,), device=device)
     arguments = name, divergence_name, workspace_mib, student, teacher, targets
     held = []
-    forward = usage(lambda: held.append(distilled(*arguments)), CPU, False)
-    backward = usage(lambda: held.pop().backward(), CPU, False)
+    forward = usage(lambda: held.append(distilled(*arguments)), device, False)
+    backward = usage(lambda: held.pop().backward(), device, False)
     problem = Problem(tokens, 64, vocabulary, dtype.itemsize, False, workspace_mib=1)
     found = distillation_memory(name, problem, Distillation(divergence_name, 128, workspace_mib))
     given = 0 if name == "stock" else teacher.hidden.nbytes

@@ -6,7 +6,9 @@ stock: the logits of both models, 2bNV, until both losses are known. Kept for th
 make of them in float32: softmaxes, log-softmaxes and their products' masks, 9NV for the forward divergence, 13NV for
 the reverse one, 22NV for both; and the cross-entropy's log-softmax, 4NV.
 ours: the divergence is over before the cross-entropy begins, and keeps the gradient of the student's hidden states,
-bND. Its workspace holds both logits of a piece of tokens in float32 and, of some of them, three or four blocks more.
+bND. The workspace of `chunked` holds both logits of a piece of tokens in float32 and, of some of them, three or four
+blocks more; that of the kernels, which stand beside every `cce`, both hidden states of a piece, its gradient's sums,
+and the gradient by a strip of the student's logits.
 """
 
 from dataclasses import dataclass
@@ -17,6 +19,9 @@ from torchtune_lce.implementations.memory import CHUNKS, LossMemory, Problem, lo
 
 _STOCK_KEEPS = {"Forward": 9, "Reverse": 13, "Symmetric": 22}
 _BLOCKS = {"Forward": 3, "Reverse": 4, "Symmetric": 4}
+# Of kernels/divergence_walk.py: tokens and entries of a tile on a card; segments of the vocabulary that a row is summed
+# in, at most, and numbers of each.
+_TILE, _SEGMENTS, _SUMS = 128, 32, 6
 PLANNED = ("stock", "chunked", *choice.CCE_PRESETS)
 
 
@@ -37,7 +42,8 @@ def distillation_memory(loss: str, problem: Problem, distillation: Distillation)
     of_student, of_teacher = (
         problem.tokens * features * problem.itemsize for features in (problem.features, distillation.teacher_features)
     )
-    divergence = of_student + _pieces(problem, distillation)
+    in_workspace = _pieces if loss == "chunked" else _strips
+    divergence = of_student + in_workspace(problem, distillation)
     return LossMemory(
         of_teacher + max(divergence, of_student + cross_entropy.forward),
         of_student + max(cross_entropy.backward, 2 * of_student),
@@ -62,3 +68,14 @@ def _pieces(problem: Problem, distillation: Distillation) -> int:
     states = piece * (problem.features + distillation.teacher_features) * problem.itemsize
     blocks = _BLOCKS[distillation.divergence] * block * problem.vocabulary * wide
     return 2 * piece * problem.vocabulary * wide + blocks + states
+
+
+def _strips(problem: Problem, distillation: Distillation) -> int:
+    """What kernels/divergence_walk.py holds of a piece of tokens beside a strip, and numbers a token."""
+    of_token = (problem.features + distillation.teacher_features) * problem.itemsize
+    of_token += 4 * (problem.features + _SUMS * _SEGMENTS)
+    blocks, tiles = -(-problem.tokens // _TILE), -(-problem.vocabulary // _TILE)
+    of_tile = _TILE * problem.itemsize
+    most = problem.tokens * of_token + blocks * _TILE * tiles * of_tile
+    least = min(problem.tokens, _TILE) * of_token + _TILE * of_tile
+    return max(min(distillation.workspace_mib * 2**20, most), least) + 64 * problem.tokens
