@@ -21,8 +21,9 @@ from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 
 # Numbers a row and segment, and those of a row that gradients are made of.
 SUMS, NUMBERS = 6, 5
-# More would take memory: each is SUMS numbers a row.
-MOST_SEGMENTS = 32
+# With fewer, programs that run at once would have more row blocks among them than L2 has room for; with more, the sums
+# would take memory.
+LEAST_SEGMENTS, MOST_SEGMENTS = 16, 32
 
 
 @triton.jit
@@ -279,6 +280,7 @@ def row_statistics(
 
 def tiles_a_segment(row_blocks: int, tiles: int, workers: int) -> int:
     """With which the programs have as many tiles each as can be."""
-    sizes = {ceil_div(tiles, segments) for segments in range(1, min(tiles, MOST_SEGMENTS) + 1)}
+    segments = range(min(tiles, LEAST_SEGMENTS), min(tiles, MOST_SEGMENTS) + 1)
+    sizes = {ceil_div(tiles, number) for number in segments}
     # Of two equally good ones the larger, whose sums are fewer.
     return min(sizes, key=lambda size: (ceil_div(row_blocks * ceil_div(tiles, size), workers) * size, -size))

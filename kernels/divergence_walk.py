@@ -9,6 +9,7 @@ in groups whose states fit the workspace; where tokens share a gradient, all are
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
 from torchtune_lce.kernels.divergence_gradients import store_by_row, strip_differences
 from torchtune_lce.kernels.divergence_rows import NUMBERS, SUMS, row_statistics, tiles_a_segment
 from torchtune_lce.kernels.divergence_tiles import Group, divergence_configs
-from torchtune_lce.kernels.division import ROUNDS_A_TOKEN, strip_dtype
+from torchtune_lce.kernels.division import chunks, numbers_of_pieces, product_rounds, strip_dtype
 from torchtune_lce.kernels.exponentials import Blocks, Strip
 from torchtune_lce.kernels.operands import ForEntries, Operands
 from torchtune_lce.kernels.places import compact, in_order
@@ -250,41 +251,53 @@ def _weight_product(group: Group, memory: _Memory, d_weight: Tensor, config: Con
     return launch
 
 
+# What is lost, in rounds of all programs with a tile of both logits each, by 132 programs at 4 TB/s and 600 TF/s: by a
+# tile of a strip's width, for reading its rows of both weights; by a token of a strip, for sums that are read and
+# written, times the student's share of the features of both, or for the teacher's states that are copied, times theirs;
+# by a strip, for its launches. Not measured.
+ROUNDS_A_TILE, ROUNDS_A_TOKEN, ROUNDS_A_STRIP = 9e-3, 2.7e-4, 1.0
+
+
 @cache
 def divide(sizes: Sizes, workers: int, config: Config) -> DivergenceDivision:
     """The division that takes the fewest rounds within the workspace; the smallest one if none fits."""
     tiles = ceil_div(sizes.vocabulary, config.forward_entries)
     row_blocks = ceil_div(sizes.tokens, config.row_block)
-    best, least = DivergenceDivision(config.row_block, 1), None
-    for pieces in itertools.takewhile(row_blocks.__ge__, (2**power for power in itertools.count())):
+    best, least = DivergenceDivision(config.row_block, 1), math.inf
+    for pieces in itertools.takewhile(row_blocks.__ge__, numbers_of_pieces()):
         blocks = ceil_div(row_blocks, pieces)
-        places = min(blocks * config.row_block, sizes.tokens)
-        room = sizes.workspace - bytes_beside(places, sizes, workers, config)
+        room = sizes.workspace - bytes_beside(min(blocks * config.row_block, sizes.tokens), sizes, workers, config)
         together = row_blocks if sizes.needs.of_entries else blocks
         widest = min(room // tile_bytes(together, sizes, config), tiles)
         if widest < 1:
             continue
-        for strips in range(ceil_div(tiles, widest), min(ceil_div(tiles, widest) + 4, tiles) + 1):
+        fewest = ceil_div(tiles, widest)
+        for strips in range(fewest, min(fewest + 4, tiles) + 1):
             width = ceil_div(tiles, strips)
-            rounds = _rounds(pieces, blocks, together, width, ceil_div(tiles, width), sizes, workers, config)
-            if least is None or rounds < least:
+            rounds = _rounds(blocks, width, sizes, workers, config)
+            if rounds < least:
                 best, least = DivergenceDivision(blocks * config.row_block, width), rounds
-        if widest == tiles:
-            break
     return best
 
 
-def _rounds(
-    pieces: int, blocks: int, together: int, width: int, strips: int, sizes: Sizes, workers: int, config: Config
-) -> float:
-    """Of all programs with a tile of both logits each, and what sums that are read and written lose beside them, and a
-    group's several pieces with the teacher's states, which are then copied for each strip.
-    """
-    a_piece = strips * ceil_div(blocks * width, workers)
-    sums = strips * together * config.row_block * ROUNDS_A_TOKEN
-    if together == blocks:
-        return pieces * (a_piece + sums)
-    return pieces * (a_piece + strips * blocks * config.row_block * ROUNDS_A_TOKEN) + sums
+def _rounds(blocks: int, width: int, sizes: Sizes, workers: int, config: Config) -> float:
+    """Of a division into pieces of so many row blocks, and strips of so many tiles."""
+    tiles = ceil_div(sizes.vocabulary, config.forward_entries)
+    row_blocks = ceil_div(sizes.tokens, config.row_block)
+    pieces, strips = ceil_div(row_blocks, blocks), ceil_div(tiles, width)
+    both = sizes.features + sizes.teacher_features
+    together = row_blocks if sizes.needs.of_entries else blocks
+    of_piece = strips * ceil_div(blocks * width, workers) + 2 * tiles * ROUNDS_A_TILE
+    if together > blocks:
+        of_piece += strips * blocks * config.row_block * ROUNDS_A_TOKEN * sizes.teacher_features / both
+    of_strip = ROUNDS_A_STRIP
+    if sizes.needs.hidden:
+        of_strip += together * config.row_block * ROUNDS_A_TOKEN * sizes.features / both
+        product = min(
+            product_rounds(together, sizes.features, chunk, workers, config) for chunk in chunks(sizes.dtype, config)
+        )
+        of_strip += product * width * sizes.features / both
+    return pieces * of_piece + ceil_div(row_blocks, together) * strips * of_strip
 
 
 def tile_bytes(row_blocks: int, sizes: Sizes, config: Config) -> int:

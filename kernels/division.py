@@ -79,7 +79,7 @@ def divide(
     tiles = ceil_div(vocabulary, config.forward_entries)
     row_blocks = ceil_div(tokens, config.row_block)
     best, least = Division(config.row_block, 1), math.inf
-    for pieces in itertools.takewhile(row_blocks.__ge__, _numbers_of_pieces()):
+    for pieces in itertools.takewhile(row_blocks.__ge__, numbers_of_pieces()):
         blocks = ceil_div(row_blocks, pieces)
         places = min(blocks * config.row_block, tokens)
         room = workspace - bytes_beside(places, tiles, features, filters, sums_a_tile, config)
@@ -106,7 +106,7 @@ def divide(
     return replace(best, slots=max(min(own + more, vocabulary // ENTRIES_A_WAITING_SLOT) // 16 * 16, own))
 
 
-def _numbers_of_pieces() -> Iterator[int]:
+def numbers_of_pieces() -> Iterator[int]:
     """1, 2, 3, 4, 6, 8, 12 and so on."""
     yield 1
     for power in itertools.count(1):
