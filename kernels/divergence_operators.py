@@ -80,10 +80,12 @@ def _backward(d_total, divisor, d_hidden, d_weight, d_bias):
     by_sum, by_mean = d_total.reshape(1), (d_total * divisor).reshape(1)
     of_hidden = by_sum if d_hidden.dtype == torch.float16 else by_mean
     factors = of_hidden, by_mean, by_mean
-    return tuple(
-        torch.mul(gradient, factor, out=torch.empty_like(gradient)) if gradient.numel() else gradient.clone()
-        for gradient, factor in zip((d_hidden, d_weight, d_bias), factors, strict=True)
-    )
+    gradients = d_hidden, d_weight, d_bias
+    results = tuple(map(torch.empty_like, gradients))
+    for result, gradient, factor in zip(results, gradients, factors, strict=True):
+        if gradient.numel():
+            torch.mul(gradient, factor, out=result)
+    return results
 
 
 @torch.library.register_fake("torchtune_lce::strip_divergence_backward")

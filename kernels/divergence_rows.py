@@ -231,7 +231,8 @@ def _row_kernel(
     if forward_share != 0:
         loss += forward_share * (log2_total * LOG_2 - logit_sum / teacher_total)
     if reverse_share != 0:
-        loss += reverse_share * (mean_gap - (log2_total - log2_teacher_total) * LOG_2)
+        # Near the teacher the loss is small beside either logarithm.
+        loss += reverse_share * (mean_gap - tl.log2(total / teacher_total) * LOG_2)
     place = first_place + here
     tl.store(losses + place, tl.where(used, loss, 0.0), mask=inside)
     own = numbers + place

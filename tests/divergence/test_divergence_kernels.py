@@ -65,7 +65,10 @@ def assert_exact(student, teacher, labels, name, *, tolerance, normalize=True, *
     loss = compute(student, teacher, labels, name, KERNELS, normalize, **settings)
     exact = by_formula(exact_student, in_float64(teacher), labels, name, normalize)
     assert loss.dtype == torch.float32
-    assert relative_error(loss, exact) < 1e-6
+    # A card's products are summed towards zero, those of float32 made of three parts each.
+    assert relative_error(loss, exact) < (2e-5 if loss.is_cuda else 1e-6)
+    if loss.is_cuda and student.hidden.dtype == torch.float32:
+        tolerance *= 10
     results = gradients(loss, student, 3.0)
     for actual, expected in zip(results, gradients(exact, exact_student, 3.0), strict=True):
         assert relative_error(actual, expected) < tolerance

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from torchtune_lce import linear_cross_entropy
+from torchtune_lce.divergence import operands
+from torchtune_lce.divergence.function import divergence
 
 pytestmark = pytest.mark.gpu
 
@@ -99,6 +101,32 @@ def test_replay_with_a_frozen_head(dtype):
             expected = [x.clone() for x in inputs.step("cce_exact", options)]
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        graph.replay()
+        for actual, wanted in zip(outputs, expected, strict=True):
+            assert torch.equal(actual, wanted), f"{ignored} ignored"
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_replay_of_a_divergence(trained):
+    """From a teacher that is the student rolled by a token, another one in each replay."""
+    inputs = Inputs(torch.bfloat16)
+    for head in (inputs.weight, inputs.bias):
+        head.requires_grad_(trained)
+    settings = {"ignore_index": -100, "workspace_mib": 4, "impl": "cce_exact", "normalize": True}
+
+    def step():
+        student, teacher = (
+            operands.Head(name, hidden, inputs.weight, inputs.bias)
+            for name, hidden in (("student", inputs.hidden), ("teacher", inputs.hidden.detach().roll(1, 0)))
+        )
+        loss = divergence(student, teacher, inputs.targets, operands.Shares(0.3, 0.7), **settings)
+        wanted = [x for x in (inputs.hidden, inputs.weight, inputs.bias) if x.requires_grad]
+        return [loss, *torch.autograd.grad(loss, wanted)]
+
+    graph, outputs = capture(step)
+    for ignored in SHARES_IGNORED:
+        inputs.fill(ignored)
+        expected = [x.clone() for x in step()]
         graph.replay()
         for actual, wanted in zip(outputs, expected, strict=True):
             assert torch.equal(actual, wanted), f"{ignored} ignored"

@@ -8,6 +8,8 @@ pytest.importorskip("triton")
 from launches import counted
 
 from torchtune_lce import LinearCrossEntropyLoss, linear_cross_entropy
+from torchtune_lce.divergence.function import divergence
+from torchtune_lce.divergence.operands import Head, Shares
 from torchtune_lce.inputs import validation
 
 TOKENS, VOCABULARY, WIDTH = 70, 300, 32
@@ -49,6 +51,20 @@ def test_launches_of_a_step(step, way, inputs):
             kernels, operations = kernels + ON_A_CARD[0], operations + ON_A_CARD[1]
         assert len(launches.kernels) <= kernels, str(launches)
         assert len(launches.operations) <= operations, str(launches)
+
+
+@pytest.mark.parametrize(("trained", "kernels", "operations"), [(False, 8, 7), (True, 9, 8)], ids=["frozen", "both"])
+def test_launches_of_a_divergence(trained, kernels, operations, inputs):
+    """Of one strip: another one is two kernels more, or three. The mean and the gradients' scaling are torch's."""
+    hidden, weight, targets = inputs
+    student = Head("student", hidden, weight.requires_grad_(trained))
+    teacher = Head("teacher", hidden.detach().flip(0), weight.detach())
+    settings = {"ignore_index": -100, "workspace_mib": 128, "impl": "cce_exact", "normalize": True}
+    with counted() as launches:
+        loss = divergence(student, teacher, targets, Shares(0.3, 0.7), **settings)
+        torch.autograd.grad(loss, [hidden, weight] if trained else hidden)
+    assert len(launches.kernels) <= kernels, str(launches)
+    assert len(launches.operations) <= operations, str(launches)
 
 
 def test_a_launch_and_its_place_are_told(device):
