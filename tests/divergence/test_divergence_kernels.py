@@ -135,6 +135,22 @@ def test_ignored_tokens_may_hold_anything(trained, device):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-4), (torch.float16, 1.5e-3), pytest.param(torch.bfloat16, 6e-3, marks=pytest.mark.gpu)],
+)
+@pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight")], ids=["frozen", "trained"])
+def test_near_the_teacher_only_the_difference_is_rounded(trained, dtype, tolerance, device):
+    """Not q and p before, which would be some 30 times as much. Scaled, as training in float16 scales losses."""
+    student, teacher, labels = near_heads(dtype, device, 60, 400, 48, trained)
+    exact_student = in_float64(student)
+    for name in SHARES:
+        loss = 1024 * compute(student, teacher, labels, name, KERNELS)
+        exact = 1024 * by_formula(exact_student, in_float64(teacher), labels, name)
+        for actual, expected in zip(gradients(loss, student), gradients(exact, exact_student), strict=True):
+            assert relative_error(actual, expected) < tolerance
+
+
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 @pytest.mark.parametrize("of", ["student", "teacher"])
 def test_nan_and_infinity_reach_the_loss(of, value, device):
