@@ -213,17 +213,23 @@ def distilled(name, divergence_name, workspace_mib, student, teacher, targets):
 @pytest.mark.parametrize("divergence_name", DIVERGENCES)
 @pytest.mark.parametrize(("name", "workspace_mib"), [("stock", 128), ("chunked", 128), ("chunked", 16)])
 def test_formula_of_a_distillation(name, workspace_mib, divergence_name, dtype):
-    assert_distillation_planned(name, workspace_mib, divergence_name, dtype, CPU, 512, 8192)
+    found, forward, peak = planned_and_measured(name, workspace_mib, divergence_name, dtype, CPU, 512, 8192)
+    assert found.forward == pytest.approx(forward, rel=0.1)
+    assert found.peak == pytest.approx(peak, rel=0.1)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("workspace_mib", [16, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_formula_of_a_distillation_with_kernels(dtype, workspace_mib, device):
-    assert_distillation_planned("cce", workspace_mib, "Symmetric", dtype, device, 4096, 64_000)
+    """Strips of equal width do not fill the whole of the workspace."""
+    found, forward, peak = planned_and_measured("cce", workspace_mib, "Symmetric", dtype, device, 4096, 64_000)
+    assert 0.7 * found.forward <= forward <= 1.02 * found.forward
+    assert 0.7 * found.peak <= peak <= 1.02 * found.peak
 
 
-def assert_distillation_planned(name, workspace_mib, divergence_name, dtype, device, tokens, vocabulary):
+def planned_and_measured(name, workspace_mib, divergence_name, dtype, device, tokens, vocabulary):
+    """The plan, and bytes at the worst moment of the forward and of both, the teacher's states among them."""
     student, teacher = (
         Head(who, *((torch.randn(rows, size, device=device) / 8).to(dtype) for rows in (tokens, vocabulary)))
         for who, size in (("student", 64), ("teacher", 128))
@@ -232,13 +238,15 @@ def assert_distillation_planned(name, workspace_mib, divergence_name, dtype, dev
     targets = torch.randint(vocabulary, (tokens,), device=device)
     arguments = name, divergence_name, workspace_mib, student, teacher, targets
     held = []
+    if device.type == "cuda":
+        # What libraries keep once they have run is no loss's.
+        distilled(*arguments).backward()
     forward = usage(lambda: held.append(distilled(*arguments)), device, False)
     backward = usage(lambda: held.pop().backward(), device, False)
     problem = Problem(tokens, 64, vocabulary, dtype.itemsize, False, workspace_mib=1)
     found = distillation_memory(name, problem, Distillation(divergence_name, 128, workspace_mib))
     given = 0 if name == "stock" else teacher.hidden.nbytes
-    assert found.forward == pytest.approx(forward.peak + given, rel=0.1)
-    assert found.peak == pytest.approx(max(forward.peak + given, forward.kept + backward.peak), rel=0.1)
+    return found, forward.peak + given, max(forward.peak + given, forward.kept + backward.peak)
 
 
 @pytest.mark.parametrize(("tokens", "vocabulary"), [(8192, 128_256), (131_072, 256_000), (500_000, 500_000)])
