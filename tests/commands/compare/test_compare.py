@@ -113,7 +113,8 @@ def test_sections_of_a_distillation(component):
 
     assert section("stock_compiled") == {"_component_": STOCK_CHUNKED["Forward"]}
     assert section("torch_compile", "Reverse") == {"_component_": OURS["Reverse"], "impl": "torch_compile"}
-    assert section("cce", "Reverse") == {"_component_": OURS["Reverse"], "impl": "auto"}, "it has no kernels"
+    assert section("cce", "Reverse") == {"_component_": OURS["Reverse"], "impl": "auto"}, "it is a filter's name"
+    assert section("cce_exact", "Reverse") == {"_component_": OURS["Reverse"], "impl": "cce_exact"}
     mixed = {"sym_kd_ratio": 0.25}
     assert section("stock", "Symmetric", **mixed) == {"_component_": STOCK_CHUNKED["Symmetric"], **mixed}
     assert section("chunked", "Symmetric", **mixed) == {"_component_": OURS["Symmetric"], **mixed, "impl": "chunked"}
