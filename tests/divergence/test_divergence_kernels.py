@@ -278,9 +278,9 @@ def test_operator_keeps_the_rules(trained, device):
 # ---- where they run
 
 
-def test_what_they_do_not_take_is_refused():
-    student, teacher, labels = small_heads()
-    adapter = LowRank(torch.randn(TOKENS, 3), torch.randn(ENTRIES, 3), None)
+def test_what_they_do_not_take_is_refused(device):
+    student, teacher, labels = small_heads(device=device)
+    adapter = LowRank(torch.randn(TOKENS, 3, device=device), torch.randn(ENTRIES, 3, device=device), None)
     for heads in ((replace(student, low_rank=adapter), teacher), (student, replace(teacher, low_rank=adapter))):
         message = "^impl='cce_exact' does not take LoRA or DoRA on the output .*; set impl='chunked'"
         with pytest.raises(RuntimeError, match=message):
