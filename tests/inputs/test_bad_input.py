@@ -228,7 +228,7 @@ def test_bad_target_that_nobody_looks_at_is_nan(impl, trained, vocabulary, ignor
 
 @pytest.mark.parametrize("settings", [{}, {"softcap": 3.0, "z_loss": 0.1}, {"label_smoothing": 0.1}], ids=str)
 @pytest.mark.parametrize("trained", [True, False])
-@pytest.mark.parametrize("impl", [impl for impl in RUNNABLE if impl != "torch_compile"])
+@pytest.mark.parametrize("impl", RUNNABLE)
 def test_bad_target_spoils_a_mean_and_its_own_token_alone(impl, trained, settings, monkeypatch):
     """Though the mean is NaN, that of other tokens' gradients which arrives at the hidden states is right."""
     monkeypatch.setattr(validation, "is_readable", lambda targets: False)
@@ -240,14 +240,15 @@ def test_bad_target_spoils_a_mean_and_its_own_token_alone(impl, trained, setting
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("trained", [True, False])
-def test_bad_target_beside_an_adapter(scaled, trained, monkeypatch):
-    """In `chunked`, which reads the adapter's rows and scale of targets."""
+@pytest.mark.parametrize("impl", ["chunked", "torch_compile"])
+def test_bad_target_beside_an_adapter(impl, scaled, trained, monkeypatch):
+    """In those which read the adapter's rows and scale of targets."""
     monkeypatch.setattr(validation, "is_readable", lambda targets: False)
     targets = torch.tensor([0, 10, -100, 11, -1, 0, 2**40])
     hidden, weight = torch.randn(7, 8, requires_grad=True), torch.randn(11, 8)
     low = torch.randn(7, 2, requires_grad=True)
     low_rank = LowRank(low, torch.randn(11, 2, requires_grad=trained), torch.rand(11) + 0.5 if scaled else None)
-    assert_bad_targets_spoil_a_mean(hidden, weight, targets, low_rank, impl="chunked", options=Options())
+    assert_bad_targets_spoil_a_mean(hidden, weight, targets, low_rank, impl=impl, options=Options())
 
 
 def assert_bad_targets_spoil_a_mean(hidden, weight, targets, low_rank=None, **settings):

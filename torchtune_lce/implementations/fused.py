@@ -307,7 +307,9 @@ class Walk:
             end -= self.tokens - end == 1 and end - start > 2
             # Of all tokens no copy is needed.
             at = slice(start, end) if self.tokens == self.targets.shape[0] else self.used[start:end]
-            labels, states = self.targets[at].int(), hidden[at].to(self.factor)
+            # Of 64 bits, what names no entry could do so in 32.
+            labels = self.targets[at].clamp(-1, self.operands.weight.shape[0]).int()
+            states = hidden[at].to(self.factor)
             rows = Rows(at, labels, states, None if low is None else low[at].to(self.factor), memory[: end - start])
             for part, weight in self._strips(self.operands.weight):
                 torch.mm(states, weight.T, out=rows.logits[:, part])
