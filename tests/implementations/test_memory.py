@@ -15,6 +15,7 @@ from allocations import (
     usage,
 )
 from calls import compute
+from fused_steps import steps_as
 from grid import needs_compiler
 from torch.utils.checkpoint import checkpoint
 
@@ -147,6 +148,21 @@ def test_torch_compile(dtype, frozen, reduction, options, monkeypatch):
         )
         assert planned.forward == pytest.approx(forward.peak, rel=0.1)
         assert planned.backward == pytest.approx(forward.kept + backward.peak, rel=0.1)
+
+
+@pytest.mark.parametrize(("frozen", "reduction"), [(True, "none"), (True, "mean"), (False, "mean")])
+def test_torch_compile_with_long_hidden_states(frozen, reduction, monkeypatch):
+    """Copies of these and products are within the bound too, and scaling what the forward has made takes no more."""
+    monkeypatch.setattr(walk, "_WIDENING", ())
+    shape = Shape(tokens=2048, vocabulary=8, width=1024)
+    inputs = make_inputs(shape, torch.bfloat16, torch.device("cpu"))
+    inputs["weight"].requires_grad_(not frozen)
+    with torch.backends.mkldnn.flags(enabled=False), steps_as():
+        forward, backward = usage_of_both("torch_compile", inputs, reduction=reduction)
+    budget = WORKSPACE_MIB * MIB + 4 * shape.width * (shape.tokens if frozen else shape.vocabulary)
+    gradients = gradient_bytes(inputs)
+    assert forward.peak <= budget + gradients + 4 * shape.vectors()
+    assert backward.peak <= WORKSPACE_MIB * MIB + (reduction == "none") * gradients + 2 * shape.vectors()
 
 
 # A sum over few pieces, over many, of a token, of one piece; a workspace that holds no whole row.

@@ -266,12 +266,25 @@ def _differentiate_sum(ctx, d_total, *_):
         # A tracer may not write to what the forward has returned, and many upstream gradients need as many results.
         in_place = all(map(is_writable, (d_total, *found)))
         ctx.spent = ctx.spent or in_place
-        # By their data, or torch would refuse another backward, as what was saved has been written to.
         found = [
-            made if not need else made.data.mul_(by) if in_place else (made * by).to(made.dtype)
+            _scaled(made, by, in_place, ctx.settings[-1]) if need else made
             for made, by, need in zip(found, factors, needs, strict=True)
         ]
     return *_needed(found, needs), *[None] * 8
+
+
+def _scaled(made: Tensor, factor: Tensor, in_place: bool, workspace_mib: int) -> Tensor:
+    """``made`` [n, ...] times ``factor``, [] or [n, 1] in the accumulation dtype, which is not rounded."""
+    # A factor without an axis would be rounded to 16 bits on a card.
+    by = factor.expand(made.shape[0], *[1] * (made.ndim - 1))
+    if not in_place:
+        return (made * by).to(made.dtype)
+    # To multiply two dtypes a CPU widens what it reads and what it writes, all of it.
+    rows = max(workspace_mib * 2**20 // (2 * by.itemsize * made.shape[1:].numel()), 1)
+    # By its data, or torch would refuse another backward, as what was saved has been written to.
+    for part, some in zip(made.data.split(rows), by.split(rows), strict=True):
+        part.mul_(some)
+    return made.data
 
 
 def _refuse_second_derivative(ctx, *_):

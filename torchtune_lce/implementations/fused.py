@@ -249,15 +249,16 @@ def divide(
 
 
 def _divide(tokens, features, vocabulary, dtype, workspace, widened, wide_sums) -> Division:
-    factor = accumulation_dtype(dtype).itemsize if widened else dtype.itemsize
+    wide = accumulation_dtype(dtype).itemsize
+    factor = wide if widened else dtype.itemsize
     entries = vocabulary
     if widened or wide_sums:
         # Rows of the weight, and the products that are added to the gradient's.
-        entry = 2 * accumulation_dtype(dtype).itemsize * features
+        entry = 2 * wide * features
         entries = min(vocabulary, max(workspace // 4 // entry, 64))
         workspace -= entries * entry
-    # Logits; the hidden state and a product, each also as it was.
-    fitting = max(workspace // (vocabulary * factor + 2 * features * (factor + dtype.itemsize)), 1)
+    # Logits; the hidden state as it was or is for products, a product, and a row to be taken from it, also as it was.
+    fitting = max(workspace // (vocabulary * factor + 2 * features * (wide + dtype.itemsize)), 1)
     fitting = fitting // _TILE * _TILE or fitting
     even = -(-tokens // max(-(-tokens // fitting), 1)) or 1
     return Division(min(fitting, -(-even // _TILE) * _TILE), entries, wide_sums)
