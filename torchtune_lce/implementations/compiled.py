@@ -93,7 +93,7 @@ def _forward(*arguments):
             slope[rows.at] = at_target = at_target if operands.scale is None else at_target * operands.scale[labels]
             steps().write_gradient(*common, reference, factor, d_target, None)
             if low_direction.numel():
-                low_direction[rows.at] = walk.product(rows, operands.up, 1 / UNIT).to(low_direction.dtype)
+                low_direction[rows.at] = walk.product(rows, operands.up, 1 / UNIT, wide=True)
             made = walk.product(rows, operands.weight, 1 / UNIT, wide=True)
             apart[rows.at] = take_own_rows(made, operands.weight, labels, at_target)
             direction[rows.at] = made.to(direction.dtype)
