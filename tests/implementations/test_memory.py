@@ -141,7 +141,10 @@ def test_torch_compile(dtype, frozen, reduction, options, monkeypatch):
     made = frozen or reduction == "mean"
     assert forward.kept <= gradients * made + LONG.vectors()
     assert forward.peak <= budget + gradients * made + 2 * LONG.vectors()
-    assert forward.kept + backward.peak <= (not made) * budget + gradients * (1 + frozen) + 2 * LONG.vectors()
+    # What the forward has made is scaled in place; a CPU widens some of it at a time.
+    scaling = WORKSPACE_MIB * MIB if dtype == torch.bfloat16 else 0
+    taken = scaling if made else budget
+    assert forward.kept + backward.peak <= taken + gradients * (1 + frozen) + 2 * LONG.vectors()
     if reduction == "mean" and not options:
         planned = loss_memory(
             "torch_compile", Problem(LONG.tokens, LONG.width, LONG.vocabulary, 4, True, WORKSPACE_MIB)
