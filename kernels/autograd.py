@@ -22,7 +22,7 @@ from torchtune_lce.kernels import strip_operators  # defines the operators of th
 from torchtune_lce.kernels.backward import output_tiles, run_backward
 from torchtune_lce.kernels.descriptors import has_blocks
 from torchtune_lce.kernels.forward import MOST_TILES, Activity, lse_and_target_logit
-from torchtune_lce.kernels.operands import Gradients, Operands, Places, scaled_upstream, used_in
+from torchtune_lce.kernels.operands import Gradients, Operands, Places, Tail, scaled_upstream, used_in
 from torchtune_lce.kernels.operators import operator, refuse_second_derivative, rows_contiguous
 from torchtune_lce.kernels.places import compact, in_order
 from torchtune_lce.kernels.plan import make_plan
@@ -249,7 +249,7 @@ def _backward(
             tiles,
             places if may_be_in_order else None,
         )
-        tail = None
+        tail = Tail(None, None)
         if wants_tokens and not plan.is_dense and filter_hidden:
             tail = tail_direction(plan, operands, here, config)
         states = None

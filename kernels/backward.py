@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from torchtune_lce.kernels.backward_tiles import (
+    Factor,
+    Strip,
     bias_gradient_tile,
     hidden_gradient_tile,
     logit_gradient_pair,
@@ -19,7 +21,7 @@ from torchtune_lce.kernels.backward_tiles import (
 )
 from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
 from torchtune_lce.kernels.launching import launch
-from torchtune_lce.kernels.operands import Gradients, Operands, Places
+from torchtune_lce.kernels.operands import Gradients, Operands, OperandsArgument, Places, Tail, Workspace
 from torchtune_lce.kernels.plan import Plan
 from torchtune_lce.kernels.primitives import ADAPTER_STAGES, grid_barrier
 from torchtune_lce.kernels.tuning import Config, ceil_div, programs, rank_block
@@ -27,80 +29,22 @@ from torchtune_lce.kernels.tuning import Config, ceil_div, programs, rank_block
 
 @triton.jit(do_not_specialize=["row_blocks_total", "first_slot_factor"])
 def _backward_kernel(
-    hidden,
+    operands: OperandsArgument,
     hidden_rows,
     hidden_columns,
-    weight,
     weight_rows,
     weight_columns,
-    bias,
-    scales,
-    low,
-    up,
-    rows,
-    labels,
-    count,
-    row_total,
-    d_nll,
-    d_lse,
-    gradients,
+    places: Places,
+    plan: Plan,
+    strips,
+    counters,
+    workspace: Workspace,
     gradient_rows,
     gradient_columns,
-    masses,
-    scale_sums,
-    mass_before,
-    tail,
-    low_tail,
-    d_hidden,
-    sums_high,
-    sums_low,
-    d_weight,
-    d_bias,
-    d_low,
-    d_up,
-    d_scale,
-    counters,
-    entries,
-    ids,
-    first_ids,
-    pairs,
-    first_pairs,
-    strip_first,
-    strips,
-    first_slot_factor,
-    row_others,
-    row_slots,
-    rows_before,
-    column_others,
-    column_slots,
-    column_lengths,
-    entries_total,
-    features,
-    rank,
+    tail: Tail,
+    wanted: Gradients,
     row_blocks_total,
-    columns,
-    hidden_stride,
-    weight_stride,
-    low_stride,
-    up_stride,
-    softcap,
-    log2_scale,
-    HAS_BIAS: tl.constexpr,
-    HAS_LOW_RANK: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_D_LSE: tl.constexpr,
-    HAS_TAIL: tl.constexpr,
-    NEED_HIDDEN: tl.constexpr,
-    NEED_WEIGHT: tl.constexpr,
-    NEED_BIAS: tl.constexpr,
-    NEED_LOW: tl.constexpr,
-    NEED_UP: tl.constexpr,
-    NEED_SCALE: tl.constexpr,
-    DENSE: tl.constexpr,
-    HIDDEN_TMA: tl.constexpr,
-    WEIGHT_TMA: tl.constexpr,
-    GRADIENT_TMA: tl.constexpr,
+    first_slot_factor,
     ROW_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -114,97 +58,65 @@ def _backward_kernel(
 ):
     """The strips that `strips` names: the first of this launch, its end, and all there are.
 
-    A strip's logit gradients begin in `gradients` at slot ceil(end_column * first_slot_factor / ROW_BLOCK). The
-    factor is 0 in the workspace, and `features` in the weight's gradient, where that is past the strip's own rows.
+    A strip's logit gradients begin in the workspace's at slot ceil(end_column * first_slot_factor / ROW_BLOCK). The
+    factor is 0 in a workspace of their own, and D in the weight's gradient, where that is past the strip's own rows.
     `counters`, zero, are the programs that have arrived at the barrier, and the items of each strip that are taken.
+    Descriptors, two of a matrix for blocks of two shapes, are None where pointers load it.
     """
     program = tl.program_id(0)
     workers = tl.num_programs(0)
-    tokens_total = tl.load(count)
+    tokens_total = tl.load(places.count)
     row_blocks = tl.cdiv(tokens_total, ROW_BLOCK)
-    chunks = tl.cdiv(features, FEATURES)
+    entries_total = operands.entries_total
+    DENSE: tl.constexpr = plan.pairs is None
+    COPY_ENGINE: tl.constexpr = gradient_rows is not None
+    chunks = tl.cdiv(operands.features, FEATURES)
     # Work items of a column: the chunks of its weight gradient, those of `up`, then its bias gradient and its scale's.
     weight_chunks = 0
-    if NEED_WEIGHT:
+    if wanted.weight is not None:
         weight_chunks = chunks
     column_chunks = weight_chunks
-    if NEED_UP:
-        column_chunks += tl.cdiv(rank, RANK_BLOCK)
+    if wanted.up is not None:
+        column_chunks += tl.cdiv(operands.rank, RANK_BLOCK)
     bias_chunk = column_chunks
-    if NEED_BIAS:
+    if wanted.bias is not None:
         column_chunks += 1
     scale_chunk = column_chunks
-    if NEED_SCALE:
+    if wanted.scale is not None:
         column_chunks += 1
     # Of a row block: the chunks of its hidden states' gradient, then those of `low`.
     hidden_chunks = 0
-    if NEED_HIDDEN:
+    if wanted.hidden is not None:
         hidden_chunks = chunks
     row_chunks = hidden_chunks
-    if NEED_LOW:
-        row_chunks += tl.cdiv(rank, RANK_BLOCK)
+    if wanted.low is not None:
+        row_chunks += tl.cdiv(operands.rank, RANK_BLOCK)
     last_strip = tl.load(strips + 2) - 1
     arrived = 0
-    for strip in range(tl.load(strips), tl.load(strips + 1)):
-        first_column = tl.load(strip_first + strip)
-        end_column = tl.load(strip_first + strip + 1)
+    for number in range(tl.load(strips), tl.load(strips + 1)):
+        first_column = tl.load(plan.strip_first + number)
+        end_column = tl.load(plan.strip_first + number + 1)
         first_slot = tl.cdiv(end_column * first_slot_factor, ROW_BLOCK)
-        # Slots of tiles are their ids less this one.
-        first_id = tl.load(first_ids + first_column) - first_slot
+        first_id = tl.load(plan.first_id + first_column) - first_slot
+        strip = Strip(first_column, end_column, first_slot, first_id, number == 0, number == last_strip)
         first_pair = 0
         if DENSE:
             end_pair = row_blocks * tl.cdiv(end_column - first_column, WIDTH // TILE)
         else:
-            first_pair = tl.load(first_pairs + first_column)
-            end_pair = tl.load(first_pairs + end_column)
+            first_pair = tl.load(plan.first_pair + first_column)
+            end_pair = tl.load(plan.first_pair + end_column)
         for pair in range(first_pair + program, end_pair, workers):
             logit_gradient_pair(
-                hidden,
+                operands,
                 hidden_rows,
-                weight,
                 weight_rows,
-                bias,
-                scales,
-                low,
-                up,
-                rows,
-                labels,
-                row_total,
-                d_nll,
-                d_lse,
-                entries,
-                ids,
-                pairs,
-                gradients,
-                masses,
-                scale_sums,
+                places,
+                plan,
+                workspace,
+                strip,
                 pair,
-                first_pair,
-                first_column,
-                end_column,
-                first_slot,
-                first_id,
-                columns * row_blocks_total,
                 row_blocks_total,
                 tokens_total,
-                entries_total,
-                features,
-                rank,
-                hidden_stride,
-                weight_stride,
-                low_stride,
-                up_stride,
-                softcap,
-                log2_scale,
-                HAS_BIAS,
-                HAS_LOW_RANK,
-                HAS_SCALE,
-                HAS_SOFTCAP,
-                HAS_D_LSE,
-                HAS_TAIL,
-                DENSE,
-                HIDDEN_TMA,
-                WEIGHT_TMA,
                 ROW_BLOCK,
                 TILE,
                 WIDTH,
@@ -214,7 +126,7 @@ def _backward_kernel(
                 PRECISION,
             )
         arrived += workers
-        grid_barrier(counters, arrived, GRADIENT_TMA)
+        grid_barrier(counters, arrived, COPY_ENGINE)
         column_items = (end_column - first_column) * column_chunks
         items = column_items + row_blocks * row_chunks
         item = program
@@ -222,29 +134,26 @@ def _backward_kernel(
             if item < column_items:
                 column = first_column + item // column_chunks
                 chunk = item % column_chunks
-                if NEED_WEIGHT:
+                if wanted.weight is not None:
                     if chunk < weight_chunks:
                         weight_gradient_tile(
-                            hidden,
-                            hidden_columns,
-                            rows,
-                            entries,
-                            column_others,
-                            column_slots,
-                            column_lengths,
-                            gradients,
+                            Factor(
+                                operands.hidden,
+                                hidden_columns,
+                                operands.hidden_stride,
+                                operands.features,
+                                wanted.weight,
+                            ),
+                            entries_total,
+                            places,
+                            plan,
+                            workspace,
                             gradient_rows,
-                            d_weight,
+                            strip,
                             column,
                             chunk,
-                            first_id,
                             row_blocks_total,
                             tokens_total,
-                            entries_total,
-                            features,
-                            hidden_stride,
-                            HIDDEN_TMA,
-                            GRADIENT_TMA,
                             ROW_BLOCK,
                             TILE,
                             FEATURES,
@@ -253,29 +162,20 @@ def _backward_kernel(
                             PRECISION,
                             None,
                         )
-                if NEED_UP:
+                if wanted.up is not None:
                     if (chunk >= weight_chunks) & (chunk < bias_chunk):
                         weight_gradient_tile(
-                            low,
-                            None,
-                            rows,
-                            entries,
-                            column_others,
-                            column_slots,
-                            column_lengths,
-                            gradients,
+                            Factor(operands.low, None, operands.low_stride, operands.rank, wanted.up),
+                            entries_total,
+                            places,
+                            plan,
+                            workspace,
                             gradient_rows,
-                            d_up,
+                            strip,
                             column,
                             chunk - weight_chunks,
-                            first_id,
                             row_blocks_total,
                             tokens_total,
-                            entries_total,
-                            rank,
-                            low_stride,
-                            False,
-                            GRADIENT_TMA,
                             ROW_BLOCK,
                             TILE,
                             RANK_BLOCK,
@@ -284,76 +184,53 @@ def _backward_kernel(
                             PRECISION,
                             ADAPTER_STAGES,
                         )
-                if NEED_BIAS:
+                if wanted.bias is not None:
                     if chunk == bias_chunk:
                         bias_gradient_tile(
-                            entries,
-                            column_slots,
-                            column_lengths,
-                            gradients,
-                            d_bias,
-                            column,
-                            first_id,
-                            row_blocks_total,
+                            wanted.bias,
                             entries_total,
+                            plan,
+                            workspace,
+                            strip,
+                            column,
+                            row_blocks_total,
                             ROW_BLOCK,
                             TILE,
                         )
-                if NEED_SCALE:
+                if wanted.scale is not None:
                     if chunk == scale_chunk:
                         scale_gradient_tile(
-                            entries,
-                            column_slots,
-                            column_lengths,
-                            scale_sums,
-                            d_scale,
-                            column,
-                            first_id,
-                            row_blocks_total,
-                            entries_total,
-                            TILE,
+                            wanted.scale, entries_total, plan, workspace, strip, column, row_blocks_total, TILE
                         )
             else:
                 row_block = (item - column_items) // row_chunks
                 chunk = (item - column_items) % row_chunks
-                begin = tl.load(rows_before + row_block.to(tl.int64) * (columns + 1) + first_column)
-                end = tl.load(rows_before + row_block.to(tl.int64) * (columns + 1) + end_column)
-                if NEED_HIDDEN:
+                rows_before = plan.rows_before + row_block.to(tl.int64) * (plan.columns_total + 1)
+                begin = tl.load(rows_before + first_column)
+                end = tl.load(rows_before + end_column)
+                if wanted.hidden is not None:
                     if chunk < hidden_chunks:
                         hidden_gradient_tile(
-                            weight,
-                            weight_columns,
-                            rows,
-                            entries,
-                            row_others,
-                            row_slots,
+                            Factor(
+                                operands.weight,
+                                weight_columns,
+                                operands.weight_stride,
+                                operands.features,
+                                wanted.hidden,
+                            ),
+                            tail.hidden,
+                            entries_total,
+                            places,
+                            plan,
+                            workspace,
+                            gradient_columns,
+                            strip,
                             begin,
                             end,
-                            gradients,
-                            gradient_columns,
-                            masses,
-                            mass_before,
-                            tail,
-                            d_nll,
-                            d_lse,
-                            d_hidden,
-                            sums_high,
-                            sums_low,
                             row_block,
                             chunk,
-                            first_id,
-                            strip == 0,
-                            strip == last_strip,
                             chunk == 0,
-                            columns,
                             tokens_total,
-                            entries_total,
-                            features,
-                            weight_stride,
-                            HAS_D_LSE,
-                            HAS_TAIL,
-                            WEIGHT_TMA,
-                            GRADIENT_TMA,
                             ROW_BLOCK,
                             TILE,
                             FEATURES,
@@ -362,43 +239,24 @@ def _backward_kernel(
                             PRECISION,
                             None,
                         )
-                if NEED_LOW:
+                if wanted.low is not None:
                     if chunk >= hidden_chunks:
                         hidden_gradient_tile(
-                            up,
-                            None,
-                            rows,
-                            entries,
-                            row_others,
-                            row_slots,
+                            Factor(operands.up, None, operands.up_stride, operands.rank, wanted.low),
+                            tail.low,
+                            entries_total,
+                            places,
+                            plan,
+                            workspace,
+                            gradient_columns,
+                            strip,
                             begin,
                             end,
-                            gradients,
-                            gradient_columns,
-                            masses,
-                            mass_before,
-                            low_tail,
-                            d_nll,
-                            d_lse,
-                            d_low,
-                            None,
-                            None,
                             row_block,
                             chunk - hidden_chunks,
-                            first_id,
-                            strip == 0,
-                            strip == last_strip,
                             # Where hidden states have a gradient too, an item of theirs does.
                             (hidden_chunks == 0) & (chunk == 0),
-                            columns,
                             tokens_total,
-                            entries_total,
-                            rank,
-                            up_stride,
-                            HAS_D_LSE,
-                            HAS_TAIL,
-                            False,
-                            GRADIENT_TMA,
                             ROW_BLOCK,
                             TILE,
                             RANK_BLOCK,
@@ -408,9 +266,9 @@ def _backward_kernel(
                             ADAPTER_STAGES,
                         )
             # Items differ in length, so whoever is done takes the next one: who computes it changes no bit of it.
-            item = workers + tl.atomic_add(counters + 1 + strip, 1, sem="relaxed", scope="gpu")
+            item = workers + tl.atomic_add(counters + 1 + number, 1, sem="relaxed", scope="gpu")
         arrived += workers
-        grid_barrier(counters, arrived, GRADIENT_TMA)
+        grid_barrier(counters, arrived, COPY_ENGINE)
 
 
 def run_backward(
@@ -419,7 +277,7 @@ def run_backward(
     in_order: Tensor | None,  # [M, D]: hidden[rows], for the copy engine
     may_be_in_order: bool,  # whether it is that only where the plan has strips in order
     places: Places,
-    tail: tuple[Tensor, Tensor | None] | None,  # tail_direction, added to the gradients of hidden and low
+    tail: Tail,
     strip_tiles: int,
     wanted: Gradients,
     config: Config,
@@ -427,20 +285,7 @@ def run_backward(
     """Launches the backward for the places of ``rows``; reads nothing back to the host."""
     hidden, weight = operands.hidden, operands.weight
     device, features = hidden.device, hidden.shape[1]
-    workspace = hidden.new_empty((strip_tiles, config.row_block, config.entry_tile))
-    sums_high = sums_low = None
-    if wanted.hidden is not None and wanted.hidden.element_size() == 2:
-        sums_high = wanted.hidden.view(torch.int16)
-        sums_low = sums_high.new_empty((places.rows.numel(), features))
-    scale_sums = None
-    if wanted.scale is not None:
-        scale_sums = wanted.scale.new_empty((strip_tiles, config.entry_tile))
-    of_tail = nothing = (None,) * 3
-    masses = None
-    if tail is not None:
-        new_empty = places.row_total.new_empty
-        masses = new_empty((strip_tiles, config.row_block))
-        of_tail = new_empty(places.rows.numel()), *tail
+    workspace = _workspace(operands, places, tail, strip_tiles, wanted, config)
     by_row = None, None
     counters = iter(plan.counters)
 
@@ -451,83 +296,34 @@ def run_backward(
         return in_blocks(flat, config.block_k, config.entry_tile), in_blocks(flat, config.row_block, config.block_k)
 
     def run(
+        plan: Plan,
         strips: Tensor,
-        gradients: Tensor,
+        workspace: Workspace,
+        tail: Tail,
         first_slot_factor: int,
         hidden_blocks: tuple,
         weight_blocks: tuple,
-        dense: bool,
     ) -> None:
         launch(
             _backward_kernel,
             (programs(device),),
             (
-                hidden,
+                operands.argument,
                 *hidden_blocks,
-                weight,
                 *weight_blocks,
-                operands.bias,
-                operands.scale,
-                operands.low,
-                operands.up,
-                places.rows,
-                places.labels,
-                places.count,
-                places.row_total,
-                places.d_nll,
-                places.d_lse,
-                gradients,
-                *gradient_blocks(gradients),
-                None if dense else masses,
-                scale_sums,
-                *(nothing if dense else of_tail),
-                wanted.hidden,
-                sums_high,
-                sums_low,
-                wanted.weight,
-                wanted.bias,
-                wanted.low,
-                wanted.up,
-                wanted.scale,
-                next(counters),
-                plan.entries,
-                None if dense else plan.ids,
-                plan.first_id,
-                None if dense else plan.pairs,
-                None if dense else plan.first_pair,
-                plan.strip_first,
+                places,
+                plan,
                 strips,
-                first_slot_factor,
-                plan.rows.other,
-                plan.rows.slot,
-                plan.rows_before,
-                plan.columns.other,
-                plan.columns.slot,
-                plan.columns_length,
-                weight.shape[0],
-                features,
-                operands.rank,
+                next(counters),
+                workspace,
+                *gradient_blocks(workspace.gradients),
+                tail,
+                wanted,
                 ceil_div(places.rows.numel(), config.row_block),
-                plan.columns_length.numel(),
-                *operands.row_strides,
-                operands.softcap or 1.0,
-                operands.log2_scale,
+                first_slot_factor,
             ),
             # Starts only when all of the grid fits, as its barrier needs.
             launch_cooperative_grid=True,
-            **operands.flags,
-            HAS_D_LSE=places.d_lse is not None,
-            HAS_TAIL=tail is not None and not dense,
-            NEED_HIDDEN=wanted.hidden is not None,
-            NEED_WEIGHT=wanted.weight is not None,
-            NEED_BIAS=wanted.bias is not None,
-            NEED_LOW=wanted.low is not None,
-            NEED_UP=wanted.up is not None,
-            NEED_SCALE=wanted.scale is not None,
-            DENSE=dense,
-            HIDDEN_TMA=hidden_blocks[0] is not None,
-            WEIGHT_TMA=weight_blocks[0] is not None,
-            GRADIENT_TMA=config.tma and gradients.element_size() == 2,
             ROW_BLOCK=config.row_block,
             TILE=config.entry_tile,
             WIDTH=config.forward_entries,
@@ -555,16 +351,34 @@ def run_backward(
         )
     # The plan leaves launches without strips where the host does not know.
     if not plan.is_dense:
-        run(plan.sparse_strips, workspace, 0, by_row if may_be_in_order else hidden_blocks, by_row, dense=False)
-    dense = [(plan.dense_strips, plan.dense_strips_by_row, workspace, 0)]
+        run(plan, plan.sparse_strips, workspace, tail, 0, by_row if may_be_in_order else hidden_blocks, by_row)
+    own = workspace._replace(masses=None, mass_before=None)
+    dense = [(plan.dense_strips, plan.dense_strips_by_row, own, 0)]
     if output_tiles(wanted, config):
         # Rows of the weight's gradient that are not written yet hold the logit gradients of the strips before them.
         output = wanted.weight.view(-1)[: output_tiles(wanted, config) * _tile_numel(config)]
-        dense.insert(0, (plan.output_strips, plan.output_strips_by_row, output, features))
-    for strips, strips_by_row, gradients, factor in dense:
-        run(strips, gradients, factor, hidden_blocks, weight_blocks, dense=True)
+        dense.insert(0, (plan.output_strips, plan.output_strips_by_row, own._replace(gradients=output), features))
+    for strips, strips_by_row, workspace, factor in dense:
+        run(plan.dense, strips, workspace, Tail(None, None), factor, hidden_blocks, weight_blocks)
         if may_be_in_order:
-            run(strips_by_row, gradients, factor, by_row, weight_blocks, dense=True)
+            run(plan.dense, strips_by_row, workspace, Tail(None, None), factor, by_row, weight_blocks)
+
+
+def _workspace(
+    operands: Operands, places: Places, tail: Tail, strip_tiles: int, wanted: Gradients, config: Config
+) -> Workspace:
+    hidden, new_empty = operands.hidden, places.row_total.new_empty  # of float32
+    tokens = places.rows.numel()
+    masses = mass_before = scale_sums = sums_high = sums_low = None
+    gradients = hidden.new_empty((strip_tiles, config.row_block, config.entry_tile))
+    if wanted.hidden is not None and wanted.hidden.element_size() == 2:
+        sums_high = wanted.hidden.view(torch.int16)
+        sums_low = sums_high.new_empty((tokens, hidden.shape[1]))
+    if wanted.scale is not None:
+        scale_sums = new_empty((strip_tiles, config.entry_tile))
+    if tail.hidden is not None:
+        masses, mass_before = new_empty((strip_tiles, config.row_block)), new_empty(tokens)
+    return Workspace(gradients, masses, mass_before, scale_sums, sums_high, sums_low)
 
 
 def _tile_numel(config: Config) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
 from torchtune_lce.kernels.launching import Repeated, launch
-from torchtune_lce.kernels.operands import Operands
+from torchtune_lce.kernels.operands import Operands, OperandsArgument
 from torchtune_lce.kernels.primitives import add_low_rank, bitwise_or, softcapped, tile_coordinates, times_log2
 from torchtune_lce.kernels.tuning import Config, ceil_div, config_for, programs
 
@@ -56,25 +56,18 @@ class Activity:
 @triton.jit
 def _tile_statistics(
     logits,  # [tokens, ENTRIES] float32 accumulator
+    operands: OperandsArgument,
     tokens,
     tokens_total,
     entry_tile,
-    bias,
-    scales,
     running,
     statistics,
     words,
     words_stride,
     tokens_stride,
     row_block,
-    entries_total,
     first_tile,
     log2_eps,
-    softcap,
-    log2_scale,
-    HAS_BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     RECORD: tl.constexpr,
     ENTROPY: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -87,21 +80,22 @@ def _tile_statistics(
     """
     token_mask = tokens < tokens_total
     entries = entry_tile * ENTRIES + tl.arange(0, ENTRIES)
-    if HAS_BIAS:
-        logits += tl.load(bias + entries, mask=entries < entries_total, other=0.0).to(tl.float32)[None, :]
-    if HAS_SCALE:
-        logits *= tl.load(scales + entries, mask=entries < entries_total, other=0.0)[None, :]
-    if HAS_SOFTCAP:
-        logits = softcapped(logits, softcap)
+    inside = entries < operands.entries_total
+    if operands.bias is not None:
+        logits += tl.load(operands.bias + entries, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if operands.scale is not None:
+        logits *= tl.load(operands.scale + entries, mask=inside, other=0.0)[None, :]
+    if operands.softcap is not None:
+        logits = softcapped(logits, operands.softcap)
     if RAGGED:
-        logits = tl.where((entries < entries_total)[None, :], logits, float("-inf"))
+        logits = tl.where(inside[None, :], logits, float("-inf"))
 
     peak = tl.max(logits, 1)
     tl.store(statistics + tokens, peak, mask=token_mask)
     # A row of -inf alone must not become -inf - -inf.
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     # The difference first: it is exact where it is small, and the least finite number as an exponent of 2 is -inf.
-    powers = tl.exp2((logits - peak[:, None]) * log2_scale)
+    powers = tl.exp2((logits - peak[:, None]) * operands.log2_scale)
     total = tl.sum(powers, 1)
     if ENTROPY:
         # Not of the exponents themselves: for those beside their powers there are no registers.
@@ -113,7 +107,7 @@ def _tile_statistics(
         known = tokens < tl.where(first_tile > 0, tokens_total, 0)
         known_peak = tl.load(running + tokens, mask=known, other=0.0)
         known_peak = tl.where(token_mask, tl.where(known, known_peak, float("-inf")), float("inf"))
-        bound = tl.exp2((known_peak - peak) * log2_scale + log2_eps)
+        bound = tl.exp2((known_peak - peak) * operands.log2_scale + log2_eps)
         bound *= tl.load(running + tokens_stride + tokens, mask=known, other=1.0)
         # `<` and not `>=`: a NaN must be kept, so that it reaches the gradients.
         below = powers < bound[:, None]
@@ -164,12 +158,7 @@ def _mark_flat_row_block(
 
 @triton.jit(do_not_specialize=["tokens_stride"])
 def _target_kernel(
-    hidden,
-    weight,
-    bias,
-    scales,
-    low,
-    up,
+    operands: OperandsArgument,
     labels,
     count,
     running,
@@ -178,19 +167,8 @@ def _target_kernel(
     mean_exponent,
     words,
     dropped_mass,
-    features,
-    rank,
-    hidden_stride,
-    weight_stride,
-    low_stride,
-    up_stride,
     tokens_stride,
     words_stride,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_LOW_RANK: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     RECORD: tl.constexpr,
     LIMIT: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
@@ -210,36 +188,25 @@ def _target_kernel(
     mask = tokens < tokens_total
     label = tl.load(labels + tokens, mask=mask, other=0)
     depth = tl.arange(0, BLOCK_D)
-    hidden_rows = hidden + tokens.to(tl.int64)[:, None] * hidden_stride
-    weight_rows = weight + label.to(tl.int64)[None, :] * weight_stride
+    hidden_rows = operands.hidden + tokens.to(tl.int64)[:, None] * operands.hidden_stride
+    weight_rows = operands.weight + label.to(tl.int64)[None, :] * operands.weight_stride
     logits = tl.zeros((TOKENS, TOKENS), tl.float32)
-    if HAS_LOW_RANK:
-        logits = add_low_rank(
-            logits,
-            low,
-            tokens,
-            mask,
-            up,
-            label,
-            mask,
-            rank,
-            low_stride,
-            up_stride,
-            PRECISION,
-        )
-    for start in range(0, features, BLOCK_D):
+    if operands.low is not None:
+        logits = add_low_rank(logits, operands, tokens, mask, label, mask, PRECISION)
+    for start in range(0, operands.features, BLOCK_D):
         d = start + depth
-        a = tl.load(hidden_rows + d[None, :], mask=mask[:, None] & (d < features)[None, :], other=0.0)
-        b = tl.load(weight_rows + d[:, None], mask=mask[None, :] & (d < features)[:, None], other=0.0)
+        exists = d < operands.features
+        a = tl.load(hidden_rows + d[None, :], mask=mask[:, None] & exists[None, :], other=0.0)
+        b = tl.load(weight_rows + d[:, None], mask=mask[None, :] & exists[:, None], other=0.0)
         logits = tl.dot(a, b, logits, input_precision=PRECISION)
     own = tl.arange(0, TOKENS)[:, None] == tl.arange(0, TOKENS)[None, :]
     target = tl.sum(tl.where(own, logits, 0.0), 1)
-    if HAS_BIAS:
-        target += tl.load(bias + label, mask=mask, other=0.0).to(tl.float32)
-    if HAS_SCALE:
-        target *= tl.load(scales + label, mask=mask, other=0.0)
-    if HAS_SOFTCAP:
-        target = softcapped(target, softcap)
+    if operands.bias is not None:
+        target += tl.load(operands.bias + label, mask=mask, other=0.0).to(tl.float32)
+    if operands.scale is not None:
+        target *= tl.load(operands.scale + label, mask=mask, other=0.0)
+    if operands.softcap is not None:
+        target = softcapped(target, operands.softcap)
     tl.store(target_logit + tokens, target, mask=mask)
     tl.store(row_total + 2 * tokens, tl.load(running + tokens, mask=mask, other=0.0), mask=mask)
     total = tl.load(running + tokens_stride + tokens, mask=mask, other=1.0)
@@ -270,34 +237,16 @@ def _target_kernel(
 # What differs from phase to phase and from batch to batch is no reason to compile anew.
 @triton.jit(do_not_specialize=["tokens_stride", "first_tile", "tiles"])
 def _pointer_kernel(
-    hidden,
-    weight,
-    bias,
-    scales,
-    low,
-    up,
+    operands: OperandsArgument,
     count,
     running,
     statistics,
     words,
-    entries_total,
-    features,
-    rank,
-    hidden_stride,
-    weight_stride,
-    low_stride,
-    up_stride,
     tokens_stride,
     words_stride,
     log2_eps,
-    softcap,
-    log2_scale,
     first_tile,
     tiles,
-    HAS_BIAS: tl.constexpr,
-    HAS_LOW_RANK: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     RECORD: tl.constexpr,
     ENTROPY: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -315,52 +264,33 @@ def _pointer_kernel(
         tokens = row_block * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
         token_mask = tokens < tokens_total
         entries = entry_tile * ENTRIES + tl.arange(0, ENTRIES)
+        inside = entries < operands.entries_total
         depth = tl.arange(0, BLOCK_D)
-        hidden_rows = hidden + tokens.to(tl.int64)[:, None] * hidden_stride
-        weight_rows = weight + entries.to(tl.int64)[None, :] * weight_stride
+        hidden_rows = operands.hidden + tokens.to(tl.int64)[:, None] * operands.hidden_stride
+        weight_rows = operands.weight + entries.to(tl.int64)[None, :] * operands.weight_stride
         logits = tl.zeros((ROW_BLOCK, ENTRIES), tl.float32)
-        if HAS_LOW_RANK:
-            logits = add_low_rank(
-                logits,
-                low,
-                tokens,
-                token_mask,
-                up,
-                entries,
-                entries < entries_total,
-                rank,
-                low_stride,
-                up_stride,
-                PRECISION,
-            )
-        for start in range(0, features, BLOCK_D):
+        if operands.low is not None:
+            logits = add_low_rank(logits, operands, tokens, token_mask, entries, inside, PRECISION)
+        for start in range(0, operands.features, BLOCK_D):
             d = start + depth
-            a = tl.load(hidden_rows + d[None, :], mask=token_mask[:, None] & (d < features)[None, :], other=0.0)
-            b = tl.load(
-                weight_rows + d[:, None], mask=(entries < entries_total)[None, :] & (d < features)[:, None], other=0.0
-            )
+            exists = d < operands.features
+            a = tl.load(hidden_rows + d[None, :], mask=token_mask[:, None] & exists[None, :], other=0.0)
+            b = tl.load(weight_rows + d[:, None], mask=inside[None, :] & exists[:, None], other=0.0)
             logits = tl.dot(a, b, logits, input_precision=PRECISION)
         _tile_statistics(
             logits,
+            operands,
             tokens,
             tokens_total,
             entry_tile,
-            bias,
-            scales,
             running,
             statistics + column.to(tl.int64) * tokens_stride * (2 + RECORD + ENTROPY),
             words,
             words_stride,
             tokens_stride,
             row_block,
-            entries_total,
             first_tile,
             log2_eps,
-            softcap,
-            log2_scale,
-            HAS_BIAS,
-            HAS_SCALE,
-            HAS_SOFTCAP,
             RECORD,
             ENTROPY,
             RAGGED,
@@ -371,34 +301,18 @@ def _pointer_kernel(
 
 @triton.jit(do_not_specialize=["tokens_stride", "first_tile", "tiles"])
 def _descriptor_kernel(
-    hidden,
-    weight,
-    bias,
-    scales,
-    low,
-    up,
+    operands: OperandsArgument,
+    hidden_blocks,
+    weight_blocks,
     count,
     running,
     statistics,
     words,
-    entries_total,
-    features,
-    rank,
-    hidden_stride,
-    weight_stride,
-    low_stride,
-    up_stride,
     tokens_stride,
     words_stride,
     log2_eps,
-    softcap,
-    log2_scale,
     first_tile,
     tiles,
-    HAS_BIAS: tl.constexpr,
-    HAS_LOW_RANK: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     RECORD: tl.constexpr,
     ENTROPY: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -408,58 +322,41 @@ def _descriptor_kernel(
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """:func:`_pointer_kernel` with `hidden` and `weight` as tensor descriptors: the copy engine loads the tiles.
+    """:func:`_pointer_kernel` with hidden states and weight as descriptors too: the copy engine loads the tiles.
 
     Flattening the loop over tiles lets the loads of the next tile start while this one's statistics are computed; a
     second loop in it, over an adapter's rank, cannot be flattened.
     """
     tokens_total = tl.load(count)
     row_blocks = tl.cdiv(tokens_total, ROW_BLOCK)
-    for index in tl.range(tl.program_id(0), row_blocks * tiles, tl.num_programs(0), flatten=not HAS_LOW_RANK):
+    FLATTEN: tl.constexpr = operands.low is None
+    for index in tl.range(tl.program_id(0), row_blocks * tiles, tl.num_programs(0), flatten=FLATTEN):
         row_block, column = tile_coordinates(index, row_blocks, tiles, GROUP)
         entry_tile = first_tile + column
         tokens = row_block * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
         logits = tl.zeros((ROW_BLOCK, ENTRIES), tl.float32)
-        if HAS_LOW_RANK:
+        if operands.low is not None:
             entries = entry_tile * ENTRIES + tl.arange(0, ENTRIES)
-            logits = add_low_rank(
-                logits,
-                low,
-                tokens,
-                tokens < tokens_total,
-                up,
-                entries,
-                entries < entries_total,
-                rank,
-                low_stride,
-                up_stride,
-                PRECISION,
-            )
-        for start in range(0, features, BLOCK_D):
-            a = hidden.load([row_block * ROW_BLOCK, start])
-            b = weight.load([entry_tile * ENTRIES, start])
+            inside = entries < operands.entries_total
+            logits = add_low_rank(logits, operands, tokens, tokens < tokens_total, entries, inside, PRECISION)
+        for start in range(0, operands.features, BLOCK_D):
+            a = hidden_blocks.load([row_block * ROW_BLOCK, start])
+            b = weight_blocks.load([entry_tile * ENTRIES, start])
             logits = tl.dot(a, b.T, logits, input_precision=PRECISION)
         _tile_statistics(
             logits,
+            operands,
             tokens,
             tokens_total,
             entry_tile,
-            bias,
-            scales,
             running,
             statistics + column.to(tl.int64) * tokens_stride * (2 + RECORD + ENTROPY),
             words,
             words_stride,
             tokens_stride,
             row_block,
-            entries_total,
             first_tile,
             log2_eps,
-            softcap,
-            log2_scale,
-            HAS_BIAS,
-            HAS_SCALE,
-            HAS_SOFTCAP,
             RECORD,
             ENTROPY,
             RAGGED,
@@ -564,38 +461,26 @@ def lse_and_target_logit(
     """Launches the forward for one piece of tokens; reads nothing back to the host. Fills nothing past the count."""
     hidden, weight = operands.hidden, operands.weight
     config = config_for(hidden.device, hidden.dtype)
-    tokens, features = hidden.shape
-    vocabulary = weight.shape[0]
+    tokens, vocabulary = hidden.shape[0], weight.shape[0]
     plan = phases(vocabulary, config.forward_entries)
     with_entropy = mean_exponent is not None
     # Of each token: its largest logit, its sum, that of its inactive entries and that times exponents, where wanted.
     running = hidden.new_empty((2 + (activity is not None) + with_entropy, tokens), dtype=torch.float32)
     statistics = hidden.new_empty((max(width for _, width in plan), *running.shape), dtype=torch.float32)
-    kernel, hidden_operand, weight_operand = _kernel_for(hidden, weight, config)
+    kernel, blocks = _kernel_for(hidden, weight, config)
     tile_statistics = Repeated(
         kernel,
         (
-            hidden_operand,
-            weight_operand,
-            operands.bias,
-            operands.scale,
-            operands.low,
-            operands.up,
+            operands.argument,
+            *blocks,
             count,
             running,
             statistics,
             activity.words if activity else None,
-            vocabulary,
-            features,
-            operands.rank,
-            *operands.row_strides,
             tokens,
             activity.words.stride(0) if activity else 0,
             log2_eps,
-            operands.softcap or 1.0,
-            operands.log2_scale,
         ),
-        **operands.flags,
         RECORD=activity is not None,
         ENTROPY=with_entropy,
         ROW_BLOCK=config.row_block,
@@ -624,12 +509,7 @@ def lse_and_target_logit(
         _target_kernel,
         (ceil_div(tokens, config.sample),),
         (
-            hidden,
-            weight,
-            operands.bias,
-            operands.scale,
-            operands.low,
-            operands.up,
+            operands.argument,
             labels,
             count,
             running,
@@ -638,14 +518,9 @@ def lse_and_target_logit(
             mean_exponent,
             activity.words if activity else None,
             activity.dropped_mass if activity else None,
-            features,
-            operands.rank,
-            *operands.row_strides,
             tokens,
             activity.words.stride(0) if activity else 0,
-            operands.softcap or 1.0,
         ),
-        **operands.flags,
         RECORD=activity is not None,
         LIMIT=DROPPED_MASS_LIMIT,
         ROW_BLOCK=config.row_block,
@@ -658,12 +533,11 @@ def lse_and_target_logit(
     )
 
 
-def _kernel_for(hidden: Tensor, weight: Tensor, config: Config):
-    """The kernel and how it takes its matrices."""
+def _kernel_for(hidden: Tensor, weight: Tensor, config: Config) -> tuple:
+    """The kernel and its descriptors."""
     if not has_blocks(config, hidden, weight):
-        return _pointer_kernel, hidden, weight
-    return (
-        _descriptor_kernel,
+        return _pointer_kernel, ()
+    return _descriptor_kernel, (
         in_blocks(hidden, config.row_block, config.block_d),
         in_blocks(weight, config.forward_entries, config.block_d),
     )

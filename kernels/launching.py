@@ -5,6 +5,10 @@ them, that takes the host longer than few tokens take the card. Here a launch is
 by: dtypes, whether addresses are multiples of 16, and the numbers that the kernel does not list as unspecialized.
 """
 
+import itertools
+from collections.abc import Iterable
+
+from torch import Tensor, device
 from triton.runtime.jit import JITFunction
 
 from torchtune_lce.kernels.compiling import Way, leave_if_worthwhile, way
@@ -16,10 +20,13 @@ _compiled = {}
 MOST_COMPILED = 4096
 # Of a kernel's function, which is hashed faster than the kernel: which parameters are specialized, constexprs' names.
 _parameters = {}
+ALL = itertools.repeat(True)
 
 
 def launch(kernel, grid: tuple[int, ...], arguments: tuple, **constants) -> None:
-    """``arguments`` are the kernel's up to its constexprs; ``constants`` these, and how it runs."""
+    """``arguments`` are the kernel's up to its constexprs, some of them named tuples; ``constants`` these, and how it
+    runs. Tensor descriptors are arguments of their own: launchers before Triton 3.9 find none in a tuple.
+    """
     Repeated(kernel, arguments, **constants)(grid)
 
 
@@ -77,27 +84,45 @@ def _parameters_of(kernel: JITFunction) -> tuple[list[bool], list[str]]:
     return found
 
 
-def _told_apart(arguments: tuple, are_specialized: list[bool]) -> tuple[list, tuple]:
-    """The arguments, tensors by their addresses; and all that Triton specializes by."""
-    given, key, device = [], [], None
+def _told_apart(arguments: tuple, are_specialized: Iterable[bool]) -> tuple[list, tuple]:
+    """The arguments, tensors by their addresses; and all that Triton specializes by, first the device."""
+    key = [_device(arguments)]
+    given = _given(arguments, are_specialized, key)
+    return given, tuple(key)
+
+
+def _given(arguments: tuple, are_specialized: Iterable[bool], key: list) -> list:
+    given = []
     for argument, is_specialized in zip(arguments, are_specialized, strict=False):
         # By type: an isinstance of Tensor takes longer than all else here.
         kind = type(argument)
-        if kind is int:
+        if argument is None or kind is float:
+            given.append(argument)
+            key.append(kind)
+        elif kind is int:
             given.append(argument)
             key.append(-(2**31) <= argument < 2**31)
             if is_specialized:
                 # A 1 is a constant; and equal to True.
                 key.append("1" if argument == 1 else argument % 16 == 0)
-        elif argument is None or kind is float:
-            given.append(argument)
-            key.append(kind)
-        elif kind.__name__ == "TensorDescriptor":
+        elif kind is not Tensor and issubclass(kind, tuple):
+            # What is in one is specialized, all of it.
+            given.append(tuple(_given(argument, ALL, key)))
+        elif kind is not Tensor and kind.__name__ == "TensorDescriptor":
             given.append(argument)
             key += argument.base.dtype, tuple(argument.block_shape)
         else:
             address = argument.data_ptr()
-            device = device or argument.device
             given.append(address)
-            key += argument.dtype, address % 16 == 0
-    return given, (device, *key)
+            key.append(argument.dtype)
+            key.append(address % 16 == 0)
+    return given
+
+
+def _device(arguments: tuple) -> device | None:
+    """Of the first tensor."""
+    for argument in arguments:
+        found = _device(argument) if isinstance(argument, tuple) else getattr(argument, "device", None)
+        if found is not None:
+            return found
+    return None

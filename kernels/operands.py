@@ -1,5 +1,9 @@
-"""What the operators hand to the launchers: operands of the logits, places of tokens, gradients to be filled."""
+"""What the operators hand to the launchers: operands of the logits, places of tokens, gradients to be filled.
 
+Kernels take a named tuple as one argument. None stands in it for what there is not, which compiled kernels know.
+"""
+
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -32,21 +36,46 @@ class Operands:
     def rank(self) -> int:
         return 1 if self.low is None else self.low.shape[1]
 
-    @property
-    def row_strides(self) -> tuple[int, int, int, int]:
-        """Of hidden, weight, low and up; anything without an adapter."""
+    @functools.cached_property
+    def argument(self) -> "OperandsArgument":
+        """As kernels take them."""
         adapter = (1, 1) if self.low is None else (self.low.stride(0), self.up.stride(0))
-        return self.hidden.stride(0), self.weight.stride(0), *adapter
+        return OperandsArgument(
+            self.hidden,
+            self.weight,
+            self.bias,
+            self.scale,
+            self.low,
+            self.up,
+            self.hidden.shape[1],
+            self.weight.shape[0],
+            self.rank,
+            self.hidden.stride(0),
+            self.weight.stride(0),
+            *adapter,
+            self.softcap,
+            self.log2_scale,
+        )
 
-    @property
-    def flags(self) -> dict[str, bool]:
-        """Which of the optional ones there are, as the kernels are told."""
-        return {
-            "HAS_BIAS": self.bias is not None,
-            "HAS_LOW_RANK": self.low is not None,
-            "HAS_SCALE": self.scale is not None,
-            "HAS_SOFTCAP": self.softcap is not None,
-        }
+
+class OperandsArgument(NamedTuple):
+    """:class:`Operands` in a kernel: pointers, sizes and strides of rows."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    scale: Tensor | None  # [V] float32
+    low: Tensor | None  # [N, r]
+    up: Tensor | None  # [V, r]
+    features: int  # D
+    entries_total: int  # V
+    rank: int
+    hidden_stride: int
+    weight_stride: int
+    low_stride: int
+    up_stride: int
+    softcap: float | None
+    log2_scale: float
 
 
 def scaled_upstream(upstream: Tensor | None, logit_scale: float) -> Tensor | None:
@@ -61,8 +90,7 @@ def used_in(piece: slice, count: Tensor, tokens: int) -> Tensor:
     return (count - piece.start).clamp(0, piece.stop - piece.start)
 
 
-@dataclass(frozen=True)
-class Places:
+class Places(NamedTuple):
     """Tokens in the order in which the backward takes them: those in use first."""
 
     rows: Tensor  # [M] int64: row of hidden at each place
@@ -137,3 +165,22 @@ class Gradients(NamedTuple):
 
     def by_entry(self) -> "Gradients":
         return Gradients(None, self.weight, self.bias, None, self.up, self.scale)
+
+
+class Workspace(NamedTuple):
+    """What the strips of a backward leave to its products, and to each other."""
+
+    gradients: Tensor  # [tiles, row_block, entry_tile], by slot: a strip's logit gradients
+    masses: Tensor | None  # [tiles, row_block] float32, by slot: softmax that each tile holds; with a tail
+    mass_before: Tensor | None  # [M] float32: of the strips before, by place; with a tail
+    scale_sums: Tensor | None  # [tiles, entry_tile] float32, by slot: of the scale's gradient, where it is wanted
+    # Of the hidden states' gradient in 16 bits, int16: halves of its sums so far, the first in its own memory.
+    sums_high: Tensor | None  # [N, D]
+    sums_low: Tensor | None  # [M, D], by place
+
+
+class Tail(NamedTuple):
+    """What a unit of dropped softmax mass adds to gradients by token, float32; None where nothing is dropped."""
+
+    hidden: Tensor | None  # [D]
+    low: Tensor | None  # [r]

@@ -6,7 +6,6 @@ Nothing here is read by the host, so every list has room for the worst case, and
 whether a dense backward is due.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,16 +22,14 @@ from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 DENSE_FRACTION = 0.6
 
 
-@dataclass(frozen=True)
-class Lines:
+class Lines(NamedTuple):
     """Kept tiles of each line (a row block, or an entry tile) in ascending order of the other coordinate."""
 
     other: Tensor  # int32 [lines, longest line]: entry tile (or row block) of the line's i-th kept tile
     slot: Tensor  # int32 [lines, longest line]: its id among all kept tiles
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Ids of kept tiles run down one column of row blocks after the other, so a strip of columns is a range of ids.
 
     What only launches of sparse strips read is None where the host knows that there are none.
@@ -51,11 +48,17 @@ class Plan:
     rows_before: Tensor  # int32 [row blocks, columns + 1]: how many of them stand before each column
     columns: Lines  # for the gradient of the weight: tiles of each column
     columns_length: Tensor  # int32 [columns]
+    columns_total: int
 
     @property
     def is_dense(self) -> bool:
         """Whether the host knows that it is."""
         return self.ranks is None
+
+    @property
+    def dense(self) -> "Plan":
+        """For launches of dense strips: without what they do not read, so that one compiled kernel serves all plans."""
+        return self._replace(ranks=None, ids=None, pairs=None, first_pair=None)
 
     # Strips of a launch, int32 [3]: the first, the end, and all strips there are; 0, 0, 0 for none.
 
@@ -487,6 +490,7 @@ def make_plan(
         rows_before=empty(row_blocks, columns + 1),
         columns=Lines(empty(columns * row_blocks), empty(columns * row_blocks)),
         columns_length=empty(columns),
+        columns_total=columns,
     )
     filter_hidden, filter_weight = kept is not None and filter_hidden, kept is not None and filter_weight
     _, _, lengths, seconds, pair_counts = kept or NOTHING_KEPT
@@ -552,7 +556,7 @@ def _list_tiles(
     strip_tiles: int,
     config: Config,
 ) -> None:
-    columns = plan.columns_length.numel()
+    columns = plan.columns_total
     order, ranks, lengths, seconds, pair_counts = kept or NOTHING_KEPT
     launch(
         _list_kernel,

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from torchtune_lce.kernels.operands import OperandsArgument
 from torchtune_lce.kernels.tuning import is_interpreted
 
 IS_INTERPRETED = tl.constexpr(is_interpreted())
@@ -80,26 +81,15 @@ def softcap_slope(capped, softcap):
 
 
 @triton.jit
-def add_low_rank(
-    logits,
-    low,
-    low_rows,
-    low_mask,
-    up,
-    up_rows,
-    up_mask,
-    rank,
-    low_stride,
-    up_stride,
-    PRECISION: tl.constexpr,
-):
+def add_low_rank(logits, operands: OperandsArgument, low_rows, low_mask, up_rows, up_mask, PRECISION: tl.constexpr):
     """logits + low[low_rows] @ up[up_rows]^T, an adapter's part: before the products over D, as all do."""
-    for start in tl.range(0, rank, RANK_DEPTH, num_stages=1):
+    for start in tl.range(0, operands.rank, RANK_DEPTH, num_stages=1):
         r = start + tl.arange(0, RANK_DEPTH)
-        a_at = low + low_rows.to(tl.int64)[:, None] * low_stride + r[None, :]
-        b_at = up + up_rows.to(tl.int64)[None, :] * up_stride + r[:, None]
-        a = tl.load(a_at, mask=low_mask[:, None] & (r < rank)[None, :], other=0.0)
-        b = tl.load(b_at, mask=up_mask[None, :] & (r < rank)[:, None], other=0.0)
+        exists = r < operands.rank
+        a_at = operands.low + low_rows.to(tl.int64)[:, None] * operands.low_stride + r[None, :]
+        b_at = operands.up + up_rows.to(tl.int64)[None, :] * operands.up_stride + r[:, None]
+        a = tl.load(a_at, mask=low_mask[:, None] & exists[None, :], other=0.0)
+        b = tl.load(b_at, mask=up_mask[None, :] & exists[:, None], other=0.0)
         logits = tl.dot(a, b, logits, input_precision=PRECISION)
     return logits
 

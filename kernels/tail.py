@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from torchtune_lce.kernels.launching import launch
-from torchtune_lce.kernels.operands import Operands, Places
+from torchtune_lce.kernels.operands import Operands, OperandsArgument, Places, Tail
 from torchtune_lce.kernels.plan import Plan
-from torchtune_lce.kernels.primitives import LOG2_E, RANK_DEPTH, add_low_rank, softcapped
+from torchtune_lce.kernels.primitives import LOG2_E, RANK_DEPTH, add_low_rank, softcap_slope, softcapped
 from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 
 # Of so many entries the mean weight row differs from that of all by a hundredth of a row's length.
@@ -24,15 +24,8 @@ SAMPLED_ENTRIES = 2**14
 
 @triton.jit(do_not_specialize=["row_blocks_total", "every"])
 def _tail_kernel(
-    hidden,
-    weight,
-    bias,
-    scales,
-    low,
-    up,
-    rows,
-    row_total,
-    count,
+    operands: OperandsArgument,
+    places: Places,
     entries,
     ranks,
     sparse_strips,
@@ -40,19 +33,6 @@ def _tail_kernel(
     columns,
     every,
     row_blocks_total,
-    entries_total,
-    features,
-    rank,
-    hidden_stride,
-    weight_stride,
-    low_stride,
-    up_stride,
-    softcap,
-    log2_scale,
-    HAS_BIAS: tl.constexpr,
-    HAS_LOW_RANK: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     SAMPLE: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
@@ -63,17 +43,18 @@ def _tail_kernel(
     weight, then those of `up`, by probability, and their mass. Nothing is written without sparse strips.
     """
     program = tl.program_id(0)
-    tokens_total = tl.load(count)
+    tokens_total = tl.load(places.count)
     place = (tl.arange(0, SAMPLE).to(tl.int64) * tokens_total // SAMPLE).to(tl.int32)
     used = place < tokens_total
-    token = tl.load(rows + place, mask=used, other=0)
-    peak = tl.load(row_total + 2 * place, mask=used, other=float("inf"))
-    log_sum = tl.load(row_total + 2 * place + 1, mask=used, other=0.0) * LOG2_E
+    token = tl.load(places.rows + place, mask=used, other=0)
+    peak = tl.load(places.row_total + 2 * place, mask=used, other=float("inf"))
+    log_sum = tl.load(places.row_total + 2 * place + 1, mask=used, other=0.0) * LOG2_E
     depth = tl.arange(0, BLOCK_D)
-    hidden_rows = hidden + token[:, None] * hidden_stride
+    hidden_rows = operands.hidden + token[:, None] * operands.hidden_stride
+    features = operands.features
     width = features
-    if HAS_LOW_RANK:
-        width += rank
+    if operands.low is not None:
+        width += operands.rank
     sums += program.to(tl.int64) * (width + 1)
     # Summed to one number last: Triton 3.6 cannot compile it here for sm100.
     mass = tl.zeros((TILE,), tl.float32)
@@ -82,31 +63,31 @@ def _tail_kernel(
     for number in range(program, sampled, tl.num_programs(0)):
         column = number * every
         entry = tl.load(entries + column * TILE + tl.arange(0, TILE))
-        inside = entry < entries_total
-        weight_rows = weight + entry.to(tl.int64) * weight_stride
+        inside = entry < operands.entries_total
+        weight_rows = operands.weight + entry.to(tl.int64) * operands.weight_stride
         logits = tl.zeros((SAMPLE, TILE), tl.float32)
-        if HAS_LOW_RANK:
-            logits = add_low_rank(logits, low, token, used, up, entry, inside, rank, low_stride, up_stride, PRECISION)
+        if operands.low is not None:
+            logits = add_low_rank(logits, operands, token, used, entry, inside, PRECISION)
         for start in range(0, features, BLOCK_D):
             d = start + depth
             a = tl.load(hidden_rows + d[None, :], mask=used[:, None] & (d < features)[None, :], other=0.0)
             b = tl.load(weight_rows[None, :] + d[:, None], mask=inside[None, :] & (d < features)[:, None], other=0.0)
             logits = tl.dot(a, b, logits, input_precision=PRECISION)
-        if HAS_BIAS:
-            logits += tl.load(bias + entry, mask=inside, other=0.0).to(tl.float32)[None, :]
-        if HAS_SCALE:
-            scale = tl.load(scales + entry, mask=inside, other=0.0)
+        if operands.bias is not None:
+            logits += tl.load(operands.bias + entry, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if operands.scale is not None:
+            scale = tl.load(operands.scale + entry, mask=inside, other=0.0)
             logits *= scale[None, :]
-        if HAS_SOFTCAP:
-            logits = softcapped(logits, softcap)
-        softmax = tl.exp2((logits - peak[:, None]) * log2_scale - log_sum[:, None])
+        if operands.softcap is not None:
+            logits = softcapped(logits, operands.softcap)
+        softmax = tl.exp2((logits - peak[:, None]) * operands.log2_scale - log_sum[:, None])
         rank_here = tl.load(ranks + column * row_blocks_total + place // ROW_BLOCK, mask=used, other=0)
         # The last comparison is false for a NaN: one token's must not reach the others.
         dropped = (rank_here < 0)[:, None] & inside[None, :] & (softmax <= 1)
         mass += tl.sum(tl.where(dropped, softmax, 0.0), 0)
-        if HAS_SOFTCAP:
-            softmax *= 1 - (logits / softcap) * (logits / softcap)
-        if HAS_SCALE:
+        if operands.softcap is not None:
+            softmax *= softcap_slope(logits, operands.softcap)
+        if operands.scale is not None:
             softmax *= scale[None, :]
         weights = tl.sum(tl.where(dropped, softmax, 0.0), 0)
         for start in range(0, features, BLOCK_D):
@@ -115,15 +96,15 @@ def _tail_kernel(
             total = tl.sum(w.to(tl.float32) * weights[:, None], 0)
             total += tl.load(sums + d, mask=d < tl.where(number > program, features, 0), other=0.0)
             tl.store(sums + d, total, mask=d < features)
-        if HAS_LOW_RANK:
-            for start in range(0, rank, RANK_DEPTH):
+        if operands.low is not None:
+            for start in range(0, operands.rank, RANK_DEPTH):
                 r = start + tl.arange(0, RANK_DEPTH)
-                at = up + entry.to(tl.int64)[:, None] * up_stride + r[None, :]
-                b = tl.load(at, mask=inside[:, None] & (r < rank)[None, :], other=0.0)
+                at = operands.up + entry.to(tl.int64)[:, None] * operands.up_stride + r[None, :]
+                b = tl.load(at, mask=inside[:, None] & (r < operands.rank)[None, :], other=0.0)
                 total = tl.sum(b.to(tl.float32) * weights[:, None], 0)
                 own = sums + features + r
-                total += tl.load(own, mask=r < tl.where(number > program, rank, 0), other=0.0)
-                tl.store(own, total, mask=r < rank)
+                total += tl.load(own, mask=r < tl.where(number > program, operands.rank, 0), other=0.0)
+                tl.store(own, total, mask=r < operands.rank)
     tl.store(sums + width, tl.sum(mass, 0))
 
 
@@ -158,12 +139,12 @@ def tail_direction(
     operands: Operands,
     places: Places,
     config: Config,
-) -> tuple[Tensor, Tensor | None]:  # [D] and, with low, [r] float32
-    """What a unit of dropped mass adds to the gradients of a hidden state and of ``low``; zero if nothing is dropped.
+) -> Tail:
+    """Zero if nothing is dropped.
 
     With a softcap each row is weighted by the cap's derivative too, and so it is by its scale.
     """
-    hidden, weight, low = operands.hidden, operands.weight, operands.low
+    hidden, low = operands.hidden, operands.low
     columns, row_blocks = plan.ranks.shape
     # Columns are in order of activity: all kinds of entries are met. One a program, if that is enough.
     enough = max(columns * config.entry_tile // SAMPLED_ENTRIES, 1)
@@ -176,15 +157,8 @@ def tail_direction(
         _tail_kernel,
         (grid,),
         (
-            hidden,
-            weight,
-            operands.bias,
-            operands.scale,
-            low,
-            operands.up,
-            places.rows,
-            places.row_total,
-            places.count,
+            operands.argument,
+            places,
             plan.entries,
             plan.ranks,
             plan.sparse_strips,
@@ -192,14 +166,7 @@ def tail_direction(
             columns,
             every,
             row_blocks,
-            weight.shape[0],
-            features,
-            operands.rank,
-            *operands.row_strides,
-            operands.softcap or 1.0,
-            operands.log2_scale,
         ),
-        **operands.flags,
         SAMPLE=config.sample,
         ROW_BLOCK=config.row_block,
         TILE=config.entry_tile,
@@ -222,4 +189,4 @@ def tail_direction(
         PARTS=32,
         BLOCK=64,
     )
-    return mean[:features], None if low is None else mean[features:]
+    return Tail(mean[:features], None if low is None else mean[features:])

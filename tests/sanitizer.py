@@ -9,6 +9,8 @@ The last line is the verdict, and the exit status is 0 only for `clean`.
 """
 
 import argparse
+import ast
+import functools
 import importlib
 import inspect
 import json
@@ -22,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -143,15 +145,22 @@ BY_DTYPE = (
 )
 # What cannot be met: kernel, flag (None for all of it), value, and the dtypes in which it cannot.
 IMPOSSIBLE = (
-    ("_backward_kernel", "GRADIENT_TMA", True, ("float32",), "the copy engine takes logit gradients of 16 bits alone"),
+    ("_backward_kernel", "gradient_rows", True, ("float32",), "the copy engine takes logit gradients of 16 bits alone"),
+    ("_backward_kernel", "gradient_columns", True, ("float32",), "the copy engine takes those of 16 bits alone"),
+    ("_exponential_kernel", "strip_blocks", True, ("float16", "float32"), "bfloat16's alone are stored in 16 bits"),
+    ("_again_kernel", "strip_blocks", True, ("float16", "float32"), "bfloat16's alone are stored in 16 bits"),
     ("_list_kernel", "PAIRED", True, ("float32",), "a forward's tile of float32 is as wide as a backward's"),
     *BY_DTYPE,
 )
 WITHOUT_COPY_ENGINE = (
     ("_descriptor_kernel", None, None, DTYPES, "sm90 and newer alone have a copy engine"),
-    ("_backward_kernel", "HIDDEN_TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
-    ("_backward_kernel", "WEIGHT_TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
-    ("_backward_kernel", "GRADIENT_TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
+    ("_backward_kernel", "hidden_rows", True, DTYPES, "sm90 and newer alone have a copy engine"),
+    ("_backward_kernel", "weight_rows", True, DTYPES, "sm90 and newer alone have a copy engine"),
+    ("_backward_kernel", "gradient_rows", True, DTYPES, "sm90 and newer alone have a copy engine"),
+    ("_backward_kernel", "gradient_columns", True, DTYPES, "sm90 and newer alone have a copy engine"),
+    ("_strip_kernel", "count_in_order", True, DTYPES, "sm90 and newer alone have a copy engine"),
+    ("_exponential_kernel", "strip_blocks", True, DTYPES, "sm90 and newer alone have a copy engine"),
+    ("_again_kernel", "strip_blocks", True, DTYPES, "sm90 and newer alone have a copy engine"),
     ("_exponential_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
     ("_segment_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
     ("_difference_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
@@ -169,7 +178,10 @@ IN_INTERPRETER = (
 
 @dataclass
 class Coverage:
-    """Of each kernel: its flags, True and False where they were met; and the most strips of a launch, by kind."""
+    """Of each kernel: its flags, True and False where they were met; and the most strips of a launch, by kind.
+
+    What is given or None is a flag too: `operands.bias` is one of the kernels that take operands.
+    """
 
     flags: dict[str, dict[str, set[bool]]] = field(default_factory=dict)
     strips: Counter[str] = field(default_factory=Counter)
@@ -178,16 +190,19 @@ class Coverage:
         """One launch. A launch whose strips are none leaves at once: it shows nothing of its flags."""
         if "strips" in arguments:
             first, end, _ = arguments["strips"].tolist()
-            kind = "output" if arguments["first_slot_factor"] else "dense" if arguments["DENSE"] else "sparse"
+            is_dense = arguments["plan"].pairs is None
+            kind = "output" if arguments["first_slot_factor"] else "dense" if is_dense else "sparse"
             self.strips[kind] = max(self.strips[kind], end - first)
             if end <= first:
                 return
         if "sparse_strips" in arguments and not arguments["sparse_strips"][1].item():
             return
-        for name, value in arguments.items():
+        own = self.flags.setdefault(kernel, {})
+        for name, value in flattened(arguments):
             if isinstance(value, bool) and name.isupper():
-                self.flags.setdefault(kernel, {}).setdefault(name, set()).add(value)
-        self.flags.setdefault(kernel, {})
+                own.setdefault(name, set()).add(value)
+            elif name in asked_for(kernel):
+                own.setdefault(name, set()).add(value is not None)
 
     def add(self, other: "Coverage") -> None:
         for kernel, flags in other.flags.items():
@@ -205,6 +220,38 @@ class Coverage:
         read = json.loads(text)
         flags = {kernel: {flag: set(met) for flag, met in flags.items()} for kernel, flags in read["flags"].items()}
         return cls(flags, Counter(read["strips"]))
+
+
+def flattened(arguments: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Names and values, those in named tuples as `argument.field`."""
+    for name, value in arguments.items():
+        if isinstance(value, tuple):
+            yield from flattened(value._asdict(), f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+@functools.cache
+def asked_for(function: str) -> set[str]:
+    """What a kernel, or a function that it calls, compares with None: arguments, and fields as `argument.field`."""
+    body = _functions().get(function)
+    if body is None:
+        return set()
+    found = set()
+    for node in ast.walk(body):
+        if isinstance(node, ast.Compare) and ast.unparse(node.comparators[0]) == "None":
+            found.add(ast.unparse(node.left))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            found |= asked_for(node.func.id)
+    return found
+
+
+@functools.cache
+def _functions() -> dict[str, ast.FunctionDef]:
+    """Kernels and their functions."""
+    sources = (path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    nodes = (node for source in sources for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
+    return {node.name: node for node in nodes if any("triton.jit" in ast.unparse(x) for x in node.decorator_list)}
 
 
 def missing(coverage: Coverage, dtype: str, impossible: Iterable[tuple]) -> list[str]:
@@ -225,17 +272,17 @@ def missing(coverage: Coverage, dtype: str, impossible: Iterable[tuple]) -> list
 def table(coverage: dict[str, Coverage]) -> str:
     """Every kernel's flags, and their values in each dtype: + on, - off."""
     rows = {(kernel, flag) for met in coverage.values() for kernel, flags in met.flags.items() for flag in flags}
-    lines = [f"{'kernel':20}{'flag':14}" + "".join(f"{dtype:>10}" for dtype in coverage)]
+    lines = [f"{'kernel':20}{'flag':24}" + "".join(f"{dtype:>10}" for dtype in coverage)]
     for kernel, flag in sorted(rows):
         values = (met.flags.get(kernel, {}).get(flag, set()) for met in coverage.values())
         shown = ("".join("+" if value else "-" for value in sorted(met, reverse=True)) for met in values)
-        lines.append(f"{kernel:20}{flag:14}" + "".join(f"{text:>10}" for text in shown))
+        lines.append(f"{kernel:20}{flag:24}" + "".join(f"{text:>10}" for text in shown))
     for kernel in kernel_names():
         if not any(kernel == name for name, _ in rows) and any(kernel in met.flags for met in coverage.values()):
             lines.append(f"{kernel:20}(no flags)")
     for kind in sorted({kind for met in coverage.values() for kind in met.strips}):
         numbers = "".join(f"{met.strips[kind]:>10}" for met in coverage.values())
-        lines.append(f"{'most strips':20}{kind:14}" + numbers)
+        lines.append(f"{'most strips':20}{kind:24}" + numbers)
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """Launches are looked up by all that Triton specializes by, and by nothing that it does not."""
 
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -55,6 +56,18 @@ def test_tensors_are_given_by_their_addresses():
     assert given == [MEMORY.data_ptr(), 3, None]
 
 
+def test_what_stands_in_tuples_is_told_apart_as_alone():
+    """Whatever the parameter says: there Triton specializes everything."""
+    given, inside = launching._told_apart(((MEMORY, (3, None)), 1.0), [False, True])
+    assert given == [(MEMORY.data_ptr(), (3, None)), 1.0]
+    assert inside == launching._told_apart((MEMORY, 3, None, 1.0), [True] * 4)[1]
+
+
+def flat(arguments: tuple) -> Iterator:
+    for argument in arguments:
+        yield from flat(argument) if isinstance(argument, tuple) else [argument]
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_numbers_of_a_user_come_as_pythons_own(trained, device, monkeypatch):
     """Others would be compiled apart, or be taken for tensors."""
@@ -62,7 +75,7 @@ def test_numbers_of_a_user_come_as_pythons_own(trained, device, monkeypatch):
     make = launching.Repeated.__init__
 
     def spy(self, kernel, fixed, **constants):
-        given.extend(x for x in fixed if isinstance(x, (int, float)))
+        given.extend(x for x in flat(fixed) if isinstance(x, (int, float)))
         make(self, kernel, fixed, **constants)
 
     monkeypatch.setattr(launching.Repeated, "__init__", spy)

@@ -80,13 +80,13 @@ def test_the_calls_meet_every_flag_of_every_kernel(met):
 def test_a_flag_that_was_never_on_is_missed(met):
     dtype, coverage, _ = met
     less = sanitizer.Coverage.from_json(coverage.to_json())
-    less.flags["_backward_kernel"]["HAS_TAIL"] = {False}
+    less.flags["_backward_kernel"]["workspace.masses"] = {False}
     del less.flags["_merge_kernel"]
     assert sorted(sanitizer.missing(less, dtype, sanitizer.IN_INTERPRETER)) == [
-        f"_backward_kernel: HAS_TAIL was never True in {dtype}",
+        f"_backward_kernel: workspace.masses was never True in {dtype}",
         f"_merge_kernel was never launched in {dtype}",
     ]
-    assert "HAS_TAIL" in sanitizer.table({dtype: less})
+    assert "workspace.masses" in sanitizer.table({dtype: less})
 
 
 def test_other_bits_than_without_the_tool_are_an_error(met):

@@ -2,7 +2,8 @@
 
 A call of the operators runs on the CPU with a driver that says which card it is and launches nothing: what is compiled
 is what that card would be given, with its blocks, flags and alignments. Each line printed is one kernel: its name, its
-flags that are on, and the bytes of shared memory and of the stack that it takes.
+flags that are on, and the bytes of shared memory and of the stack that it takes. The last line is of a kernel that
+takes a named tuple: how many values in it the compiler knows to be multiples of 16.
 """
 
 import contextlib
@@ -12,9 +13,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
@@ -119,6 +122,29 @@ def compiled_for(capability: int, dtype: torch.dtype) -> list[dict]:
     return list(found.values())
 
 
+class Copy(NamedTuple):
+    source: torch.Tensor
+    target: torch.Tensor
+    unaligned: torch.Tensor
+    stride: int
+    nothing: None
+
+
+@triton.jit
+def _copy_kernel(copy, BLOCK: tl.constexpr):
+    if copy.nothing is None:
+        at = tl.program_id(0) * copy.stride + tl.arange(0, BLOCK)
+        tl.store(copy.target + at, tl.load(copy.source + at) + tl.load(copy.unaligned + at))
+
+
+def multiples_in_a_tuple() -> int:
+    memory = torch.empty(64)
+    copy = Copy(memory, memory, memory[1:], 64, None)
+    text = _copy_kernel.run(copy, grid=(1,), warmup=True, BLOCK=64).asm["ttir"]
+    (signature,) = (line for line in text.splitlines() if "tt.func public" in line)
+    return signature.count("tt.divisibility = 16")
+
+
 def stack_bytes(cubin: bytes) -> int:
     """Of a thread: registers that had no room."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -135,6 +161,7 @@ def main(*cases: str) -> None:
         driver.set_active(Elsewhere(int(capability)))
         for kernel in compiled_for(int(capability), getattr(torch, dtype)):
             print(json.dumps({"capability": capability, "dtype": dtype, **kernel}), flush=True)
+    print(json.dumps({"multiples": multiples_in_a_tuple()}))
 
 
 if __name__ == "__main__":
