@@ -1,7 +1,5 @@
-"""What the backward computes, decided on the device: an order of the vocabulary, the kept tiles, and strips of them.
+"""How the backward goes over the kept tiles, decided on the device: strips of them, and lists in the order of its sums.
 
-A tile is ``row_block`` tokens by ``entry_tile`` entries that stand next to each other in the order. Sorting entries by
-about how many row blocks they are active in, and then by the first of these, packs the kept ones into few tiles.
 Nothing here is read by the host, so every list has room for the worst case, and its kernels find out by themselves
 whether a dense backward is due.
 """
@@ -13,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchtune_lce.kernels.forward import WORD_BITS, Activity
+from torchtune_lce.kernels.forward import Activity
+from torchtune_lce.kernels.kept_tiles import NOTHING_KEPT, Kept, kept_tiles
 from torchtune_lce.kernels.launching import launch
 from torchtune_lce.kernels.operands import Places
 from torchtune_lce.kernels.tuning import Config, ceil_div, programs
@@ -36,7 +35,7 @@ class Plan(NamedTuple):
     """
 
     entries: Tensor  # int32 [columns * entry_tile]: the vocabulary in order, V where past its end
-    ranks: Tensor | None  # int32 [columns, row blocks]: see _tile_kernel
+    ranks: Tensor | None  # int32 [columns, row blocks]: see kept_tiles._tile_kernel
     ids: Tensor | None  # int32 [columns * row blocks]: id of each kept tile, at column * row blocks + row block
     first_id: Tensor  # int32 [columns + 1]: id of each column's first kept tile
     pairs: Tensor | None  # int32 [2, columns * row blocks]: places of two tiles of a row block and strip, -1: no second
@@ -88,87 +87,6 @@ class Plan(NamedTuple):
     @property
     def dense_strips_by_row(self) -> Tensor:
         return self.ranges[4, :3]
-
-
-class _Kept(NamedTuple):
-    """Which tiles are kept, see _tile_kernel, and what is found of their pairs, see _list_kernel."""
-
-    order: Tensor  # int64 [V]: entries by falling key, see _key_kernel
-    ranks: Tensor  # int32 [columns, row blocks]
-    lengths: Tensor  # int32 [columns]
-    seconds: Tensor  # int32 [columns, row blocks]
-    pair_counts: Tensor  # int32 [columns]
-
-
-NOTHING_KEPT = (None,) * len(_Kept._fields)
-
-
-# Row blocks that a key tells apart.
-FIRSTS = tl.constexpr(2048)
-
-
-@triton.jit
-def _key_kernel(words, keys, count, words_stride, entries_total, ROW_BLOCK: tl.constexpr, WORDS: tl.constexpr):
-    """keys[e]: by the power of two in the number of row blocks in which entry e is active, then by the first of them.
-
-    Entries of about as many row blocks share tiles; of those with few, the ones with the same. In 16 bits, for half of
-    the sort's passes: past 2,048 row blocks the order is coarser, not wrong.
-    """
-    tile = tl.program_id(0)
-    row_blocks = tl.cdiv(tl.load(count), ROW_BLOCK)
-    word = tl.arange(0, WORDS)
-    bit = tl.arange(0, WORD_BITS)
-    words += tile * WORDS + word
-    total = tl.zeros((WORD_BITS, WORDS), tl.int32)
-    first = tl.zeros((WORD_BITS, WORDS), tl.int32)
-    for row_block in range(row_blocks):
-        active = (tl.load(words)[None, :] >> bit[:, None]) & 1
-        first = tl.where((active > 0) & (total == 0), row_block, first)
-        total += active
-        words += words_stride
-    # The exponent of a float32, from 1 on; 15 at the most.
-    power = (tl.minimum(total, 32767).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126
-    first = first * FIRSTS // tl.maximum(row_blocks, FIRSTS)
-    key = tl.where(total > 0, power * FIRSTS + (FIRSTS - 1 - first), 0)
-    entries = (tile * WORD_BITS + bit[:, None]) * WORDS + word[None, :]
-    tl.store(keys + entries, key.to(tl.int16), mask=entries < entries_total)
-
-
-@triton.jit(do_not_specialize=["row_blocks_total"])
-def _tile_kernel(
-    words,
-    order,
-    ranks,
-    lengths,
-    count,
-    words_stride,
-    row_blocks_total,
-    entries_total,
-    ROW_BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    WORDS: tl.constexpr,
-):
-    """ranks[column, row block] = how many tiles of the column stand before it, if any of its entries is active there.
-
-    Else -1; nothing past the row blocks in use. lengths[column] = how many tiles are kept.
-    """
-    column = tl.program_id(0)
-    row_blocks = tl.cdiv(tl.load(count), ROW_BLOCK)
-    index = column * TILE + tl.arange(0, TILE)
-    inside = index < entries_total
-    entry = tl.load(order + index, mask=inside, other=0).to(tl.int32)
-    place = entry % (WORDS * WORD_BITS)
-    words += entry // (WORDS * WORD_BITS) * WORDS + place % WORDS
-    ranks += column.to(tl.int64) * row_blocks_total
-    rank = 0
-    for _ in range(row_blocks):
-        active = (tl.load(words, mask=inside, other=0) >> (place // WORDS)) & 1
-        keeps = tl.max(active, 0)
-        tl.store(ranks, tl.where(keeps > 0, rank, -1))
-        rank += keeps
-        words += words_stride
-        ranks += 1
-    tl.store(lengths + column, rank)
 
 
 @triton.jit
@@ -467,7 +385,7 @@ def make_plan(
     ``output_tiles``, 0 if it is not asked for. With ``in_order`` hidden states are only if all those places are in use.
     """
     columns = ceil_div(vocabulary, config.entry_tile)
-    kept = None if activity is None else _kept(activity, count, row_blocks, columns, vocabulary, config)
+    kept = None if activity is None else kept_tiles(activity, count, row_blocks, columns, vocabulary, config)
     # A dense strip has, rounded to whole rounds of the programs, no less than half of the pairs that would fit.
     dense_columns = 2 * max(strip_tiles // (2 * row_blocks) // 2, 1)
     most = max(ceil_div(columns * row_blocks, strip_tiles - row_blocks + 1), ceil_div(columns, dense_columns))
@@ -547,7 +465,7 @@ def make_plan(
 
 def _list_tiles(
     plan: Plan,  # filled
-    kept: _Kept | None,  # seconds and pair_counts filled
+    kept: Kept | None,  # seconds and pair_counts filled
     filter_hidden: bool,
     filter_weight: bool,
     count: Tensor,
@@ -592,41 +510,3 @@ def _list_tiles(
         TILE=config.entry_tile,
         BLOCK=1024,
     )
-
-
-def _kept(activity: Activity, count: Tensor, row_blocks: int, columns: int, vocabulary: int, config: Config) -> _Kept:
-    settings = {"ROW_BLOCK": config.row_block, "WORDS": activity.tile // WORD_BITS.value}
-    words_stride = activity.words.stride(0)
-    keys = count.new_empty(vocabulary, dtype=torch.int16)
-    launch(
-        _key_kernel,
-        (ceil_div(vocabulary, activity.tile),),
-        (
-            activity.words,
-            keys,
-            count,
-            words_stride,
-            vocabulary,
-        ),
-        **settings,
-    )
-    order = keys.sort(descending=True, stable=True).indices
-    ranks, seconds = (count.new_empty((columns, row_blocks)) for _ in range(2))
-    lengths, pair_counts = (count.new_empty(columns) for _ in range(2))
-    launch(
-        _tile_kernel,
-        (columns,),
-        (
-            activity.words,
-            order,
-            ranks,
-            lengths,
-            count,
-            words_stride,
-            row_blocks,
-            vocabulary,
-        ),
-        TILE=config.entry_tile,
-        **settings,
-    )
-    return _Kept(order, ranks, lengths, seconds, pair_counts)

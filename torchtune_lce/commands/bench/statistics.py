@@ -62,8 +62,9 @@ def softmax_statistics(batch: Batch) -> Statistics:
 
 
 def order_of_use(active: Tensor) -> Tensor:
-    """The order [V] in which kernels/plan.py has the vocabulary, of active [row blocks, V]: by the power of two in how
-    many row blocks an entry is active, then by the first of them.
+    """The order [V] in which kernels/kept_tiles.py has the vocabulary, of active [row blocks, V].
+
+    By the power of two in how many row blocks an entry is active, then by the first of them.
     """
     counts = active.sum(0)
     powers = torch.where(counts > 0, counts.clamp(min=1).log2().floor() + 1, 0).long()
