@@ -6,7 +6,6 @@ tensor's values on the host.
 
 from __future__ import annotations  # torch 2.8 compiles nested functions, but not `Tensor | None`
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +20,9 @@ from torchtune_lce.inputs.validation import is_readable
 from torchtune_lce.kernels import strip_operators  # defines the operators of the walk over strips
 from torchtune_lce.kernels.backward import output_tiles, run_backward
 from torchtune_lce.kernels.descriptors import has_blocks
+from torchtune_lce.kernels.division import pieces_of
 from torchtune_lce.kernels.forward import MOST_TILES, Activity, lse_and_target_logit
+from torchtune_lce.kernels.mean_gradients import add_mean_gradients
 from torchtune_lce.kernels.operands import Gradients, Operands, Places, Tail, scaled_upstream, used_in
 from torchtune_lce.kernels.operators import operator, refuse_second_derivative, rows_contiguous
 from torchtune_lce.kernels.places import compact, in_order
@@ -49,14 +50,23 @@ def token_losses(filtering: Filtering) -> Callable:
         )
         filters = filtering.hidden and needs_hidden or filtering.weight and needs_weight
         records = bool(eps) and filters and torch.is_grad_enabled()
+        with_mean = bool(options.label_smoothing) and not call.means_by_product
         # The forward has the gradient of hidden states.
         if low is None and needs_hidden and torch.is_grad_enabled() and not (needs_weight and records):
             return strip_operators.token_losses(
-                hidden, weight, bias, call.labels, eps if records else None, needs_weight, call.with_entropy, options
+                hidden,
+                weight,
+                bias,
+                call.labels,
+                eps if records else None,
+                needs_weight,
+                call.with_entropy,
+                with_mean,
+                options,
             )
         # A gradient that nobody wants must not make the others keep more.
         filter_hidden, filter_weight = filtering.hidden or not needs_hidden, filtering.weight or not needs_weight
-        nll, peak, log_total, entropies, *_, divisor = _cut_cross_entropy(
+        nll, peak, log_total, entropies, means, *_, divisor = _cut_cross_entropy(
             hidden,
             weight,
             bias,
@@ -71,10 +81,11 @@ def token_losses(filtering: Filtering) -> Callable:
             filter_hidden,
             filter_weight,
             call.with_entropy,
+            with_mean,
             options.workspace_mib,
         )
         entropy = entropies.detach() if call.with_entropy else None
-        return Losses(nll, peak.detach(), log_total, divisor=divisor, entropy=entropy)
+        return Losses(nll, peak.detach(), log_total, means if with_mean else None, divisor=divisor, entropy=entropy)
 
     return run
 
@@ -83,9 +94,9 @@ torch.library.define(
     "torchtune_lce::cut_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor? scale, Tensor targets, "
     "int ignore_index, float? softcap, float logit_scale, float? eps, bool filter_hidden, bool filter_weight, "
-    "bool with_entropy, int workspace_mib) "
-    "-> (Tensor nll, Tensor peak, Tensor log_total, Tensor entropies, Tensor rows, Tensor labels, Tensor count, "
-    "Tensor row_total, Tensor words, Tensor dropped_mass, Tensor divisor)",
+    "bool with_entropy, bool with_mean, int workspace_mib) "
+    "-> (Tensor nll, Tensor peak, Tensor log_total, Tensor entropies, Tensor means, Tensor rows, Tensor labels, "
+    "Tensor count, Tensor row_total, Tensor words, Tensor dropped_mass, Tensor divisor)",
 )
 
 
@@ -104,9 +115,11 @@ def _forward(
     filter_hidden,
     filter_weight,
     with_entropy,
+    with_mean,
     workspace_mib,
 ):
-    """nll, peak and log_total as in :class:`torchtune_lce.inputs.losses.Losses`, [N] float32, and entropies or [0].
+    """nll, peak and log_total as in :class:`torchtune_lce.inputs.losses.Losses`, [N] float32, entropies or [0], and
+    means of the logits, measured from the peaks, or [0].
 
     Then what the backward needs. ``targets`` may hold anything.
 
@@ -123,8 +136,9 @@ def _forward(
     row_total = hidden.new_empty((tokens, 2), dtype=torch.float32)
     target_logit = hidden.new_empty(tokens, dtype=torch.float32)
     mean_exponent = torch.empty_like(target_logit) if with_entropy else None
+    mean_logit = torch.empty_like(target_logit) if with_mean else None
     workspace = workspace_mib * 2**20 - (activity.words.nbytes if activity else 0)
-    for piece in _pieces(tokens, _forward_bytes(operands, with_entropy), workspace, config):
+    for piece in pieces_of(tokens, _forward_bytes(operands, with_entropy + with_mean), workspace, config):
         blocks = slice(piece.start // config.row_block, ceil_div(piece.stop, config.row_block))
         used = used_in(piece, count, tokens)
         lse_and_target_logit(
@@ -136,9 +150,12 @@ def _forward(
             row_total[piece],
             target_logit[piece],
             mean_exponent[piece] if with_entropy else None,
+            mean_logit[piece] if with_mean else None,
         )
     vocabulary, logit_scale = weight.shape[0], operands.logit_scale
-    results = row_losses(row_total, target_logit, mean_exponent, rows, targets, count, vocabulary, logit_scale)
+    results = row_losses(
+        row_total, target_logit, mean_exponent, mean_logit, rows, targets, count, vocabulary, logit_scale
+    )
     if activity is None:
         nothing = [hidden.new_empty(0, dtype=dtype) for dtype in (torch.int32, torch.float32)]
         return *results, rows, labels, count, row_total, *nothing, divisor
@@ -147,7 +164,7 @@ def _forward(
 
 @torch.library.register_fake("torchtune_lce::cut_cross_entropy")
 def _(*arguments):
-    hidden, weight, _, _, _, _, targets, _, _, _, eps, _, _, with_entropy, _ = arguments
+    hidden, weight, _, _, _, _, targets, _, _, _, eps, _, _, with_entropy, with_mean, _ = arguments
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return hidden.new_empty(shape, dtype=dtype)
@@ -158,6 +175,7 @@ def _(*arguments):
     return (
         *(empty(tokens) for _ in range(3)),
         empty(tokens if with_entropy else 0),
+        empty(tokens if with_mean else 0),
         empty(tokens, dtype=torch.int64),
         torch.empty_like(targets),
         empty(1, dtype=torch.int32),
@@ -171,9 +189,9 @@ def _(*arguments):
 
 torch.library.define(
     "torchtune_lce::cut_cross_entropy_backward",
-    "(Tensor? d_nll, Tensor? d_lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, "
-    "Tensor? scale, Tensor rows, Tensor labels, Tensor count, Tensor row_total, Tensor words, float? softcap, "
-    "float logit_scale, bool filter_hidden, bool filter_weight, bool[] needs, int workspace_mib) "
+    "(Tensor? d_nll, Tensor? d_lse, Tensor? d_means, Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, "
+    "Tensor? up, Tensor? scale, Tensor rows, Tensor labels, Tensor count, Tensor row_total, Tensor words, "
+    "float? softcap, float logit_scale, bool filter_hidden, bool filter_weight, bool[] needs, int workspace_mib) "
     "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_low, Tensor d_up, Tensor d_scale, Tensor tiles)",
 )
 
@@ -181,6 +199,7 @@ torch.library.define(
 def _backward(
     d_nll,
     d_lse,
+    d_means,
     hidden,
     weight,
     bias,
@@ -262,7 +281,7 @@ def _backward(
     # The sums of the hidden states' gradient over strips may take half of the workspace; past that it is made by pieces
     # of tokens, in a pass of its own.
     strip_bytes = 4 * _tile_bytes(hidden, wanted, config) // config.row_block
-    pieces = _pieces(rows.numel(), max(2 * _sum_bytes(hidden), strip_bytes), workspace_mib * 2**20, config)
+    pieces = pieces_of(rows.numel(), max(2 * _sum_bytes(hidden), strip_bytes), workspace_mib * 2**20, config)
     everything = slice(0, rows.numel())
     if len(pieces) == 1 or not need_hidden and pieces:
         run(everything, wanted)
@@ -276,13 +295,15 @@ def _backward(
         for gradient in wanted.by_entry():
             if gradient is not None:
                 gradient.zero_()
+    if d_means is not None and d_means.numel():
+        add_mean_gradients(d_means, operands, rows, count, wanted, workspace_mib * 2**20, config)
     if need_low:
         wanted = wanted._replace(low=wanted.low.to(low.dtype))
     return *(hidden.new_empty(0) if gradient is None else gradient for gradient in wanted), tiles
 
 
 @torch.library.register_fake("torchtune_lce::cut_cross_entropy_backward")
-def _(d_nll, d_lse, *arguments):
+def _(d_nll, d_lse, d_means, *arguments):
     operands, needs = arguments[:6], arguments[-2]
     hidden = operands[0]
     gradients = (x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in zip(operands, needs, strict=True))
@@ -290,8 +311,8 @@ def _(d_nll, d_lse, *arguments):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, bias, low, up, scale, _, _, softcap, logit_scale, _, *filters, _, workspace_mib = inputs
-    _, _, _, _, rows, labels, count, row_total, words, dropped_mass, _ = output
+    hidden, weight, bias, low, up, scale, _, _, softcap, logit_scale, _, *filters, _, _, workspace_mib = inputs
+    _, _, _, _, _, rows, labels, count, row_total, words, dropped_mass, _ = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, low, up, scale, rows, labels, count, row_total, words)
     ctx.settings = softcap, logit_scale, *filters, workspace_mib
@@ -303,15 +324,15 @@ def _setup_context(ctx, inputs, output) -> None:
             ctx.record.dropped_mass[rows] = dropped_mass
 
 
-def _differentiate(ctx, d_nll, _, d_lse, *__):
-    softcap, logit_scale, filter_hidden, filter_weight, workspace_mib = ctx.settings
+def _differentiate(ctx, d_nll, _, d_lse, __, d_means, *___):
+    *settings, workspace_mib = ctx.settings
     needs = list(ctx.needs_input_grad[:6])
     *gradients, tiles = _cut_cross_entropy_backward(
-        d_nll, d_lse, *ctx.saved_tensors, softcap, logit_scale, filter_hidden, filter_weight, needs, workspace_mib
+        d_nll, d_lse, d_means, *ctx.saved_tensors, *settings, needs, workspace_mib
     )
     if ctx.record:
         ctx.record.tiles = tiles
-    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 9
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 10
 
 
 _cut_cross_entropy = operator("cut_cross_entropy", _forward, _differentiate, _setup_context)
@@ -357,10 +378,10 @@ def _empty_activity(tokens: int, vocabulary: int, config: Config, device: torch.
     )
 
 
-def _forward_bytes(operands: Operands, with_entropy: bool = False) -> int:
+def _forward_bytes(operands: Operands, more_sums: int = 0) -> int:
     """Workspace that a token takes in the forward, beside its bits: its states in order, and a phase's statistics."""
     states = (x for x in (operands.hidden, operands.low) if x is not None)
-    return sum(x.shape[1] * x.element_size() for x in states) + (3 + with_entropy) * 4 * (MOST_TILES + 1)
+    return sum(x.shape[1] * x.element_size() for x in states) + (3 + more_sums) * 4 * (MOST_TILES + 1)
 
 
 def _sum_bytes(hidden: Tensor) -> int:
@@ -403,12 +424,3 @@ def _division(
     if copies:
         left -= copy
     return min(max(left // _tile_bytes(hidden, wanted, config), 2 * row_blocks), (columns + 1) * row_blocks), copies
-
-
-def _pieces(tokens: int, bytes_a_token: int, workspace: int, config: Config) -> list[slice]:
-    """As few slices of whole row blocks as fit the workspace, at least one block each, equal to within a block."""
-    row_blocks = ceil_div(tokens, config.row_block)
-    fitting = max(workspace // bytes_a_token // config.row_block, 1)
-    pieces = ceil_div(row_blocks, fitting)
-    starts = [row_blocks * piece // pieces * config.row_block for piece in range(pieces)]
-    return [slice(*ends) for ends in itertools.pairwise([*starts, tokens])]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchtune_lce.kernels.divergence_tiles import Group, both_logits
 from torchtune_lce.kernels.exponentials import store_by_entry
 from torchtune_lce.kernels.launching import Repeated, launch
+from torchtune_lce.kernels.operands import OperandsArgument
 from torchtune_lce.kernels.primitives import LOG2_E, multiply_add, rounded_to_tf32, tile_coordinates
 from torchtune_lce.kernels.tuning import Config, ceil_div, programs, rows_and_columns
 
@@ -24,27 +25,20 @@ from torchtune_lce.kernels.tuning import Config, ceil_div, programs, rows_and_co
     do_not_specialize=["group_first", "group_tokens", "all_places", "first_place", "places", "first_tile", "tiles"]
 )
 def _difference_kernel(
+    student: OperandsArgument,
+    teacher: OperandsArgument,
     states,
     state_blocks,
-    weight,
     weight_blocks,
-    bias,
     teacher_states,
     teacher_state_blocks,
-    teacher_weight,
     teacher_weight_blocks,
-    teacher_bias,
     count,
     numbers,
     divisor,
     strip,
     strip_blocks,
     bias_sums,
-    entries_total,
-    features,
-    teacher_features,
-    weight_stride,
-    teacher_weight_stride,
     strip_stride,
     bias_stride,
     forward_share,
@@ -60,8 +54,6 @@ def _difference_kernel(
     REVERSE: tl.constexpr,
     RAGGED: tl.constexpr,
     FOR_TF32: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_TEACHER_BIAS: tl.constexpr,
     TMA: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -84,27 +76,18 @@ def _difference_kernel(
         in_piece = row_block * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
         present = in_piece < used
         logits, teacher_logits = both_logits(
+            student,
+            teacher,
             states,
             state_blocks,
-            weight,
             weight_blocks,
-            bias,
             teacher_states,
             teacher_state_blocks,
-            teacher_weight,
             teacher_weight_blocks,
-            teacher_bias,
             first_place // ROW_BLOCK,
             row_block,
             tile,
             used,
-            entries_total,
-            features,
-            teacher_features,
-            weight_stride,
-            teacher_weight_stride,
-            HAS_BIAS,
-            HAS_TEACHER_BIAS,
             TMA,
             ROW_BLOCK,
             ENTRIES,
@@ -127,7 +110,7 @@ def _difference_kernel(
             gradient -= tl.exp2(multiply_add(teacher_logits, LOG2_E, -log2_teacher_total[:, None])) * forward_share
         exists = present[:, None]
         if RAGGED:
-            exists = exists & (tile * ENTRIES + tl.arange(0, ENTRIES) < entries_total)[None, :]
+            exists = exists & (tile * ENTRIES + tl.arange(0, ENTRIES) < student.entries_total)[None, :]
         gradient = tl.where(exists, gradient * share, 0.0)
         if bias_sums is not None:
             block = (first_place // ROW_BLOCK + row_block).to(tl.int64)
@@ -172,7 +155,6 @@ def strip_differences(
             strip,
             strip_blocks,
             bias_sums,
-            *group.sizes,
             strip.stride(0),
             0 if bias_sums is None else bias_sums.stride(0),
             *shares,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchtune_lce.kernels.divergence_tiles import Group, both_logits
 from torchtune_lce.kernels.launching import launch
+from torchtune_lce.kernels.operands import OperandsArgument
 from torchtune_lce.kernels.primitives import LOG2_E, LOG_2, tile_coordinates
 from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 
@@ -50,23 +51,16 @@ def _raised(peak, total, teacher_peak, teacher_total, logit_sum, gap_sum, higher
 
 @triton.jit(do_not_specialize=["group_first", "first_place", "tokens", "segments", "tiles_a_segment", "tiles"])
 def _segment_kernel(
+    student: OperandsArgument,
+    teacher: OperandsArgument,
     states,
     state_blocks,
-    weight,
     weight_blocks,
-    bias,
     teacher_states,
     teacher_state_blocks,
-    teacher_weight,
     teacher_weight_blocks,
-    teacher_bias,
     count,
     sums,
-    entries_total,
-    features,
-    teacher_features,
-    weight_stride,
-    teacher_weight_stride,
     group_first,
     first_place,
     tokens,
@@ -76,8 +70,6 @@ def _segment_kernel(
     FORWARD: tl.constexpr,
     REVERSE: tl.constexpr,
     RAGGED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_TEACHER_BIAS: tl.constexpr,
     TMA: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -102,34 +94,25 @@ def _segment_kernel(
         first_tile = segment * tiles_a_segment
         for tile in range(first_tile, tl.minimum(first_tile + tiles_a_segment, tiles)):
             logits, teacher_logits = both_logits(
+                student,
+                teacher,
                 states,
                 state_blocks,
-                weight,
                 weight_blocks,
-                bias,
                 teacher_states,
                 teacher_state_blocks,
-                teacher_weight,
                 teacher_weight_blocks,
-                teacher_bias,
                 first_place // ROW_BLOCK,
                 row_block,
                 tile,
                 used,
-                entries_total,
-                features,
-                teacher_features,
-                weight_stride,
-                teacher_weight_stride,
-                HAS_BIAS,
-                HAS_TEACHER_BIAS,
                 TMA,
                 ROW_BLOCK,
                 ENTRIES,
                 BLOCK_D,
                 PRECISION,
             )
-            exists = (tile * ENTRIES + tl.arange(0, ENTRIES) < entries_total)[None, :]
+            exists = (tile * ENTRIES + tl.arange(0, ENTRIES) < student.entries_total)[None, :]
             if RAGGED:
                 higher = tl.maximum(peak, tl.max(tl.where(exists, logits, float("-inf")), 1))
                 teacher_higher = tl.maximum(teacher_peak, tl.max(tl.where(exists, teacher_logits, float("-inf")), 1))
@@ -264,7 +247,7 @@ def row_statistics(
     launch(
         _segment_kernel,
         (min(workers, blocks * count),),
-        (*arguments, sums, *group.sizes, group.first, first_place, places, count, a_segment, tiles),
+        (*arguments, sums, group.first, first_place, places, count, a_segment, tiles),
         FORWARD=shares[0] != 0,
         REVERSE=shares[1] != 0,
         RAGGED=group.operands.weight.shape[0] % config.forward_entries != 0,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
 from torchtune_lce.kernels.exponentials import strip_logits
-from torchtune_lce.kernels.operands import Operands
+from torchtune_lce.kernels.operands import Operands, OperandsArgument
 from torchtune_lce.kernels.tuning import Config, config_for
 
 # Entries of a tile on a card: of twice as many, the sums of both models would not fit the registers.
@@ -24,27 +24,18 @@ TILE_ENTRIES = 128
 
 @triton.jit
 def both_logits(
+    student: OperandsArgument,
+    teacher: OperandsArgument,
     states,
     state_blocks,
-    weight,
     weight_blocks,
-    bias,
     teacher_states,
     teacher_state_blocks,
-    teacher_weight,
     teacher_weight_blocks,
-    teacher_bias,
     first_block,
     row_block,
     tile,
     used,
-    entries_total,
-    features,
-    teacher_features,
-    weight_stride,
-    teacher_weight_stride,
-    HAS_BIAS: tl.constexpr,
-    HAS_TEACHER_BIAS: tl.constexpr,
     TMA: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -58,17 +49,17 @@ def both_logits(
     logits = strip_logits(
         states,
         state_blocks,
-        weight,
+        student.weight,
         weight_blocks,
-        bias,
+        student.bias,
         first_block + row_block,
         tile,
         first_block * ROW_BLOCK + used,
-        entries_total,
-        features,
-        weight_stride,
+        student.entries_total,
+        student.features,
+        student.weight_stride,
         1.0,
-        HAS_BIAS,
+        student.bias is not None,
         False,
         TMA,
         ROW_BLOCK,
@@ -79,17 +70,17 @@ def both_logits(
     teacher_logits = strip_logits(
         teacher_states,
         teacher_state_blocks,
-        teacher_weight,
+        teacher.weight,
         teacher_weight_blocks,
-        teacher_bias,
+        teacher.bias,
         row_block,
         tile,
         used,
-        entries_total,
-        teacher_features,
-        teacher_weight_stride,
+        teacher.entries_total,
+        teacher.features,
+        teacher.weight_stride,
         1.0,
-        HAS_TEACHER_BIAS,
+        teacher.bias is not None,
         False,
         TMA,
         ROW_BLOCK,
@@ -116,7 +107,7 @@ class Group:
         return self.states.shape[0]
 
     def arguments(self, config: Config) -> tuple:
-        """The first of both kernels': states, weights and biases, and the copy engine's descriptors of them or None."""
+        """The first of both kernels': operands, states in order, and the copy engine's descriptors or None."""
         student, teacher = self.operands, self.teacher
         blocks = (None,) * 4
         if has_blocks(config, self.states, student.weight, self.teacher_states, teacher.weight):
@@ -129,32 +120,13 @@ class Group:
                     (teacher.weight, config.forward_entries),
                 )
             )
-        return (
-            self.states,
-            blocks[0],
-            student.weight,
-            blocks[1],
-            student.bias,
-            self.teacher_states,
-            blocks[2],
-            teacher.weight,
-            blocks[3],
-            teacher.bias,
-            self.count,
-        )
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Entries, features of both, and strides of both weights."""
-        weight, teacher_weight = self.operands.weight, self.teacher.weight
-        return *weight.shape, teacher_weight.shape[1], weight.stride(0), teacher_weight.stride(0)
+        own, its_teachers = blocks[:2], blocks[2:]
+        return student.argument, teacher.argument, self.states, *own, self.teacher_states, *its_teachers, self.count
 
     def constants(self, arguments: tuple, config: Config) -> dict:
         """Of both kernels, and how they run."""
         return {
-            "HAS_BIAS": self.operands.bias is not None,
-            "HAS_TEACHER_BIAS": self.teacher.bias is not None,
-            "TMA": arguments[1] is not None,
+            "TMA": arguments[3] is not None,
             "ROW_BLOCK": config.row_block,
             "ENTRIES": config.forward_entries,
             "BLOCK_D": config.block_d,

@@ -23,11 +23,11 @@ from torchtune_lce.kernels.divergence_rows import NUMBERS, SUMS, row_statistics,
 from torchtune_lce.kernels.divergence_tiles import Group, divergence_configs
 from torchtune_lce.kernels.division import chunks, numbers_of_pieces, product_rounds, strip_dtype
 from torchtune_lce.kernels.exponentials import Blocks, Strip
-from torchtune_lce.kernels.operands import ForEntries, Operands
+from torchtune_lce.kernels.operands import Operands
 from torchtune_lce.kernels.places import compact, in_order
 from torchtune_lce.kernels.strip_product import add_product, step
 from torchtune_lce.kernels.tuning import Config, ceil_div, programs
-from torchtune_lce.kernels.weight_product import weight_chunk, weight_depth, weight_product
+from torchtune_lce.kernels.weight_product import weight_blocks, weight_product
 
 
 class Needs(NamedTuple):
@@ -235,14 +235,8 @@ def _weight_product(group: Group, memory: _Memory, d_weight: Tensor, config: Con
         states = memory.scaled.copy_(states)
     columns = scaled_blocks = None
     if has_blocks(config, strip, states):
-        depth = weight_depth(strip, config)
-        columns, scaled_blocks = (
-            in_blocks(strip, config.entry_tile, depth),
-            in_blocks(states, depth, weight_chunk(strip, config)),
-        )
-    product = weight_product(
-        strip, columns, ForEntries(states, None, None), scaled_blocks, group.count, d_weight, config
-    )
+        columns, scaled_blocks = weight_blocks(strip, states, config)
+    product = weight_product(strip, columns, states, scaled_blocks, group.count, d_weight, group.states.dtype, config)
 
     def launch(_: int, first: int, tiles: int) -> None:
         entry = first * config.forward_entries

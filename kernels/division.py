@@ -106,6 +106,15 @@ def divide(
     return replace(best, slots=max(min(own + more, vocabulary // ENTRIES_A_WAITING_SLOT) // 16 * 16, own))
 
 
+def pieces_of(tokens: int, bytes_a_token: int, workspace: int, config: Config) -> list[slice]:
+    """As few slices of whole row blocks as fit the workspace, at least one block each, equal to within a block."""
+    row_blocks = ceil_div(tokens, config.row_block)
+    fitting = max(workspace // bytes_a_token // config.row_block, 1)
+    pieces = ceil_div(row_blocks, fitting)
+    starts = [row_blocks * piece // pieces * config.row_block for piece in range(pieces)]
+    return [slice(*ends) for ends in itertools.pairwise([*starts, tokens])]
+
+
 def numbers_of_pieces() -> Iterator[int]:
     """1, 2, 3, 4, 6, 8, 12 and so on."""
     yield 1
@@ -133,7 +142,7 @@ def slot_bytes(dtype: torch.dtype, config: Config) -> int:
 def bytes_beside(places: int, tiles: int, features: int, filters: bool, sums_a_tile: int, config: Config) -> int:
     """Of a piece beside its strip: u', the sums of all tiles and of those, where rows are done again; what is dropped.
 
-    ``sums_a_tile`` and token: one of E, and one of E times its exponent where that is wanted.
+    ``sums_a_tile`` and token: one of E, and where they are wanted of E times its exponent, and of logits.
     """
     numbers = places * (features + sums_a_tile * (max(tiles, 2) + 2) + 1)
     if filters:

@@ -7,6 +7,7 @@ for a strip's exponentials: where they hold more of them than the workspace does
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -19,7 +20,7 @@ from torchtune_lce.kernels.places import in_order
 from torchtune_lce.kernels.scaled_states import scale_states
 from torchtune_lce.kernels.strip_again import strip_again
 from torchtune_lce.kernels.tuning import Config, ceil_div
-from torchtune_lce.kernels.weight_product import bias_product, weight_chunk, weight_depth, weight_product
+from torchtune_lce.kernels.weight_product import bias_product, weight_blocks, weight_product
 
 
 class BackwardStrip(NamedTuple):
@@ -89,9 +90,10 @@ def entry_gradients(
         again = strip_again(operands, states, blocks, labels, count, shares, given.cells, strip, config)
         products = []
         if d_weight is not None:
-            products.append(weight_product(strip, blocks.columns, given, scaled_blocks, count, d_weight, config))
+            factors = given.scaled, scaled_blocks
+            products.append(weight_product(strip, blocks.columns, *factors, count, d_weight, hidden.dtype, config))
         if d_bias is not None:
-            products.append(bias_product(strip, blocks.columns, given, count, d_bias, config))
+            products.append(bias_product(strip, blocks.columns, given.factors, count, d_bias, config))
         return again, products
 
     for strip in strips:
@@ -128,11 +130,6 @@ def _blocks(operands: Operands, states: Tensor, strip: Tensor, scaled: Tensor, c
     stored = None
     if strip.element_size() == 2 and config.stores_transposed:
         stored = in_blocks(strip, config.forward_entries, config.row_block)
-    depth = weight_depth(strip, config)
-    blocks = Blocks(
-        in_blocks(states, config.row_block, config.block_d),
-        in_blocks(operands.weight, config.forward_entries, config.block_d),
-        stored,
-        columns=in_blocks(strip, config.entry_tile, depth),
-    )
-    return blocks, in_blocks(scaled, depth, weight_chunk(strip, config))
+    columns, scaled_blocks = weight_blocks(strip, scaled, config)
+    blocks = replace(Blocks.of_logits(states, operands.weight, config), stored=stored, columns=columns)
+    return blocks, scaled_blocks

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,7 +19,7 @@ from torch import Tensor
 from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
 from torchtune_lce.kernels.division import strip_dtype
 from torchtune_lce.kernels.launching import Repeated
-from torchtune_lce.kernels.operands import Piece
+from torchtune_lce.kernels.operands import Ordered, Piece
 from torchtune_lce.kernels.primitives import (
     bitwise_or,
     multiply_add,
@@ -109,6 +110,19 @@ def store_by_entry(
         tl.store(at + HALF * strip_stride, right)
 
 
+class Sums(NamedTuple):
+    """By tile and place, or by place, float32; a walk over strips fills them."""
+
+    powers: Tensor  # of E
+    exponents: Tensor | None  # of E times its exponent of 2
+    capped: Tensor | None  # of all entries' capped logits, over V
+
+    @staticmethod
+    def of(kinds: Tensor, with_entropy: bool, with_mean: bool) -> Sums:
+        """``kinds``: one after the other, those that are wanted."""
+        return Sums(kinds[0], kinds[1] if with_entropy else None, kinds[-1] if with_mean else None)
+
+
 @triton.jit(do_not_specialize=["first_place", "tokens", "number", "first_tile", "tiles"])
 def _exponential_kernel(
     states,
@@ -122,8 +136,7 @@ def _exponential_kernel(
     running,
     strip,
     strip_blocks,
-    sums,
-    exponent_sums,
+    sums: Sums,
     dropped_sums,
     words,
     count,
@@ -152,12 +165,11 @@ def _exponential_kernel(
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """E of `tiles` tiles of ENTRIES entries from `first_tile` on, and each tile's sum of it a token: sums[tile, place].
-    Unless None also exponent_sums[tile, place], of E times its exponent of 2.
+    """E of `tiles` tiles of ENTRIES entries from `first_tile` on, and each tile's sums a token, [tile, place].
 
-    The target's own cell is 0, in both. What is stored, by entry, is E times the softcap's derivative; sums are of E
-    alone. With FILTER also a bit for each row block and entry, 1 where active, and each tile's sums over the entries
-    that are not.
+    The target's own cell is 0 in sums of E. What is stored, by entry, is E times the softcap's derivative; sums
+    are of E alone. With FILTER also a bit for each row block and entry, 1 where active, and each tile's sums over the
+    entries that are not.
     Entry e of a tile of W words is bit e // W of its word e % W, the order in which one thread holds its columns.
     """
     used = tl.minimum(tl.load(count) - first_place, tokens)
@@ -190,6 +202,10 @@ def _exponential_kernel(
             BLOCK_D,
             PRECISION,
         )
+        if sums.capped is not None:
+            # First, while nothing else is held. Past the vocabulary they are 0.
+            of_tile = tl.sum(logits, 1) * (1.0 / entries_total)
+            tl.store(sums.capped + tile.to(tl.int64) * tokens + place, of_tile, mask=present)
         reference = tl.load(references + place, mask=present, other=0.0)
         powers = tl.exp2(multiply_add(logits, log2_scale, (reference * -log2_scale)[:, None]))
         own = tl.load(labels + place, mask=present, other=0).to(tl.int32) - tile * ENTRIES
@@ -198,10 +214,10 @@ def _exponential_kernel(
             left_out = left_out | (entries >= entries_total)[None, :]
         powers = tl.where(left_out, 0.0, powers)
         at_tile = tile.to(tl.int64) * tokens + place
-        tl.store(sums + at_tile, tl.sum(powers, 1), mask=present)
-        if exponent_sums is not None:
+        tl.store(sums.powers + at_tile, tl.sum(powers, 1), mask=present)
+        if sums.exponents is not None:
             # Not of the exponents themselves: for those beside their powers there are no registers.
-            tl.store(exponent_sums + at_tile, tl.sum(times_log2(powers), 1), mask=present)
+            tl.store(sums.exponents + at_tile, tl.sum(times_log2(powers), 1), mask=present)
         if FILTER:
             WORDS: tl.constexpr = ENTRIES // WORD_BITS
             least = tl.load(floors + place, mask=present, other=float("inf"))
@@ -301,20 +317,29 @@ class Blocks:
     columns: object | None = None
 
     @staticmethod
-    def of(piece: Piece, strip: Strip, depth: int, features: int, config: Config) -> Blocks:
-        """``depth`` and ``features`` of a step of the second product."""
-        weight, states = piece.operands.weight, piece.states
+    def of_logits(states: Tensor, weight: Tensor, config: Config) -> Blocks:
         if not has_blocks(config, states, weight):
             return Blocks()
-        stored = None
-        if strip.values.element_size() == 2 and config.stores_transposed:
-            stored = in_blocks(strip.values, config.forward_entries, config.row_block)
         return Blocks(
             in_blocks(states, config.row_block, config.block_d),
             in_blocks(weight, config.forward_entries, config.block_d),
-            stored,
-            in_blocks(weight, depth, features),
-            in_blocks(strip.values, depth, config.row_block),
+        )
+
+    @staticmethod
+    def of(piece: Ordered, strip: Strip, depth: int, features: int, config: Config) -> Blocks:
+        """``depth`` and ``features`` of a step of the second product."""
+        weight = piece.operands.weight
+        blocks = Blocks.of_logits(piece.states, weight, config)
+        if blocks.states is None:
+            return blocks
+        stored = None
+        if strip.values.element_size() == 2 and config.stores_transposed:
+            stored = in_blocks(strip.values, config.forward_entries, config.row_block)
+        return replace(
+            blocks,
+            stored=stored,
+            weight_rows=in_blocks(weight, depth, features),
+            columns=in_blocks(strip.values, depth, config.row_block),
         )
 
 
@@ -322,7 +347,7 @@ def strip_exponentials(
     piece: Piece,
     strip: Strip,  # filled
     blocks: Blocks,
-    tile_sums: Tensor,  # [1 or 2, tiles, M] float32, filled for the strip's: sums of E, and of E times its exponent
+    tile_sums: Sums,  # filled for the strip's tiles
     running: Tensor | None,  # [2, 2, M] float32: with a filter, see :class:`Dropped`
     eps: float | None,
     config: Config,
@@ -345,8 +370,7 @@ def strip_exponentials(
             running,
             strip.values,
             blocks.stored,
-            tile_sums[0],
-            tile_sums[1] if tile_sums.shape[0] > 1 else None,
+            tile_sums,
             strip.dropped_sums,
             strip.words,
             piece.count,

@@ -70,13 +70,14 @@ def _tile_statistics(
     log2_eps,
     RECORD: tl.constexpr,
     ENTROPY: tl.constexpr,
+    MEAN: tl.constexpr,
     RAGGED: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
     """Stores one tile's peak and sum of exponentials and, with RECORD, its activity bits and the sum they leave out.
 
-    Last, with ENTROPY, the sum of exponentials times their exponents of 2.
+    Then, with ENTROPY, the sum of exponentials times their exponents of 2, and with MEAN that of the logits, over V.
     """
     token_mask = tokens < tokens_total
     entries = entry_tile * ENTRIES + tl.arange(0, ENTRIES)
@@ -87,6 +88,10 @@ def _tile_statistics(
         logits *= tl.load(operands.scale + entries, mask=inside, other=0.0)[None, :]
     if operands.softcap is not None:
         logits = softcapped(logits, operands.softcap)
+    if MEAN:
+        # Of capped ones, which past the vocabulary are 0.
+        own_mean = statistics + (2 + RECORD + ENTROPY) * tokens_stride + tokens
+        tl.store(own_mean, tl.sum(logits, 1) * (1.0 / operands.entries_total), mask=token_mask)
     if RAGGED:
         logits = tl.where(inside[None, :], logits, float("-inf"))
 
@@ -165,6 +170,7 @@ def _target_kernel(
     row_total,
     target_logit,
     mean_exponent,
+    mean_logit,
     words,
     dropped_mass,
     tokens_stride,
@@ -214,6 +220,9 @@ def _target_kernel(
     if mean_exponent is not None:
         weighted = tl.load(running + (2 + RECORD) * tokens_stride + tokens, mask=mask, other=0.0)
         tl.store(mean_exponent + tokens, weighted / total, mask=mask)
+    if mean_logit is not None:
+        own_mean = running + (2 + RECORD + (mean_exponent is not None)) * tokens_stride + tokens
+        tl.store(mean_logit + tokens, tl.load(own_mean, mask=mask, other=0.0), mask=mask)
     if RECORD:
         _mark_flat_row_block(
             running,
@@ -249,6 +258,7 @@ def _pointer_kernel(
     tiles,
     RECORD: tl.constexpr,
     ENTROPY: tl.constexpr,
+    MEAN: tl.constexpr,
     RAGGED: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -284,7 +294,7 @@ def _pointer_kernel(
             tokens_total,
             entry_tile,
             running,
-            statistics + column.to(tl.int64) * tokens_stride * (2 + RECORD + ENTROPY),
+            statistics + column.to(tl.int64) * tokens_stride * (2 + RECORD + ENTROPY + MEAN),
             words,
             words_stride,
             tokens_stride,
@@ -293,6 +303,7 @@ def _pointer_kernel(
             log2_eps,
             RECORD,
             ENTROPY,
+            MEAN,
             RAGGED,
             ROW_BLOCK,
             ENTRIES,
@@ -315,6 +326,7 @@ def _descriptor_kernel(
     tiles,
     RECORD: tl.constexpr,
     ENTROPY: tl.constexpr,
+    MEAN: tl.constexpr,
     RAGGED: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -350,7 +362,7 @@ def _descriptor_kernel(
             tokens_total,
             entry_tile,
             running,
-            statistics + column.to(tl.int64) * tokens_stride * (2 + RECORD + ENTROPY),
+            statistics + column.to(tl.int64) * tokens_stride * (2 + RECORD + ENTROPY + MEAN),
             words,
             words_stride,
             tokens_stride,
@@ -359,6 +371,7 @@ def _descriptor_kernel(
             log2_eps,
             RECORD,
             ENTROPY,
+            MEAN,
             RAGGED,
             ROW_BLOCK,
             ENTRIES,
@@ -378,11 +391,12 @@ def _merge_kernel(
     tiles,
     RECORD: tl.constexpr,
     ENTROPY: tl.constexpr,
+    MEAN: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Adds statistics[0:tiles, :, i] to running[:, i]: peak, sum, dropped sum and the sum times exponents, in
-    the order of the vocabulary.
+    """Adds statistics[0:tiles, :, i] to running[:, i]: peak, sum, dropped sum, the sum times exponents and the
+    logits' mean, in the order of the vocabulary.
 
     The first phase begins them, with nothing summed yet.
     """
@@ -400,7 +414,10 @@ def _merge_kernel(
     if ENTROPY:
         weighted = tl.load(own + (2 + RECORD) * tokens_stride, mask=known, other=0.0)
     tile = tl.arange(0, TILES)
-    tile_stride = tokens_stride * (2 + RECORD + ENTROPY)
+    mean = tl.zeros((BLOCK,), tl.float32)
+    if MEAN:
+        mean = tl.load(own + (2 + RECORD + ENTROPY) * tokens_stride, mask=known, other=0.0)
+    tile_stride = tokens_stride * (2 + RECORD + ENTROPY + MEAN)
     parts = statistics + tile[:, None].to(tl.int64) * tile_stride + index[None, :]
     for first in range(0, tiles, TILES):
         present = (first + tile < tiles)[:, None] & mask[None, :]
@@ -420,6 +437,8 @@ def _merge_kernel(
         if RECORD:
             left_out = tl.load(parts + 2 * tokens_stride, mask=present, other=0.0)
             dropped = dropped * shrunk + tl.sum(share * left_out, 0)
+        if MEAN:
+            mean += tl.sum(tl.load(parts + (2 + RECORD + ENTROPY) * tokens_stride, mask=present, other=0.0), 0)
         parts += TILES * tile_stride
         peak = higher
     tl.store(own, peak, mask=mask)
@@ -428,6 +447,8 @@ def _merge_kernel(
         tl.store(own + 2 * tokens_stride, dropped, mask=mask)
     if ENTROPY:
         tl.store(own + (2 + RECORD) * tokens_stride, weighted, mask=mask)
+    if MEAN:
+        tl.store(own + (2 + RECORD + ENTROPY) * tokens_stride, mean, mask=mask)
 
 
 def phases(vocabulary: int, tile: int) -> list[tuple[int, int]]:
@@ -457,15 +478,17 @@ def lse_and_target_logit(
     row_total: Tensor,  # [N, 2] float32, filled: the peak and the log of the sum measured from it
     target_logit: Tensor,  # [N] float32, filled
     mean_exponent: Tensor | None,  # [N] float32, filled: under the softmax the mean of (logit - peak) * log2_scale
+    mean_logit: Tensor | None,  # [N] float32, filled: over all entries alike
 ) -> None:
     """Launches the forward for one piece of tokens; reads nothing back to the host. Fills nothing past the count."""
     hidden, weight = operands.hidden, operands.weight
     config = config_for(hidden.device, hidden.dtype)
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     plan = phases(vocabulary, config.forward_entries)
-    with_entropy = mean_exponent is not None
-    # Of each token: its largest logit, its sum, that of its inactive entries and that times exponents, where wanted.
-    running = hidden.new_empty((2 + (activity is not None) + with_entropy, tokens), dtype=torch.float32)
+    with_entropy, with_mean = mean_exponent is not None, mean_logit is not None
+    # Of each token: its largest logit, its sum, that of its inactive entries, that times exponents, and the mean of its
+    # logits, where wanted.
+    running = hidden.new_empty((2 + (activity is not None) + with_entropy + with_mean, tokens), dtype=torch.float32)
     statistics = hidden.new_empty((max(width for _, width in plan), *running.shape), dtype=torch.float32)
     kernel, blocks = _kernel_for(hidden, weight, config)
     tile_statistics = Repeated(
@@ -483,6 +506,7 @@ def lse_and_target_logit(
         ),
         RECORD=activity is not None,
         ENTROPY=with_entropy,
+        MEAN=with_mean,
         ROW_BLOCK=config.row_block,
         ENTRIES=config.forward_entries,
         BLOCK_D=config.block_d,
@@ -496,6 +520,7 @@ def lse_and_target_logit(
         (statistics, running, count, tokens, operands.log2_scale),
         RECORD=activity is not None,
         ENTROPY=with_entropy,
+        MEAN=with_mean,
         TILES=32,
         BLOCK=32,
     )
@@ -516,6 +541,7 @@ def lse_and_target_logit(
             row_total,
             target_logit,
             mean_exponent,
+            mean_logit,
             activity.words if activity else None,
             activity.dropped_mass if activity else None,
             tokens,

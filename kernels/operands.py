@@ -107,22 +107,28 @@ class Places(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Tokens that a walk over strips takes at once, places ``first`` to ``first + M``; in use are those below count."""
+class Ordered:
+    """Tokens that are taken at once, places ``first`` to ``first + M``, in that order; in use are those below count."""
 
-    operands: Operands  # without an adapter
+    operands: Operands
     rows: Tensor  # [M] int64: row of hidden at each place
-    labels: Tensor  # [M]
-    count: Tensor  # [1] int32, on the device: places in use, of all pieces
+    count: Tensor  # [1] int32, on the device: places in use, of all from 0 on
     first: int
     states: Tensor  # [M, D]: hidden states in the order of the places, zero past the count
-    targets: Tensor  # [M] float32: logits of the labels
-    references: Tensor  # [M] float32: what exponentials are measured from
-    floors: Tensor  # [M] float32: a lower bound of the softmax's denominator, measured so
 
     @property
     def tokens(self) -> int:
         return self.rows.numel()
+
+
+@dataclass(frozen=True)
+class Piece(Ordered):
+    """Of a walk over strips, whose operands have no adapter."""
+
+    labels: Tensor  # [M]
+    targets: Tensor  # [M] float32: logits of the labels
+    references: Tensor  # [M] float32: what exponentials are measured from
+    floors: Tensor  # [M] float32: a lower bound of the softmax's denominator, measured so
 
 
 class Walk(NamedTuple):
@@ -140,6 +146,7 @@ class Walk(NamedTuple):
     # all.
     shares: Tensor
     entropies: Tensor  # [N] float32, or [0]
+    means: Tensor  # [N] float32, or [0]: of the logits, less the references
 
 
 class ForEntries(NamedTuple):

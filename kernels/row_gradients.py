@@ -20,6 +20,7 @@ from torch import Tensor
 
 from torchtune_lce.kernels.active_columns import Dropped
 from torchtune_lce.kernels.division import GROUPS
+from torchtune_lce.kernels.exponentials import Sums
 from torchtune_lce.kernels.launching import launch
 from torchtune_lce.kernels.operands import Piece, Walk
 from torchtune_lce.kernels.overflow import overflown
@@ -40,9 +41,11 @@ def _finish_kernel(
     references,
     row_sums,
     row_exponents,
+    row_capped,
     redone,
     losses,
     entropies,
+    logit_means,
     peaks,
     log_totals,
     dropped_mass,
@@ -71,8 +74,9 @@ def _finish_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Loss, reference and log-sum-exp less it at each place's row, and entropies unless None; values, slopes and
-    scales, for the gradient, at it; and shares, for gradients by entry, unless None.
+    """Loss, reference and log-sum-exp less it at each place's row, and entropies, and the logits' means less the
+    reference, unless None; values, slopes and scales, for the gradient, at it; and shares, for gradients by entry,
+    unless None.
 
     The slope is that of the softcap at the target, negative where it belongs to the loss's upstream gradient. With
     NORMALISED the values of a likely target are not scaled by 1 - p, which the scale then is: float16 has no room for
@@ -114,6 +118,9 @@ def _finish_kernel(
         entropy = beyond - LOG_2 * weighted / whole
         # Measured from an unlikely target both are large.
         tl.store(entropies + row, tl.where(used & ((entropy < 0) == 0), entropy, 0.0), mask=write)
+    if logit_means is not None:
+        mean = logit_scale * tl.load(row_capped + place, mask=used, other=0.0) - peak
+        tl.store(logit_means + row, tl.where(used, mean, 0.0), mask=write)
     tl.store(peaks + row, tl.where(used, peak, 0.0), mask=write)
     tl.store(log_totals + row, tl.where(used, log_total, 0.0), mask=write)
     factor = 1 / whole
@@ -206,7 +213,7 @@ def _gradient_kernel(
 def finish_rows(
     piece: Piece,
     totals: Tensor,  # [M, D] float32: u'
-    row_sums: Tensor,  # [1 or 2, M] float32: S', and sums of E times its exponent of 2
+    row_sums: Sums,  # [M] each
     redone: Tensor,  # [2 or 3, M] float32: see redo_overflown
     left_out: Dropped | None,
     walk: Walk,  # filled at the piece's rows of hidden, and its places
@@ -216,7 +223,6 @@ def finish_rows(
     weight, values = piece.operands.weight, piece.states
     tokens, features = values.shape
     softcap = piece.operands.softcap
-    with_entropy = row_sums.shape[0] > 1
     block = rows_and_columns(values.device)
     launch(
         _finish_kernel,
@@ -228,11 +234,11 @@ def finish_rows(
             piece.labels,
             piece.targets,
             piece.references,
-            row_sums[0],
-            row_sums[1] if with_entropy else None,
+            *row_sums,
             redone,
             walk.losses,
-            walk.entropies if with_entropy else None,
+            None if row_sums.exponents is None else walk.entropies,
+            None if row_sums.capped is None else walk.means,
             walk.references,
             walk.log_totals,
             walk.dropped_mass,

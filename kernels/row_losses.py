@@ -14,6 +14,7 @@ def _loss_kernel(
     row_total,
     target_logits,
     mean_exponents,
+    mean_logits,
     rows,
     targets,
     count,
@@ -21,12 +22,13 @@ def _loss_kernel(
     peaks,
     log_totals,
     entropies,
+    means,
     tokens,
     entries_total,
     logit_scale,
     BLOCK: tl.constexpr,
 ):
-    """Results at each place's row, 0 past the count, where row_total becomes 0 too; entropies unless None."""
+    """Results at each place's row, 0 past the count, where row_total becomes 0 too; entropies and means unless None."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < tokens
     used = place < tl.minimum(tl.load(count), tokens)
@@ -51,6 +53,9 @@ def _loss_kernel(
     if entropies is not None:
         entropy = log_sum - LOG_2 * tl.load(mean_exponents + place, mask=used, other=0.0)
         tl.store(entropies + row, tl.where(used & ((entropy < 0) == 0), entropy, 0.0), mask=inside)
+    if means is not None:
+        mean = logit_scale * tl.load(mean_logits + place, mask=used, other=0.0) - finite
+        tl.store(means + row, tl.where(used, mean, 0.0), mask=inside)
     tl.store(row_total + 2 * place, peak, mask=inside)
     tl.store(row_total + 2 * place + 1, log_sum, mask=inside)
 
@@ -59,16 +64,21 @@ def row_losses(
     row_total: Tensor,  # [N, 2] float32: peak and log of the sum measured from it, in the order of ``rows``
     target_logits: Tensor,  # [N] float32, in that order
     mean_exponents: Tensor | None,  # [N] float32, in that order: see lse_and_target_logit
+    mean_logits: Tensor | None,  # likewise
     rows: Tensor,  # [N] int64, those in use first
     targets: Tensor,  # [N], as they came
     count: Tensor,  # [1] int32, rows in use, on the device
     vocabulary: int,
     logit_scale: float,
-) -> list[Tensor]:  # nll, peak and log_total, [N] float32, 0 where not in use, and the entropy, or [0]
-    """One launch. Where a target names no entry, NaN in nll, log_total and the log of the sum in ``row_total``."""
+) -> list[Tensor]:
+    """nll, peak and log_total, [N] float32, 0 where not in use; entropy, or [0]; mean logit less the peak, or [0].
+
+    One launch. Where a target names no entry, NaN in nll, log_total and the log of the sum in ``row_total``.
+    """
     tokens = rows.numel()
-    with_entropy = mean_exponents is not None
-    results = [target_logits.new_empty(size) for size in (tokens, tokens, tokens, tokens * with_entropy)]
+    with_entropy, with_mean = mean_exponents is not None, mean_logits is not None
+    sizes = (tokens, tokens, tokens, tokens * with_entropy, tokens * with_mean)
+    results = [target_logits.new_empty(size) for size in sizes]
     if tokens:
         launch(
             _loss_kernel,
@@ -77,11 +87,13 @@ def row_losses(
                 row_total,
                 target_logits,
                 mean_exponents,
+                mean_logits,
                 rows,
                 targets,
                 count,
                 *results[:3],
                 results[3] if with_entropy else None,
+                results[4] if with_mean else None,
                 tokens,
                 vocabulary,
                 logit_scale,

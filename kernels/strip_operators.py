@@ -14,7 +14,8 @@ from torchtune_lce.inputs.losses import Losses
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.inputs.validation import is_readable
 from torchtune_lce.kernels.entry_gradients import entry_gradients
-from torchtune_lce.kernels.operands import Operands, scaled_upstream
+from torchtune_lce.kernels.mean_gradients import add_mean_gradients
+from torchtune_lce.kernels.operands import Gradients, Operands, scaled_upstream
 from torchtune_lce.kernels.operators import operator, refuse_second_derivative, rows_contiguous
 from torchtune_lce.kernels.places import compact
 from torchtune_lce.kernels.row_gradients import row_gradients
@@ -30,6 +31,7 @@ def token_losses(
     eps: float | None,
     is_trained: bool,
     with_entropy: bool,
+    with_mean: bool,
     options: Options,
 ) -> Losses:
     """What the function that :func:`torchtune_lce.kernels.autograd.token_losses` makes returns; eps None: unfiltered.
@@ -37,7 +39,7 @@ def token_losses(
     With gradients by weight and bias only where ``is_trained``, and then unfiltered. What stands for the peak is each
     row's reference, see reference_logits.py.
     """
-    nll, peak, log_total, *_, entropies, _, _, _, divisor = _strip_cross_entropy(
+    nll, peak, log_total, *_, entropies, means, _, _, _, divisor = _strip_cross_entropy(
         hidden,
         weight,
         bias,
@@ -48,23 +50,36 @@ def token_losses(
         eps,
         is_trained,
         with_entropy,
+        with_mean,
         options.workspace_mib,
     )
     entropy = entropies.detach() if with_entropy else None
-    return Losses(nll, peak.detach(), log_total, divisor=divisor, entropy=entropy)
+    return Losses(nll, peak.detach(), log_total, means if with_mean else None, divisor=divisor, entropy=entropy)
 
 
 torch.library.define(
     "torchtune_lce::strip_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float? softcap, "
-    "float logit_scale, float? eps, bool is_trained, bool with_entropy, int workspace_mib) "
+    "float logit_scale, float? eps, bool is_trained, bool with_entropy, bool with_mean, int workspace_mib) "
     "-> (Tensor nll, Tensor peak, Tensor log_total, Tensor dropped_mass, Tensor values, Tensor coefficients, "
-    "Tensor kept, Tensor shares, Tensor entropies, Tensor rows, Tensor labels, Tensor count, Tensor divisor)",
+    "Tensor kept, Tensor shares, Tensor entropies, Tensor means, Tensor rows, Tensor labels, Tensor count, "
+    "Tensor divisor)",
 )
 
 
 def _forward(
-    hidden, weight, bias, targets, ignore_index, softcap, logit_scale, eps, is_trained, with_entropy, workspace_mib
+    hidden,
+    weight,
+    bias,
+    targets,
+    ignore_index,
+    softcap,
+    logit_scale,
+    eps,
+    is_trained,
+    with_entropy,
+    with_mean,
+    workspace_mib,
 ):
     """A :class:`Walk`; then rows [N] int64, the tokens in use first, labels in that order, count [1] int32, and what a
     mean divides by. ``targets`` may hold anything.
@@ -75,7 +90,7 @@ def _forward(
     rows, labels, count, divisor = compact(targets, ignore_index, weight.shape[0])
     config = config_for(hidden.device, hidden.dtype)
     walk = walk_rows(
-        operands, targets, rows, labels, count, eps, is_trained, with_entropy, workspace_mib * 2**20, config
+        operands, targets, rows, labels, count, eps, is_trained, with_entropy, with_mean, workspace_mib * 2**20, config
     )
     return *walk, rows, labels, count, divisor
 
@@ -90,7 +105,8 @@ def _operands(
 
 
 @torch.library.register_fake("torchtune_lce::strip_cross_entropy")
-def _(hidden, weight, bias, targets, ignore_index, softcap, logit_scale, eps, is_trained, with_entropy, workspace_mib):
+def _(hidden, weight, bias, targets, *settings):
+    _, _, _, eps, is_trained, with_entropy, with_mean, _ = settings
     tokens = targets.shape[0]
     filters = eps is not None
     row_blocks = ceil_div(tokens, config_for(hidden.device, hidden.dtype).row_block) if filters else 0
@@ -102,6 +118,7 @@ def _(hidden, weight, bias, targets, ignore_index, softcap, logit_scale, eps, is
         hidden.new_empty(row_blocks, dtype=torch.int32),
         hidden.new_empty((5, tokens) if is_trained else 0, dtype=torch.float32),
         hidden.new_empty(tokens if with_entropy else 0, dtype=torch.float32),
+        hidden.new_empty(tokens if with_mean else 0, dtype=torch.float32),
         hidden.new_empty(tokens, dtype=torch.int64),
         torch.empty_like(targets),
         hidden.new_empty(1, dtype=torch.int32),
@@ -111,15 +128,16 @@ def _(hidden, weight, bias, targets, ignore_index, softcap, logit_scale, eps, is
 
 torch.library.define(
     "torchtune_lce::strip_cross_entropy_backward",
-    "(Tensor? d_nll, Tensor? d_lse, Tensor? hidden, Tensor weight, Tensor? bias, Tensor values, Tensor coefficients, "
-    "Tensor shares, Tensor rows, Tensor labels, Tensor count, float? softcap, float logit_scale, bool[] needs, "
-    "int workspace_mib) -> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
+    "(Tensor? d_nll, Tensor? d_lse, Tensor? d_means, Tensor? hidden, Tensor weight, Tensor? bias, Tensor values, "
+    "Tensor coefficients, Tensor shares, Tensor rows, Tensor labels, Tensor count, float? softcap, "
+    "float logit_scale, bool[] needs, int workspace_mib) -> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
 )
 
 
 def _backward(
     d_nll,
     d_lse,
+    d_means,
     hidden,
     weight,
     bias,
@@ -134,7 +152,9 @@ def _backward(
     needs,
     workspace_mib,
 ):
-    """Gradients by hidden, weight and bias, empty where ``needs`` has no True; without those two hidden may be None."""
+    """Gradients by hidden, weight and bias, empty where ``needs`` has no True. Without the latter two, and without
+    d_means, hidden may be None.
+    """
     d_nll, d_lse = scaled_upstream(d_nll, logit_scale), scaled_upstream(d_lse, logit_scale)
     if d_nll is None:
         d_nll = coefficients.new_zeros(1).expand(rows.numel())
@@ -161,22 +181,33 @@ def _backward(
         )
     if needs_hidden:
         row_gradients(values, coefficients, weight, rows, labels, count, d_nll, d_lse, d_hidden)
+    if d_means is not None and d_means.numel():
+        made = (gradient if need else None for gradient, need in zip((d_hidden, d_weight, d_bias), needs, strict=True))
+        add_mean_gradients(
+            d_means,
+            _operands(hidden, weight, bias, softcap, logit_scale),
+            rows,
+            count,
+            Gradients(*made, None, None, None),
+            workspace_mib * 2**20,
+            config_for(weight.device, weight.dtype),
+        )
     return d_hidden if needs_hidden else values.new_empty(0), d_weight, d_bias
 
 
 @torch.library.register_fake("torchtune_lce::strip_cross_entropy_backward")
-def _(d_nll, d_lse, hidden, weight, bias, values, *rest):
+def _(d_nll, d_lse, d_means, hidden, weight, bias, values, *rest):
     needs = rest[-2]
     operands = values, weight, weight if bias is None else bias
     return tuple(x.new_empty(x.shape if need else 0) for x, need in zip(operands, needs, strict=True))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, bias, _, _, softcap, logit_scale, _, is_trained, _, workspace_mib = inputs
-    _, _, _, dropped_mass, values, coefficients, kept, shares, _, rows, labels, count, _ = output
+    hidden, weight, bias, _, _, softcap, logit_scale, _, is_trained, _, with_mean, workspace_mib = inputs
+    _, _, _, dropped_mass, values, coefficients, kept, shares, _, _, rows, labels, count, _ = output
     ctx.set_materialize_grads(False)
     # Who keeps hidden states for nothing keeps memory.
-    of_logits = (hidden, weight, bias) if is_trained else (None, weight, None)
+    of_logits = (hidden, weight, bias) if is_trained or with_mean else (None, weight, None)
     ctx.save_for_backward(*of_logits, values, coefficients, shares, rows, labels, count)
     ctx.settings = softcap, logit_scale, workspace_mib
     # A trace has no calls to tell of.
@@ -199,15 +230,16 @@ def _kept_and_all(kept: Tensor, count: Tensor, hidden: Tensor, weight: Tensor) -
     return torch.cat([found, every])
 
 
-def _differentiate(ctx, d_nll, _, d_lse, *__):
+def _differentiate(ctx, d_nll, _, d_lse, *others):
+    d_means = others[6]
     softcap, logit_scale, workspace_mib = ctx.settings
     needs = list(ctx.needs_input_grad[:3])
     gradients = _strip_cross_entropy_backward(
-        d_nll, d_lse, *ctx.saved_tensors, softcap, logit_scale, needs, workspace_mib
+        d_nll, d_lse, d_means, *ctx.saved_tensors, softcap, logit_scale, needs, workspace_mib
     )
     if ctx.record:
         ctx.record.tiles = ctx.kept
-    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 8
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 9
 
 
 _strip_cross_entropy = operator("strip_cross_entropy", _forward, _differentiate, _setup_context)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchtune_lce.kernels.division import chunks, fill, product_precision, product_rounds
 from torchtune_lce.kernels.exponentials import Blocks, Strip
 from torchtune_lce.kernels.launching import Repeated
-from torchtune_lce.kernels.operands import Piece
+from torchtune_lce.kernels.operands import Ordered
 from torchtune_lce.kernels.primitives import tile_coordinates
 from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 
@@ -130,7 +130,7 @@ def step(row_blocks: int, features: int, dtype: torch.dtype, workers: int, confi
 
 
 def add_product(
-    piece: Piece,
+    piece: Ordered,
     strip: Strip,
     blocks: Blocks,
     filters: bool,
@@ -181,7 +181,9 @@ def add_product(
     return functools.partial(kernel, (min(workers, row_blocks * ceil_div(features, chunk)),))
 
 
-def _library_product(piece: Piece, strip: Strip, totals: Tensor, of_tile: int, _: int, first: int, tiles: int) -> None:
+def _library_product(
+    piece: Ordered, strip: Strip, totals: Tensor, of_tile: int, _: int, first: int, tiles: int
+) -> None:
     """cuBLAS's, of a strip in whole; ``of_tile`` entries are a tile."""
     weight = piece.operands.weight
     entries = weight[first * of_tile : (first + tiles) * of_tile]

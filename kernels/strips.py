@@ -22,7 +22,7 @@ from torch import Tensor
 from torchtune_lce.kernels.active_columns import Dropped, pack_active
 from torchtune_lce.kernels.division import ENTRIES_A_SLOT, Sample, divide, product_precision
 from torchtune_lce.kernels.dropped_mean import find_means
-from torchtune_lce.kernels.exponentials import Blocks, Strip, strip_exponentials
+from torchtune_lce.kernels.exponentials import Blocks, Strip, Sums, strip_exponentials
 from torchtune_lce.kernels.launching import launch
 from torchtune_lce.kernels.operands import Operands, Piece, Walk
 from torchtune_lce.kernels.overflow import redo_overflown
@@ -71,6 +71,7 @@ def walk_rows(
     eps: float | None,  # None: nothing is filtered
     is_trained: bool,  # the projection: shares are wanted
     with_entropy: bool,
+    with_mean: bool,
     workspace: int,  # bytes
     config: Config,
 ) -> Walk:
@@ -91,41 +92,44 @@ def walk_rows(
     )
     shares = empty(5, tokens) if is_trained else empty(0)
     by_row = [empty(tokens) for _ in range(3)]
-    results = Walk(*by_row, dropped_mass, values, empty(2, tokens), kept, shares, empty(tokens * with_entropy))
+    optional = empty(tokens * with_entropy), empty(tokens * with_mean)
+    results = Walk(*by_row, dropped_mass, values, empty(2, tokens), kept, shares, *optional)
     if not tokens:
         return results
     logits = reference_logits(operands, targets, rows, count, values, config)
     tiles = ceil_div(vocabulary, config.forward_entries)
     workers = programs(hidden.device)
-    sums_a_tile = 1 + with_entropy
+    sums_a_tile = 1 + with_entropy + with_mean
     division = divide(tokens, vocabulary, features, hidden.dtype, filters, sums_a_tile, workspace, workers, config)
     places = min(division.tokens, tokens)
     totals = empty(places, features)
     # Each from a multiple of 16 bytes on: kernels are compiled for such addresses or for others.
     sums_of_tiles = empty(sums_a_tile, ceil_div(max(tiles, 2) * places, 4) * 4)
-    sums_of_rows = empty((2 * sums_a_tile + 1) * places)
+    kinds = sums_a_tile + 2 + with_entropy
+    sums_of_rows = empty(kinds * places)
     slots = None
     if filters:
         slots = max(division.slots, division.tiles * config.forward_entries // ENTRIES_A_SLOT)
     strip = Strip.empty(places, division.tiles, slots, hidden, config)
     for number, first in enumerate(range(0, tokens, places)):
         here = slice(first, first + places)
-        piece = Piece(operands, rows[here], labels[here], count, first, values[here], *logits[:, here])
+        piece = Piece(operands, rows[here], count, first, values[here], labels[here], *logits[:, here])
         tile_sums = sums_of_tiles[:, : max(tiles, 2) * piece.tokens]
-        of_rows = sums_of_rows[: (2 * sums_a_tile + 1) * piece.tokens].view(-1, piece.tokens)
-        row_sums, redone = of_rows[:sums_a_tile], of_rows[sums_a_tile:]
+        of_rows = sums_of_rows[: kinds * piece.tokens].view(kinds, piece.tokens)
+        redone, of_tiles = of_rows[sums_a_tile:], Sums.of(tile_sums, with_entropy, with_mean)
+        row_sums = Sums.of(of_rows[:sums_a_tile], with_entropy, with_mean)
         left_out = None
         if filters:
             blocks = slice(first // config.row_block, ceil_div(first + piece.tokens, config.row_block))
             sample = Sample.of(number, ceil_div(tokens, places), blocks.stop - blocks.start, tiles)
             left_out = Dropped.empty(piece, sample, kept[blocks], strip, config)
-        walk(piece, totals, strip, tile_sums, left_out, eps, config)
+        walk(piece, totals, strip, of_tiles, left_out, eps, config)
         launch(
             _row_sum_kernel,
             (ceil_div(piece.tokens, 32), sums_a_tile),
             (
                 tile_sums,
-                row_sums,
+                of_rows,
                 count,
                 first,
                 piece.tokens,
@@ -136,9 +140,8 @@ def walk_rows(
             BLOCK=32,
             num_warps=4,
         )
-        redo_overflown(
-            piece, row_sums[0], tile_sums[0], redone, totals, product_precision(hidden.dtype, config), config
-        )
+        precision = product_precision(hidden.dtype, config)
+        redo_overflown(piece, row_sums.powers, of_tiles.powers, redone, totals, precision, config)
         if left_out is not None:
             find_means(piece, left_out, strip, config)
         finish_rows(piece, totals, row_sums, redone, left_out, results, config)
@@ -149,7 +152,7 @@ def walk(
     piece: Piece,
     totals: Tensor,  # [M, D] float32, filled: u'
     strip: Strip,
-    tile_sums: Tensor,  # [1 or 2, tiles, M] float32, filled: sums of E, and of E times its exponent of 2
+    tile_sums: Sums,  # [tiles, M] each, filled
     dropped: Dropped | None,  # filled
     eps: float | None,
     config: Config,
@@ -162,7 +165,7 @@ def walk(
     blocks = Blocks.of(piece, strip, depth, chunk, config)
     kernels = [strip_exponentials(piece, strip, blocks, tile_sums, dropped and dropped.running, eps, config)]
     if dropped is not None:
-        kernels.append(pack_active(piece, strip, tile_sums[0], dropped, config))
+        kernels.append(pack_active(piece, strip, tile_sums.powers, dropped, config))
     kernels.append(add_product(piece, strip, blocks, dropped is not None, totals, config))
     for number, (first, here) in enumerate(strip.parts(tiles)):
         for kernel in kernels:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchtune_lce.kernels.descriptors import in_blocks
 from torchtune_lce.kernels.division import product_precision
 from torchtune_lce.kernels.launching import Repeated
-from torchtune_lce.kernels.operands import ForEntries
 from torchtune_lce.kernels.primitives import tile_coordinates
 from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 
@@ -27,6 +28,7 @@ def _weight_kernel(
     strip_stride,
     first_entry,
     entries,
+    ADDS: tl.constexpr,
     TMA: tl.constexpr,
     TILE: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -34,7 +36,9 @@ def _weight_kernel(
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rows `first_entry` on of d_weight, as many as `entries`, of which the strip has one each."""
+    """Rows `first_entry` on of d_weight, as many as `entries`, of which the strip has one each; with ADDS beside what
+    they hold.
+    """
     # Places past those in use have zeros, up to whole steps, where there are any.
     used = tl.load(count)
     tiles = tl.cdiv(entries, TILE)
@@ -60,6 +64,8 @@ def _weight_kernel(
                 h = tl.load(at, mask=(place < used)[:, None] & (d < features)[None, :], other=0.0)
                 total = tl.dot(e, h, total, input_precision=PRECISION)
         at = d_weight + (first_entry + row).to(tl.int64)[:, None] * features + d[None, :]
+        if ADDS:
+            total += tl.load(at, mask=exists, other=0.0).to(tl.float32)
         tl.store(at, total.to(d_weight.dtype.element_ty), mask=exists)
 
 
@@ -73,6 +79,7 @@ def _bias_kernel(
     strip_stride,
     first_entry,
     entries,
+    ADDS: tl.constexpr,
     TMA: tl.constexpr,
     ROWS: tl.constexpr,
     PLACES: tl.constexpr,
@@ -88,17 +95,23 @@ def _bias_kernel(
         else:
             e = tl.load(own + place[None, :], mask=(row < entries)[:, None] & (place < used)[None, :], other=0.0)
         total += e.to(tl.float32) * tl.load(factors + place, mask=place < used, other=0.0)[None, :]
-    tl.store(d_bias + first_entry + row, tl.sum(total, 1).to(d_bias.dtype.element_ty), mask=row < entries)
+    whole = tl.sum(total, 1)
+    at = d_bias + first_entry + row
+    if ADDS:
+        whole += tl.load(at, mask=row < entries, other=0.0).to(tl.float32)
+    tl.store(at, whole.to(d_bias.dtype.element_ty), mask=row < entries)
 
 
 def weight_product(
     strip: Tensor,  # [entries, whole row blocks of N]
     columns: object | None,  # its descriptor, None where the copy engine cannot read it
-    given: ForEntries,
-    scaled_blocks: object | None,  # and that of what is scaled
+    scaled: Tensor,  # [N, D] in the strip's dtype: hidden states times their factors, zero past the count
+    scaled_blocks: object | None,  # its descriptor
     count: Tensor,  # [1] int32
     d_weight: Tensor,  # [V, D], filled at the strip's rows
+    dtype: torch.dtype,  # of the inputs
     config: Config,
+    adds: bool = False,  # to what d_weight holds
 ) -> Callable[[int, int], None]:
     """What launches it for a strip: its first entry, and how many it has."""
     features = d_weight.shape[1]
@@ -107,19 +120,20 @@ def weight_product(
         (
             strip,
             columns,
-            given.scaled,
+            scaled,
             scaled_blocks,
             d_weight,
             count,
             features,
             strip.stride(0),
         ),
+        ADDS=adds,
         TMA=columns is not None,
         TILE=config.entry_tile,
         FEATURES=weight_chunk(strip, config),
         BLOCK_K=weight_depth(strip, config),
         GROUP=config.group,
-        PRECISION=product_precision(d_weight.dtype, config),
+        PRECISION=product_precision(dtype, config),
         num_warps=config.warps,
         num_stages=config.backward_stages,
     )
@@ -134,10 +148,11 @@ def weight_product(
 def bias_product(
     strip: Tensor,  # [entries, whole row blocks of N]
     columns: object | None,  # its descriptor, None where the copy engine cannot read it
-    given: ForEntries,
+    factors: Tensor,  # [N] float32
     count: Tensor,  # [1] int32
     d_bias: Tensor,  # [V], filled at the strip's entries
     config: Config,
+    adds: bool = False,  # to what d_bias holds
 ) -> Callable[[int, int], None]:
     """The same for the bias: no product, but a sum of the strip times the factors."""
     kernel = Repeated(
@@ -145,17 +160,24 @@ def bias_product(
         (
             strip,
             columns,
-            given.factors,
+            factors,
             d_bias,
             count,
             strip.stride(0),
         ),
+        ADDS=adds,
         TMA=columns is not None,
         ROWS=config.entry_tile,
         PLACES=weight_depth(strip, config),
         num_warps=config.warps,
     )
     return lambda first, entries: kernel((ceil_div(entries, config.entry_tile),), first, entries)
+
+
+def weight_blocks(strip: Tensor, scaled: Tensor, config: Config) -> tuple[object, object]:
+    """Descriptors of both, where the copy engine can read them."""
+    depth = weight_depth(strip, config)
+    return in_blocks(strip, config.entry_tile, depth), in_blocks(scaled, depth, weight_chunk(strip, config))
 
 
 def weight_depth(strip: Tensor, config: Config) -> int:

@@ -57,6 +57,7 @@ class Call:
     rank: int = 0
     scaled: bool = False  # rows of the weight and of the low rank's
     softcap: float | None = None
+    smoothing: float = 0.0  # with a softcap
     logit_scale: float = 1.0
     with_lse: bool = False
     with_entropy: bool = False
@@ -82,6 +83,7 @@ CALLS = (
         rank=8,
         scaled=True,
         softcap=20.0,
+        smoothing=0.1,
         logit_scale=0.7,
         with_lse=True,
         with_entropy=True,
@@ -115,6 +117,7 @@ CALLS = (
         impl="cce_exact",
         bias=True,
         softcap=20.0,
+        smoothing=0.1,
         logit_scale=0.7,
         with_lse=True,
         with_entropy=True,
@@ -125,6 +128,7 @@ CALLS = (
     Call("reverse divergence", vocabulary=(4, 8), shares=(0.0, 1.0)),
     # Several strips of several pieces of tokens.
     Call("divergence in strips", tokens=(9, 100), vocabulary=(14, 8), workspace_mib=1, shares=(0.3, 0.7)),
+    Call("capped means", vocabulary=(4, 0), softcap=20.0, smoothing=0.1, ignored=True, frozen=("weight",)),
 )
 
 BY_DTYPE = (
@@ -140,6 +144,9 @@ BY_DTYPE = (
     ("_scale_kernel", "FOR_TF32", False, ("float16",), "float16's are multiplied in tf32"),
     ("_redo_kernel", "FOR_TF32", True, ("bfloat16", "float32"), "float16's alone are multiplied in tf32"),
     ("_redo_kernel", "FOR_TF32", False, ("float16",), "float16's are multiplied in tf32"),
+    ("_slope_kernel", "FOR_TF32", True, ("bfloat16", "float32"), "float16's alone are multiplied in tf32"),
+    ("_slope_kernel", "FOR_TF32", False, ("float16",), "float16's are multiplied in tf32"),
+    ("_multiply_kernel", "FOR_TF32", True, ("bfloat16", "float32"), "float16's alone are multiplied in tf32"),
     ("_finish_kernel", "NORMALISED", True, ("bfloat16", "float32"), "float16 alone has no room for small values"),
     ("_finish_kernel", "NORMALISED", False, ("float16",), "float16 has no room for small values"),
 )
@@ -149,6 +156,8 @@ IMPOSSIBLE = (
     ("_backward_kernel", "gradient_columns", True, ("float32",), "the copy engine takes those of 16 bits alone"),
     ("_exponential_kernel", "strip_blocks", True, ("float16", "float32"), "bfloat16's alone are stored in 16 bits"),
     ("_again_kernel", "strip_blocks", True, ("float16", "float32"), "bfloat16's alone are stored in 16 bits"),
+    ("_difference_kernel", "strip_blocks", True, ("float16", "float32"), "bfloat16's alone are stored in 16 bits"),
+    ("_slope_kernel", "strip_blocks", True, ("float16", "float32"), "bfloat16's alone are stored in 16 bits"),
     ("_list_kernel", "PAIRED", True, ("float32",), "a forward's tile of float32 is as wide as a backward's"),
     *BY_DTYPE,
 )
@@ -161,6 +170,8 @@ WITHOUT_COPY_ENGINE = (
     ("_strip_kernel", "count_in_order", True, DTYPES, "sm90 and newer alone have a copy engine"),
     ("_exponential_kernel", "strip_blocks", True, DTYPES, "sm90 and newer alone have a copy engine"),
     ("_again_kernel", "strip_blocks", True, DTYPES, "sm90 and newer alone have a copy engine"),
+    ("_difference_kernel", "strip_blocks", True, DTYPES, "sm90 and newer alone have a copy engine"),
+    ("_slope_kernel", "strip_blocks", True, DTYPES, "sm90 and newer alone have a copy engine"),
     ("_exponential_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
     ("_segment_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
     ("_difference_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
@@ -168,6 +179,8 @@ WITHOUT_COPY_ENGINE = (
     ("_again_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
     ("_weight_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
     ("_bias_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
+    ("_slope_kernel", "TMA", True, DTYPES, "sm90 and newer alone have a copy engine"),
+    ("_slope_kernel", "FLATTEN", True, DTYPES, "sm90 and newer alone have a copy engine"),
 )
 IN_INTERPRETER = (
     *WITHOUT_COPY_ENGINE,
@@ -386,10 +399,15 @@ def make_call(call: Call, leaves: dict, targets) -> dict:
     from torchtune_lce.inputs.call import checked
     from torchtune_lce.inputs.low_rank import LowRank
     from torchtune_lce.inputs.options import Options
+    from torchtune_lce.terms.label_smoothing import smooth
 
     wanted = {name: leaf.requires_grad_() for name, leaf in leaves.items() if name not in call.frozen}
     options = Options(
-        softcap=call.softcap, logit_scale=call.logit_scale, workspace_mib=call.workspace_mib, filter_eps=2**-12
+        softcap=call.softcap,
+        logit_scale=call.logit_scale,
+        label_smoothing=call.smoothing,
+        workspace_mib=call.workspace_mib,
+        filter_eps=2**-12,
     )
     given = checked(leaves["hidden"], leaves["weight"], targets, leaves.get("bias"), options=options)
     if call.rank:
@@ -397,6 +415,8 @@ def make_call(call: Call, leaves: dict, targets) -> dict:
     _, token_losses = choice.choose(call.impl, leaves["hidden"])
     losses = token_losses(replace(given, with_entropy=call.with_entropy))
     loss, lse = losses.nll.sum(), losses.peak + losses.log_total
+    if call.smoothing:
+        loss = smooth(losses, options).sum()
     gradients = torch.autograd.grad(loss + lse.sum() if call.with_lse else loss, list(wanted.values()))
     results = {"loss": loss, "lse": lse} | dict(zip(wanted, gradients, strict=True))
     if call.with_entropy:
@@ -442,7 +462,7 @@ def check(call: Call, leaves: dict, targets, results: dict) -> None:
         losses = call.shares[1] * (q.exp() * (q - p)).sum(-1) - call.shares[0] * (p.exp() * q).sum(-1)
         loss = losses[targets != -100].mean()
     else:
-        loss = F.cross_entropy(logits, targets, reduction="sum")
+        loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=call.smoothing)
     lse = logits.logsumexp(-1).where(targets != -100, 0)
     names = [name for name in leaves if name not in (*call.frozen, *call.of_teacher)]
     wanted = torch.autograd.grad(loss + lse.sum() if call.with_lse else loss, [exact[name] for name in names])
@@ -461,7 +481,7 @@ def run_calls(path: str, dtype_name: str, calls: Iterable[Call], compare: dict |
     """The results of each call by its name: checked, or with `compare`, what another process had, of the same bits."""
     import torch
 
-    from torchtune_lce.kernels import compiling, strip_product
+    from torchtune_lce.kernels import compiling, mean_gradients, strip_product
 
     # Nothing runs on what was not computed, which a list of the kernels to compile would be made with.
     compiling._threads = lambda: 1
@@ -470,6 +490,7 @@ def run_calls(path: str, dtype_name: str, calls: Iterable[Call], compare: dict |
     if not interpreted:
         # Our own kernel always: what cuBLAS writes by the copy engine, initcheck takes for never written.
         strip_product.LEAST_FILL = 0
+        mean_gradients._product = lambda left, right: (left.float()[:, :, None] * right.float()).sum(1)
     results = {}
     for call in calls:
         begin = time.perf_counter()

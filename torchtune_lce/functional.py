@@ -217,7 +217,7 @@ def _reduced(losses: Losses, lse: Tensor | None, call: Call, reduction: str) -> 
 
 def _token_losses(call: Call, impl: str) -> choice.TokenLosses:
     """What computes the call's losses a token: an implementation, and around it what it does not do itself."""
-    name, token_losses = choice.choose(impl, call.hidden, choice.beyond_kernels(call.options, call.scaled))
+    name, token_losses = choice.choose(impl, call.hidden)
     choice.check_transforms(name, *call.given, *(call.low_rank or ()))
     # Other means the implementation returns itself.
     if call.options.label_smoothing and choice.CAPABILITIES[name].own_backward and call.means_by_product:

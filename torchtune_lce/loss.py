@@ -194,15 +194,11 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         return self._projection.call(self._bound_loss, outputs, targets)
 
     def implementation(self, outputs: Tensor) -> str:
-        """What ``impl`` stands for with hidden states ``outputs`` and the bound model as it is.
+        """What ``impl`` stands for with hidden states ``outputs``.
 
         Raises RuntimeError, saying what to set instead, for one that cannot run.
         """
-        return self._implementation(outputs, None if self._projection is None else self._projection.adapter)
-
-    def _implementation(self, outputs: Tensor, adapter: output_adapter.Adapter | None) -> str:
-        beyond = choice.beyond_kernels(self._options, output_adapter.is_dora(adapter))
-        return choice.choose(self.impl, outputs, beyond)[0]
+        return choice.choose(self.impl, outputs)[0]
 
     def _loss(
         self,
@@ -304,7 +300,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
             )
 
     def _say_which(self, outputs: Tensor, weight: Tensor, adapter: output_adapter.Adapter | None) -> None:
-        name = self._implementation(outputs, adapter)
+        name = self.implementation(outputs)
         kind = "DoRA" if output_adapter.is_dora(adapter) else "LoRA"
         beside = "" if adapter is None else f" and the {kind} on it, of rank {adapter.lora_a.out_features}"
         log_rank_zero(

@@ -14,7 +14,6 @@ from project import ROOT
 
 from torchtune_lce.implementations import choice
 from torchtune_lce.implementations.capabilities import CAPABILITIES, able, setting
-from torchtune_lce.inputs.low_rank import LowRank
 from torchtune_lce.inputs.options import Options
 
 TOKENS, ENTRIES, WIDTH = 5, 19, 8
@@ -25,32 +24,12 @@ def make_inputs(device, dtype=torch.float32):
     return hidden, weight, torch.arange(TOKENS, device=device)
 
 
-def loss(impl, hidden, weight, targets, options=None, low_rank=None):
-    settings = {"options": options or Options(), "reduction": "mean", "shift": 0, "return_lse": False}
-    return compute(hidden, weight, targets, None, **settings, impl=impl, low_rank=low_rank)
+def loss(impl, hidden, weight, targets):
+    return compute(hidden, weight, targets, options=Options(), impl=impl)
 
 
-def plain(hidden, weight, targets, smoothing=0.0, softcap=None, low_rank=None):
-    logits = F.linear(hidden, weight)
-    if low_rank is not None:
-        logits = (logits + low_rank.low @ low_rank.up.T) * low_rank.scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits, targets, label_smoothing=smoothing)
-
-
-def smoothing_with_a_softcap(impl, device):
-    inputs, settings = make_inputs(device), {"softcap": 2.0}
-    ours = loss(impl, *inputs, Options(**settings, label_smoothing=0.2))
-    return _with_gradients(ours, plain(*inputs, **settings, smoothing=0.2), *inputs[:2])
-
-
-def smoothing_with_a_scale(impl, device):
-    inputs = make_inputs(device)
-    shapes = ((TOKENS, 3), (ENTRIES, 3), (ENTRIES,))
-    low_rank = LowRank(*(torch.randn(shape, device=device, requires_grad=True) for shape in shapes))
-    ours = loss(impl, *inputs, Options(label_smoothing=0.2), low_rank)
-    return _with_gradients(ours, plain(*inputs, smoothing=0.2, low_rank=low_rank), *inputs[:2], *low_rank)
+def plain(hidden, weight, targets):
+    return F.cross_entropy(F.linear(hidden, weight), targets)
 
 
 def doubles(impl, device):
@@ -85,8 +64,6 @@ def _with_gradients(ours, expected, *leaves):
 
 
 TRIED = {
-    smoothing_with_a_softcap: "changed_means",
-    smoothing_with_a_scale: "changed_means",
     doubles: "float64",
     second_derivative: "second_derivative",
     transform: "transforms",
@@ -128,7 +105,6 @@ def test_what_runs_anywhere_needs_nothing():
     assert (can.needs_triton, can.needs_compiler, can.cuda_only) == (False, False, False)
     assert can.compute_capability == (0, 0)
     # What auto takes it for.
-    assert can.changed_means
     assert can.float64
 
 
@@ -144,6 +120,5 @@ def test_readme_tells_of_each():
 
 def test_settings_in_words():
     assert setting(["a"]) == "impl='a'"
-    assert setting(["a"], " (at once)") == "impl='a' (at once)"
     assert setting(["a", "b"]) == "impl='a' or 'b'"
-    assert setting(["a", "b", "c"], " (at once)") == "impl='a' (at once), 'b' or 'c'"
+    assert setting(["a", "b", "c"]) == "impl='a', 'b' or 'c'"

@@ -259,7 +259,10 @@ def test_operators_of_cce_keep_the_rules(adapter, eps, frozen, device):
     low, up = (torch.randn(rows, 3, device=device, requires_grad=True) for rows in (len(hidden), len(weight)))
     scale = torch.randn(VOCABULARY, device=device, requires_grad=True)
     low_rank = {"none": (None, None, None), "LoRA": (low, up, None), "DoRA": (low, up, scale)}[adapter]
-    arguments = (hidden, weight, bias, *low_rank, targets, -100, None, 0.5, eps, True, True, True, 64)
+    # Of logits that a softcap takes the means too.
+    softcap = 9.0 if adapter == "DoRA" else None
+    settings = (targets, -100, softcap, 0.5, eps, True, True, True, softcap is not None, 64)
+    arguments = (hidden, weight, bias, *low_rank, *settings)
     torch.library.opcheck(torch.ops.torchtune_lce.cut_cross_entropy.default, arguments)
 
 

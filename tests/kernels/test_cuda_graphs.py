@@ -20,6 +20,7 @@ OPTIONS = {
     "mean": {},
     "none-lse": {"reduction": "none", "return_lse": True, "softcap": 20.0},
     "shift": {"shift": 1, "reduction": "sum"},
+    "smoothed": {"label_smoothing": 0.1, "softcap": 20.0},
 }
 SHARES_IGNORED = (0.0, 0.9, 0.3, 1.0, 0.999)
 

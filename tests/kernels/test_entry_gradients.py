@@ -11,7 +11,7 @@ from torch.autograd import grad
 pytest.importorskip("triton")
 
 from torchtune_lce import linear_cross_entropy
-from torchtune_lce.kernels import entry_gradients, strip_operators, strips, tuning
+from torchtune_lce.kernels import entry_gradients, strip_operators, strips, tuning, weight_product
 from torchtune_lce.kernels.entry_gradients import BackwardStrip, backward_strips
 from torchtune_lce.kernels.reference_logits import reference_logits
 
@@ -222,8 +222,8 @@ def test_descriptor_path_equals_pointer_path(width, device, monkeypatch):
     if not tuning.has_tma(torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)):
         pytest.skip("no copy engine")
     results, descriptors = [], []
-    made = entry_gradients.in_blocks
-    monkeypatch.setattr(entry_gradients, "in_blocks", lambda *args: descriptors.append(args) or made(*args))
+    made = weight_product.in_blocks
+    monkeypatch.setattr(weight_product, "in_blocks", lambda *args: descriptors.append(args) or made(*args))
     for tma in (False, True):
         changed = dataclasses.replace(config, tma=tma)
         monkeypatch.setattr(strip_operators, "config_for", lambda *_, changed=changed: changed)

@@ -17,7 +17,7 @@ import triton
 from torchtune_lce import functional
 from torchtune_lce.inputs import filtering
 from torchtune_lce.inputs.options import Options
-from torchtune_lce.kernels import autograd, forward, launching, plan, tuning
+from torchtune_lce.kernels import autograd, division, forward, launching, plan, tuning
 from torchtune_lce.kernels.operands import Operands, Tail
 
 EPS = 2.0**-8
@@ -66,6 +66,7 @@ def run_forward(hidden, weight, targets, used=None, eps=EPS):
         math.log2(eps),
         total,
         target_logit,
+        None,
         None,
     )
     return config, count, activity, total.sum(1), target_logit
@@ -301,7 +302,7 @@ def test_strips_in_the_weight_gradient_never_pass_its_end(device, monkeypatch):
 @pytest.mark.parametrize("tokens", [0, 1, 128, 129, 1000, 4097])
 def test_pieces_are_few_and_much_the_same(tokens):
     config = tuning.config_for(torch.device("cpu"), torch.float32)
-    pieces = autograd._pieces(tokens, 4096, 2**20, config)  # 256 tokens would fit
+    pieces = division.pieces_of(tokens, 4096, 2**20, config)  # 256 tokens would fit
     assert [t for piece in pieces for t in range(piece.start, piece.stop)] == list(range(tokens))
     lengths = [piece.stop - piece.start for piece in pieces]
     assert len(pieces) == -(-tokens // 256)

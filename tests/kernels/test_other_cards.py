@@ -37,6 +37,7 @@ def test_kernels_compile(capability, compiled):
     # What is launched once a strip; where the vocabulary ends in a tile it has a variant.
     assert {kernel["kernel"] for kernel in here} >= {
         "_exponential_kernel",
+        "_slope_kernel",
         "_product_kernel",
         "_redo_kernel",
         "_places_kernel",
@@ -46,6 +47,9 @@ def test_kernels_compile(capability, compiled):
     assert {kernel["dtype"] for kernel in here} == {
         dtype for card, dtype in (case.split(":") for case in CASES) if card == capability
     }
+    if capability == "80":
+        # And what a filter with a trained head takes: a forward of its own, and tiles.
+        assert {kernel["kernel"] for kernel in here} >= {"_pointer_kernel", "_backward_kernel", "_tail_kernel"}
     for kernel in here:
         assert kernel["shared"] <= SHARED_MEMORY[capability] * 1024, kernel
 

@@ -15,7 +15,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from torchtune_lce import LinearCrossEntropyLoss
 from torchtune_lce.commands.shared.torchtune_main import ChunkedProjectionLoss
-from torchtune_lce.implementations import choice
 from torchtune_lce.implementations.walk import Sizes, tokens_with_whole_rows
 from torchtune_lce.inputs import filtering
 from torchtune_lce.inputs.low_rank import LowRank
@@ -64,11 +63,11 @@ CASES = {
     "softcap": {"softcap": 1.5},
     "z-loss": {"z_loss": 0.1},
     "smoothed": {"label_smoothing": 0.2},
+    "smoothed and capped": {"label_smoothing": 0.2, "softcap": 1.5},
 }
-BEYOND_KERNELS = {"smoothed and capped": {"label_smoothing": 0.2, "softcap": 1.5}}
 
 
-@pytest.mark.parametrize("case", CASES | BEYOND_KERNELS)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
@@ -89,7 +88,7 @@ def assert_torchtunes(impl, kind, dropout, case):
         getattr(output, name).requires_grad_(not frozen)
     hidden, targets = batch()
     torch.manual_seed(4)
-    settings = (CASES | BEYOND_KERNELS)[case]
+    settings = CASES[case]
     expected = results(expected_loss(output, hidden, targets, **settings), output, hidden)
     _, loss = bound(output, impl=impl, **settings)
     torch.manual_seed(4)
@@ -196,13 +195,13 @@ def test_torchtunes_way_is_compared_with_the_adapter():
             for call in [("cce_exact", 0.0), ("cce", 0.4), ("cce_kahan_full_c", 0.0)]
             for case in CASES
         ),
-        *(("DoRA", *call, case) for call in [("cce_exact", 0.4), ("cce", 0.0)] for case in CASES if case != "smoothed"),
+        *(("DoRA", *call, case) for call in [("cce_exact", 0.4), ("cce", 0.0)] for case in CASES),
     ],
 )
 def test_kernels_are_torchtunes(kind, impl, dropout, case, device):
     """As above, in float32: no softmax entry here is below what filtering leaves out there, 2^-28."""
     pytest.importorskip("triton")
-    trained = case in ("softcap", "smoothed")
+    trained = case not in ("plain", "z-loss")
     output = make_output(kind, dropout=dropout, use_bias=trained).to(device)
     for name in ("weight", "bias") if trained else ("weight",):
         getattr(output, name).requires_grad_(trained)
@@ -414,30 +413,12 @@ def test_kernels_allocate_nothing_as_large_as_the_weight(device):
 # ---- what runs, and what is refused
 
 
-def test_kernels_refuse_to_smooth_dora_and_auto_takes_chunked(caplog):
-    output = make_output("DoRA")
-    hidden, targets = batch(torch.float32)
-    _, loss = bound(output, impl="cce", label_smoothing=0.1)
-    message = r"impl='cce' does not sum up capped or scaled logits.* set impl='chunked' \(what 'auto' takes for it\)"
-    with pytest.raises(RuntimeError, match=message):
-        loss(hidden, targets)
-    _, loss = bound(output, label_smoothing=0.1)
+def test_log_names_the_adapter(caplog):
+    _, loss = bound(make_output("DoRA"), label_smoothing=0.1)
     caplog.set_level(logging.INFO)
-    assert loss.implementation(hidden) == "chunked"
-    assert loss(hidden, targets).isfinite()
+    loss(*batch(torch.float32))
     (said,) = [record.message for record in caplog.records if "Linear cross-entropy runs" in record.message]
-    assert "impl 'chunked' (set: 'auto')" in said
     assert "and the DoRA on it, of rank 4" in said
-
-
-def test_auto_says_why(caplog):
-    choice._say_once.cache_clear()
-    caplog.set_level(logging.INFO, logger="torchtune_lce")
-    name, _ = choice.choose(
-        "auto", torch.empty(1, device="meta"), choice.beyond_kernels(Options(label_smoothing=0.1), True)
-    )
-    assert name == "chunked"
-    assert "the kernels do not sum up capped or scaled logits" in caplog.text
 
 
 def test_bad_inputs():

@@ -14,7 +14,6 @@ BEGIN, END = "<!-- table: tests/support/capability_table.py -->", "<!-- end of t
 HEAD = (
     "`impl`",
     "filters the gradient of",
-    "label smoothing with a softcap, or DoRA on the output",
     "float64",
     "second derivatives",
     "`torch.func`, forward mode",
@@ -27,7 +26,7 @@ def row(name: str, can: Capabilities) -> tuple[str, ...]:
     return (
         f"`{name}`",
         _filtered(can),
-        *map(_answer, (can.changed_means, can.float64, can.second_derivative, can.transforms)),
+        *map(_answer, (can.float64, can.second_derivative, can.transforms)),
         _needs(can),
         _devices(can),
     )

@@ -21,8 +21,12 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
+from torchtune_lce.inputs.call import checked
+from torchtune_lce.inputs.filtering import Filtering
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.kernels import (
+    autograd,
+    backward,
     compiling,
     divergence_gradients,
     divergence_operators,
@@ -31,31 +35,49 @@ from torchtune_lce.kernels import (
     divergence_walk,
     division,
     exponentials,
+    forward,
+    launching,
+    mean_gradients,
     overflow,
+    plan,
     strip_again,
     strip_operators,
     strip_product,
     strips,
+    tail,
     tuning,
     weight_product,
 )
+from torchtune_lce.kernels.operands import Gradients, Operands
 
 # The vocabulary ends within a tile of its one strip. No softcap: it takes registers, and thrice the time.
-TOKENS, VOCABULARY, WIDTH = 2048, 1_000, 2048
+TOKENS, VOCABULARY, WIDTH, RANK = 2048, 1_000, 2048, 8
 OPTIONS = Options(workspace_mib=4096)
 # They ask the card how many programs run at once.
 LAUNCHERS = (
+    backward,
     divergence_gradients,
     divergence_rows,
     divergence_walk,
     division,
     exponentials,
+    forward,
+    mean_gradients,
     overflow,
+    plan,
     strip_again,
     strip_product,
     strips,
+    tail,
     weight_product,
 )
+
+
+class Forgetful(dict):
+    """Of what was launched, so that nothing is launched a second time without a look at what it is compiled for."""
+
+    def get(self, key):
+        return None
 
 
 class Elsewhere:
@@ -101,7 +123,15 @@ def compiled_for(capability: int, dtype: torch.dtype) -> list[dict]:
             (jit.JITFunction, "run", compile_alone),
             # Compiled where they are seen.
             (compiling, "_threads", lambda: 1),
-            *((module, "config_for", lambda *_: config) for module in (strip_operators, divergence_tiles)),
+            (launching, "_compiled", Forgetful()),
+            *(
+                (module, "config_for", lambda *_: config)
+                for module in (autograd, divergence_tiles, forward, strip_operators)
+            ),
+            # What nothing computed names no row.
+            (autograd, "compact", in_place),
+            # A CPU has no product of 16 bits with a float32 result.
+            (mean_gradients, "_product", lambda left, right: left.float() @ right.float()),
             *((module, "programs", lambda _: 132) for module in LAUNCHERS),
         ):
             undo.callback(setattr, module, name, getattr(module, name))
@@ -111,15 +141,42 @@ def compiled_for(capability: int, dtype: torch.dtype) -> list[dict]:
         weight = torch.empty(VOCABULARY, WIDTH, dtype=dtype, requires_grad=True)
         bias = torch.empty(VOCABULARY, dtype=dtype, requires_grad=True)
         targets = torch.zeros(TOKENS, dtype=torch.int64)
-        # With a filter they take more. Without one for one card alone, of those for which it is done soonest.
-        for eps in (None, 2.0**-12) if capability == 80 else (2.0**-12,):
-            losses = strip_operators.token_losses(hidden, weight, bias, targets, eps, True, False, OPTIONS)
+        # With a filter they take more. The rest for one card alone, of those for which it is done soonest: entropies
+        # without one, and with one and a trained head tiles.
+        is_soonest = capability == 80
+        for eps in (None, 2.0**-12) if is_soonest else (2.0**-12,):
+            losses = strip_operators.token_losses(hidden, weight, bias, targets, eps, True, eps is None, False, OPTIONS)
             (losses.nll + losses.log_total).sum().backward()
+        if is_soonest:
+            call = checked(hidden, weight, targets, bias, options=OPTIONS)
+            losses = autograd.token_losses(Filtering(hidden=True, weight=True))(call)
+            (losses.nll + losses.log_total).sum().backward()
+        make_mean_gradients(hidden.detach(), weight.detach(), bias.detach(), config, of_all=is_soonest)
         # Both divergences take more than one does.
         student, labels = (hidden, weight, bias), torch.empty(TOKENS, dtype=torch.int64)
         teacher = tuple(torch.empty(x.shape, dtype=dtype) for x in student)
         divergence_operators.total(student, teacher, labels, -100, 0.5, 0.5, OPTIONS.workspace_mib)
     return list(found.values())
+
+
+def in_place(targets: torch.Tensor, *_) -> tuple[torch.Tensor, ...]:
+    """What places.compact returns, of one token."""
+    rows, labels = torch.zeros_like(targets), torch.zeros_like(targets)
+    return rows, labels, torch.zeros(1, dtype=torch.int32), torch.zeros((), dtype=torch.int32)
+
+
+def make_mean_gradients(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, config: tuning.Config, of_all: bool
+) -> None:
+    """By hidden states; or ``of_all`` operands, without and with DoRA on the head."""
+    low, up = hidden.new_empty(TOKENS, RANK), hidden.new_empty(VOCABULARY, RANK)
+    scale, numbers = (torch.empty(size) for size in (VOCABULARY, TOKENS))
+    rows, count = torch.zeros(TOKENS, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    for adapter in ((None, None, None), (low, up, scale))[: 1 + of_all]:
+        operands = Operands(hidden, weight, bias, *adapter[:2], 30.0, 1.0, adapter[2])
+        low_sums = None if adapter[0] is None else low.float()
+        gradients = Gradients(hidden, *((weight, bias) if of_all else (None, None)), low_sums, *adapter[1:])
+        mean_gradients.add_mean_gradients(numbers, operands, rows, count, gradients, 2**32, config)
 
 
 class Copy(NamedTuple):

@@ -11,8 +11,6 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from tolerance import Settings, Upstream
 
-from torchtune_lce.implementations.capabilities import CAPABILITIES
-
 ASKED = os.environ.get("TORCHTUNE_LCE_EXAMPLES")
 
 
@@ -69,15 +67,13 @@ def calls(draw, impl: str, dtypes: list[torch.dtype], device: torch.device) -> C
     vocabulary = draw(st.sampled_from((67, 33, 70, 1, 2)) | st.integers(1, 75))
     width = draw(st.sampled_from((17, 33, 1)) | st.integers(1, 37))
     ignore_index = draw(st.sampled_from((-100, -1, 0, vocabulary - 1, vocabulary, 2**31 - 1)))
-    softcap = draw(st.none() | st.floats(0.3, 60))
-    smoothing = draw(st.sampled_from((0.0, 0.0, 0.1, 1.0)))
     chosen = Settings(
         ignore_index=ignore_index,
         reduction=draw(st.sampled_from(("mean", "sum", "none"))),
-        softcap=softcap,
+        softcap=draw(st.none() | st.floats(0.3, 60)),
         shift=draw(st.sampled_from((0, 0, 1, 2, 9))) if tokens else 0,
         z_loss=draw(st.sampled_from((0.0, 0.0, 1e-3, 0.2))),
-        label_smoothing=0.0 if softcap is not None and not CAPABILITIES[impl].changed_means else smoothing,
+        label_smoothing=draw(st.sampled_from((0.0, 0.0, 0.1, 1.0))),
     )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
 

@@ -96,6 +96,22 @@ def test_kernels_equal_cross_entropy(impl, case, device):
     assert_equals_cross_entropy(impl, CASES[case], *make_tensors(device))
 
 
+@pytest.mark.parametrize(
+    ("impl", "dtype", "frozen", "case"),
+    [
+        ("cce", torch.float32, (), {"z_loss": 0.3, "scale": 1.7}),
+        ("cce", torch.float16, ("weight", "bias"), {"reduction": "none", "shift": 2}),
+        ("cce", torch.float16, ("bias",), {"reduction": "sum"}),
+        ("cce_exact", torch.float16, (), {}),
+        ("cce_exact", torch.float32, ("hidden", "weight"), {"scale": 0.6, "reduction": "sum"}),
+        ("cce_kahan_full_e", torch.float32, ("weight",), {"smoothing": 1.0}),
+    ],
+)
+def test_kernels_beside_a_softcap(impl, dtype, frozen, case, device):
+    """The mean of capped logits is a sum over all of them, in either way that the kernels take."""
+    assert_equals_cross_entropy(impl, {"softcap": 2.0, **case}, *make_tensors(device, dtype, frozen))
+
+
 FROZEN = [("weight", "bias"), ("hidden",), ("bias",), ("hidden", "weight")]
 
 
@@ -141,9 +157,11 @@ def types_of_matrices_and_vectors(events: list[dict]) -> set[str]:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("impl", ["cce", "cce_exact", "chunked", "reference", "torch_compile"])
-def test_bfloat16_on_a_card(impl, device):
-    assert_equals_cross_entropy(impl, {"reduction": "sum"}, *make_tensors(device, torch.bfloat16))
+def test_bfloat16_on_a_card(impl, softcap, device):
+    case = {"reduction": "sum", "softcap": softcap}
+    assert_equals_cross_entropy(impl, case, *make_tensors(device, torch.bfloat16))
 
 
 def assert_equals_cross_entropy(impl, case, tensors, targets) -> None:
@@ -283,7 +301,11 @@ def test_derivatives_of_the_sums():
     assert torch.autograd.gradgradcheck(products, (hidden, row))
     arguments = [x.detach().requires_grad_() for x in (hidden, row)]
     torch.library.opcheck(torch.ops.torchtune_lce.row_products.default, (*arguments, valid, 1))
-    torch.library.opcheck(torch.ops.torchtune_lce.row_sum.default, (arguments[0],))
+    scale = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *given: torch.ops.torchtune_lce.row_sum(*given, 1), (hidden, scale))
+    assert torch.autograd.gradgradcheck(lambda *given: torch.ops.torchtune_lce.row_sum(*given, 1), (hidden, scale))
+    for factors in (None, scale.detach().requires_grad_()):
+        torch.library.opcheck(torch.ops.torchtune_lce.row_sum.default, (arguments[0], factors, 1))
 
 
 def test_vmap(device):
@@ -301,7 +323,7 @@ def test_bits_of_a_token_depend_on_it_alone(device):
     """Neither on the workspace, which cuts the sums into pieces, nor on the other tokens."""
     tokens, width = 300, 1024
     hidden = torch.randn(tokens, width, device=device)
-    row = torch.ops.torchtune_lce.row_sum(torch.randn(200, width, device=device))
+    row = torch.ops.torchtune_lce.row_sum(torch.randn(200, width, device=device), None, 1)
     valid = torch.ones(tokens, dtype=torch.bool, device=device)
 
     def products(tokens: int, workspace_mib: int) -> torch.Tensor:
@@ -407,17 +429,6 @@ def test_comes_from_the_component(device):
 def test_must_be_a_share(smoothing):
     with pytest.raises(ValueError, match=r"^label_smoothing must be a number in \[0, 1\], got"):
         LinearCrossEntropyLoss(label_smoothing=smoothing)
-
-
-def test_kernels_refuse_a_softcap_and_auto_takes_chunked(device):
-    tensors, targets = make_tensors(device)
-    settings = {"targets": targets, "label_smoothing": SMOOTHING, "softcap": 2.0}
-    message = r"impl='cce' does not sum up capped or scaled logits, .* set impl='chunked' \(what 'auto' takes for it\)"
-    with pytest.raises(RuntimeError, match=message):
-        linear_cross_entropy(**tensors, **settings, impl="cce")
-    assert torch.equal(
-        linear_cross_entropy(**tensors, **settings), linear_cross_entropy(**tensors, **settings, impl="chunked")
-    )
 
 
 @pytest.mark.parametrize("impl", ["cce", "chunked"])

@@ -14,8 +14,6 @@ class Capabilities:
     """Of one implementation. What one lacks it refuses in a sentence, unless torch decides: see ``own_backward``."""
 
     filtering: Filtering  # which gradients leave out softmax entries below filter_eps
-    # Returns means of logits that are capped, or scaled as DoRA does it, for label_smoothing; of others all can.
-    changed_means: bool
     float64: bool
     any_label: bool  # takes labels that name no entry, and gives NaN for their tokens; others are given none
     own_backward: bool  # custom operators, which refuse derivatives that they lack; others leave that to torch
@@ -29,7 +27,6 @@ class Capabilities:
 
 _KERNELS = Capabilities(
     filtering=UNFILTERED,
-    changed_means=False,
     float64=False,
     any_label=True,
     own_backward=True,
@@ -42,7 +39,6 @@ _KERNELS = Capabilities(
 )
 _REFERENCE = Capabilities(
     filtering=UNFILTERED,
-    changed_means=True,
     float64=True,
     any_label=False,
     own_backward=False,
@@ -86,10 +82,10 @@ def able(capability: str) -> tuple[str, ...]:
     return tuple(sorted(names, key=ANYWHERE.__ne__))
 
 
-def setting(names: Iterable[str], about_first: str = "") -> str:
-    """As messages say what to set: ``impl='a'about_first, 'b' or 'c'``."""
+def setting(names: Iterable[str]) -> str:
+    """As messages say what to set: ``impl='a', 'b' or 'c'``."""
     first, *others = map(repr, names)
-    said = [f"impl={first}{about_first}", *others]
+    said = [f"impl={first}", *others]
     return " or ".join([", ".join(said[:-1]), said[-1]] if others else said)
 
 

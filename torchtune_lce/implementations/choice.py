@@ -22,7 +22,6 @@ from torchtune_lce.implementations.capabilities import (
 from torchtune_lce.inputs import validation
 from torchtune_lce.inputs.call import Call
 from torchtune_lce.inputs.losses import Losses
-from torchtune_lce.inputs.options import Options
 
 _log = logging.getLogger("torchtune_lce")
 
@@ -36,23 +35,11 @@ _FUNCTIONS: dict[str, TokenLosses] = {
     "reference": reference.token_losses,
 }
 NAMES = ("auto", *CAPABILITIES)
-# What settings may need that not every implementation can: fields of Capabilities, as messages say them.
-_NEEDS = {
-    "changed_means": "sum up capped or scaled logits, as label_smoothing with a softcap or DoRA on the output does",
-}
 
 
 def check_name(impl: str) -> None:
     if impl not in NAMES:
         raise ValueError(f"impl must be one of {', '.join(NAMES)}, got {impl!r}")
-
-
-def beyond_kernels(options: Options, scaled: bool) -> str | None:
-    """The field of Capabilities that these settings need and the ``cce`` implementations lack, if any.
-
-    ``scaled``: a :class:`torchtune_lce.inputs.low_rank.LowRank` with a scale is part of the projection.
-    """
-    return "changed_means" if options.label_smoothing and (scaled or options.softcap is not None) else None
 
 
 def check_transforms(name: str, *tensors: Tensor | None) -> None:
@@ -61,14 +48,12 @@ def check_transforms(name: str, *tensors: Tensor | None) -> None:
         validation.check_transforms(name, TRANSFORMABLE, *tensors)
 
 
-def choose(impl: str, hidden: Tensor, beyond: str | None = None) -> tuple[str, TokenLosses]:
+def choose(impl: str, hidden: Tensor) -> tuple[str, TokenLosses]:
     """The implementation that runs for ``impl`` on the device and dtype of ``hidden``, and its name.
-
-    ``beyond`` is what :func:`beyond_kernels` says. Those with kernels return no mean of the logits.
 
     Raises ValueError for an unknown name and RuntimeError, saying what to set instead, for one that cannot run here.
     """
-    name = _resolve(impl, hidden.device, hidden.dtype, beyond)
+    name = _resolve(impl, hidden.device, hidden.dtype)
     if name not in CCE_PRESETS:
         return name, _FUNCTIONS[name]
     # Imported here: Triton may be absent, and TRITON_INTERPRET is read when the kernels are defined.
@@ -77,13 +62,13 @@ def choose(impl: str, hidden: Tensor, beyond: str | None = None) -> tuple[str, T
     return name, autograd.token_losses(CCE_PRESETS[name])
 
 
-def _resolve(impl: str, device: torch.device, dtype: torch.dtype, beyond: str | None) -> str:
+def _resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     """The name that ``impl`` stands for. A compiler need not look inside: same arguments, same answer."""
     check_name(impl)
     if impl == "auto":
-        impl, why = automatic(device, dtype, beyond)
+        impl, why = automatic(device, dtype)
         _say_once(impl, why)
-    against = obstacle(impl, device, dtype, beyond)
+    against = obstacle(impl, device, dtype)
     if against:
         raise RuntimeError(f"impl={impl!r} {against}")
     return impl
@@ -93,11 +78,9 @@ def _resolve(impl: str, device: torch.device, dtype: torch.dtype, beyond: str | 
 _resolve._dynamo_marked_constant = True
 
 
-def automatic(device: torch.device, dtype: torch.dtype, beyond: str | None = None) -> tuple[str, str]:
+def automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """What ``auto`` takes there, and why."""
     kernels, compiled_logits = CAPABILITIES["cce"], CAPABILITIES["torch_compile"]
-    if beyond and not getattr(kernels, beyond):
-        return ANYWHERE, f"the kernels do not {_NEEDS[beyond]}"
     if device.type != "cuda":
         return ANYWHERE, f"{device.type} has no Triton kernels"
     if not _has_triton():
@@ -117,12 +100,9 @@ def automatic(device: torch.device, dtype: torch.dtype, beyond: str | None = Non
     return "cce", f"compute capability {_dotted(capability)}"
 
 
-def obstacle(impl: str, device: torch.device, dtype: torch.dtype, beyond: str | None = None) -> str | None:
+def obstacle(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why ``impl`` cannot run there and what to set instead, or None."""
     can = CAPABILITIES[impl]
-    if beyond and not getattr(can, beyond):
-        instead = setting(able(beyond), about_first=" (what 'auto' takes for it)")
-        return f"does not {_NEEDS[beyond]}; set {instead}"
     if can.needs_triton and not _has_triton():
         return f"needs Triton, which is not installed; set {_what_runs(device, dtype)}"
     if dtype == torch.float64 and not can.float64:

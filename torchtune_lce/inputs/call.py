@@ -55,17 +55,12 @@ class Call:
         return self.hidden, self.weight, self.bias, *(self.low_rank or (None, None, None))
 
     @property
-    def scaled(self) -> bool:
-        """Whether rows of the projection are, as by DoRA on the output."""
-        return self.low_rank is not None and self.low_rank.scale is not None
-
-    @property
     def means_by_product(self) -> bool:
         """Whether the means of the logits, which label smoothing needs, are products with the mean row, in float64.
 
-        Those of logits that a softcap or a scale has changed are not.
+        Those of capped logits are not.
         """
-        return self.options.softcap is None and not self.scaled and has_float64(self.hidden.device)
+        return self.options.softcap is None and has_float64(self.hidden.device)
 
     def without_labels_outside(self) -> tuple[Call, Tensor | None]:
         """The same with every label an entry or ignored, so that nothing reads out of bounds, and which, [N] bool, were

@@ -26,21 +26,19 @@ _ELEMENTS_ON_CPU = 2**16
 
 
 def with_mean_logits(token_losses: TokenLosses) -> TokenLosses:
-    """The same, with the mean of each token's logits.
-
-    For calls without a softcap, and without a scale in their low rank.
-    """
+    """The same, with the mean of each token's logits. For calls without a softcap."""
 
     def run(call: Call) -> Losses:
-        hidden, weight, bias, low, up, _ = call.operands
+        hidden, weight, bias, low, up, scale = call.operands
         options, valid = call.options, call.valid
         # Before the losses: autograd goes backwards, and adds the means' gradients to those that the implementation has
-        # just made, in place. That by the weight, one row for all, takes no memory of its own.
-        means = _mean_logits(hidden, weight, valid, options)
+        # just made, in place. That by the weight, one row for all, takes no memory of its own; unless rows are scaled.
+        means = _mean_logits(hidden, weight, scale, valid, options)
         if bias is not None:
-            means = means + bias.mean(dtype=means.dtype).where(valid, 0)
+            scaled = bias if scale is None else bias.double() * scale
+            means = means + scaled.mean(dtype=means.dtype).where(valid, 0)
         if low is not None:
-            means = means + _mean_logits(low, up, valid, options)
+            means = means + _mean_logits(low, up, scale, valid, options)
         if options.logit_scale != 1:
             means = means * options.logit_scale
         losses = token_losses(call)
@@ -55,38 +53,98 @@ def smooth(losses: Losses, options: Options) -> Tensor:
     return (1 - share) * losses.nll + share * (losses.log_total - losses.mean)
 
 
-def _mean_logits(hidden: Tensor, weight: Tensor, valid: Tensor, options: Options) -> Tensor:
+def _mean_logits(hidden: Tensor, weight: Tensor, scale: Tensor | None, valid: Tensor, options: Options) -> Tensor:
     """[N] float64, 0 where not valid."""
-    row = torch.ops.torchtune_lce.row_sum(weight) / weight.shape[0]
+    row = torch.ops.torchtune_lce.row_sum(weight, scale, options.workspace_mib) / weight.shape[0]
     return torch.ops.torchtune_lce.row_products(hidden, row, valid, options.workspace_mib)
 
 
 # Custom operators: a compiler would unroll the pieces, for the number of tokens that it sees.
-torch.library.define("torchtune_lce::row_sum", "(Tensor matrix) -> Tensor row")
+torch.library.define("torchtune_lce::row_sum", "(Tensor matrix, Tensor? scale, int workspace_mib) -> Tensor row")
 
 
 @torch.library.impl("torchtune_lce::row_sum", "default")
 @without_autocast
-def _row_sum(matrix):
-    """[V, D] to [D] in float64."""
+def _row_sum(matrix, scale, workspace_mib):
+    """[V, D], each row times its scale [V] if there are any, to [D] in float64."""
+    if scale is not None:
+        parts = (part.double() * factors[:, None] for part, factors in _pieces(workspace_mib, matrix, scale))
+        return torch.stack([part.sum(0) for part in parts]).sum(0)
     rows = max(_ELEMENTS_ON_CPU // matrix.shape[1], 1) if matrix.device.type == "cpu" else matrix.shape[0]
     return torch.stack([part.sum(0, dtype=torch.float64) for part in matrix.split(rows)]).sum(0)
 
 
 @torch.library.register_fake("torchtune_lce::row_sum")
-def _(matrix):
+def _(matrix, scale, workspace_mib):
     return matrix.new_empty(matrix.shape[1], dtype=torch.float64)
 
 
+torch.library.define(
+    "torchtune_lce::row_sum_backward",
+    "(Tensor d_row, Tensor matrix, Tensor scale, int workspace_mib, bool[] needs) -> (Tensor d_matrix, Tensor d_scale)",
+)
+
+
+@torch.library.impl("torchtune_lce::row_sum_backward", "default")
+@without_autocast
+def _row_sum_backward(d_row, matrix, scale, workspace_mib, needs):
+    """Of a scaled one; empty where ``needs`` has no True."""
+    need_matrix, need_scale = needs
+    d_matrix = torch.empty_like(matrix) if need_matrix else matrix.new_empty(0)
+    d_scale = torch.empty_like(scale) if need_scale else scale.new_empty(0)
+    if need_matrix:
+        for d_part, factors in _pieces(workspace_mib, d_matrix, scale):
+            d_part.copy_(factors[:, None] * d_row)
+    if need_scale:
+        for part, d_factors in _pieces(workspace_mib, matrix, d_scale):
+            d_factors.copy_(part.double() @ d_row)
+    return d_matrix, d_scale
+
+
+@torch.library.register_fake("torchtune_lce::row_sum_backward")
+def _(d_row, matrix, scale, workspace_mib, needs):
+    return tuple(x.new_empty(x.shape if need else 0) for x, need in zip((matrix, scale), needs, strict=True))
+
+
 def _setup_row_sum(ctx, inputs, output) -> None:
-    ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
+    matrix, scale, ctx.workspace_mib = inputs
+    ctx.shape, ctx.dtype = matrix.shape, matrix.dtype
+    ctx.save_for_backward(*(() if scale is None else (matrix, scale)))
 
 
 def _differentiate_row_sum(ctx, d_row):
-    return d_row.to(ctx.dtype).expand(ctx.shape)
+    if not ctx.saved_tensors:
+        return d_row.to(ctx.dtype).expand(ctx.shape), None, None
+    needs = list(ctx.needs_input_grad[:2])
+    made = torch.ops.torchtune_lce.row_sum_backward(d_row, *ctx.saved_tensors, ctx.workspace_mib, needs)
+    return *(gradient if need else None for gradient, need in zip(made, needs, strict=True)), None
+
+
+def _setup_second_derivative_of_row_sum(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _second_derivative_of_row_sum(ctx, by_matrix, by_scale):
+    """By d_row, matrix and scale, in as much memory as it takes, as that of the products."""
+    d_row, matrix, scale = ctx.saved_tensors
+    again = torch.zeros_like(d_row)
+    d_matrix = d_scale = None
+    if by_matrix is not None:
+        again = again + scale.double() @ by_matrix.double()
+        d_scale = (by_matrix.double() @ d_row).to(scale.dtype)
+    if by_scale is not None:
+        again = again + by_scale.double() @ matrix.double()
+        d_matrix = (by_scale[:, None] * d_row).to(matrix.dtype)
+    return again, d_matrix, d_scale, None, None
 
 
 torch.library.register_autograd("torchtune_lce::row_sum", _differentiate_row_sum, setup_context=_setup_row_sum)
+torch.library.register_autograd(
+    "torchtune_lce::row_sum_backward",
+    _second_derivative_of_row_sum,
+    setup_context=_setup_second_derivative_of_row_sum,
+)
 
 torch.library.define(
     "torchtune_lce::row_products", "(Tensor hidden, Tensor row, Tensor valid, int workspace_mib) -> Tensor products"
