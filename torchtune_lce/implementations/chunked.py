@@ -190,8 +190,8 @@ class _Walked(NamedTuple):
 
 def _walk(piece: Piece, reference: Tensor | None, with_means: bool, with_directions: bool) -> _Walked:
     """``reference``: by default the largest of the first strip, from which the largest of all is seldom far."""
-    totals, target = [], torch.zeros_like(piece.rows, dtype=piece.wide)
-    mean, base = torch.zeros_like(target), None
+    totals, targets = [], []
+    mean, base = torch.zeros_like(piece.rows, dtype=piece.wide), None
     vocabulary, scale, up = piece.operands.weight.shape[0], piece.operands.scale, piece.operands.up
     direction = torch.zeros_like(piece.hidden, dtype=piece.wide) if with_directions else None
     low_direction = torch.zeros_like(piece.low) if with_directions and piece.low is not None else None
@@ -201,8 +201,7 @@ def _walk(piece: Piece, reference: Tensor | None, with_means: bool, with_directi
             base = _finite_largest(logits) if base is None else base
             # Divided first: a sum of least finite numbers is none.
             mean += (logits - base[:, None]).div_(vocabulary).sum(-1)
-        tokens, there = piece.swap_targets(logits, part.start, -torch.inf)
-        target[tokens] = there
+        targets.append(piece.take_targets(logits, part.start))
         reference = _finite_largest(logits) if reference is None else reference
         exponentials = logits.sub_(reference[:, None]).exp_()
         totals.append(exponentials.sum(-1))
@@ -217,6 +216,7 @@ def _walk(piece: Piece, reference: Tensor | None, with_means: bool, with_directi
         # Before the next strip's are made.
         del logits, tanh, exponentials, weight
     mean = mean if base is None else mean + base
+    target = piece.targets.by_token(targets)
     return _Walked(reference, torch.stack(totals).sum(0), target, mean, direction, low_direction)
 
 
@@ -225,7 +225,7 @@ def _largest(piece: Piece) -> Tensor:
     largest = []
     for part, weight in piece.strips():
         logits, _, _ = piece.logits(part, weight, differentiable=False)
-        piece.swap_targets(logits, part.start, -torch.inf)
+        piece.take_targets(logits, part.start)
         largest.append(_finite_largest(logits))
         del logits, weight
     return torch.stack(largest).amax(0)
@@ -329,7 +329,7 @@ def _backward(d_nll, d_lse, d_means, *arguments):
 
         def by_logits(logits, start):
             d_logits = logits.sub_(base).exp_().mul_(by_softmax)
-            piece.swap_targets(d_logits, start, by_target.squeeze(-1))
+            piece.put_targets(d_logits, start, by_target.squeeze(-1))
             return d_logits if by_mean is None else d_logits.add_(by_mean)
 
         return by_logits
@@ -394,9 +394,7 @@ def _sum(*arguments):
         rows = piece.rows
 
         def by_logits(logits, start):
-            tokens, there = piece.swap_targets(logits, start, -torch.inf)
-            target = torch.empty_like(there)
-            target[tokens] = there
+            target = piece.targets.by_token([piece.take_targets(logits, start)])
             target.masked_fill_(piece.targets.outside, torch.nan)
             largest = logits.amax(-1)
             base = finite(largest)
@@ -407,7 +405,7 @@ def _sum(*arguments):
             # No more than 1, also where no other entry can be and base is none of their logits.
             shrunk = (base - peak[rows] - log_total[rows]).clamp_(max=0).exp()
             d_logits = exponentials.mul_((d_softmax * shrunk)[:, None])
-            piece.swap_targets(d_logits, start, d_target)
+            piece.put_targets(d_logits, start, d_target)
             return d_logits
 
         return by_logits

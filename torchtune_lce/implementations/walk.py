@@ -109,10 +109,11 @@ def sizes_of(operands: Operands, softcap: float | None, workspace_mib: int, more
 
 def entries_per_strip(tokens: int, sizes: Sizes, copied: bool = True) -> int:
     """Vocabulary entries whose blocks fit the workspace, beside what the tokens take themselves if that is ``copied``
-    within it. At least 64.
+    within it. A multiple of 64, so that rows of a block begin where a card's products want them to.
     """
     left = sizes.workspace_mib * 2**20 - tokens * sizes.bytes_of_token * copied
-    return min(sizes.vocabulary, max(left // max(sizes.bytes_of_entry(tokens), 1), _LEAST_ENTRIES))
+    fitting = left // max(sizes.bytes_of_entry(tokens), 1)
+    return min(sizes.vocabulary, max(fitting // _LEAST_ENTRIES, 1) * _LEAST_ENTRIES)
 
 
 def tokens_per_piece(tokens: int, sizes: Sizes) -> int:
@@ -140,13 +141,18 @@ class Targets(NamedTuple):
     labels: Tensor  # [n]; in place of one that names no entry another one, and what it gives is not used
     outside: Tensor  # [n], where that is
     tokens: Tensor  # [n] in order
-    entries: Tensor  # [n] in order
+    columns: Tensor  # [n] in order: of the strip that has them
     bounds: list[int]  # where those of each strip begin, and the last one's end
 
     def among(self, number: int) -> tuple[Tensor, Tensor]:
-        """Those of the strip: tokens and entries."""
+        """Those of the strip: tokens and columns."""
         part = slice(*self.bounds[number : number + 2])
-        return self.tokens[part], self.entries[part]
+        return self.tokens[part], self.columns[part]
+
+    def by_token(self, found: list[Tensor]) -> Tensor:
+        """[n] of what was found in each strip, one after the other, at its targets."""
+        values = torch.cat(found)
+        return torch.empty_like(values).index_copy_(0, self.tokens, values)
 
 
 class Piece:
@@ -170,6 +176,7 @@ class Piece:
         self.hidden = used.to(self.factor)
         self.low = None if low is None else low[rows].to(self.wide)
         self._memory: dict[int, Tensor] = {}
+        self._nothing = self.hidden.new_full((), -torch.inf, dtype=self.wide)
 
     def strips(self) -> Iterator[tuple[slice, Tensor]]:
         """Entries and their rows of the weight, in the dtype of factors."""
@@ -179,17 +186,22 @@ class Piece:
             yield part, weight[part].to(self.factor)
         self._memory.clear()
 
-    def swap_targets(self, values: Tensor, start: int, new: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Tokens whose targets are among the strip's entries, which begin with ``start``; and what ``values``
-        [n, entries] have there, whose place ``new`` takes, a number or [n].
+    def take_targets(self, values: Tensor, start: int) -> Tensor:
+        """What ``values`` [n, entries], a strip's that begins with ``start``, have at the targets among its entries,
+        whose place minus infinity takes; see :meth:`Targets.by_token`.
         """
-        tokens, entries = self.targets.among(start // self.strip)
-        if not tokens.numel():
-            return tokens, values.new_empty(0)
-        at = tokens, entries - start
+        at = self.targets.among(start // self.strip)
+        if not at[0].numel():
+            return values.new_empty(0)
         there = values[at]
-        values[at] = new[tokens] if isinstance(new, Tensor) else new
-        return tokens, there
+        values.index_put_(at, self._nothing)
+        return there
+
+    def put_targets(self, values: Tensor, start: int, new: Tensor) -> None:
+        """``new`` [n] in the place of what ``values`` [n, entries] have at the targets among the strip's entries."""
+        at = self.targets.among(start // self.strip)
+        if at[0].numel():
+            values.index_put_(at, new[at[0]])
 
     def block(self, number: int, entries: int) -> Tensor:
         """Memory [n, entries] in the accumulation dtype, the same for each strip."""
@@ -259,7 +271,7 @@ def _targets(targets: Tensor, taken: list[tuple[Tensor, int]], vocabulary: int) 
         given = targets[some].long()
         labels = given.clamp(0, vocabulary - 1)
         entries, tokens = labels.sort()
-        found.append((labels, labels != given, tokens, entries))
+        found.append((labels, labels != given, tokens, entries % strip))
         starts = torch.arange(0, vocabulary + strip, strip, device=targets.device)
         bounds.append(torch.searchsorted(entries, starts))
     on_host = torch.cat(bounds).tolist()
