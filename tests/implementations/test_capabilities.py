@@ -1,7 +1,6 @@
 """The table of what each impl can do: the code does it or refuses it by name, and the pages say the same."""
 
 import re
-from functools import partial
 
 import capability_table
 import pytest
@@ -79,7 +78,7 @@ def test_does_or_refuses(impl, attempt, device):
     if can.needs_compiler:
         # Up to its code generation, which takes seconds: what it refuses, it refuses before.
         torch._dynamo.reset()
-    with steps_as(partial(torch.compile, backend="aot_eager", fullgraph=True)):
+    with steps_as(lambda step, shared=(): torch.compile(step, backend="aot_eager", fullgraph=True)):
         if getattr(can, capability):
             ours, expected = attempt(impl, device)
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
