@@ -147,7 +147,7 @@ FROZEN_HEAD = (
 )
 FROZEN_HEAD_IN_16_BITS = ("sum", "scale-bias-softcap-none", "lse-confident", "tiles", "one-wide")
 # Compiling is what takes the time: the differences in code that the compiler sees.
-COMPILED = ("mean", "bias-softcap-none", "shift-1-none-lse", "all-ignored", "no-tokens", "frozen-weight", "strided")
+COMPILED = ("mean", "bias-softcap-none", "no-tokens")
 # A tile goes if no entry in it reaches the threshold and no target lies in it: what is probable keeps to the first
 # tile, and in "filter-mistaken" the targets are what keeps others.
 FILTER = Case(tokens=(140,), vocabulary=501, filter_eps=0.02, deviation=1.0, confident=0.9, first_entries=97)

@@ -168,15 +168,17 @@ def in_place(targets: torch.Tensor, *_) -> tuple[torch.Tensor, ...]:
 def make_mean_gradients(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, config: tuning.Config, of_all: bool
 ) -> None:
-    """By hidden states; or ``of_all`` operands, without and with DoRA on the head."""
+    """By hidden states; or ``of_all`` operands, with DoRA on the head."""
     low, up = hidden.new_empty(TOKENS, RANK), hidden.new_empty(VOCABULARY, RANK)
     scale, numbers = (torch.empty(size) for size in (VOCABULARY, TOKENS))
     rows, count = torch.zeros(TOKENS, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
-    for adapter in ((None, None, None), (low, up, scale))[: 1 + of_all]:
-        operands = Operands(hidden, weight, bias, *adapter[:2], 30.0, 1.0, adapter[2])
-        low_sums = None if adapter[0] is None else low.float()
-        gradients = Gradients(hidden, *((weight, bias) if of_all else (None, None)), low_sums, *adapter[1:])
-        mean_gradients.add_mean_gradients(numbers, operands, rows, count, gradients, 2**32, config)
+    if of_all:
+        operands = Operands(hidden, weight, bias, low, up, 30.0, 1.0, scale)
+        gradients = Gradients(hidden, weight, bias, low.float(), up, scale)
+    else:
+        operands = Operands(hidden, weight, bias, None, None, 30.0)
+        gradients = Gradients(hidden, *[None] * 5)
+    mean_gradients.add_mean_gradients(numbers, operands, rows, count, gradients, 2**32, config)
 
 
 class Copy(NamedTuple):
