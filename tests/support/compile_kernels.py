@@ -53,6 +53,9 @@ from torchtune_lce.kernels.operands import Gradients, Operands
 # The vocabulary ends within a tile of its one strip. No softcap: it takes registers, and thrice the time.
 TOKENS, VOCABULARY, WIDTH, RANK = 2048, 1_000, 2048, 8
 OPTIONS = Options(workspace_mib=4096)
+# Cards for which means' gradients and divergences are compiled as well: with pointer loads, with as little shared
+# memory as any, and with a copy engine. Their tiles are others' or smaller.
+WHOLE = (80, 86, 90)
 # They ask the card how many programs run at once.
 LAUNCHERS = (
     backward,
@@ -151,6 +154,8 @@ def compiled_for(capability: int, dtype: torch.dtype) -> list[dict]:
             call = checked(hidden, weight, targets, bias, options=OPTIONS)
             losses = autograd.token_losses(Filtering(hidden=True, weight=True))(call)
             (losses.nll + losses.log_total).sum().backward()
+        if capability not in WHOLE:
+            return list(found.values())
         make_mean_gradients(hidden.detach(), weight.detach(), bias.detach(), config, of_all=is_soonest)
         # Both divergences take more than one does.
         student, labels = (hidden, weight, bias), torch.empty(TOKENS, dtype=torch.int64)
