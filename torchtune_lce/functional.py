@@ -237,9 +237,10 @@ def _with_nan_outside(token_losses: choice.TokenLosses) -> choice.TokenLosses:
 
     def run(call: Call) -> Losses:
         call, outside = call.without_labels_outside()
-        losses = token_losses(call)
+        nll, peak, log_total, *others = token_losses(call)
         # A factor, not a replacement: the NaN then reaches the gradients too.
-        poison = torch.ones_like(losses.nll).masked_fill_(outside, torch.nan)
-        return losses._replace(nll=losses.nll * poison, log_total=losses.log_total * poison)
+        poison = torch.ones_like(nll).masked_fill_(outside, torch.nan)
+        # No _replace, into which Dynamo of torch 2.8 does not look.
+        return Losses(nll * poison, peak, log_total * poison, *others)
 
     return run

@@ -41,8 +41,9 @@ def with_mean_logits(token_losses: TokenLosses) -> TokenLosses:
             means = means + _mean_logits(low, up, scale, valid, options)
         if options.logit_scale != 1:
             means = means * options.logit_scale
-        losses = token_losses(call)
-        return losses._replace(mean=(means - losses.peak).to(losses.peak.dtype))
+        nll, peak, log_total, _, *others = token_losses(call)
+        # No _replace, into which Dynamo of torch 2.8 does not look.
+        return Losses(nll, peak, log_total, (means - peak).to(peak.dtype), *others)
 
     return run
 
