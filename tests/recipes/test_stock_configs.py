@@ -76,7 +76,7 @@ def bind(model: nn.Module) -> Bound:
         seen.append((weight, adapter))
         return F.linear(hidden, weight, bias)
 
-    result = loss._projection.call(product, decoder.unembed(hidden), None)
+    result = loss._bound.projection.call(product, decoder.unembed(hidden), None)
     outputs = decoder.unembed(hidden).shape
     loss.release()
     [(weight, adapter)] = seen
