@@ -13,28 +13,10 @@ from torchtune_lce.divergence.function import divergence
 from torchtune_lce.divergence.operands import Head, Shares, check_head
 from torchtune_lce.inputs import validation
 from torchtune_lce.inputs.options import Options
+from torchtune_lce.model.bound_model import BoundModel
 from torchtune_lce.model.foreign_settings import refuses_settings_of_torchtune
-from torchtune_lce.model.model_output import skip_output_layer
 from torchtune_lce.model.output_adapter import Adapter, low_rank
-from torchtune_lce.model.projection import Projection, output_rows
-
-
-class _BoundModel:
-    """A model that returns hidden states from now on, and its output projection."""
-
-    def __init__(self, model: nn.Module, before: "_BoundModel | None"):
-        # It refuses what has no such projection, and all is then as it was.
-        self.projection = Projection(model)
-        self.rows = output_rows(model)
-        if before is not None:
-            # Before the output layer is skipped: it may be the same model.
-            before.release()
-        self._skipped = skip_output_layer(model)
-        self.logits = self._skipped.logits
-
-    def release(self) -> None:
-        self.projection.release()
-        self._skipped.restore()
+from torchtune_lce.model.projection import output_rows
 
 
 class _LinearKLLoss(nn.Module):
@@ -61,16 +43,16 @@ class _LinearKLLoss(nn.Module):
                 rows as the teacher's that is bound, with what to do instead. The model is then as it was.
         """
         self._check_rows(model, "student", self._teacher)
-        self._student = _BoundModel(model, self._student)
+        self._student = BoundModel(model, self._student)
         self._first_batch = True
 
     def set_teacher_output(self, model: nn.Module) -> None:
         """The same for the teacher, whose output projection gets no gradient, trainable or not."""
         self._check_rows(model, "teacher", self._student)
-        self._teacher = _BoundModel(model, self._teacher)
+        self._teacher = BoundModel(model, self._teacher)
         self._first_batch = True
 
-    def _check_rows(self, model: nn.Module, name: str, other: "_BoundModel | None") -> None:
+    def _check_rows(self, model: nn.Module, name: str, other: BoundModel | None) -> None:
         rows = output_rows(model)
         if other is not None and rows != other.rows:
             raise ValueError(

@@ -3,27 +3,25 @@
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torchtune.utils import get_logger, log_rank_zero
 
 from torchtune_lce.functional import TokenStatistics, compute, compute_token_statistics
 from torchtune_lce.implementations import choice
-from torchtune_lce.implementations.tensor_parallel import local_rows, whole_hidden
+from torchtune_lce.implementations.tensor_parallel import check_not_split, local_operands
 from torchtune_lce.inputs import validation
 from torchtune_lce.inputs.call import Call, checked
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.inputs.shard import VocabularyShard
 from torchtune_lce.model import output_adapter
+from torchtune_lce.model.bound_model import BoundModel, check_width, described
 from torchtune_lce.model.foreign_settings import refuses_settings_of_torchtune
-from torchtune_lce.model.model_output import skip_output_layer
-from torchtune_lce.model.projection import Projection
 from torchtune_lce.model.sft_loss import STOCK_RECIPES_BIND, SFTLoss
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -109,9 +107,8 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         self.bound_by_our_recipe = False
         # Called after each loss that has gradients: whoever listens decides what is worth it. See live_feedback.
         self.after_batch: list[Callable[[Batch], None]] = []
-        # Neither is a Module, so nothing of the model is registered here: the loss has no parameters and no state.
-        self._skipped = None
-        self._projection = None
+        # No Module, so nothing of the model is registered here: the loss has no parameters and no state.
+        self._bound: BoundModel | None = None
         self._first_batch = True
         self._warned = set()
 
@@ -130,10 +127,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
             TypeError, ValueError: a model whose output is not one matrix (and bias), with what to do instead. The model
                 is then as it was.
         """
-        projection = Projection(model)
-        self.release()
-        self._projection = projection
-        self._skipped = skip_output_layer(model)
+        self._bound = BoundModel(model, self._bound)
         self._first_batch = True
         if self.reduction != "mean":
             self._warn_once(
@@ -143,23 +137,19 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
 
     def release(self) -> None:
         """Undo set_model_output: the model gives logits again. Harmless when nothing is bound."""
-        if self._projection is not None:
-            self._projection.release()
-            self._skipped.restore()
-            self._projection = self._skipped = None
+        if self._bound is not None:
+            self._bound.release()
+            self._bound = None
 
     @contextmanager
     def logits(self) -> Iterator[None]:
         """``with loss.logits():`` the bound model gives logits, compiled or not, to generate or to evaluate with."""
-        if self._skipped is None:
-            yield
-            return
-        with self._skipped.logits():
+        with nullcontext() if self._bound is None else self._bound.logits():
             yield
 
     def __getstate__(self) -> dict:
         """What a copy or a pickle takes; of a bound loss there is none, for it would hold and train a second model."""
-        if self._projection is not None:
+        if self._bound is not None:
             raise TypeError(
                 "a loss that is bound to a model cannot be copied: release() it first, or build another one. "
                 "torchtune's early_exit_loss copies its loss and takes logits of every layer: leave early_exit_loss "
@@ -186,12 +176,13 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
                 "the model without output_hidden_states, or pass the last one"
             )
         if weight is not None:
+            check_not_split(outputs)
             return self._loss(outputs, targets, weight, bias)
         if bias is not None:
             raise ValueError("bias must come with weight: the bound projection brings its own")
-        if self._projection is None:
+        if self._bound is None:
             raise RuntimeError(_unbound_message())
-        return self._projection.call(self._bound_loss, outputs, targets)
+        return self._bound.projection.call(self._bound_loss, outputs, targets)
 
     def implementation(self, outputs: Tensor) -> str:
         """What ``impl`` stands for with hidden states ``outputs``.
@@ -209,11 +200,6 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         shard: VocabularyShard | None = None,
         adapter: output_adapter.Adapter | None = None,
     ) -> Tensor:
-        if isinstance(outputs, DTensor):
-            raise TypeError(
-                f"outputs must be a plain tensor, got a DTensor ({', '.join(map(str, outputs.placements))}), though "
-                "weight is none: split the output projection too, or leave the final norm out of tensor parallelism"
-            )
         call = self._checked(outputs, targets, weight, bias, shard, adapter)
         settings = {"reduction": self.reduction, "impl": self.impl}
         if not self.after_batch or not torch.is_grad_enabled():
@@ -243,7 +229,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
     ) -> Call:
         """What every call is asked, and what only a bound loss knows to ask; the first batch says what runs."""
         validation.check_plain(outputs, weight, targets, bias)
-        self._check_width(outputs, weight)
+        check_width(outputs, weight)
         # In this order: compiled code must not depend on whether a batch has been.
         first = validation.is_readable(targets) and self._first_batch
         tokenizer = "" if self.tokenizer_size is None else f", which has {self.tokenizer_size} entries"
@@ -279,34 +265,14 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         adapter: output_adapter.Adapter | None,
     ) -> Tensor:
         """The loss under the bound projection, whose rows tensor parallelism may have split over ranks."""
-        if not isinstance(weight, DTensor):
-            return self._loss(outputs, targets, weight, bias, adapter=adapter)
-        weight, shard = local_rows("weight", weight)
-        if bias is not None:
-            bias, _ = local_rows("bias", bias)
-        if isinstance(outputs, DTensor):
-            outputs, shard = whole_hidden(outputs, shard)
-        return self._loss(outputs, targets, weight, bias, shard)
-
-    def _check_width(self, outputs: Tensor, weight: Tensor) -> None:
-        if weight.ndim == 2 and outputs.shape[-1:] != weight.shape[1:]:
-            given_logits = outputs.shape[-1:] == weight.shape[:1]
-            hint = (
-                ": those are logits: leave `with loss.logits()`, or call set_model_output again" if given_logits else ""
-            )
-            raise ValueError(
-                f"outputs must be hidden states of shape [..., {weight.shape[1]}] to match weight, "
-                f"got {list(outputs.shape)}{hint}"
-            )
+        outputs, weight, bias, shard = local_operands(outputs, weight, bias)
+        return self._loss(outputs, targets, weight, bias, shard, adapter)
 
     def _say_which(self, outputs: Tensor, weight: Tensor, adapter: output_adapter.Adapter | None) -> None:
-        name = self.implementation(outputs)
-        kind = "DoRA" if output_adapter.is_dora(adapter) else "LoRA"
-        beside = "" if adapter is None else f" and the {kind} on it, of rank {adapter.lora_a.out_features}"
         log_rank_zero(
             get_logger(),
-            f"Linear cross-entropy runs impl '{name}' (set: '{self.impl}') on {outputs.device.type} "
-            f"in {outputs.dtype}, output projection {list(weight.shape)}{beside}.",
+            f"Linear cross-entropy runs impl '{self.implementation(outputs)}' (set: '{self.impl}') on "
+            f"{outputs.device.type} in {outputs.dtype}, output projection {described(weight, adapter)}.",
         )
         if STOCK_RECIPES_BIND and not self.bound_by_our_recipe:
             log_rank_zero(

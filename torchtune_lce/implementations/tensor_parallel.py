@@ -52,7 +52,41 @@ def over_ranks(local: TokenLosses) -> TokenLosses:
     return run
 
 
-def local_rows(name: str, tensor: DTensor) -> tuple[Tensor, VocabularyShard]:
+def local_operands(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, VocabularyShard | None]:
+    """Hidden states and this rank's rows of a projection as plain tensors, and which rows they are if it is split.
+
+    Raises TypeError or ValueError, naming the tensor, for a layout that there is no way for.
+    """
+    if not isinstance(weight, DTensor):
+        check_not_split(hidden)
+        return hidden, weight, bias, None
+    weight, shard = _local_rows("weight", weight)
+    if bias is not None:
+        bias, _ = _local_rows("bias", bias)
+    if isinstance(hidden, DTensor):
+        hidden, shard = _whole_hidden(hidden, shard)
+    return hidden, weight, bias, shard
+
+
+def check_not_split(hidden: Tensor) -> None:
+    """For a projection that is not split either."""
+    if isinstance(hidden, DTensor):
+        raise TypeError(
+            f"outputs must be a plain tensor, got a DTensor ({_names(hidden)}), though weight is none: split the "
+            "output projection too, or leave the final norm out of tensor parallelism"
+        )
+
+
+def mean_over_ranks(part: Tensor, shard: VocabularyShard) -> Tensor:
+    """The mean over the vocabulary from that over each rank's rows, on every rank; without a gradient."""
+    total = part * (shard.rows / shard.vocabulary)
+    dist.all_reduce(total, group=shard.mesh.get_group())
+    return total
+
+
+def _local_rows(name: str, tensor: DTensor) -> tuple[Tensor, VocabularyShard]:
     """This rank's rows of a weight or bias, through which gradients reach the DTensor, and which rows they are.
 
     Raises ValueError, naming the tensor ``name``, for any layout but rows on one axis of ranks, each with some rows.
@@ -76,7 +110,7 @@ def local_rows(name: str, tensor: DTensor) -> tuple[Tensor, VocabularyShard]:
     return tensor.to_local(), VocabularyShard(mesh, start, min(most, vocabulary - start), vocabulary)
 
 
-def whole_hidden(hidden: DTensor, shard: VocabularyShard) -> tuple[Tensor, VocabularyShard]:
+def _whole_hidden(hidden: DTensor, shard: VocabularyShard) -> tuple[Tensor, VocabularyShard]:
     """All of the hidden states that sequence parallelism split, as a plain tensor, and the shard for them.
 
     Their gradients go back as parts of a sum: each rank gets the total of its own part, in one reduce-scatter.
