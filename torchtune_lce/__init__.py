@@ -7,6 +7,7 @@ from torchtune_lce.functional import linear_cross_entropy, linear_token_logprobs
 
 if TYPE_CHECKING:
     from torchtune_lce.distillation import LinearForwardKLLoss, LinearReverseKLLoss, LinearSymmetricKLLoss
+    from torchtune_lce.logprobs import LinearTokenLogprobs
     from torchtune_lce.loss import LinearCrossEntropyLoss
     from torchtune_lce.model.model_output import skip_output_layer
 
@@ -16,6 +17,7 @@ __all__ = [
     "LinearForwardKLLoss",
     "LinearReverseKLLoss",
     "LinearSymmetricKLLoss",
+    "LinearTokenLogprobs",
     "linear_cross_entropy",
     "linear_token_logprobs",
     "linear_token_statistics",
@@ -28,6 +30,7 @@ _LAZY = {
     "LinearForwardKLLoss": "torchtune_lce.distillation",
     "LinearReverseKLLoss": "torchtune_lce.distillation",
     "LinearSymmetricKLLoss": "torchtune_lce.distillation",
+    "LinearTokenLogprobs": "torchtune_lce.logprobs",
     "skip_output_layer": "torchtune_lce.model.model_output",
 }
 

@@ -1,0 +1,221 @@
+"""Log-probabilities of given tokens, for preference tuning: bound to a model once, then called with hidden states."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchtune.utils import get_logger, log_rank_zero
+
+from torchtune_lce.functional import compute, logprobs_and_entropy
+from torchtune_lce.implementations import choice
+from torchtune_lce.implementations.tensor_parallel import local_operands, mean_over_ranks
+from torchtune_lce.inputs import validation
+from torchtune_lce.inputs.call import Call, checked
+from torchtune_lce.inputs.options import Options
+from torchtune_lce.model import output_adapter
+from torchtune_lce.model.bound_model import BoundModel, check_width, described
+from torchtune_lce.model.foreign_settings import refuses_settings_of_torchtune
+from torchtune_lce.terms.mean_logits import mean_logits
+
+
+class TokenFigures(NamedTuple):
+    """What :meth:`LinearTokenLogprobs.with_figures` returns, each float32 in the shape of ``targets``."""
+
+    logprobs: Tensor  # 0 where ignored
+    entropy: Tensor | None  # nats, without a gradient, 0 where ignored
+    mean_logits: Tensor | None  # over the vocabulary, without a gradient, of every position
+
+
+class LinearTokenLogprobs(nn.Module):
+    """Log-probability of each target from hidden states and the model's own output projection, without the logits.
+
+    .. code-block:: yaml
+
+        logprobs:
+          _component_: torchtune_lce.LinearTokenLogprobs
+
+    What this package's DPO and PPO recipes use for policy and reference, one object a model; the section may be
+    missing. Targets are never shifted here: entry i of ``targets`` is the token that hidden state i predicts.
+
+    Args:
+        ignore_index: targets of this value have log-probability 0 and no gradient.
+        impl: one of :data:`torchtune_lce.implementations.choice.NAMES`.
+        softcap: logits become ``softcap * tanh(logits / softcap)``; None as in torchtune's own models.
+        logit_scale: what the logits are multiplied by after a softcap: 1 / temperature.
+        filter_eps: see :func:`torchtune_lce.linear_cross_entropy`.
+        workspace_mib: the most memory in MiB that an implementation may use beyond gradients and O(N + V).
+        check_targets: check the range of every batch's targets on a GPU too, which stalls it, not only the first one's.
+
+    Raises:
+        TypeError, ValueError: a setting that no implementation accepts, by name.
+    """
+
+    @refuses_settings_of_torchtune
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        impl: str = "auto",
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        filter_eps: float | str | None = "auto",
+        workspace_mib: int = 128,
+        check_targets: bool = False,
+    ):
+        super().__init__()
+        self._options = Options(
+            ignore_index=ignore_index,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            filter_eps=filter_eps,
+            workspace_mib=workspace_mib,
+        )
+        validation.check_options(self._options)
+        validation.check_flag("check_targets", check_targets)
+        choice.check_name(impl)
+        self.impl = impl
+        self.check_targets = check_targets
+        # Entries of the tokenizer, where the recipe knows them: for the message about targets that name no row.
+        self.tokenizer_size: int | None = None
+        # No Module, so nothing of the model is registered here: this has no parameters and no state.
+        self._bound: BoundModel | None = None
+        self._first_batch = True
+
+    @property
+    def ignore_index(self) -> int:
+        return self._options.ignore_index
+
+    @property
+    def rows(self) -> int:
+        """V of the bound model."""
+        return self._bound_model().rows
+
+    def set_model_output(self, model: nn.Module) -> None:
+        """Make the model return hidden states and use its output projection from now on. After FSDP2, if that is used.
+
+        Raises:
+            TypeError, ValueError: a model whose output is not one matrix (and bias), with what to do instead. The model
+                is then as it was.
+        """
+        self._bound = BoundModel(model, self._bound)
+        self._first_batch = True
+
+    def release(self) -> None:
+        """Undo set_model_output: the model gives logits again. Harmless when nothing is bound."""
+        if self._bound is not None:
+            self._bound.release()
+            self._bound = None
+
+    @contextmanager
+    def logits(self) -> Iterator[None]:
+        """``with logprobs.logits():`` the bound model gives logits, compiled or not, to generate with."""
+        with nullcontext() if self._bound is None else self._bound.logits():
+            yield
+
+    def __getstate__(self) -> dict:
+        """What a copy or a pickle takes; of a bound object there is none, for it would hold a second model."""
+        if self._bound is not None:
+            raise TypeError(
+                "log-probabilities that are bound to a model cannot be copied: release() them first, or build others"
+            )
+        return vars(self)
+
+    def forward(
+        self,
+        outputs: Tensor,  # [B, S, D] or [N, D]
+        targets: Tensor,  # [B, S] or [N], ignore_index or 0 <= t < V
+    ) -> Tensor:
+        """Log-probability of each target under the bound model's projection, float32 in the shape of ``targets``.
+
+        Raises:
+            RuntimeError: no model bound, or ``impl`` cannot run here.
+            TypeError, ValueError: see :func:`torchtune_lce.linear_token_logprobs`.
+        """
+        return self.with_figures(outputs, targets, entropy=False, mean_logits=False).logprobs
+
+    def with_figures(
+        self, outputs: Tensor, targets: Tensor, *, entropy: bool = True, mean_logits: bool = True
+    ) -> TokenFigures:
+        """The same, and what is asked for beside it: each prediction's entropy, as ``return_entropy`` of
+        :func:`torchtune_lce.linear_token_logprobs` has it, and the mean of its logits before a softcap.
+
+        Under FSDP2 the weight is gathered once for all of them.
+        """
+        figures = {}
+
+        def run(outputs, targets, weight, bias, adapter) -> Tensor:
+            call = self._checked(outputs, targets, weight, bias, adapter)
+            if mean_logits:
+                figures["mean_logits"] = _mean_logits(call)
+            if not entropy:
+                return -compute(call, reduction="none", impl=self.impl)
+            logprobs, figures["entropy"] = logprobs_and_entropy(call, self.impl)
+            return logprobs
+
+        logprobs = self._bound_model().projection.call(run, outputs, targets)
+        return TokenFigures(logprobs, figures.get("entropy"), figures.get("mean_logits"))
+
+    def implementation(self, outputs: Tensor) -> str:
+        """What ``impl`` stands for with hidden states ``outputs``.
+
+        Raises RuntimeError, saying what to set instead, for one that cannot run.
+        """
+        return choice.choose(self.impl, outputs)[0]
+
+    def _bound_model(self) -> BoundModel:
+        if self._bound is None:
+            raise RuntimeError(
+                "log-probabilities were asked for before set_model_output, so no output projection is known: call "
+                "logprobs.set_model_output(model), or torchtune_lce.linear_token_logprobs with a weight of your own"
+            )
+        return self._bound
+
+    def _checked(
+        self,
+        outputs: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        adapter: output_adapter.Adapter | None,
+    ) -> Call:
+        """What every call is asked; the first batch says what runs."""
+        outputs, weight, bias, shard = local_operands(outputs, weight, bias)
+        check_width(outputs, weight)
+        # In this order: compiled code must not depend on whether a batch has been.
+        first = validation.is_readable(targets) and self._first_batch
+        tokenizer = "" if self.tokenizer_size is None else f", which has {self.tokenizer_size} entries"
+        call = checked(
+            outputs,
+            weight,
+            targets,
+            bias,
+            options=self._options,
+            shard=shard,
+            look=first or self.check_targets,
+            if_too_large=(
+                f". The model's output has {{vocabulary}} rows; the usual cause is a larger tokenizer{tokenizer}"
+            ),
+        )
+        if first:
+            log_rank_zero(
+                get_logger(),
+                f"Token log-probabilities run impl '{self.implementation(outputs)}' (set: '{self.impl}') on "
+                f"{outputs.device.type} in {outputs.dtype}, output projection {described(weight, adapter)}.",
+            )
+            self._first_batch = False
+        return call if adapter is None else replace(call, low_rank=output_adapter.low_rank(adapter, outputs))
+
+    def apply_compile_strategy(self, *args, **kwargs) -> "LinearTokenLogprobs":
+        """Nothing is left to compile: every implementation is either a kernel or compiles itself, once."""
+        return self
+
+
+@torch.no_grad()
+def _mean_logits(call: Call) -> Tensor:
+    """float32 in the shape of the targets, ignored ones as well."""
+    means = mean_logits(call, torch.ones_like(call.labels, dtype=torch.bool))
+    if call.shard is not None:
+        means = mean_over_ranks(means, call.shard)
+    return call.at_targets(means.float())
