@@ -24,6 +24,9 @@ QAT = "qat_distributed"
 QAT_LORA = "qat_lora_finetune_distributed"
 DISTILLATION = "knowledge_distillation_single_device"
 DISTILLATION_DISTRIBUTED = "knowledge_distillation_distributed"
+LORA_DPO = "lora_dpo_single_device"
+LORA_DPO_DISTRIBUTED = "lora_dpo_distributed"
+FULL_DPO_DISTRIBUTED = "full_dpo_distributed"
 _CLASSES = {
     LORA: "LoRAFinetuneRecipeSingleDevice",
     FULL: "FullFinetuneRecipeSingleDevice",
@@ -33,6 +36,9 @@ _CLASSES = {
     QAT_LORA: "QATLoRAFinetuneRecipeDistributed",
     DISTILLATION: "KDRecipeSingleDevice",
     DISTILLATION_DISTRIBUTED: "KDRecipeDistributed",
+    LORA_DPO: "LoRADPORecipeSingleDevice",
+    LORA_DPO_DISTRIBUTED: "LoRADPORecipeDistributed",
+    FULL_DPO_DISTRIBUTED: "FullDPORecipeDistributed",
 }
 STOCK_LOSS = "torchtune.modules.loss.CEWithChunkedOutputLoss"
 OUR_LOSS = "torchtune_lce.LinearCrossEntropyLoss"
