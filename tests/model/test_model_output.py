@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from distributed_processes import spawn
+from distributed_processes import RUN_AGAIN_AFTER_A_SIGNAL, spawn
 from fsdp_checks import RANKS, check_two_processes
 from tiny_models import SIZES, VOCABULARY, build_model
 from torch import nn
@@ -559,6 +559,7 @@ def test_change_that_is_honoured(change, later, tokens, targets):
 
 
 @pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch's FSDP2 does not run on a CPU")
+@RUN_AGAIN_AFTER_A_SIGNAL
 def test_fsdp2_equals_one_process():
     """All cases in one spawn: starting two processes costs more than everything that they do."""
     spawn(check_two_processes, RANKS)

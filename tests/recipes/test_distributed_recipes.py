@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_processes import spawn, train_all
+from distributed_processes import RUN_AGAIN_AFTER_A_SIGNAL, spawn, train_all
 from omegaconf import OmegaConf
 from project import SUPPORT
 from tiny_distillation import distillation_config, write_distillation_assets
@@ -28,6 +28,8 @@ from tiny_models import (
     train,
     write_chats,
 )
+
+pytestmark = RUN_AGAIN_AFTER_A_SIGNAL
 
 # Both losses sum the same float32 products in another order; over three steps up to 4e-7 was seen.
 ROUNDING = 1.5e-6

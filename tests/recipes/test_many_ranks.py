@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from distillation_checks import check_distillation
-from distributed_processes import spawn, train_all
+from distributed_processes import RUN_AGAIN_AFTER_A_SIGNAL, spawn, train_all
 from sharding_checks import check_collectives, check_sharded
 from tensor_parallel_checks import check_vocabulary_parallel, check_with_fsdp
 from tiny_models import FULL_DISTRIBUTED, OUR_LOSS, STOCK_LOSS, logged_losses, recipe_config, write_assets
 from torch.distributed.device_mesh import init_device_mesh
 from torchtune_main_checks import check_context_parallel, check_sequence_parallel, check_sequence_parallel_with_fsdp
+
+pytestmark = RUN_AGAIN_AFTER_A_SIGNAL
 
 FSDP2_RUNS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_processes import spawn, train_all
+from distributed_processes import RUN_AGAIN_AFTER_A_SIGNAL, spawn, train_all
 from packaging.version import Version
 from tiny_models import (
     OUR_LOSS,
@@ -18,6 +18,8 @@ from tiny_models import (
     write_assets,
     write_chats,
 )
+
+pytestmark = RUN_AGAIN_AFTER_A_SIGNAL
 
 # torchtune 0.6.1's LoRA layer for it does not know newer ones' settings.
 TORCHAO_TAKES_LORA = Version(importlib.metadata.version("torchao")) < Version("0.12")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from distributed_processes import spawn, train_all
+from distributed_processes import RUN_AGAIN_AFTER_A_SIGNAL, spawn, train_all
 from real_logits import read_steps, recorded_stock_recipe, sums
 from tiny_distillation import distillation_config, write_distillation_assets
 from tiny_models import (
@@ -26,6 +26,8 @@ from torchtune.modules.peft import LoRALinear
 import torchtune_lce.loss
 from torchtune_lce import LinearCrossEntropyLoss
 from torchtune_lce.commands.shared.recipe_runs import read_log
+
+pytestmark = RUN_AGAIN_AFTER_A_SIGNAL
 
 # A z-loss that changes no step; its metric divided by it is the mean square.
 Z_LOSS = 1e-9
