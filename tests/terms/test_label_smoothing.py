@@ -353,9 +353,12 @@ def test_one_graph_under_a_compiler(impl, frozen, device):
         torch.testing.assert_close(graph, eager, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
-@pytest.mark.parametrize("shape", [WIDE, HEAVY], ids=["wide", "heavy"])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [(WIDE, torch.float32), (HEAVY, torch.float32), (HEAVY, torch.bfloat16)],
+    ids=["wide-float32", "heavy-float32", "heavy-bfloat16"],
+)
 def test_memory(shape, trained, dtype):
     """The bounds of test_memory.py for the implementation without it: no second [V, D], no second [N, D]."""
     inputs = make_inputs(shape, dtype, torch.device("cpu"))

@@ -284,7 +284,7 @@ def test_memory(dtype):
 
 def test_memory_of_what_is_widened():
     """A CPU widens hidden states of 16 bits: some at a time, as all would not fit."""
-    shape = Shape(tokens=512, vocabulary=700, width=1024)
+    shape = Shape(tokens=192, vocabulary=700, width=1024)
     inputs = make_inputs(shape, torch.bfloat16, torch.device("cpu"))
     arguments = inputs["hidden"], inputs["weight"], inputs["targets"]
     entropy, _ = linear_token_statistics(*arguments, workspace_mib=1)
