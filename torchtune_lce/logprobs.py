@@ -92,6 +92,11 @@ class LinearTokenLogprobs(nn.Module):
         """V of the bound model."""
         return self._bound_model().rows
 
+    @property
+    def gives_hidden_states(self) -> bool:
+        """Whether a bound model returns them at this moment: not within :meth:`logits`."""
+        return self._bound is not None and self._bound.gives_hidden_states
+
     def set_model_output(self, model: nn.Module) -> None:
         """Make the model return hidden states and use its output projection from now on. After FSDP2, if that is used.
 
@@ -126,17 +131,27 @@ class LinearTokenLogprobs(nn.Module):
         self,
         outputs: Tensor,  # [B, S, D] or [N, D]
         targets: Tensor,  # [B, S] or [N], ignore_index or 0 <= t < V
+        *,
+        logit_scale: float = 1.0,
     ) -> Tensor:
         """Log-probability of each target under the bound model's projection, float32 in the shape of ``targets``.
+
+        ``logit_scale`` is a factor of this call, beside the setting: 1 / temperature.
 
         Raises:
             RuntimeError: no model bound, or ``impl`` cannot run here.
             TypeError, ValueError: see :func:`torchtune_lce.linear_token_logprobs`.
         """
-        return self.with_figures(outputs, targets, entropy=False, mean_logits=False).logprobs
+        return self.with_figures(outputs, targets, entropy=False, mean_logits=False, logit_scale=logit_scale).logprobs
 
     def with_figures(
-        self, outputs: Tensor, targets: Tensor, *, entropy: bool = True, mean_logits: bool = True
+        self,
+        outputs: Tensor,
+        targets: Tensor,
+        *,
+        entropy: bool = True,
+        mean_logits: bool = True,
+        logit_scale: float = 1.0,
     ) -> TokenFigures:
         """The same, and what is asked for beside it: each prediction's entropy, as ``return_entropy`` of
         :func:`torchtune_lce.linear_token_logprobs` has it, and the mean of its logits before a softcap.
@@ -144,9 +159,10 @@ class LinearTokenLogprobs(nn.Module):
         Under FSDP2 the weight is gathered once for all of them.
         """
         figures = {}
+        options = replace(self._options, logit_scale=self._options.logit_scale * logit_scale)
 
         def run(outputs, targets, weight, bias, adapter) -> Tensor:
-            call = self._checked(outputs, targets, weight, bias, adapter)
+            call = self._checked(outputs, targets, weight, bias, adapter, options)
             if mean_logits:
                 figures["mean_logits"] = _mean_logits(call)
             if not entropy:
@@ -179,6 +195,7 @@ class LinearTokenLogprobs(nn.Module):
         weight: Tensor,
         bias: Tensor | None,
         adapter: output_adapter.Adapter | None,
+        options: Options,
     ) -> Call:
         """What every call is asked; the first batch says what runs."""
         outputs, weight, bias, shard = local_operands(outputs, weight, bias)
@@ -191,7 +208,7 @@ class LinearTokenLogprobs(nn.Module):
             weight,
             targets,
             bias,
-            options=self._options,
+            options=options,
             shard=shard,
             look=first or self.check_targets,
             if_too_large=(

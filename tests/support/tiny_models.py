@@ -27,6 +27,7 @@ DISTILLATION_DISTRIBUTED = "knowledge_distillation_distributed"
 LORA_DPO = "lora_dpo_single_device"
 LORA_DPO_DISTRIBUTED = "lora_dpo_distributed"
 FULL_DPO_DISTRIBUTED = "full_dpo_distributed"
+PPO = "ppo_full_finetune_single_device"
 _CLASSES = {
     LORA: "LoRAFinetuneRecipeSingleDevice",
     FULL: "FullFinetuneRecipeSingleDevice",
@@ -39,6 +40,7 @@ _CLASSES = {
     LORA_DPO: "LoRADPORecipeSingleDevice",
     LORA_DPO_DISTRIBUTED: "LoRADPORecipeDistributed",
     FULL_DPO_DISTRIBUTED: "FullDPORecipeDistributed",
+    PPO: "PPOFullFinetuneRecipeSingleDevice",
 }
 STOCK_LOSS = "torchtune.modules.loss.CEWithChunkedOutputLoss"
 OUR_LOSS = "torchtune_lce.LinearCrossEntropyLoss"

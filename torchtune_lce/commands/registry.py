@@ -17,6 +17,7 @@ CONFIG_SUFFIXES = {
     "qat_lora_finetune_distributed": ("qat_lora",),
     "knowledge_distillation_single_device": ("KD_lora_single_device",),
     "knowledge_distillation_distributed": ("KD_lora_distributed",),
+    "ppo_full_finetune_single_device": ("full_ppo_low_memory",),
 }
 
 

@@ -28,6 +28,11 @@ class BoundModel:
         self._skipped = skip_output_layer(model)
         self.logits = self._skipped.logits
 
+    @property
+    def gives_hidden_states(self) -> bool:
+        """False within :meth:`logits`."""
+        return self._skipped.is_skipped
+
     def release(self) -> None:
         """The model gives logits again."""
         self.projection.release()

@@ -79,6 +79,11 @@ class SkippedOutputLayer:
         self._restored = True
         _restore(self._decoder)
 
+    @property
+    def is_skipped(self) -> bool:
+        """Whether the model returns hidden states at this moment."""
+        return _is_skipped(self._decoder)
+
     @contextmanager
     def logits(self) -> Iterator[None]:
         """Within it the model returns logits; behind it whatever it returned before, unless it was restored."""
