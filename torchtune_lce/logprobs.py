@@ -14,15 +14,19 @@ from torchtune_lce.implementations import choice
 from torchtune_lce.implementations.tensor_parallel import local_operands, mean_over_ranks
 from torchtune_lce.inputs import validation
 from torchtune_lce.inputs.call import Call, checked
+from torchtune_lce.inputs.dtypes import accumulation_dtype
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.model import output_adapter
-from torchtune_lce.model.bound_model import BoundModel, check_width, described
+from torchtune_lce.model.bound_model import BoundModel, check_one_tensor, check_width, described
 from torchtune_lce.model.foreign_settings import refuses_settings_of_torchtune
 from torchtune_lce.terms.mean_logits import mean_logits
 
 
 class TokenFigures(NamedTuple):
-    """What :meth:`LinearTokenLogprobs.with_figures` returns, each float32 in the shape of ``targets``."""
+    """What :meth:`LinearTokenLogprobs.with_figures` returns, each in the shape of ``targets``.
+
+    float32, or float64 for float64 inputs.
+    """
 
     logprobs: Tensor  # 0 where ignored
     entropy: Tensor | None  # nats, without a gradient, 0 where ignored
@@ -134,7 +138,9 @@ class LinearTokenLogprobs(nn.Module):
         *,
         logit_scale: float = 1.0,
     ) -> Tensor:
-        """Log-probability of each target under the bound model's projection, float32 in the shape of ``targets``.
+        """Log-probability of each target under the bound model's projection, in the shape of ``targets``.
+
+        float32, or float64 for float64 inputs.
 
         ``logit_scale`` is a factor of this call, beside the setting: 1 / temperature.
 
@@ -158,6 +164,7 @@ class LinearTokenLogprobs(nn.Module):
 
         Under FSDP2 the weight is gathered once for all of them.
         """
+        check_one_tensor(outputs)
         figures = {}
         options = replace(self._options, logit_scale=self._options.logit_scale * logit_scale)
 
@@ -199,6 +206,7 @@ class LinearTokenLogprobs(nn.Module):
     ) -> Call:
         """What every call is asked; the first batch says what runs."""
         outputs, weight, bias, shard = local_operands(outputs, weight, bias)
+        validation.check_plain(outputs, weight, targets, bias)
         check_width(outputs, weight)
         # In this order: compiled code must not depend on whether a batch has been.
         first = validation.is_readable(targets) and self._first_batch
@@ -231,8 +239,8 @@ class LinearTokenLogprobs(nn.Module):
 
 @torch.no_grad()
 def _mean_logits(call: Call) -> Tensor:
-    """float32 in the shape of the targets, ignored ones as well."""
+    """In the shape of the targets, ignored ones as well."""
     means = mean_logits(call, torch.ones_like(call.labels, dtype=torch.bool))
     if call.shard is not None:
         means = mean_over_ranks(means, call.shard)
-    return call.at_targets(means.float())
+    return call.at_targets(means.to(accumulation_dtype(call.hidden.dtype)))

@@ -20,7 +20,7 @@ from torchtune_lce.inputs.call import Call, checked
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.inputs.shard import VocabularyShard
 from torchtune_lce.model import output_adapter
-from torchtune_lce.model.bound_model import BoundModel, check_width, described
+from torchtune_lce.model.bound_model import BoundModel, check_one_tensor, check_width, described
 from torchtune_lce.model.foreign_settings import refuses_settings_of_torchtune
 from torchtune_lce.model.sft_loss import STOCK_RECIPES_BIND, SFTLoss
 
@@ -170,11 +170,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
             RuntimeError: no weight given and no model bound, or ``impl`` cannot run here.
             TypeError, ValueError: see :func:`torchtune_lce.linear_cross_entropy`.
         """
-        if isinstance(outputs, (list, tuple)):
-            raise TypeError(
-                f"outputs must be one tensor of hidden states, got a {type(outputs).__name__} of {len(outputs)}: build "
-                "the model without output_hidden_states, or pass the last one"
-            )
+        check_one_tensor(outputs)
         if weight is not None:
             check_not_split(outputs)
             return self._loss(outputs, targets, weight, bias)

@@ -39,6 +39,15 @@ class BoundModel:
         self._skipped.restore()
 
 
+def check_one_tensor(outputs: Tensor) -> None:
+    """Raises TypeError for the several hidden states that a decoder can be built to return."""
+    if isinstance(outputs, (list, tuple)):
+        raise TypeError(
+            f"outputs must be one tensor of hidden states, got a {type(outputs).__name__} of {len(outputs)}: build "
+            "the model without output_hidden_states, or pass the last one"
+        )
+
+
 def check_width(outputs: Tensor, weight: Tensor) -> None:
     """Raises ValueError where ``outputs`` are no hidden states for ``weight``."""
     if weight.ndim != 2 or outputs.shape[-1:] == weight.shape[1:]:

@@ -18,7 +18,7 @@ def refuses_settings_of_torchtune(init: Callable[..., None]) -> Callable[..., No
         for name in settings.keys() & _INSTEAD.keys():
             raise TypeError(
                 f"{type(self).__name__} takes no {name}, got {settings[name]}: {_INSTEAD[name]}. Leave it out of the "
-                f"config, or add ~loss.{name} to the command line (~kd_loss.{name} if it is the kd_loss)"
+                f"config, or add ~loss.{name} to the command line (~kd_loss.{name} or ~logprobs.{name} from there)"
             )
         init(self, *args, **settings)
 
