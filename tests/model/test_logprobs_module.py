@@ -13,12 +13,15 @@ from omegaconf import OmegaConf
 from tiny_models import VOCABULARY, build_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchtune import config
 from torchtune.generation import generate
 from torchtune.modules.peft import disable_adapter
 
 import torchtune_lce
 from torchtune_lce import LinearTokenLogprobs, linear_token_logprobs, skip_output_layer
+from torchtune_lce.inputs import dtypes
 
 IGNORED = -100
 HEADS = ["tied", "untied", "bias", *KINDS]
@@ -237,6 +240,26 @@ def test_settings_reach_the_function(model, hidden, targets):
         actual = bound(model, **settings)(hidden, labels)
         assert torch.equal(actual, linear_token_logprobs(hidden, model.output.weight, labels, **settings))
         assert not torch.equal(actual, plain)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_on_a_device_without_float64(head, tokens, targets, monkeypatch):
+    """As MPS, which makes no such tensor: none is made here, and the figures are as accurate."""
+    model, exact = build(head, torch.float32), by_logits(build(head), tokens, targets)
+    logprobs = bound(model)
+    monkeypatch.setattr(dtypes, "_WITHOUT_FLOAT64", ("cpu",))
+    with MakesNoFloat64():
+        found = logprobs.with_figures(model(tokens), targets)
+    for ours, wanted in ((found.logprobs, exact.logprobs), (found.mean_logits, exact.means)):
+        torch.testing.assert_close(ours.double(), wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item())
+
+
+class MakesNoFloat64(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **kwargs or {})
+        for tensor in tree_leaves(made):
+            assert getattr(tensor, "dtype", None) != torch.float64 or not tensor.ndim, function
+        return made
 
 
 # ---- the module

@@ -12,6 +12,10 @@ def has_float64(device: torch.device) -> bool:
     return device.type not in _WITHOUT_FLOAT64
 
 
+def widest(device: torch.device) -> torch.dtype:
+    return torch.float64 if has_float64(device) else torch.float32
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays float64; everything else is accumulated in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

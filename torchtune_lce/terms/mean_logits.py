@@ -2,7 +2,8 @@
 
     mean of (h W^T + b + low up^T) * scale = h . mean of scale * W + mean of scale * b + low . mean of scale * up
 
-in float64 all the way, and with gradients. Costs O(N D + V D). Capped logits have no such mean.
+in float64 all the way, and with gradients; in float32 and without any where the device has no float64. Costs
+O(N D + V D). Capped logits have no such mean.
 """
 
 from __future__ import annotations  # torch 2.8 compiles nested functions, but not `Tensor | None`
@@ -12,13 +13,14 @@ from torch import Tensor
 
 from torchtune_lce.inputs.autocast import without_autocast
 from torchtune_lce.inputs.call import Call
+from torchtune_lce.inputs.dtypes import widest
 
 # Elements of a matrix that a CPU widens at a time to add them up; a card widens what it reads.
 _ELEMENTS_ON_CPU = 2**16
 
 
 def mean_logits(call: Call, valid: Tensor) -> Tensor:
-    """[N] float64, 0 where not ``valid``, [N]. Of the logits before a softcap, ``logit_scale`` in them.
+    """[N] of the widest dtype, 0 where not ``valid``, [N]. Of the logits before a softcap, ``logit_scale`` in them.
 
     With a shard the mean over this rank's rows.
     """
@@ -26,7 +28,7 @@ def mean_logits(call: Call, valid: Tensor) -> Tensor:
     workspace_mib = call.options.workspace_mib
     means = _products_with_mean_row(hidden, weight, scale, valid, workspace_mib)
     if bias is not None:
-        scaled = bias if scale is None else bias.double() * scale
+        scaled = bias if scale is None else bias.to(means.dtype) * scale
         means = means + scaled.mean(dtype=means.dtype).where(valid, 0)
     if low is not None:
         means = means + _products_with_mean_row(low, up, scale, valid, workspace_mib)
@@ -47,17 +49,18 @@ torch.library.define("torchtune_lce::row_sum", "(Tensor matrix, Tensor? scale, i
 @torch.library.impl("torchtune_lce::row_sum", "default")
 @without_autocast
 def _row_sum(matrix, scale, workspace_mib):
-    """[V, D], each row times its scale [V] if there are any, to [D] in float64."""
+    """[V, D], each row times its scale [V] if there are any, to [D] of the widest dtype."""
+    dtype = widest(matrix.device)
     if scale is not None:
-        parts = (part.double() * factors[:, None] for part, factors in _pieces(workspace_mib, matrix, scale))
+        parts = (part.to(dtype) * factors[:, None] for part, factors in _pieces(workspace_mib, matrix, scale))
         return torch.stack([part.sum(0) for part in parts]).sum(0)
     rows = max(_ELEMENTS_ON_CPU // matrix.shape[1], 1) if matrix.device.type == "cpu" else matrix.shape[0]
-    return torch.stack([part.sum(0, dtype=torch.float64) for part in matrix.split(rows)]).sum(0)
+    return torch.stack([part.sum(0, dtype=dtype) for part in matrix.split(rows)]).sum(0)
 
 
 @torch.library.register_fake("torchtune_lce::row_sum")
 def _(matrix, scale, workspace_mib):
-    return matrix.new_empty(matrix.shape[1], dtype=torch.float64)
+    return matrix.new_empty(matrix.shape[1], dtype=widest(matrix.device))
 
 
 torch.library.define(
@@ -135,11 +138,11 @@ torch.library.define(
 @torch.library.impl("torchtune_lce::row_products", "default")
 @without_autocast
 def _row_products(hidden, row, valid, workspace_mib):
-    """[N, D] times [D], which is float64 as the products are, 0 where not valid.
+    """[N, D] times [D], which is of the widest dtype as the products are, 0 where not valid.
 
     Neither pieces nor the number of tokens show in what is left of it once it is rounded.
     """
-    parts = [_used(*piece).double() @ row for piece in _pieces(workspace_mib, hidden, valid)]
+    parts = [_used(*piece).to(row.dtype) @ row for piece in _pieces(workspace_mib, hidden, valid)]
     # Nothing times what may be NaN would not be nothing.
     return torch.cat(parts).where(valid, 0)
 
