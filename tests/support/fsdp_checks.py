@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torchtune.modules.peft import DoRALinear, LoRALinear
 from torchtune.training import get_shard_conditions, shard_model
 
-from torchtune_lce import LinearCrossEntropyLoss, skip_output_layer
+from torchtune_lce import LinearCrossEntropyLoss, LinearTokenLogprobs, skip_output_layer
 
 RANKS = 2
 MICRO_BATCHES = 2
@@ -26,6 +26,8 @@ def check_two_processes(rank: int) -> None:
         ("tied", "untied", "lora", "dora"), ([], ["tok_embeddings", "output"]), (True, False)
     ):
         _check_gradients(rank, head, own_group, reshard)
+        if not own_group:
+            _check_token_logprobs(rank, head, reshard)
     _check_bound_before_sharding()
     _check_data_parallel(rank)
     check_collectives(init_device_mesh("cpu", (RANKS,)))
@@ -98,6 +100,47 @@ def _check_gradients(rank: int, head: str, own_group: list[str], reshard: bool) 
         key for module in model.modules() for key in vars(module) if "cross_entropy" in key or key == "unembed"
     ]
     assert not leftovers, case
+
+
+def _check_token_logprobs(rank: int, head: str, reshard: bool) -> None:
+    """As GRPO takes them: old ones without gradients, then the policy's with figures, and a loss of one rank's own."""
+    case = f"token log-probabilities, {head}, reshard_after_forward {reshard}"
+    single, model = _build(head), _build(head)
+    mine = LinearTokenLogprobs(impl="chunked", logit_scale=1 / 0.7)
+    mine.set_model_output(single)
+    total = []
+    for other in range(RANKS):
+        for tokens, targets in _batches(other):
+            found = mine.with_figures(single(tokens), targets)
+            (_policy_loss(found.logprobs, found.logprobs.detach()) / RANKS).backward()
+            total.append(found)
+    shard_model(
+        model,
+        [partial(get_shard_conditions, names_to_match=[])],
+        cpu_offload=False,
+        reshard_after_forward=reshard,
+    )
+    logprobs = LinearTokenLogprobs(impl="chunked", logit_scale=1 / 0.7)
+    logprobs.set_model_output(model)
+    with torch.no_grad():
+        old = [logprobs(model(tokens), targets) for tokens, targets in _batches(rank)]
+    expected = total[rank * MICRO_BATCHES : (rank + 1) * MICRO_BATCHES]
+    for before, wanted, (tokens, targets) in zip(old, expected, _batches(rank), strict=True):
+        found = logprobs.with_figures(model(tokens), targets)
+        for name, figure in found._asdict().items():
+            torch.testing.assert_close(
+                figure, getattr(wanted, name), rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{case}, {n}: {m}"
+            )
+        torch.testing.assert_close(before, found.logprobs, rtol=1e-5, atol=1e-6)
+        _policy_loss(found.logprobs, before).backward()
+    for (name, parameter), reference in zip(model.named_parameters(), single.parameters(), strict=True):
+        error = relative_error(parameter.grad.full_tensor(), reference.grad)
+        assert error < 1e-5, f"{case}, {name}: relative error {error}"
+
+
+def _policy_loss(logprobs: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """Another advantage for each row, so that its gradient is no sum that cancels."""
+    return ((logprobs - old).exp() * torch.tensor([[2.0], [-1.0]])).sum()
 
 
 def _check_bound_before_sharding() -> None:

@@ -18,7 +18,7 @@ from torchtune.models.llama3 import base_llama_tp_plan
 from torchtune.modules.peft import DoRALinear, LoRALinear
 from torchtune.training import get_shard_conditions, prepare_mha_for_tp, shard_model
 
-from torchtune_lce import LinearCrossEntropyLoss, linear_cross_entropy, linear_token_statistics
+from torchtune_lce import LinearCrossEntropyLoss, LinearTokenLogprobs, linear_cross_entropy, linear_token_statistics
 
 EMBED_DIM = SIZES["embed_dim"]
 # Divisible by neither ranks nor tiles.
@@ -51,6 +51,7 @@ def check_vocabulary_parallel(mesh: DeviceMesh, impls: tuple[str, ...], digits: 
         _check_no_labels(mesh)
         _check_token_statistics(mesh)
         _check_entropy(mesh)
+        _check_token_logprobs(mesh, impls)
         # In the interpreter the kernels take seconds for each of its cases.
         _check_masked_rank(mesh, impls if mesh.device_type == "cuda" else ("reference", "chunked"))
         _check_autocast(mesh)
@@ -98,17 +99,21 @@ def _problem(bias: bool = False, scale: float = 1.0) -> Problem:
 def _bound(
     mesh: DeviceMesh, problem: Problem, frozen: bool = False, **settings
 ) -> tuple[LinearCrossEntropyLoss, nn.Module]:
+    model = _split(mesh, problem)
+    model.output.requires_grad_(not frozen)
+    loss = LinearCrossEntropyLoss(**settings)
+    loss.set_model_output(model)
+    return loss, model
+
+
+def _split(mesh: DeviceMesh, problem: Problem) -> nn.Module:
     model = build_model(tied=False)
     model.output = nn.Linear(EMBED_DIM, RAGGED, bias=problem.bias is not None)
     with torch.no_grad():
         model.output.weight.copy_(problem.weight)
         if problem.bias is not None:
             model.output.bias.copy_(problem.bias)
-    parallelize_module(model, mesh, OUTPUT_PLAN)
-    model.output.requires_grad_(not frozen)
-    loss = LinearCrossEntropyLoss(**settings)
-    loss.set_model_output(model)
-    return loss, model
+    return parallelize_module(model, mesh, OUTPUT_PLAN)
 
 
 def _backward(loss: Tensor, upstream: Tensor) -> None:
@@ -376,6 +381,40 @@ def _check_entropy(mesh) -> None:
         _assert_close(entropy, expected, f"entropy, {case}", 2e-5 if case == "confident" else 2e-6)
         if "in" not in case:  # beside a common logit several are equal
             assert torch.equal(correct, logits.argmax(-1) == problem.targets), case
+
+
+def _check_token_logprobs(mesh, impls: tuple[str, ...]) -> None:
+    """Policies' log-probabilities at a temperature, and the figures beside them, are those of the whole vocabulary."""
+    for impl, sequence_parallel in itertools.product(impls, (False, True)):
+        if sequence_parallel and impl.startswith("cce"):  # seconds in the interpreter
+            continue
+        case = f"token log-probabilities, {impl}, sequence parallel {sequence_parallel}"
+        problem = _problem(bias=True)
+        inputs = [x.double().requires_grad_() for x in (problem.hidden, problem.weight, problem.bias)]
+        logits = nn.functional.linear(*inputs) / 0.7
+        every, used = logits.log_softmax(-1), problem.targets != -100
+        expected = every.gather(-1, problem.targets.clamp(min=0)[..., None])[..., 0].where(used, 0)
+        _backward(expected, problem.upstream)
+        model, logprobs = _split(mesh, problem), LinearTokenLogprobs(impl=impl, logit_scale=1 / 0.7)
+        logprobs.set_model_output(model)
+        assert logprobs.rows == RAGGED
+        hidden = problem.hidden.clone()
+        if sequence_parallel:
+            hidden = distribute_tensor(hidden, mesh, [Shard(1)])
+        hidden.requires_grad_()
+        found = logprobs.with_figures(hidden, problem.targets)
+        assert [figure.dtype for figure in found] == [torch.float32] * 3
+        _assert_close(found.logprobs, expected, f"{case}, values")
+        _assert_close(found.entropy, -(every.exp() * every).sum(-1).where(used, 0), f"{case}, entropy")
+        # Of all ranks' rows, whose numbers differ.
+        _assert_close(found.mean_logits, logits.mean(-1), f"{case}, mean logits")
+        assert not found.mean_logits.requires_grad
+        _backward(found.logprobs, problem.upstream)
+        gradients = hidden.grad, model.output.weight.grad, model.output.bias.grad
+        for name, gradient, single in zip(("hidden", "weight", "bias"), gradients, inputs, strict=True):
+            _assert_close(gradient, single.grad, f"{case}, {name}")
+        with torch.no_grad():
+            _assert_close(logprobs(hidden, problem.targets), expected, f"{case}, without gradients")
 
 
 def _check_masked_rank(mesh, impls: tuple[str, ...]) -> None:
