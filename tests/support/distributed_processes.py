@@ -94,7 +94,7 @@ def _run(rank: int, written: list[Path], port: int, backend: str, function: Call
 def train_all(rank: int, runs: list, stock_recipe: Callable[[str], type] = stock_recipe) -> None:
     """Every ``(ours, method, config)`` of `runs` through its real distributed recipe, one after the other."""
     if runs[0][2].device == "cpu":
-        _let_recipes_run_on_a_cpu()
+        let_recipes_run_on_a_cpu()
     for ours, method, cfg in runs:
         # On cards the first random DTensor of a process gives all ranks rank 0's generator; so in every run.
         torch.distributed.tensor._random._rng_tracker = None
@@ -106,17 +106,17 @@ def train_all(rank: int, runs: list, stock_recipe: Callable[[str], type] = stock
 
 def lora_llama3_2_on_a_cpu(**settings) -> torch.nn.Module:
     """A model for configs: torchtune's, in processes that torchtune's own launcher has started."""
-    _let_recipes_run_on_a_cpu()
+    let_recipes_run_on_a_cpu()
     return lora_llama3_2(**settings)
 
 
 def llama3_2_on_a_cpu(**settings) -> torch.nn.Module:
     """As above, without LoRA."""
-    _let_recipes_run_on_a_cpu()
+    let_recipes_run_on_a_cpu()
     return llama3_2(**settings)
 
 
-def _let_recipes_run_on_a_cpu() -> None:
+def let_recipes_run_on_a_cpu() -> None:
     """torchtune 0.6.1's distributed recipes ask their device for what only cards have."""
     training.get_memory_stats = lambda *arguments, **settings: {}
     training.log_memory_stats = lambda *arguments, **settings: None

@@ -18,6 +18,7 @@ CONFIG_SUFFIXES = {
     "knowledge_distillation_single_device": ("KD_lora_single_device",),
     "knowledge_distillation_distributed": ("KD_lora_distributed",),
     "ppo_full_finetune_single_device": ("full_ppo_low_memory",),
+    "grpo_full_finetune_distributed": (),  # torchtune main's own, which the release cannot run
 }
 
 

@@ -11,9 +11,9 @@ import torchtune
 def load_stock_recipe(name: str) -> ModuleType:
     """The installed torchtune's recipe ``name``, such as ``lora_finetune_single_device``, loaded once.
 
-    Raises ImportError if that torchtune has no such recipe.
+    Raises ImportError if that torchtune has no such recipe, or not all of its own that the recipe imports.
     """
-    module_name = f"torchtune_stock_{name}"
+    module_name = f"torchtune_stock_{name.replace('/', '_')}"
     if module_name in sys.modules:
         return sys.modules[module_name]
     path = Path(torchtune.__file__).parent.parent / "recipes" / f"{name}.py"
@@ -23,5 +23,15 @@ def load_stock_recipe(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     # Before it runs, as an import does: whatever pickles the recipe's classes looks them up there.
     sys.modules[module_name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        # Whoever asks again is told again.
+        del sys.modules[module_name]
+        if not (error.name or "").startswith("torchtune."):
+            raise
+        raise ImportError(
+            f"the installed torchtune has the recipe {name}, but not {error.name}, which that imports: it runs with "
+            "torchtune's main branch alone, see docs/torchtune-versions.md"
+        ) from error
     return module
