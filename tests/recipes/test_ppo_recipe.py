@@ -161,8 +161,11 @@ def test_a_step_makes_no_logits(runs, whose):
         (["loss._component_=torchtune_lce.LinearCrossEntropyLoss"], "loss must be torchtune's own"),
         (["logprobs._component_=torch.nn.Identity"], "logprobs must be torchtune_lce.LinearTokenLogprobs"),
         (["logprobs.impl=fast"], "impl must be one of"),
+        (["temperature=0"], "temperature must be > 0"),
+        (["logprobs.logit_scale=2"], "logprobs.logit_scale must be left out, .* got 2"),
+        (["logprobs.softcap=30.0"], "logprobs.softcap must be left out, .* got 30.0"),
     ],
-    ids=["loss", "another class", "impl"],
+    ids=["loss", "another class", "impl", "temperature", "logit_scale", "softcap"],
 )
 def test_misuse_is_told_before_anything_is_loaded(runs, overrides, message):
     cfg = runs.config(tied=True, overrides=(*overrides, "checkpointer.checkpoint_files=[missing.pt]"))

@@ -33,12 +33,26 @@ def make_logprobs(cfg: DictConfig) -> LinearTokenLogprobs:
             f"logprobs.ignore_index must be {CROSS_ENTROPY_IGNORE_IDX}, which torchtune's preference data sets mark "
             f"prompts and padding with, got {logprobs.ignore_index}"
         )
+    if "temperature" in cfg:
+        _check_sampled_alike(cfg, section)
     if "loss" in cfg and hasattr(config.instantiate(cfg.loss), "set_model_output"):
         raise TypeError(
             "loss must be torchtune's own in a preference recipe, such as torchtune.rlhf.loss.DPOLoss, got "
             f"{cfg.loss._component_}, which takes hidden states: what spares the logits is the section logprobs"
         )
     return logprobs
+
+
+def _check_sampled_alike(cfg: DictConfig, section: DictConfig) -> None:
+    """Raises ValueError where a recipe that samples would take log-probabilities of other logits than it samples by."""
+    if not cfg.temperature > 0:
+        raise ValueError(f"temperature must be > 0, since logits are divided by it, got {cfg.temperature}")
+    for name, unset in (("logit_scale", 1), ("softcap", None)):
+        if section.get(name, unset) != unset:
+            raise ValueError(
+                f"logprobs.{name} must be left out, since answers are sampled by the model's own logits, divided by "
+                f"temperature, got {section[name]}"
+            )
 
 
 class BindsLogprobsToModels:
