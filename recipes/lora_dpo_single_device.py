@@ -10,7 +10,9 @@ set in a section of its own, ``logprobs``; see :class:`torchtune_lce.LinearToken
 import sys
 
 from omegaconf import DictConfig
+from torch import nn
 from torchtune import config
+from torchtune.modules.peft import DoRALinear
 
 from torchtune_lce.training.preference_binding import BindsLogprobsToModels
 from torchtune_lce.training.stock_recipes import load_stock_recipe
@@ -19,7 +21,18 @@ stock = load_stock_recipe("lora_dpo_single_device")
 
 
 class LoRADPORecipeSingleDevice(BindsLogprobsToModels, stock.LoRADPORecipeSingleDevice):
-    """torchtune's recipe; log-probabilities of policy and reference come from hidden states."""
+    """torchtune's recipe; log-probabilities of policy and reference come from hidden states.
+
+    DoRA works here too: torchtune 0.6.1 leaves its magnitudes as they were in memory.
+    """
+
+    def _setup_model(self, *args, lora_weights_state_dict: dict | None = None, **settings) -> nn.Module:
+        model = super()._setup_model(*args, lora_weights_state_dict=lora_weights_state_dict, **settings)
+        if lora_weights_state_dict is None:
+            for module in model.modules():
+                if isinstance(module, DoRALinear):
+                    module.initialize_dora_magnitude()
+        return model
 
 
 @config.parse

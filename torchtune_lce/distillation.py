@@ -17,6 +17,7 @@ from torchtune_lce.model.bound_model import BoundModel
 from torchtune_lce.model.foreign_settings import refuses_settings_of_torchtune
 from torchtune_lce.model.output_adapter import Adapter, low_rank
 from torchtune_lce.model.projection import output_rows
+from torchtune_lce.model.stock_calls import check_no_preference_call
 
 
 class _LinearKLLoss(nn.Module):
@@ -95,6 +96,7 @@ class _LinearKLLoss(nn.Module):
             RuntimeError: student or teacher is not bound.
             TypeError, ValueError: an argument of the wrong type, shape, dtype or device, by name.
         """
+        check_no_preference_call(self, student_hidden, teacher_hidden, labels, normalize)
         if labels is None:
             # As a recipe calls its loss of labels.
             name = type(self).__name__

@@ -18,7 +18,8 @@ from torchtune_lce.inputs.dtypes import accumulation_dtype
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.model import output_adapter
 from torchtune_lce.model.bound_model import BoundModel, check_one_tensor, check_width, described
-from torchtune_lce.model.foreign_settings import refuses_settings_of_torchtune
+from torchtune_lce.model.foreign_settings import refuses_settings_of_losses
+from torchtune_lce.model.stock_calls import check_no_preference_call
 from torchtune_lce.terms.mean_logits import mean_logits
 
 
@@ -57,7 +58,7 @@ class LinearTokenLogprobs(nn.Module):
         TypeError, ValueError: a setting that no implementation accepts, by name.
     """
 
-    @refuses_settings_of_torchtune
+    @refuses_settings_of_losses
     def __init__(
         self,
         ignore_index: int = -100,
@@ -135,7 +136,7 @@ class LinearTokenLogprobs(nn.Module):
         self,
         outputs: Tensor,  # [B, S, D] or [N, D]
         targets: Tensor,  # [B, S] or [N], ignore_index or 0 <= t < V
-        *,
+        *others: Tensor,  # none: what a preference recipe, of which this is no loss, calls its loss with
         logit_scale: float = 1.0,
     ) -> Tensor:
         """Log-probability of each target under the bound model's projection, in the shape of ``targets``.
@@ -148,6 +149,9 @@ class LinearTokenLogprobs(nn.Module):
             RuntimeError: no model bound, or ``impl`` cannot run here.
             TypeError, ValueError: see :func:`torchtune_lce.linear_token_logprobs`.
         """
+        if others:
+            check_no_preference_call(self, outputs, targets, *others)
+            raise TypeError(f"outputs and targets are all that it takes, got {len(others)} more")
         return self.with_figures(outputs, targets, entropy=False, mean_logits=False, logit_scale=logit_scale).logprobs
 
     def with_figures(

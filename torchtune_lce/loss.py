@@ -23,8 +23,7 @@ from torchtune_lce.model import output_adapter
 from torchtune_lce.model.bound_model import BoundModel, check_one_tensor, check_width, described
 from torchtune_lce.model.foreign_settings import refuses_settings_of_torchtune
 from torchtune_lce.model.sft_loss import STOCK_RECIPES_BIND, SFTLoss
-
-RECIPES = Path(__file__).parent / "recipes"
+from torchtune_lce.model.stock_calls import check_no_preference_call, our_recipe
 
 
 class Batch(NamedTuple):
@@ -172,6 +171,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         """
         check_one_tensor(outputs)
         if weight is not None:
+            check_no_preference_call(self, outputs, targets, weight, bias)
             check_not_split(outputs)
             return self._loss(outputs, targets, weight, bias)
         if bias is not None:
@@ -296,16 +296,14 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
 
 def _unbound_message() -> str:
     """Names this package's recipe of the same name as the one that runs, if there is one."""
-    running = Path(sys.argv[0]).stem
-    if running == "early_exit_finetune_distributed":
+    if Path(sys.argv[0]).stem == "early_exit_finetune_distributed":
         return (
             "the loss was called before set_model_output, so it knows no output projection; and torchtune's early-exit "
             "recipe cannot use it, because early_exit_loss takes logits of every layer: set "
             "loss=torch.nn.CrossEntropyLoss"
         )
-    recipe = running if (RECIPES / f"{running}.py").exists() else "<recipe>"
     return (
         "the loss was called before set_model_output, so it knows no output projection. torchtune 0.6.1's own recipes "
-        f"never call that: use `tune run torchtune_lce/recipes/{recipe}.py`, or add "
+        f"never call that: use `tune run torchtune_lce/recipes/{our_recipe()}.py`, or add "
         "`self._loss_fn.set_model_output(self._model)` at the end of setup() to your own `tune cp` copy of a recipe"
     )

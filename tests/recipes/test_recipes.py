@@ -15,6 +15,7 @@ from tiny_models import (
     FULL,
     LORA,
     OUR_LOSS,
+    SIZES,
     STOCK_LOSS,
     VOCABULARY,
     build_model,
@@ -26,6 +27,7 @@ from tiny_models import (
     write_assets,
     write_chats,
 )
+from torchtune.models.llama3_2._component_builders import llama3_2
 
 from torchtune_lce.loss import LinearCrossEntropyLoss
 
@@ -321,8 +323,12 @@ def test_the_line_for_an_own_copy_of_a_recipe_suffices(runs):
             "loss._component_=torchtune_lce.LinearForwardKLLoss",
             "loss must be a loss of labels, .*, got torchtune_lce.LinearForwardKLLoss, .* that is a kd_loss",
         ),
+        (
+            "loss._component_=torchtune_lce.LinearTokenLogprobs",
+            "loss must be a loss of labels, .*, got torchtune_lce.LinearTokenLogprobs, .* preference recipes",
+        ),
     ],
-    ids=["reduction", "a kd_loss"],
+    ids=["reduction", "a kd_loss", "log-probabilities"],
 )
 def test_refused_before_anything_is_loaded(runs, setting, message):
     with pytest.raises(ValueError, match=f"^{message}"):
@@ -336,6 +342,14 @@ def test_targets_beyond_the_head_name_the_tokenizer(runs):
     hidden = torch.zeros(3, 64)
     with pytest.raises(ValueError, match=rf"{VOCABULARY} rows; .* a larger tokenizer, which has 266 entries"):
         recipe._loss_fn(hidden, torch.tensor([1, VOCABULARY, -100]))
+
+
+def test_tokens_beyond_the_embedding_name_the_tokenizer(runs, tmp_path):
+    """Before the embedding takes them, which would name nobody, and on a GPU end the process."""
+    torch.save(llama3_2(**SIZES | {"vocab_size": 200}).state_dict(), tmp_path / "small.pt")
+    overrides = [f"checkpointer.checkpoint_dir={tmp_path}", "checkpointer.checkpoint_files=[small.pt]"]
+    with pytest.raises(ValueError, match="^tokens must be less than 200, .* a larger tokenizer, which has 266 entries"):
+        runs.ours(FULL, overrides=["model.vocab_size=200", *overrides])
 
 
 @pytest.mark.gpu

@@ -39,7 +39,7 @@ class Projection:
         self._output = decoder.output
         self._owner = _owner(self._output)
         _check_untouched(self._output)
-        _check_covers_vocabulary(output_rows(model), _embedding_rows(model, decoder))
+        _check_covers_vocabulary(output_rows(model), embedding_rows(model))
         for tensor in self._tensors():
             # Sharded is what FSDP2 parameters are between two forwards; inside one they are checked again.
             if not isinstance(tensor, DTensor):
@@ -191,6 +191,18 @@ def output_rows(model: nn.Module) -> int:
     return _owner(find_decoder(model).output).weight.shape[0]
 
 
+def embedding_rows(model: nn.Module) -> int | None:
+    """Entries of the token embedding, which an early fusion model keeps in place of its decoder; None for one of
+    another kind, as of a vision model, whose special tokens have a table of their own.
+    """
+    model = uncompiled(model)
+    for holder in (find_decoder(model), model):
+        rows = getattr(getattr(holder, "tok_embeddings", None), "num_embeddings", None)
+        if rows is not None:
+            return rows
+    return None
+
+
 def _owner(output) -> nn.Module:
     """The module whose parameters the projection uses."""
     if isinstance(output, TiedLinear):
@@ -273,15 +285,6 @@ def _check_covers_vocabulary(output_rows: int, embedding_rows: int | None) -> No
             f"model.output has {output_rows} rows for {embedding_rows} token embeddings: that is a classifier's head, "
             "and targets name classes, not tokens; keep torch.nn.CrossEntropyLoss for it"
         )
-
-
-def _embedding_rows(model: nn.Module, decoder: nn.Module) -> int | None:
-    """Entries of the token embedding, which an early fusion model keeps in place of its decoder."""
-    for holder in (decoder, model):
-        rows = getattr(getattr(holder, "tok_embeddings", None), "num_embeddings", None)
-        if rows is not None:
-            return rows
-    return None
 
 
 def _deepest_fsdp_module(model: nn.Module, owner: nn.Module) -> nn.Module:

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torchtune.utils import get_logger, log_rank_zero
 
+from torchtune_lce.training.token_range import check_tokens
+
 
 class SkipsEmptySteps:
     """Stands in for a recipe's data loader: steps whose micro-batches have no label on any device are left out.
@@ -23,6 +25,7 @@ class SkipsEmptySteps:
 
     def __init__(self, recipe):
         """``recipe``: a fine-tuning recipe of torchtune that has been set up."""
+        self._model, self._tokenizer = recipe._model, recipe._tokenizer
         self._loader = recipe._dataloader
         self._micro_batches = recipe._gradient_accumulation_steps
         self._ignore_index = recipe._loss_fn.ignore_index
@@ -37,6 +40,7 @@ class SkipsEmptySteps:
         labelled, self._left_over = self._left_over, False
         held, count = [], 0
         for batch in self._loader:
+            check_tokens(batch["tokens"], self._model, self._tokenizer)
             held.append(batch)
             count += 1
             labelled = labelled or self._has_labels(batch)

@@ -1,6 +1,5 @@
 """What a torchtune 0.6.1 DPO recipe lacks: log-probabilities from hidden states, in place of [2B, S, V] logits."""
 
-import logging
 from contextlib import nullcontext
 
 import torch.nn.functional as F
@@ -8,9 +7,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torchtune import config
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
-from torchtune.utils import get_logger, log_rank_zero
+from torchtune.utils import get_logger
 
 from torchtune_lce.logprobs import LinearTokenLogprobs
+from torchtune_lce.training.token_range import check_tokens
 
 _DEFAULT = {"_component_": "torchtune_lce.LinearTokenLogprobs"}
 
@@ -21,7 +21,14 @@ def make_logprobs(cfg: DictConfig) -> LinearTokenLogprobs:
     Raises:
         TypeError, ValueError: a section, or a ``loss``, that a preference recipe cannot use.
     """
-    section = OmegaConf.merge(_DEFAULT, cfg.get("logprobs") or {})
+    given = cfg.get("logprobs")
+    if given is not None and not OmegaConf.is_dict(given):
+        raise TypeError(
+            f"logprobs must be a section of settings, got {given}: leave it out for their defaults, or give settings "
+            "one by one, such as logprobs.impl=cce_exact"
+        )
+    # In its place in the config, of which it may name other parts.
+    section = OmegaConf.merge(cfg, {"logprobs": OmegaConf.merge(_DEFAULT, given or {})}).logprobs
     logprobs = config.instantiate(section)
     if not isinstance(logprobs, LinearTokenLogprobs):
         raise TypeError(
@@ -75,6 +82,8 @@ class BindsLogprobsToModels:
         them all is ever taken.
         """
         tokens, labels = batch
+        # Where the loader puts them, so that no device is waited for.
+        check_tokens(tokens, model, self._tokenizer)
         self._say_if_unlabelled(labels)
         tokens, labels = tokens.to(self._device), labels.to(self._device)
         # Moved to the hidden states that predict them, which nothing does; the last one predicts none.
@@ -93,16 +102,14 @@ class BindsLogprobsToModels:
         return logprobs
 
     def _say_if_unlabelled(self, labels: Tensor) -> None:
-        """Where the loader puts them, so that no device is waited for."""
+        """Each rank of its own rows: another one has not seen them."""
         if self._said or (labels[:, 1:] != CROSS_ENTROPY_IGNORE_IDX).any(-1).all():
             return
         self._said = True
-        log_rank_zero(
-            get_logger(),
+        get_logger().warning(
             f"An answer of a pair has no label: all of its targets are {CROSS_ENTROPY_IGNORE_IDX}. Its log-probability "
             "counts as 0, as in torchtune's recipe, and only the other answer is learnt from, if that has labels; this "
-            "is not said again. The usual cause is a prompt longer than tokenizer.max_seq_len, whose answer is cut off",
-            level=logging.WARNING,
+            "is not said again. The usual cause is a prompt longer than tokenizer.max_seq_len, whose answer is cut off"
         )
 
 

@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torchtune import config
 
+from torchtune_lce.logprobs import LinearTokenLogprobs
 from torchtune_lce.loss import LinearCrossEntropyLoss
 from torchtune_lce.model.model_output import uncompiled
 from torchtune_lce.training import live_feedback
@@ -69,6 +70,11 @@ def _check(cfg: DictConfig, name: str, loss: nn.Module) -> None:
     if not hasattr(loss, "set_model_output"):
         return
     component, compares_models = cfg[name]._component_, hasattr(loss, "set_teacher_output")
+    if name == "loss" and isinstance(loss, LinearTokenLogprobs):
+        raise ValueError(
+            "loss must be a loss of labels, such as torchtune_lce.LinearCrossEntropyLoss, "
+            f"got {component}, which is none: it is for the section logprobs of preference recipes"
+        )
     if name == "loss" and compares_models:
         raise ValueError(
             "loss must be a loss of labels, such as torchtune_lce.LinearCrossEntropyLoss, "
