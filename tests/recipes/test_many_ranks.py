@@ -9,7 +9,8 @@ from distillation_checks import check_distillation
 from distributed_processes import RUN_AGAIN_AFTER_A_SIGNAL, spawn, train_all
 from sharding_checks import check_collectives, check_sharded
 from tensor_parallel_checks import check_vocabulary_parallel, check_with_fsdp
-from tiny_models import FULL_DISTRIBUTED, OUR_LOSS, STOCK_LOSS, logged_losses, recipe_config, write_assets
+from tiny_models import FULL_DISTRIBUTED, FULL_DPO_DISTRIBUTED, OUR_LOSS, STOCK_LOSS, logged_losses, recipe_config
+from tiny_preferences import assert_equal_steps, preference_config, write_preference_assets
 from torch.distributed.device_mesh import init_device_mesh
 from torchtune_main_checks import check_context_parallel, check_sequence_parallel, check_sequence_parallel_with_fsdp
 
@@ -60,7 +61,6 @@ def check_two_cards(rank: int) -> None:
 
 def recipes_on_two_axes(folder: Path) -> list:
     """torchtune's full recipe with its own loss, then ours: tensor parallelism over two ranks, FSDP2 over two."""
-    write_assets(folder / "assets")
     steps = "max_steps_per_epoch=2", "gradient_accumulation_steps=1", "optimizer.foreach=True"  # as on a card
     configs = [
         recipe_config(
@@ -71,13 +71,30 @@ def recipes_on_two_axes(folder: Path) -> list:
     return [(cfg.loss._component_ == OUR_LOSS, FULL_DISTRIBUTED, cfg) for cfg in configs]
 
 
+def preference_recipes(folder: Path) -> list:
+    """torchtune's full DPO recipe, then ours, policy and reference sharded over all four ranks."""
+    overrides = "gradient_accumulation_steps=1", "batch_size=1"
+    return [
+        (
+            ours,
+            FULL_DPO_DISTRIBUTED,
+            preference_config(
+                folder / "assets", folder / name, FULL_DPO_DISTRIBUTED, tied=True, steps=2, overrides=overrides
+            ),
+        )
+        for name, ours in (("stock DPO", False), ("our DPO", True))
+    ]
+
+
 def test_four_processes(tmp_path):
     """All cases in one spawn: starting the processes costs more than most of what they do."""
-    spawn(check_four_processes, 4, recipes_on_two_axes(tmp_path))
+    write_preference_assets(tmp_path / "assets")
+    spawn(check_four_processes, 4, [*recipes_on_two_axes(tmp_path), *preference_recipes(tmp_path)])
     if FSDP2_RUNS_ON_CPU:
         stock, ours = (logged_losses(tmp_path / loss) for loss in (STOCK_LOSS, OUR_LOSS))
         assert len(set(stock)) == 2
         assert ours == pytest.approx(stock, rel=1.5e-6)
+        assert_equal_steps(tmp_path / "our DPO", tmp_path / "stock DPO", steps=2)
 
 
 @pytest.mark.gpu

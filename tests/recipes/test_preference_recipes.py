@@ -9,16 +9,27 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tiny_models import LORA_DPO, SIZES, VOCABULARY, our_recipe, stock_recipe, train
-from tiny_preferences import METRICS, RSO_LOSS, logged_metrics, preference_config, write_pairs, write_preference_assets
+from tiny_models import LORA_DPO, SIZES, VOCABULARY, build_model, our_recipe, stock_recipe, train
+from tiny_preferences import (
+    METRICS,
+    ROUNDING,
+    RSO_LOSS,
+    assert_equal_checkpoints,
+    assert_equal_steps,
+    logged_metrics,
+    on_output,
+    preference_config,
+    saved,
+    write_pairs,
+    write_preference_assets,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune.models.llama3_2._component_builders import llama3_2
 from torchtune.modules.peft import DoRALinear
 
-from torchtune_lce.training.preference_binding import make_logprobs
+from torchtune_lce import LinearTokenLogprobs
+from torchtune_lce.training.preference_binding import check_same_vocabulary, make_logprobs
 
-# Of float32: both sum the same products in another order.
-ROUNDING = 1e-5
 # Of what a tensor of one step may hold at the most; the smallest that there is.
 WORKSPACE_MIB = 1
 
@@ -37,14 +48,9 @@ class Runs:
         self._count += 1
         return self._folder / f"run{self._count}"
 
-    def config(self, *, tied=True, on_output=False, **settings):
+    def config(self, *, tied=True, lora_on_output=False, **settings):
         cfg = preference_config(self.assets, self.output(), LORA_DPO, tied=tied, **settings)
-        if on_output:
-            del cfg.model["tie_word_embeddings"]
-            cfg.model._component_ = "torchtune.models.llama3._component_builders.lora_llama3"
-            cfg.model.apply_lora_to_output = True
-            cfg.checkpointer.model_type = "LLAMA3"
-        return cfg
+        return on_output(cfg) if lora_on_output else cfg
 
     def ours(self, **settings) -> Path:
         return self.run(our_recipe, self.config(**settings))
@@ -72,37 +78,6 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Runs:
     return Runs(tmp_path_factory.mktemp("preferences"))
-
-
-def assert_equal_steps(ours: Path, stock: Path, steps: int = 10, tolerance: float = ROUNDING) -> None:
-    ours, stock = logged_metrics(ours), logged_metrics(stock)
-    assert len(stock["loss"]) == steps
-    # LoRA starts as the reference does, and warms up from a rate of 0.
-    assert len(set(stock["loss"])) >= steps - 1, "stock's losses must change, or equality says nothing"
-    # While the policy is the reference still, as in the first step, rounding alone decides.
-    undecided = [not margin for margin in stock["rewards/margins"]]
-    for name in ("loss", *METRICS):
-        if name == "rewards/accuracies":
-            ours[name] = [b if tie else a for a, b, tie in zip(ours[name], stock[name], undecided, strict=True)]
-        assert ours[name] == pytest.approx(stock[name], rel=tolerance, abs=tolerance), name
-    for name in ("logits/chosen", "logits/rejected"):
-        # Numbers near 0, of which the above would say little.
-        assert ours[name] == pytest.approx(stock[name], abs=tolerance * max(map(abs, stock[name]))), name
-
-
-def saved(output: Path, file: str = "adapter_model.pt", epoch: int = 0) -> dict:
-    return torch.load(output / f"epoch_{epoch}" / file, weights_only=True)
-
-
-def assert_equal_checkpoints(ours: Path, stock: Path) -> None:
-    for file in ("model-00001-of-00001.bin", "adapter_model.pt"):
-        weights, expected = saved(ours, file), saved(stock, file)
-        assert list(weights) == list(expected)
-        for name in expected:
-            # A step of AdamW is as large as the learning rate, whatever the gradient: tiny ones may change sign.
-            torch.testing.assert_close(
-                weights[name], expected[name], rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
-            )
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -148,7 +123,7 @@ def test_adapter_on_the_output(runs, dora, dropout):
     """The policy's alone: the reference is the same model without it."""
     settings = {
         "tied": False,
-        "on_output": True,
+        "lora_on_output": True,
         "steps": 4,
         "overrides": [f"model.use_dora={dora}", f"model.lora_dropout={dropout}"],
     }
@@ -248,8 +223,8 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("on_output", [False, True], ids=["frozen head", "LoRA on it"])
-def test_a_step_holds_no_logits(runs, tmp_path, on_output):
+@pytest.mark.parametrize("lora_on_output", [False, True], ids=["frozen head", "LoRA on it"])
+def test_a_step_holds_no_logits(runs, tmp_path, lora_on_output):
     """With logits larger than the weight and the workspace, nothing that is made is larger than these."""
     vocabulary = 8192
     torch.save(
@@ -260,7 +235,7 @@ def test_a_step_holds_no_logits(runs, tmp_path, on_output):
     overrides += ["gradient_accumulation_steps=1", "save_adapter_weights_only=True"]
     largest = {}
     for recipe_of in (our_recipe, stock_recipe):
-        cfg = runs.config(tied=False, on_output=on_output, steps=1, overrides=overrides)
+        cfg = runs.config(tied=False, lora_on_output=lora_on_output, steps=1, overrides=overrides)
         recipe = recipe_of(LORA_DPO)(cfg=cfg)
         recipe.setup(cfg=cfg)
         with Largest() as seen:
@@ -367,6 +342,16 @@ def test_a_tokenizer_larger_than_the_head_is_named(runs, tmp_path):
         ValueError, match=r"^tokens must be less than 200, .* a larger tokenizer, which has 266 entries"
     ):
         train(our_recipe(LORA_DPO), cfg)
+
+
+def test_models_of_different_vocabularies_are_refused():
+    """In torchtune's own recipes both are of one section of the config, and its strict loading refuses another's."""
+    policy, reference = LinearTokenLogprobs(), LinearTokenLogprobs()
+    policy.set_model_output(build_model())
+    check_same_vocabulary(policy)
+    reference.set_model_output(llama3_2(**SIZES | {"vocab_size": 600}))
+    with pytest.raises(ValueError, match="same vocabulary, got a policy whose output has 512 rows, and 600 in the"):
+        check_same_vocabulary(policy, reference)
 
 
 def test_a_quantised_output_is_refused(runs):

@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+import torch
 from omegaconf import DictConfig, OmegaConf
 from tiny_models import (
     FULL_DISTRIBUTED,
@@ -28,6 +30,8 @@ METRICS = (
     "logits/chosen",
     "logits/rejected",
 )
+# Of float32: both sum the same products in another order.
+ROUNDING = 1e-5
 _ALIKE = {LORA_DPO: LORA, FULL_DPO_DISTRIBUTED: FULL_DISTRIBUTED}
 
 
@@ -79,7 +83,48 @@ def preference_config(
     return OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(overrides)))
 
 
+def on_output(cfg: DictConfig) -> DictConfig:
+    """The same, of an untied head, with an adapter on it, which this model's own builder has not."""
+    del cfg.model["tie_word_embeddings"]
+    cfg.model._component_ = "torchtune.models.llama3._component_builders.lora_llama3"
+    cfg.model.apply_lora_to_output = True
+    cfg.checkpointer.model_type = "LLAMA3"
+    return cfg
+
+
 def logged_metrics(output: Path) -> dict[str, list[float]]:
     """Of each step, the loss and METRICS, as torchtune logged them."""
     text = (output / "steps.txt").read_text()
     return {name: [float(value) for value in re.findall(rf" {name}:(\S+)", text)] for name in ("loss", *METRICS)}
+
+
+def assert_equal_steps(ours: Path, stock: Path, steps: int = 10, tolerance: float = ROUNDING) -> None:
+    """Loss and METRICS of two runs, which must be of so many steps."""
+    ours, stock = logged_metrics(ours), logged_metrics(stock)
+    assert len(stock["loss"]) == steps
+    # LoRA starts as the reference does, and warms up from a rate of 0.
+    assert len(set(stock["loss"])) >= steps - 1, "stock's losses must change, or equality says nothing"
+    # While the policy is the reference still, as in the first step, rounding alone decides.
+    undecided = [not margin for margin in stock["rewards/margins"]]
+    for name in ("loss", *METRICS):
+        if name == "rewards/accuracies":
+            ours[name] = [b if tie else a for a, b, tie in zip(ours[name], stock[name], undecided, strict=True)]
+        assert ours[name] == pytest.approx(stock[name], rel=tolerance, abs=tolerance), name
+    for name in ("logits/chosen", "logits/rejected"):
+        # Numbers near 0, of which the above would say little.
+        assert ours[name] == pytest.approx(stock[name], abs=tolerance * max(map(abs, stock[name]))), name
+
+
+def saved(output: Path, file: str = "adapter_model.pt", epoch: int = 0) -> dict:
+    return torch.load(output / f"epoch_{epoch}" / file, weights_only=True)
+
+
+def assert_equal_checkpoints(ours: Path, stock: Path, adapters: bool = True) -> None:
+    for file in ("model-00001-of-00001.bin", *(["adapter_model.pt"] if adapters else [])):
+        weights, expected = saved(ours, file), saved(stock, file)
+        assert list(weights) == list(expected)
+        for name in expected:
+            # A step of AdamW is as large as the learning rate, whatever the gradient: tiny ones may change sign.
+            torch.testing.assert_close(
+                weights[name], expected[name], rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
