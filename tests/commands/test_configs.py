@@ -20,7 +20,17 @@ STOCK = Path(torchtune.__file__).parent.parent / "recipes" / "configs"
 METHODS = {
     "llama3_2/1B": ["lora_single_device", "full_single_device", "qlora_single_device", "qat_lora"],
     "llama3_2/3B": ["lora_single_device", "full_single_device", "qlora_single_device", "lora", "full"],
-    "llama3_1/8B": ["lora_single_device", "full_single_device", "qlora_single_device", "lora", "full"],
+    "llama3_1/8B": [
+        "lora_single_device",
+        "full_single_device",
+        "qlora_single_device",
+        "lora",
+        "full",
+        "lora_dpo_single_device",
+        "lora_dpo",
+        "full_dpo",
+    ],
+    "llama2/7B": ["lora_dpo_single_device", "lora_dpo"],
     "llama3_1/70B": ["lora", "full"],
     "qwen2_5/0.5B": ["lora_single_device", "full_single_device"],
     "qwen2_5/1.5B": ["lora_single_device", "full_single_device"],
@@ -67,7 +77,7 @@ def runs(name: str, program: str) -> list[tuple[int, list[str]]]:
 
 
 def test_exactly_the_required_configs_are_bundled():
-    assert len(ALL) == 50
+    assert len(ALL) == 55
     assert sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml")) == ALL
 
 
@@ -92,8 +102,12 @@ def test_tune_validate_passes(name, monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("name", OF_A_STOCK_CONFIG)
 def test_settings_are_torchtunes_but_for_the_loss(name):
     ours, stock = load(path_of(name)), load(STOCK / f"{name}.yaml")
-    assert stock.pop("loss") == {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"}
-    assert ours.pop("loss") == {"_component_": "torchtune_lce.LinearCrossEntropyLoss", "impl": "auto"}
+    if "_dpo" in name:
+        assert ours.pop("logprobs") == {"_component_": "torchtune_lce.LinearTokenLogprobs", "impl": "auto"}
+        assert stock["loss"]["_component_"] == "torchtune.rlhf.loss.DPOLoss"
+    else:
+        assert stock.pop("loss") == {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"}
+        assert ours.pop("loss") == {"_component_": "torchtune_lce.LinearCrossEntropyLoss", "impl": "auto"}
     if "_KD_" in name:
         assert stock.pop("kd_loss") == {"_component_": "torchtune.modules.loss.ForwardKLWithChunkedOutputLoss"}
         assert ours.pop("kd_loss") == {"_component_": "torchtune_lce.LinearForwardKLLoss", "workspace_mib": 128}
@@ -139,6 +153,8 @@ def test_downloaded_model_lands_where_the_config_reads_it(name):
     downloads = commands(name, "tune download")
     config = load(path_of(name))
     models = [config[key] for key in ("checkpointer", "teacher_checkpointer") if key in config]
+    # What DPO compares with is the model that it starts from.
+    assert config.get("ref_checkpointer", models[0])["checkpoint_dir"] == models[0]["checkpoint_dir"]
     folders = [Path(download[download.index("--output-dir") + 1]) for download in downloads]
     # Meta's own checkpoints lie a folder further down.
     directories = [Path(model["checkpoint_dir"]) for model in models]

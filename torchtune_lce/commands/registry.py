@@ -17,6 +17,9 @@ CONFIG_SUFFIXES = {
     "qat_lora_finetune_distributed": ("qat_lora",),
     "knowledge_distillation_single_device": ("KD_lora_single_device",),
     "knowledge_distillation_distributed": ("KD_lora_distributed",),
+    "lora_dpo_single_device": ("lora_dpo_single_device",),
+    "lora_dpo_distributed": ("lora_dpo",),
+    "full_dpo_distributed": ("full_dpo",),
     "ppo_full_finetune_single_device": ("full_ppo_low_memory",),
     "grpo_full_finetune_distributed": (),  # torchtune main's own, which the release cannot run
 }
