@@ -236,9 +236,12 @@ def test_python_runs(snippet, device):
 
 @pytest.mark.parametrize("snippet", snippets("yaml"), ids=lambda snippet: snippet.page)
 def test_yaml_builds(snippet):
-    section = yaml.safe_load(snippet.text)["loss"]
+    sections = yaml.safe_load(snippet.text)
+    name = "loss" if "loss" in sections else "logprobs"
+    section = sections[name]
     component = _get_component_from_path(section.pop("_component_"))
-    assert component is torchtune_lce.LinearCrossEntropyLoss
+    ours = {"loss": torchtune_lce.LinearCrossEntropyLoss, "logprobs": torchtune_lce.LinearTokenLogprobs}
+    assert component is ours[name]
     component(**section)
 
 

@@ -1,4 +1,6 @@
-"""Every config of torchtune that trains with cross-entropy takes the loss, and the loss sees the head that it has."""
+"""Every config of torchtune that trains with cross-entropy takes the loss, every DPO config stays as it is, and what
+is bound sees the head that there is.
+"""
 
 import re
 from argparse import Namespace
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 from stock_configs import (
+    DPO_LOSS,
     FOLDER,
     OVERRIDE,
     PAGE,
@@ -30,8 +33,11 @@ from torch import Tensor, nn
 from torchtune import config
 from torchtune._recipe_registry import get_all_recipes
 from torchtune.config._utils import _merge_yaml_and_cli_args
+from torchtune.rlhf.loss import DPOLoss
 
 from torchtune_lce import LinearCrossEntropyLoss, LinearForwardKLLoss
+from torchtune_lce.logprobs import TokenFigures
+from torchtune_lce.training.preference_binding import make_logprobs
 
 RECIPES = {
     "lora_finetune_single_device": 41,
@@ -43,6 +49,7 @@ RECIPES = {
     "knowledge_distillation_single_device": 2,
     "knowledge_distillation_distributed": 2,
 }
+PREFERENCE_RECIPES = {"lora_dpo_single_device": 2, "lora_dpo_distributed": 2, "full_dpo_distributed": 1}
 
 
 @dataclass
@@ -153,6 +160,41 @@ def everything() -> tuple[dict[Subject, Bound], dict[str, Distilled]]:
     return found, distilled
 
 
+@dataclass
+class Preferred:
+    """What happened when the log-probabilities of an unchanged config took its model."""
+
+    head: Head
+    figures: TokenFigures
+    gradient: torch.Size
+    head_has_gradient: bool
+    released: torch.Size
+
+
+def prefer(subject: Subject, model: nn.Module) -> Preferred:
+    """As our recipe binds and calls them."""
+    logprobs = make_logprobs(load(subject))
+    decoder = decoder_of(model)
+    hidden = torch.empty(2, 4, decoder.output.weight.shape[1], dtype=torch.bfloat16, device="meta", requires_grad=True)
+    logprobs.set_model_output(model)
+    targets = torch.empty(2, 4, dtype=torch.int64, device="meta")
+    figures = logprobs.with_figures(decoder.unembed(hidden), targets, entropy=False)
+    figures.logprobs.sum().backward()
+    logprobs.release()
+    return Preferred(
+        head=described(model),
+        figures=figures,
+        gradient=hidden.grad.shape,
+        head_has_gradient=any(parameter.grad is not None for parameter in decoder.output.parameters()),
+        released=decoder.unembed(hidden).shape,
+    )
+
+
+@pytest.fixture(scope="module")
+def preferred() -> dict[Subject, Preferred]:
+    return {subject: prefer(subject, model) for subject, model in models(DPO_LOSS)}
+
+
 @pytest.fixture(scope="module")
 def bound(everything) -> dict[Subject, Bound]:
     return everything[0]
@@ -215,6 +257,29 @@ def test_distillation_takes_both_models(subject, everything):
     assert result.released == ((1, 4, student.rows), (1, 4, teacher.rows))
 
 
+def test_no_preference_config_is_missed():
+    found = {subject.config for subject in subjects(DPO_LOSS)}
+    by_text = {path for path in FOLDER.rglob("*.yaml") if re.search(r"rlhf\.loss\.(DPO|RSO)Loss", path.read_text())}
+    assert found == {path.relative_to(FOLDER).with_suffix("").as_posix() for path in by_text}
+    listed = {recipe.name: recipe.configs for recipe in get_all_recipes() if recipe.name in PREFERENCE_RECIPES}
+    assert found == {entry.name for configs in listed.values() for entry in configs}
+    if version("torchtune") == "0.6.1":
+        assert {name: len(configs) for name, configs in listed.items()} == PREFERENCE_RECIPES
+
+
+@pytest.mark.parametrize("subject", subjects(DPO_LOSS), ids=lambda subject: subject.config)
+def test_dpo_takes_it_unchanged(subject, preferred):
+    cfg = load(subject)
+    assert OmegaConf.to_container(cfg, resolve=False) == written(subject.config)
+    assert type(config.instantiate(cfg.loss)) is DPOLoss
+    result = preferred[subject]
+    assert result.figures.logprobs.shape == result.figures.mean_logits.shape == (2, 4)
+    assert result.gradient == (2, 4, result.head.width)
+    assert result.head.trained == ("nothing" if "lora" in subject.recipe else "whole")
+    assert result.head_has_gradient == (result.head.trained == "whole")
+    assert result.released == (2, 4, result.head.rows)
+
+
 def test_a_setting_of_the_loss_before_is_left_out_with_a_tilde():
     had = Namespace(loss={"_component_": STOCK_LOSS, "num_output_chunks": 16})
     with pytest.raises(TypeError, match="num_output_chunks"):
@@ -224,8 +289,8 @@ def test_a_setting_of_the_loss_before_is_left_out_with_a_tilde():
 
 
 @pytest.mark.skipif(version("torchtune") != "0.6.1", reason="the page tells about the release")
-def test_the_page_is_up_to_date(bound):
-    expected = page({subject: model.head for subject, model in bound.items()})
+def test_the_page_is_up_to_date(bound, preferred):
+    expected = page({subject: model.head for subject, model in (bound | preferred).items()})
     assert PAGE.read_text() == expected, "run `python tests/support/stock_configs.py`"
 
 
@@ -234,4 +299,4 @@ def test_the_readmes_table_is_up_to_date():
     assert readme_table() == table(), "run `python tests/support/stock_configs.py`"
     assert table().count("\n") <= 12
     numbers = [int(cell) for cell in re.findall(r"(?<=\| )\d+(?= \|)", table())]
-    assert sum(numbers) == len({subject.config for subject in subjects()})
+    assert sum(numbers) == len({subject.config for subject in [*subjects(), *subjects(DPO_LOSS)]})

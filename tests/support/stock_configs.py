@@ -1,4 +1,5 @@
-"""Every config of the installed torchtune that trains with cross-entropy, and the output projection of its model.
+"""Every config of the installed torchtune that trains with cross-entropy or on preferences (DPO), and the output
+projection of its model.
 
     python tests/support/stock_configs.py     writes docs/models.md and the table in README.md
 
@@ -41,6 +42,7 @@ RECIPES = ROOT / "recipes"
 OVERRIDE = "loss=torchtune_lce.LinearCrossEntropyLoss"
 KD_OVERRIDE = "kd_loss=torchtune_lce.LinearForwardKLLoss"
 STOCK_LOSS = "torchtune.modules.loss.CEWithChunkedOutputLoss"
+DPO_LOSS = "torchtune.rlhf.loss.DPOLoss"
 # By its own header; torchtune's list of configs leaves it out.
 UNLISTED = {"dev/8B_full_experimental": "full_finetune_distributed"}
 # Rows of the README's table, by the packages of torchtune.models.
@@ -99,8 +101,15 @@ class Subject:
         return "knowledge" in self.recipe
 
     @property
+    def prefers(self) -> bool:
+        """Whether it learns from pairs of answers."""
+        return "_dpo_" in self.recipe
+
+    @property
     def kind(self) -> str:
         """Column of the README's table."""
+        if self.prefers:
+            return "DPO"
         if self.distils:
             return "distillation"
         return next(kind for start, kind in METHODS.items() if self.method.startswith(start))
@@ -120,8 +129,8 @@ class Head:
     trained: Literal["whole", "adapters", "nothing"]
 
 
-def subjects() -> list[Subject]:
-    """All of them, in the order of their names."""
+def subjects(loss: str = STOCK_LOSS) -> list[Subject]:
+    """All with that loss, in the order of their names."""
     recipes = {
         entry.file_path.removesuffix(".yaml"): recipe.name
         for recipe in get_all_recipes()
@@ -132,8 +141,8 @@ def subjects() -> list[Subject]:
     for path in sorted(FOLDER.rglob("*.yaml")):
         name = path.relative_to(FOLDER).with_suffix("").as_posix()
         cfg = written(name)
-        loss = cfg.get("loss")
-        if not isinstance(loss, dict) or loss["_component_"] != STOCK_LOSS:
+        section = cfg.get("loss")
+        if not isinstance(section, dict) or section["_component_"] != loss:
             continue
         found += [Subject(name, recipes[name], part) for part in ("model", "teacher_model") if part in cfg]
     return found
@@ -146,8 +155,8 @@ def written(config: str) -> dict:
 
 
 def load(subject: Subject) -> DictConfig:
-    """Its config with the loss overridden as on the command line, both losses where it distils."""
-    overrides = [OVERRIDE, KD_OVERRIDE] if subject.distils else [OVERRIDE]
+    """Its config with the loss overridden as on the command line, both losses where it distils, DPO's not at all."""
+    overrides = [] if subject.prefers else [OVERRIDE, KD_OVERRIDE] if subject.distils else [OVERRIDE]
     return _merge_yaml_and_cli_args(Namespace(**written(subject.config)), overrides)
 
 
@@ -188,10 +197,10 @@ def described(model: nn.Module) -> Head:
     return Head(*weight.shape, tied=tied, trained=trained)
 
 
-def models() -> Iterator[tuple[Subject, nn.Module]]:
+def models(loss: str = STOCK_LOSS) -> Iterator[tuple[Subject, nn.Module]]:
     """Each subject with its model, one of which serves all configs that have the same."""
     alike = {}
-    for subject in subjects():
+    for subject in subjects(loss):
         alike.setdefault(_model_key(subject), []).append(subject)
     for group in alike.values():
         model = build(group[0])
@@ -227,9 +236,12 @@ def _without_data() -> Iterator[None]:
 
 def page(table: dict[Subject, Head]) -> str:
     """docs/models.md."""
-    projections, distillations = {}, []
+    projections, distillations, preferences = {}, [], []
     for subject, head in sorted(table.items(), key=lambda item: item[0].config):
-        if not subject.distils:
+        if subject.prefers:
+            shape = f"{head.rows} × {head.width}, {'tied' if head.tied else 'its own'}"
+            preferences.append(_row(subject.config, subject.recipe, shape, head.trained))
+        elif not subject.distils:
             shape = f"{head.rows} × {head.width}, {'tied' if head.tied else 'its own'}"
             methods = projections.setdefault((subject.model, shape), {"whole": [], "adapters": [], "nothing": []})
             methods[head.trained].append(_cell(subject))
@@ -238,7 +250,8 @@ def page(table: dict[Subject, Head]) -> str:
             shapes = (f"{each.rows} × {each.width}" for each in (head, teacher))
             distillations.append(_row(subject.config, *shapes))
     return PAGE_TEXT.format(
-        count=len({subject.config for subject in table}),
+        count=len({subject.config for subject in table if not subject.prefers}),
+        preference_count=len(preferences),
         version=version("torchtune"),
         override=OVERRIDE,
         kd_override=KD_OVERRIDE,
@@ -247,6 +260,7 @@ def page(table: dict[Subject, Head]) -> str:
             for (model, shape), methods in sorted(projections.items())
         ),
         distillations="\n".join(distillations),
+        preferences="\n".join(preferences),
     )
 
 
@@ -282,6 +296,16 @@ the student's, and no head got one. The student is trained with LoRA, its head f
 | Config | Student's projection | Teacher's |
 |---|---|---|
 {distillations}
+
+## Preference tuning
+
+All {preference_count} DPO configs need no override: the loss stays torchtune's, and our recipes take its
+log-probabilities from hidden states ([preference-tuning.md](preference-tuning.md)). Each one's model was bound as they
+bind it, from torchtune's config unchanged, and gave log-probabilities and mean logits.
+
+| Config | Recipe | Output projection | Trained of it |
+|---|---|---|---|
+{preferences}
 """
 
 
@@ -296,9 +320,9 @@ def _cell(subject: Subject) -> str:
 
 def table() -> str:
     """The README's: how many configs there are of each family and method."""
-    found = [subject for subject in subjects() if subject.part == "model"]
+    found = [subject for loss in (STOCK_LOSS, DPO_LOSS) for subject in subjects(loss) if subject.part == "model"]
     counts = Counter((subject.family, subject.kind) for subject in found)
-    kinds = [*dict.fromkeys(METHODS.values()), "distillation"]
+    kinds = [*dict.fromkeys(METHODS.values()), "distillation", "DPO"]
     families = dict.fromkeys(FAMILIES.values())
     rows = [_row(family, *(str(counts[family, kind] or "") for kind in kinds)) for family in families]
     assert counts.total() == len(found)
@@ -312,7 +336,8 @@ def readme_table() -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page({subject: described(model) for subject, model in models()}))
+    every = (pair for loss in (STOCK_LOSS, DPO_LOSS) for pair in models(loss))
+    PAGE.write_text(page({subject: described(model) for subject, model in every}))
     start, end = MARKS
     written_now = README.read_text(encoding="utf-8")
     README.write_text(written_now.replace(f"{start}{readme_table()}{end}", f"{start}{table()}{end}"), encoding="utf-8")
