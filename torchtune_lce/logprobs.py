@@ -124,6 +124,21 @@ class LinearTokenLogprobs(nn.Module):
         with nullcontext() if self._bound is None else self._bound.logits():
             yield
 
+    def logits_of(self, outputs: Tensor) -> Tensor:
+        """What the bound model makes of hidden states [..., D]: all their logits, float32 [..., V], to sample from.
+
+        Raises RuntimeError where no model is bound.
+        """
+        return self._bound_model().projection.logits(outputs)
+
+    def generates(self) -> None:
+        """torchtune may generate from the bound model, which is refused otherwise: for what returns, in place of its
+        hidden states, something that gives each next token's :meth:`logits_of` them.
+
+        Raises RuntimeError where no model is bound.
+        """
+        self._bound_model().generates()
+
     def __getstate__(self) -> dict:
         """What a copy or a pickle takes; of a bound object there is none, for it would hold a second model."""
         if self._bound is not None:

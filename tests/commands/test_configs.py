@@ -39,7 +39,14 @@ METHODS = {
     "gemma2/2B": ["lora_single_device", "qlora_single_device"],
     "gemma2/9B": ["lora_single_device", "qlora_single_device", "lora", "full"],
     "gemma2/27B": ["lora", "full"],
-    "mistral/7B": ["lora_single_device", "qlora_single_device", "full_low_memory", "lora", "full"],
+    "mistral/7B": [
+        "lora_single_device",
+        "qlora_single_device",
+        "full_low_memory",
+        "lora",
+        "full",
+        "full_ppo_low_memory",
+    ],
     "phi4/14B": ["lora_single_device", "qlora_single_device", "full_low_memory"],
     "llama3/8B": ["qat_full"],
     "llama3_2_vision/11B": ["lora_single_device", "lora"],
@@ -77,7 +84,7 @@ def runs(name: str, program: str) -> list[tuple[int, list[str]]]:
 
 
 def test_exactly_the_required_configs_are_bundled():
-    assert len(ALL) == 55
+    assert len(ALL) == 56
     assert sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml")) == ALL
 
 
@@ -102,9 +109,9 @@ def test_tune_validate_passes(name, monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("name", OF_A_STOCK_CONFIG)
 def test_settings_are_torchtunes_but_for_the_loss(name):
     ours, stock = load(path_of(name)), load(STOCK / f"{name}.yaml")
-    if "_dpo" in name:
+    if "_dpo" in name or "_ppo" in name:
         assert ours.pop("logprobs") == {"_component_": "torchtune_lce.LinearTokenLogprobs", "impl": "auto"}
-        assert stock["loss"]["_component_"] == "torchtune.rlhf.loss.DPOLoss"
+        assert stock["loss"]["_component_"] == f"torchtune.rlhf.loss.{'DPO' if '_dpo' in name else 'PPO'}Loss"
     else:
         assert stock.pop("loss") == {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"}
         assert ours.pop("loss") == {"_component_": "torchtune_lce.LinearCrossEntropyLoss", "impl": "auto"}
@@ -152,9 +159,11 @@ def test_header_names_stocks_config_and_what_to_install(name):
 def test_downloaded_model_lands_where_the_config_reads_it(name):
     downloads = commands(name, "tune download")
     config = load(path_of(name))
-    models = [config[key] for key in ("checkpointer", "teacher_checkpointer") if key in config]
-    # What DPO compares with is the model that it starts from.
-    assert config.get("ref_checkpointer", models[0])["checkpoint_dir"] == models[0]["checkpoint_dir"]
+    models = [config[key] for key in ("checkpointer", "teacher_checkpointer", "value_checkpointer") if key in config]
+    # What DPO and PPO compare with is the model that they start from; a value model starts from the reward model.
+    for key in ("ref_checkpointer", "ref_policy_checkpointer"):
+        assert config.get(key, models[0])["checkpoint_dir"] == models[0]["checkpoint_dir"]
+    assert config.get("reward_checkpointer", models[-1])["checkpoint_dir"] == models[-1]["checkpoint_dir"]
     folders = [Path(download[download.index("--output-dir") + 1]) for download in downloads]
     # Meta's own checkpoints lie a folder further down.
     directories = [Path(model["checkpoint_dir"]) for model in models]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import PPO, VOCABULARY, build_model, our_recipe, stock_recipe, train
+from tiny_models import PPO, SIZES, VOCABULARY, build_model, our_recipe, stock_recipe, train
 from tiny_ppo import METRICS, logged_metrics, ppo_config, write_ppo_assets
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchtune import rlhf
+from torchtune import config, generation, rlhf
 
 from torchtune_lce.logprobs import LinearTokenLogprobs
 from torchtune_lce.training.logits_to_come import give_logits_to_come
@@ -66,8 +66,8 @@ def assert_equal_weights(ours, stock) -> None:
         one, other = (getattr(recipe, name).state_dict() for recipe in (ours, stock))
         assert one.keys() == other.keys()
         for key in one:
-            # A tenth of what one of forty steps moves an entry by.
-            torch.testing.assert_close(one[key], other[key], rtol=1e-4, atol=1e-4)
+            # A third of what one of forty steps moves an entry by: AdamW makes steps of gradients near zero too.
+            torch.testing.assert_close(one[key], other[key], rtol=1e-4, atol=3e-4)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -136,8 +136,8 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("whose", ["ours", "stock"])
-def test_a_step_makes_no_logits(runs, whose):
-    """Between generating and the optimizer nothing is as large as the logits of the rows that it sees."""
+def test_neither_generation_nor_a_step_makes_logits(runs, whose):
+    """Nothing is as large as the logits of the rows that each sees, of a prompt's or of prompt and response."""
     # More entries than what else a tiny model makes of a token, and responses of a token.
     cfg = runs.config(tied=True, steps=1, overrides=("max_generated_tokens=1", "logprobs.workspace_mib=1"))
     if whose == "stock":
@@ -145,14 +145,36 @@ def test_a_step_makes_no_logits(runs, whose):
     recipe = (our_recipe if whose == "ours" else stock_recipe)(PPO)(cfg=cfg)
     recipe.setup(cfg=cfg)
     tokens = torch.randint(256, (2, 90))
-    with torch.no_grad():
+    with torch.no_grad(), Largest() as generating:
         trajectory = recipe.generate_trajectory(tokens)
     zeros = torch.zeros_like(trajectory.logprobs)
-    with Largest() as largest:
+    with Largest() as stepping:
         recipe.ppo_step(trajectory, zeros + 1, zeros + 1, tokens.shape[1])
     recipe.cleanup()
-    logits = 2 * 91 * VOCABULARY
-    assert (largest.elements >= logits) == (whose == "stock")
+    assert (generating.elements >= 2 * 90 * VOCABULARY) == (whose == "stock")
+    assert (stepping.elements >= 2 * 91 * VOCABULARY) == (whose == "stock")
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_generation_keeps_hidden_states_in_place_of_logits(runs, cached):
+    """Of as many tokens, which are those that torchtune draws with the same seed."""
+    cfg = runs.config(tied=False, overrides=(f"enable_kv_cache={cached}",))
+    prompts = torch.randint(1, 256, (2, 9))
+    made = {}
+    for recipe_class in (our_recipe(PPO), stock_recipe(PPO)):
+        recipe = recipe_class(cfg=cfg)
+        recipe.setup(cfg=cfg)
+        with recipe.cache_ctx_manager(cached, decoder_max_seq_len=9 + 6):
+            tokens, logits = generation.generate(
+                recipe._policy_model, prompts, max_generated_tokens=6, temperature=0.7, rng=recipe._rng
+            )
+        recipe.cleanup()
+        made[recipe_class] = tokens, logits, rlhf.logits_to_logprobs(logits, tokens[:, 9:], 0.7)
+    (tokens, to_come, logprobs), (stock_tokens, logits, stock_logprobs) = made.values()
+    assert torch.equal(tokens, stock_tokens)
+    assert to_come._hidden.shape == (2, 6, SIZES["embed_dim"])
+    assert to_come.shape == logits.shape == (2, 6, VOCABULARY)
+    torch.testing.assert_close(logprobs, stock_logprobs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +193,31 @@ def test_misuse_is_told_before_anything_is_loaded(runs, overrides, message):
     cfg = runs.config(tied=True, overrides=(*overrides, "checkpointer.checkpoint_files=[missing.pt]"))
     with pytest.raises((TypeError, ValueError), match=message):
         our_recipe(PPO)(cfg=cfg).setup(cfg=cfg)
+
+
+def test_a_reference_of_another_vocabulary_is_told_before_models_are_built(runs, tmp_path):
+    cfg = runs.config(tied=True)
+    cfg.checkpointer.checkpoint_dir = str(tmp_path)
+    cfg.ref_policy_checkpointer.checkpoint_dir = str(tmp_path)
+    weights = build_model(tied=True).state_dict()
+    torch.save(weights, tmp_path / "tied.pt")
+    weights["tok_embeddings.weight"] = torch.zeros(600, SIZES["embed_dim"])
+    (tmp_path / "other").mkdir()
+    torch.save(weights, tmp_path / "other" / "tied.pt")
+    # Going on from a checkpoint, torchtune lets the two differ.
+    recipe = our_recipe(PPO)(cfg=cfg)
+    cfg.ref_policy_checkpointer.checkpoint_dir = str(tmp_path / "other")
+    recipe._setup_checkpointers = lambda *sections: [config.instantiate(s) for s in sections]
+    with pytest.raises(ValueError, match="same vocabulary, got 512 embeddings in checkpointer's weights and 600 in"):
+        recipe.setup(cfg=cfg)
+    assert not hasattr(recipe, "_policy_model")
+
+
+def test_a_tokenizer_larger_than_the_policy_is_told_before_anything_is_generated(runs):
+    cfg = runs.config(tied=True)
+    cfg.tokenizer.special_tokens["<|begin_of_text|>"] = VOCABULARY + 8
+    with pytest.raises(ValueError, match="tokens must be less than 512, .* got 520: .* larger tokenizer"):
+        train(our_recipe(PPO), cfg)
 
 
 def test_logits_to_come_know_what_recipes_do_with_logits():
@@ -194,11 +241,19 @@ def test_logits_to_come_know_what_recipes_do_with_logits():
             atol=1e-5,
         )
         to_come = model(tokens)
+    torch.testing.assert_close(to_come[:, -1].clone(), logits[:, -1])
+    torch.testing.assert_close((to_come[:, -1] / 2).clone(), logits[:, -1] / 2)
     with logprobs.logits():
         assert torch.equal(model(tokens), logits)
     for wrong in (
         lambda: to_come[..., 0],
         lambda: to_come[:, :, :5],
+        lambda: to_come[torch.tensor([0])],
+        lambda: to_come.clone(),
+        lambda: to_come.unsqueeze(-1),
+        lambda: torch.cat([to_come, to_come], -1),
+        lambda: torch.cat([to_come, to_come / 2], 1),
+        lambda: torch.cat([to_come, logits], 1),
         lambda: to_come / 0,
         lambda: to_come * math.nan,
         lambda: to_come * tokens,

@@ -27,6 +27,7 @@ class BoundModel:
             before.release()
         self._skipped = skip_output_layer(model)
         self.logits = self._skipped.logits
+        self.generates = self._skipped.generates
 
     @property
     def gives_hidden_states(self) -> bool:

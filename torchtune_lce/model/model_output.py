@@ -77,7 +77,14 @@ class SkippedOutputLayer:
     def restore(self) -> None:
         """The model returns logits again. Harmless when called twice."""
         self._restored = True
+        vars(self._decoder).pop("_gives_logits_to_come", None)
         _restore(self._decoder)
+
+    def generates(self) -> None:
+        """torchtune may generate from this model, as long as it is skipped: who asks for this hands it the logits of
+        each next token.
+        """
+        self._decoder._gives_logits_to_come = True
 
     @property
     def is_skipped(self) -> bool:
@@ -153,7 +160,8 @@ def _refusing(generate_next_token: Callable) -> Callable:
     @functools.wraps(generate_next_token)
     def checked(model: nn.Module, *args, **kwargs):
         inner = uncompiled(model)
-        if _is_skipped(getattr(inner, "decoder", inner)):
+        decoder = getattr(inner, "decoder", inner)
+        if _is_skipped(decoder) and not vars(decoder).get("_gives_logits_to_come", False):
             raise RuntimeError(
                 f"model must return logits to generate from, but this {type(inner).__name__} is bound to a loss and "
                 "returns hidden states, which would be taken for logits: generate within `with loss.logits():`, or "

@@ -63,7 +63,7 @@ class Projection:
         self,
         function: Callable,
         hidden: Tensor,
-        targets: Tensor,
+        targets: Tensor | None,
         read_in_backward: bool = True,
     ):
         """``function(hidden, targets, weight, bias, adapter)``, within what FSDP2 takes for a forward of the weight's
@@ -96,6 +96,10 @@ class Projection:
             # No backward will do it.
             self._holder.reshard()
         return result
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the model itself makes of hidden states [..., D]: float32 [..., V]."""
+        return self.call(lambda *operands: self._output(hidden).float(), hidden, None)
 
     def _check_as_bound(self) -> None:
         """Raises TypeError for whatever happened to the head since that this projection does not compute."""

@@ -1,36 +1,50 @@
 """What a torchtune 0.6.1 PPO recipe lacks: log-probabilities from hidden states, in place of [B, S, V] logits."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from omegaconf import DictConfig
+from torch import Tensor, nn
+from torchtune.rlhf import Trajectory
 
 from torchtune_lce.training.logits_to_come import give_logits_to_come
-from torchtune_lce.training.preference_binding import check_same_vocabulary, make_logprobs
+from torchtune_lce.training.preference_binding import make_logprobs
+from torchtune_lce.training.token_range import check_tokens
+
+_EMBEDDING = "tok_embeddings.weight"
 
 
 class GivesLogitsToCome:
     """Put before torchtune's PPO recipe among the bases of a class; its loss, value and reward models stay torchtune's.
 
-    Policy and reference return what stands for logits, and log-probabilities are made of it without them. To generate
-    the policy gives logits: sampling needs those of the next token, and torchtune keeps them of all generated tokens,
-    [B, R, V] in float32, until it has taken their log-probabilities.
+    Policy and reference return what stands for logits: log-probabilities are made of it without them, and tokens are
+    sampled from those of one position at a time, [B, V]. What torchtune's generation keeps of its R tokens is [B, R, D]
+    hidden states in place of [B, R, V] logits in float32.
     """
 
     def setup(self, cfg: DictConfig) -> None:
         # Before anything is loaded.
-        policy, reference = make_logprobs(cfg), make_logprobs(cfg)
+        make_logprobs(cfg)
         super().setup(cfg)
-        for logprobs, model in ((policy, self._policy_model), (reference, self._ref_policy_model)):
-            logprobs.tokenizer_size = getattr(self._tokenizer, "vocab_size", None)
-            give_logits_to_come(model, logprobs)
-        check_same_vocabulary(policy, reference)
-        with_caches = self.cache_ctx_manager
+        for model in (self._policy_model, self._ref_policy_model):
+            give_logits_to_come(model, make_logprobs(cfg))
 
-        @contextmanager
-        def generating(*args, **kwargs) -> Iterator[None]:
-            with policy.logits(), with_caches(*args, **kwargs):
-                yield
+    def _setup_models(
+        self, *args, policy_state_dict: dict[str, Tensor], ref_policy_state_dict: dict[str, Tensor], **kwargs
+    ) -> tuple[nn.Module, ...]:
+        # Before models are built, and before load_state_dict lists every shape that it finds.
+        rows, reference_rows = (len(weights[_EMBEDDING]) for weights in (policy_state_dict, ref_policy_state_dict))
+        if rows != reference_rows:
+            raise ValueError(
+                f"policy and reference must have the same vocabulary, got {rows} embeddings in checkpointer's weights "
+                f"and {reference_rows} in ref_policy_checkpointer's: that one must read the policy as it was before "
+                "training"
+            )
+        return super()._setup_models(
+            *args, policy_state_dict=policy_state_dict, ref_policy_state_dict=ref_policy_state_dict, **kwargs
+        )
 
-        # What torchtune generates within, with caches or without.
-        self.cache_ctx_manager = generating
+    def generate_trajectory(self, input_ids: Tensor) -> Trajectory:
+        """As torchtune's, of prompts [b, S] whose tokens the policy knows.
+
+        Raises ValueError for others, which torchtune's embedding ends on, on a GPU with the whole process.
+        """
+        check_tokens(input_ids, self._policy_model, self._tokenizer)
+        return super().generate_trajectory(input_ids)

@@ -8,7 +8,8 @@ from torchtune_lce.model.projection import embedding_rows
 def check_tokens(tokens: Tensor, model: nn.Module, tokenizer) -> None:
     """Raises ValueError for a batch [B, S] with tokens of a tokenizer that is larger than the model's embedding.
 
-    Reads the batch, so it is for one that the loader has just made, on the CPU.
+    Reads the batch, which a GPU is waited for to do: for one that the loader has just made, on the CPU, or before
+    something that takes seconds.
     """
     entries, largest = embedding_rows(model), int(tokens.max())
     if entries is None or largest < entries:
