@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_processes import spawn, train_all
+from distributed_processes import RUN_AGAIN_AFTER_A_SIGNAL, spawn, train_all
 from tiny_models import FULL_DPO_DISTRIBUTED, LORA_DPO_DISTRIBUTED, build_model
 from tiny_preferences import (
     RSO_LOSS,
@@ -21,6 +21,8 @@ from tiny_preferences import (
     write_pairs,
     write_preference_assets,
 )
+
+pytestmark = RUN_AGAIN_AFTER_A_SIGNAL
 
 STEPS = 3
 OWN_GROUPS = "custom_sharded_layers=[tok_embeddings,output]"

@@ -17,8 +17,8 @@ def recipe_for(name: str, config: DictConfig, devices: int | None) -> str:
     recipe = registry.find_recipe(name)
     if recipe is not None:
         method = recipe.name.removeprefix("lce_")
-        # A preference recipe learns from pairs, which no command makes.
-        if method not in registry.CONFIG_SUFFIXES or "_dpo_" in method:
+        # These learn from preferences, which no command makes.
+        if method not in registry.CONFIG_SUFFIXES or "dpo_" in method or "ppo_" in method:
             raise CommandError(f"{TAKES}, {name} is for {method}")
         if recipe.supports_distributed != (devices is not None):
             needs = "needs --nproc_per_node" if recipe.supports_distributed else "takes one device"
