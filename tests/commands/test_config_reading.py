@@ -11,6 +11,8 @@ from torchtune_lce.commands import cli, registry
 from torchtune_lce.commands.compare import command as compare
 from torchtune_lce.commands.plan import command as plan
 from torchtune_lce.commands.shared import config_reading
+from torchtune_lce.commands.shared.errors import CommandError
+from torchtune_lce.commands.shared.recipe_choice import recipe_for
 
 CONFIG = "lce/llama3_2/1B_lora_single_device"
 TEXT = "model:\n  _component_: torchtune.models.qwen2.qwen2\n"
@@ -169,3 +171,13 @@ def test_validate_names_what_torchtune_ends_in_a_traceback_for(capsys, tmp_path)
     assert "got an unexpected keyword argument 'speed'" in ended(capsys, "validate", str(path))
     path.write_text("model:\n  _component_: torchtune.models.none\n")
     assert "Error loading 'torchtune.models.none'" in ended(capsys, "validate", str(path))
+
+
+@pytest.mark.parametrize("loss", ["DPOLoss", "RSOLoss", "PPOLoss"])
+@pytest.mark.parametrize("devices", [None, 2])
+def test_a_config_of_preferences_is_no_fine_tune(loss, devices):
+    """Of a name or of a file of one's own."""
+    config = OmegaConf.create({"model": {"lora_rank": 8}, "loss": {"_component_": f"torchtune.rlhf.loss.{loss}"}})
+    for name in ("mine.yaml", "llama3_1/8B_lora_dpo"):
+        with pytest.raises(CommandError, match=f"{name} learns from preferences, by torchtune.rlhf.loss.{loss}"):
+            recipe_for(name, config, devices)
