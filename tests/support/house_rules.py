@@ -21,6 +21,7 @@ FLOORS = (
     "__init__.py filtering.py",  # names for users, of what lies below
     "loss.py distillation.py logprobs.py",
     "model",
+    "transformers",
     "functional.py",
     "divergence",
     "terms",

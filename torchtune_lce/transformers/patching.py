@@ -1,0 +1,155 @@
+"""A model's forward, wrapped: in training with labels its output projection and its loss function work together."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from types import MethodType
+
+from torch import nn
+
+from torchtune_lce.implementations import choice
+from torchtune_lce.inputs import validation
+from torchtune_lce.inputs.options import Options
+from torchtune_lce.transformers import head
+from torchtune_lce.transformers.deferred_logits import DeferredLogits
+from torchtune_lce.transformers.loss import causal_lm_loss, stock_loss
+from torchtune_lce.transformers.switch import NAME, Switch
+
+LABELS = ("labels", "shift_labels")
+
+
+def patch(
+    model: nn.Module, impl: str = "auto", filter_eps: float | str | None = "auto", workspace_mib: int = 128
+) -> nn.Module:
+    """Makes a model of transformers compute its loss from hidden states, without logits; returns the model.
+
+    In training with labels, its own forward runs with an output projection that puts its product off until the loss
+    function, which computes loss and gradients without it. ``logits`` of the result is then None. In evaluation, in
+    generation and without labels all is as before. A forward that uses logits in another way gets them, as before, and
+    a warning says so once. Whatever sits around the model may be given too: PEFT's model, DDP, a compiled model.
+
+    Args:
+        impl: one of :data:`torchtune_lce.implementations.choice.NAMES`.
+        filter_eps, workspace_mib: see :func:`torchtune_lce.linear_cross_entropy`.
+
+    Raises:
+        TypeError, ValueError: no model of transformers, or a setting that no implementation accepts, by name.
+    """
+    choice.check_name(impl)
+    options = Options(filter_eps=filter_eps, workspace_mib=workspace_mib)
+    validation.check_options(options)
+    inner = _inner(model)
+    _release(inner)
+    switch = Switch(type(inner).__name__, impl, options)
+    why = _foreign_loss(inner)
+    if why is not None:
+        switch.say(why)
+        return model
+    setattr(inner, NAME, switch)
+    # As methods, which a copy of the model binds to itself.
+    inner._loss_function = MethodType(causal_lm_loss, inner)
+    inner.forward = MethodType(_wrapper(type(inner).forward), inner)
+    # Here too, so that a compiler finds it done.
+    head.make_ready(inner.get_output_embeddings(), switch)
+    return model
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Undoes :func:`patch`, and returns the model. Harmless where nothing is patched."""
+    _release(_inner(model))
+    return model
+
+
+def _release(inner: nn.Module) -> None:
+    if hasattr(vars(inner).get("forward"), "lce_wrapper"):
+        del inner.forward
+        delattr(inner, NAME)
+        if _is_ours(inner):
+            del inner._loss_function
+    head.release(inner)
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The model of transformers in DDP, in a compiled model or in PEFT's."""
+    from transformers import PreTrainedModel
+
+    seen = model
+    while not isinstance(seen, PreTrainedModel):
+        if hasattr(seen, "get_base_model"):
+            seen = seen.get_base_model()
+        elif isinstance(seen, nn.Module) and hasattr(seen, "_orig_mod"):
+            seen = seen._orig_mod
+        elif isinstance(seen, nn.Module) and isinstance(getattr(seen, "module", None), nn.Module):
+            seen = seen.module
+        else:
+            raise TypeError(f"model must be a transformers.PreTrainedModel, or PEFT's around one, got {type(model)}")
+    return seen
+
+
+def _is_ours(inner: nn.Module) -> bool:
+    return getattr(vars(inner).get("_loss_function"), "__func__", None) is causal_lm_loss
+
+
+def _foreign_loss(inner: nn.Module) -> str | None:
+    """Why the loss of a model that is not patched is none that we compute."""
+    loss = inner.loss_function
+    if loss is stock_loss():
+        return None
+    return f"its loss_function is {getattr(loss, '__name__', type(loss).__name__)}, not ForCausalLMLoss"
+
+
+def _wrapper(stock: Callable) -> Callable:
+    names = list(inspect.signature(stock).parameters)[1:]
+    places = [(name, names.index(name) if name in names else len(names)) for name in LABELS]
+
+    @functools.wraps(stock)
+    def forward(self, *args, **kwargs):
+        switch = getattr(self, NAME)
+        given = any(
+            kwargs.get(name) is not None or (place < len(args) and args[place] is not None) for name, place in places
+        )
+        if not self.training or not given or switch.on:
+            return stock(self, *args, **kwargs)
+        why = _passed_by(self, kwargs) or head.make_ready(self.get_output_embeddings(), switch)
+        if why is not None:
+            switch.say(why)
+            return stock(self, *args, **kwargs)
+        switch.on = True
+        try:
+            result = stock(self, *args, **kwargs)
+        finally:
+            switch.on = False
+        return _without_logits(result)
+
+    forward.lce_wrapper = True
+    return forward
+
+
+def _passed_by(model: nn.Module, kwargs: dict) -> str | None:
+    """Why this call is left to the model alone."""
+    if not _is_ours(model):
+        return "its loss_function has been replaced since the patch"
+    asked = kwargs.get("return_dict")
+    if asked is False or (asked is None and not getattr(model.config, "return_dict", True)):
+        return "return_dict is False, and a tuple has no place for logits that are None"
+    return None
+
+
+def _without_logits(result):
+    """The result with None for logits that nobody has made; those that no loss was made of are made now."""
+    if not is_dataclass(result):
+        return result
+    deferred = {
+        part.name: value
+        for part in fields(result)
+        if isinstance(value := getattr(result, part.name, None), DeferredLogits)
+    }
+    if not deferred:
+        return result
+    lossless = getattr(result, "loss", None) is None
+    changed = {
+        name: value.look("its result has no loss") if lossless else value.made for name, value in deferred.items()
+    }
+    kept = {part.name: getattr(result, part.name) for part in fields(result)}
+    return type(result)(**{**kept, **changed})

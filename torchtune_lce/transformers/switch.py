@@ -1,0 +1,27 @@
+"""What a patched model, its output projection and its loss function share."""
+
+import logging
+from dataclasses import dataclass, field
+
+from torchtune_lce.inputs.options import Options
+
+_log = logging.getLogger("torchtune_lce.transformers")
+# The name of a patched model's Switch among its attributes and among those of its output projection.
+NAME = "_lce_switch"
+
+
+@dataclass(eq=False)
+class Switch:
+    """``on`` while a training forward runs, in which the output projection may put its product off."""
+
+    model: str  # the name of its class
+    impl: str
+    options: Options
+    on: bool = False
+    said: set[str] = field(default_factory=set)
+
+    def say(self, why: str) -> None:
+        """Warns, once a model, that its logits are whole again, and why."""
+        if why not in self.said:
+            self.said.add(why)
+            _log.warning("%s computes its loss from whole logits, as before: %s.", self.model, why)
