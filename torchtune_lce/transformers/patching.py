@@ -42,7 +42,7 @@ def patch(
     inner = _inner(model)
     _release(inner)
     switch = Switch(type(inner).__name__, impl, options)
-    why = _foreign_loss(inner)
+    why = _foreign_parts(inner)
     if why is not None:
         switch.say(why)
         return model
@@ -56,13 +56,22 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Undoes :func:`patch`, and returns the model. Harmless where nothing is patched."""
+    """Undoes :func:`patch`, and returns the model. Harmless where nothing is patched.
+
+    Raises RuntimeError where somebody has wrapped the patched model's forward since.
+    """
     _release(_inner(model))
     return model
 
 
 def _release(inner: nn.Module) -> None:
-    if hasattr(vars(inner).get("forward"), "lce_wrapper"):
+    if NAME in vars(inner):
+        function = getattr(vars(inner).get("forward"), "__func__", None)
+        # A wrapper around ours may have copied its attributes.
+        if getattr(function, "lce_wrapper", None) is not function or function is None:
+            raise RuntimeError(
+                f"the forward of this {type(inner).__name__} has been replaced since the patch: undo that first"
+            )
         del inner.forward
         delattr(inner, NAME)
         if _is_ours(inner):
@@ -91,8 +100,10 @@ def _is_ours(inner: nn.Module) -> bool:
     return getattr(vars(inner).get("_loss_function"), "__func__", None) is causal_lm_loss
 
 
-def _foreign_loss(inner: nn.Module) -> str | None:
-    """Why the loss of a model that is not patched is none that we compute."""
+def _foreign_parts(inner: nn.Module) -> str | None:
+    """Why a model that is not patched is left alone."""
+    if "forward" in vars(inner):
+        return "its forward has been replaced on this one model: patch it before that"
     loss = inner.loss_function
     if loss is stock_loss():
         return None
@@ -122,7 +133,7 @@ def _wrapper(stock: Callable) -> Callable:
             switch.on = False
         return _without_logits(result)
 
-    forward.lce_wrapper = True
+    forward.lce_wrapper = forward
     return forward
 
 

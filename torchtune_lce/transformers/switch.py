@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torchtune_lce.inputs.options import Options
 
-_log = logging.getLogger("torchtune_lce.transformers")
+_log = logging.getLogger(__package__)
 # The name of a patched model's Switch among its attributes and among those of its output projection.
 NAME = "_lce_switch"
 

@@ -1,6 +1,7 @@
 """torchtune_lce.transformers.patch: loss and gradients of the class itself, and when it is left alone."""
 
 import copy
+import functools
 import logging
 import subprocess
 import sys
@@ -198,6 +199,38 @@ def test_loss_replaced_after_the_patch(said):
     assert "its loss_function has been replaced since the patch" in said()[0]
     unpatch(model)
     assert model.loss_function is replaced_loss
+
+
+def doubling(forward):
+    @functools.wraps(forward)
+    def run(*args, **kwargs):
+        result = forward(*args, **kwargs)
+        return result if result.loss is None else type(result)(loss=2 * result.loss, logits=result.logits)
+
+    return run
+
+
+def test_forward_replaced_before_the_patch(said):
+    """By TRL or accelerate, for instance: theirs stays."""
+    model = build("Llama")
+    own = step(model)[1]["loss"]
+    model.forward = doubling(model.forward)
+    patch(model)
+    result, got = step(model)
+    assert result.logits is not None
+    assert got["loss"] == 2 * own
+    assert "its forward has been replaced on this one model" in said()[0]
+    assert unpatch(model) is model
+
+
+def test_forward_replaced_after_the_patch():
+    model = patch(build("Llama"))
+    own = step(model)[1]["loss"]
+    model.forward = doubling(model.forward)
+    assert step(model)[1]["loss"] == 2 * own
+    with pytest.raises(RuntimeError, match="forward of this LlamaForCausalLM has been replaced since the patch"):
+        unpatch(model)
+    assert step(model)[1]["loss"] == 2 * own
 
 
 def test_own_loss_code(said):
