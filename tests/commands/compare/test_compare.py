@@ -17,8 +17,11 @@ from tiny_models import (
     DISTILLATION,
     DISTILLATION_DISTRIBUTED,
     FULL,
+    FULL_DPO_DISTRIBUTED,
     LORA,
     LORA_DISTRIBUTED,
+    LORA_DPO,
+    LORA_DPO_DISTRIBUTED,
     OUR_LOSS,
     SIZES,
     STOCK_LOSS,
@@ -28,6 +31,7 @@ from tiny_models import (
     train,
     write_assets,
 )
+from tiny_preferences import preference_config, write_preference_assets
 from torchtune import config as torchtune_config
 from torchtune.models.qwen2 import Qwen2Tokenizer
 
@@ -37,7 +41,7 @@ from torchtune_lce.commands.compare.checkpointers import LoadOnly, RandomWeights
 from torchtune_lce.commands.compare.demo_data import DemoData, TokenRows
 from torchtune_lce.commands.compare.runs import Outcome, Run
 from torchtune_lce.commands.plan import command as plan
-from torchtune_lce.commands.shared import distillation, loss_choices, recipe_runs
+from torchtune_lce.commands.shared import distillation, loss_choices, preferences, recipe_runs
 from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.loss_choices import LossChoice
 from torchtune_lce.commands.shared.random_weights import random_state_dict
@@ -239,6 +243,14 @@ def test_recipe_goes_with_the_config_and_the_devices(tmp_path):
         recipe_for(LORA_CONFIG, config, 2)
     with pytest.raises(CommandError, match="LoRA or full fine-tune or of a distillation, llama3_1/8B_l"):
         recipe_for("llama3_1/8B_lora_dpo", config, 2)
+    prefers = runs.read_config("llama3_1/8B_lora_dpo_single_device", [])
+    assert recipe_for("llama3_1/8B_lora_dpo_single_device", prefers, None) == LORA_DPO
+    assert recipe_for("mine.yaml", prefers, None) == LORA_DPO
+    assert recipe_for("mine.yaml", prefers, 2) == LORA_DPO_DISTRIBUTED
+    del prefers.model["lora_rank"]
+    assert recipe_for("mine.yaml", prefers, 2) == FULL_DPO_DISTRIBUTED
+    with pytest.raises(CommandError, match="full_dpo_distributed, which needs --nproc_per_node"):
+        recipe_for("mine.yaml", prefers, None)
 
 
 # --- inputs ---
@@ -695,6 +707,46 @@ def test_distillation_on_random_weights_beside_stocks(tmp_path):
     assert len({kd for _, kd in curves["stock"]}) == 3
     for ours in (curves["chunked"], curves["auto"]):
         assert ours == [pytest.approx(step, rel=3e-6) for step in curves["stock"]]
+
+
+def test_preferences_on_random_weights_beside_stocks(tmp_path):
+    """The loss stays; on pairs made here."""
+    write_preference_assets(assets := tmp_path / "assets")
+    demo = DemoData(rows=3 * 2 * 2 * 2, sequence=48, vocabulary=265, pairs=True)
+    text = {f"{i}.py": f"def f{i}(x):\n    return x + {i}\n" * 20 for i in range(30)}
+    demo.make(tmp_path / "data", text)
+    curves = []
+    for kind, recipe in (("stock", stock_recipe), ("chunked", our_recipe)):
+        cfg = preference_config(assets, tmp_path, LORA_DPO, tied=True, overrides=("batch_size=2",))
+        cfg.checkpointer.checkpoint_dir = str(tmp_path / "nowhere")
+        cfg.logprobs = {"workspace_mib": 64}
+        for section, content in demo.sections(tmp_path / "data").items():
+            cfg[section] = content
+        folder = tmp_path / kind
+        ready = runs.prepared(cfg, LossChoice(kind, False), folder, 3, True)
+        assert ready.loss == cfg.loss
+        assert ready.get("logprobs") == (
+            {"_component_": "torchtune_lce.LinearTokenLogprobs", "workspace_mib": 64, "impl": "chunked"}
+            if kind == "chunked"
+            else None
+        )
+        train(recipe(LORA_DPO), ready)
+        curves.append([record["loss"] for record in recipe_runs.read_log(folder / recipe_runs.LOG)])
+        assert not list(folder.rglob("*.bin"))
+    stock, ours = curves
+    assert len(set(stock)) >= 2
+    assert ours == pytest.approx(stock, rel=1e-5)
+
+
+def test_a_reference_on_random_weights_is_the_policy(tmp_path):
+    write_preference_assets(assets := tmp_path / "assets")
+    cfg = preference_config(assets, tmp_path, FULL_DPO_DISTRIBUTED, tied=True)
+    ready = runs.prepared(cfg, LossChoice("cce", True), tmp_path / "cce", 3, True)
+    assert ready.ref_checkpointer == ready.checkpointer
+    assert ready.compile is True
+    for kind, message in (("main", "main is a loss of labels"),):
+        with pytest.raises(CommandError, match=message):
+            preferences.check([LossChoice(kind, False)])
 
 
 def test_lora_on_the_output_beside_stocks(tmp_path):

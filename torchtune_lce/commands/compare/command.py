@@ -20,6 +20,9 @@ In a distillation config the same name sets both losses: stock is torchtune's cr
 chunks; this package's kd_loss has no kernels, so it takes chunked, torch_compile or reference where that is the name,
 and auto beside the others.
 
+In a DPO config the loss stays torchtune's: stock is its recipe, which makes logits, and the other names are how this
+package's makes log-probabilities, as logprobs.impl in a config.
+
 Settings of the config follow the options as key=value, as behind `tune run`. On a machine without any model or data:
 
   tune-lce compare --config lce/gemma2/2B_lora_single_device --random-weights --demo-data --steps 20 \\
@@ -39,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="NAME|PATH", help="of a fine-tune or a distillation")
+    parser.add_argument("--config", required=True, metavar="NAME|PATH", help="of a fine-tune, a distillation or DPO")
     parser.add_argument("--losses", metavar="LOSS,...", help="default: stock and the usual ones that can run here")
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, metavar="N", help=f"default: {DEFAULT_STEPS}")
     parser.add_argument(

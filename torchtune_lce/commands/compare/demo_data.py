@@ -26,6 +26,7 @@ class DemoData:
     rows: int
     sequence: int  # tokens in a row, the label of the last one among them ignored
     vocabulary: int
+    pairs: bool = False  # two rows are a chosen and a rejected answer
 
     def sections(self, folder: Path) -> dict:
         """The ``tokenizer`` and ``dataset`` of a config that reads them from ``folder``."""
@@ -38,7 +39,10 @@ class DemoData:
                 "special_tokens": {name: ordinary + i for i, name in enumerate(_SPECIAL)},
                 "max_seq_len": self.sequence,
             },
-            "dataset": {"_component_": f"{__name__}.TokenRows", "path": str(folder / _ROWS)},
+            "dataset": {
+                "_component_": f"{__name__}.{'TokenPairs' if self.pairs else 'TokenRows'}",
+                "path": str(folder / _ROWS),
+            },
         }
 
     def make(self, folder: Path, sources: dict[str, str] | None = None) -> bool:
@@ -84,3 +88,22 @@ class TokenRows(Dataset):
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         row = self._rows[index].tolist()
         return {"tokens": row, "labels": list(row)}
+
+
+class TokenPairs(Dataset):
+    """Rows two by two as torchtune's DPO recipes take them: what each is compared with is another text."""
+
+    def __init__(self, tokenizer, path: str):
+        self._rows = TokenRows(tokenizer, path)
+
+    def __len__(self) -> int:
+        return len(self._rows) // 2
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        chosen, rejected = self._rows[2 * index], self._rows[2 * index + 1]
+        return {
+            "chosen_input_ids": chosen["tokens"],
+            "chosen_labels": chosen["labels"],
+            "rejected_input_ids": rejected["tokens"],
+            "rejected_labels": rejected["labels"],
+        }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from torchtune_lce.commands.shared import config_reading, distillation, recipe_runs
+from torchtune_lce.commands.shared import config_reading, distillation, preferences, recipe_runs
 from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.loss_choices import MOST_SEED, STOCK, LossChoice
 from torchtune_lce.commands.shared.recipe_choice import TAKES
@@ -26,7 +26,7 @@ _RESERVED = (
     "output_dir",
     "resume_from_checkpoint",
 )
-_RESERVED_OF_LOSSES = ("loss", "loss._component_", "loss.impl", "kd_loss.impl")
+_RESERVED_OF_LOSSES = ("loss", "loss._component_", "loss.impl", "kd_loss.impl", "logprobs.impl")
 _NEEDED = ("model._component_", "loss._component_", "checkpointer.model_type")
 _CHECKPOINTERS = "torchtune_lce.commands.compare.checkpointers."
 
@@ -57,7 +57,7 @@ def check(name: str, config: DictConfig) -> None:
     seed = config.get("seed")
     if seed is not None and (not isinstance(seed, int) or not 0 <= seed <= MOST_SEED):
         raise CommandError(f"seed must be null or a whole number from 0 to {MOST_SEED}, got {seed!r}")
-    config_reading.check_settings(config, ("loss", "kd_loss"))
+    config_reading.check_settings(config, ("loss", "kd_loss", "logprobs"))
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,10 @@ class Run:
 def prepared(config: DictConfig, choice: LossChoice, folder: Path, steps: int, random_weights: bool) -> DictConfig:
     """The config of one loss's run, on random weights or those of the config's checkpoint."""
     config = config.copy()
-    config.loss = choice.section(config.loss)
+    if preferences.prefers(config):
+        config.logprobs = preferences.section(choice, config.get("logprobs"))
+    else:
+        config.loss = choice.section(config.loss)
     config.compile = choice.compiled
     config.output_dir = str(folder)
     config.metric_logger = {
@@ -154,6 +157,9 @@ def prepared(config: DictConfig, choice: LossChoice, folder: Path, steps: int, r
     checkpointer = {"model_type": config.checkpointer.model_type}
     if random_weights:
         checkpointer |= _random_weights("model", config.seed)
+        if "ref_checkpointer" in config:
+            # The policy as it was, as in any run.
+            config.ref_checkpointer = checkpointer
     else:
         checkpointer["_component_"] = f"{_CHECKPOINTERS}LoadOnly"
         checkpointer["checkpointer"] = config.checkpointer

@@ -18,7 +18,7 @@ from torchtune_lce.commands.compare import report, runs
 from torchtune_lce.commands.compare.demo_data import LEAST_VOCABULARY, DemoData
 from torchtune_lce.commands.compare.queue import Queue
 from torchtune_lce.commands.compare.runs import OK, OUT_OF_MEMORY, Outcome, Run
-from torchtune_lce.commands.shared import distillation, environment, loss_choices, output_folder
+from torchtune_lce.commands.shared import distillation, environment, loss_choices, output_folder, preferences
 from torchtune_lce.commands.shared.config_reading import training_device, training_dtype
 from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.random_weights import configured_model
@@ -68,6 +68,8 @@ def compare(settings: Settings) -> bool:
     choices = loss_choices.select(settings.losses, config.device, dtype)
     if distillation.distils(config):
         distillation.check(config, choices)
+    if preferences.prefers(config):
+        preferences.check(choices)
     if settings.demo_data:
         check_demo_data(config, settings.vocabulary, settings.sequence)
     if distillation.distils(config):
@@ -143,7 +145,8 @@ def _decoder(config: DictConfig, section: str) -> TransformerDecoder:
 def with_demo_data(console: Console, settings: Settings, config: DictConfig, output: Path) -> DictConfig:
     """The config reading rows that are made here, unless an earlier call made them."""
     batches = settings.steps * config.get("gradient_accumulation_steps", 1) * (settings.devices or 1)
-    demo = DemoData(batches * config.batch_size, settings.sequence, settings.vocabulary)
+    pairs = preferences.prefers(config)
+    demo = DemoData(batches * config.batch_size * (1 + pairs), settings.sequence, settings.vocabulary, pairs)
     with console.status("making rows from the source of Python's library"):
         made = demo.make(output / DATA)
     console.print(
