@@ -17,8 +17,8 @@ losses, with commas between them; the first is what the others are compared with
   <name>@<seed>     any of them with a seed of its own: how far apart may runs be that differ in nothing else?
 
 In a distillation config the same name sets both losses: stock is torchtune's cross-entropy and its divergence in
-chunks; this package's kd_loss has no kernels, so it takes chunked, torch_compile or reference where that is the name,
-and auto beside the others.
+chunks; this package's kd_loss takes cce_exact, chunked, torch_compile or reference where that is the name, and auto
+beside the others.
 
 In a DPO config the loss stays torchtune's: stock is its recipe, which makes logits, and the other names are how this
 package's makes log-probabilities, as logprobs.impl in a config.
