@@ -15,8 +15,9 @@ from torchtune_lce.inputs.autocast import without_autocast
 from torchtune_lce.inputs.call import Call
 from torchtune_lce.inputs.dtypes import widest
 
-# Elements of a matrix that a CPU widens at a time to add them up; a card widens what it reads.
-_ELEMENTS_ON_CPU = 2**16
+# Elements of a matrix that are widened at a time to add them up: within a processor's cache, and 32 MiB of a card,
+# where a sum in float64 takes a copy.
+_ELEMENTS_ON_CPU, _ELEMENTS_ON_CARD = 2**16, 2**22
 
 
 def mean_logits(call: Call, valid: Tensor) -> Tensor:
@@ -54,7 +55,8 @@ def _row_sum(matrix, scale, workspace_mib):
     if scale is not None:
         parts = (part.to(dtype) * factors[:, None] for part, factors in _pieces(workspace_mib, matrix, scale))
         return torch.stack([part.sum(0) for part in parts]).sum(0)
-    rows = max(_ELEMENTS_ON_CPU // matrix.shape[1], 1) if matrix.device.type == "cpu" else matrix.shape[0]
+    elements = _ELEMENTS_ON_CPU if matrix.device.type == "cpu" else _ELEMENTS_ON_CARD
+    rows = max(elements // matrix.shape[1], 1)
     return torch.stack([part.sum(0, dtype=dtype) for part in matrix.split(rows)]).sum(0)
 
 
@@ -221,8 +223,10 @@ torch.library.register_autograd(
 
 
 def _pieces(workspace_mib: int, matrix: Tensor, *others: Tensor):
-    """Rows of all of them at a time, of which three copies in float64 are within the workspace at the most."""
-    rows = max(workspace_mib * 2**20 // (3 * 8 * matrix.shape[1]), 1)
+    """Rows of all of them at a time, of which three copies in float64 are a quarter of the workspace at the most: what
+    kernels leave for their backward may fill it.
+    """
+    rows = max(workspace_mib * 2**18 // (3 * 8 * matrix.shape[1]), 1)
     return zip(*(tensor.split(rows) for tensor in (matrix, *others)), strict=True)
 
 
