@@ -289,6 +289,8 @@ def test_without_widening(impl, dtype, frozen, device, monkeypatch):
     """As on ROCm, where products of 16 bits are rounded to them and widened ones would be slow; `torch_compile` on any
     card."""
     monkeypatch.setattr(walk, "_WIDENING", ())
+    # Of a strip's 64.
+    monkeypatch.setattr(walk.Sizes, "logits_at_once", lambda *_: 24)
     for pulled in (BOTH, ("loss",)):
         with steps_as():
             test_agrees_with_float64(impl, replace(CASES["tiles"], frozen=frozen, pulled=pulled), dtype, device)

@@ -25,6 +25,7 @@ from torchtune_lce.inputs.options import Options
 
 # One whose logits are what would not fit, one whose hidden states and their gradient's float32 sum would not.
 LONG = Shape(tokens=256, vocabulary=8200, width=32)
+LONG_SIZES = LONG.width, LONG.vocabulary, torch.bfloat16, WORKSPACE_MIB, 1
 # The same for Triton's interpreter, which takes a tenth of a second for a tile.
 FEW_LONG = Shape(tokens=256, vocabulary=1300, width=32)
 FEW_WIDE = Shape(tokens=300, vocabulary=33, width=1024)
@@ -53,6 +54,23 @@ def test_chunked(shape, options, dtype):
     assert forward.kept <= gradients + shape.vectors()
     assert forward.peak - forward.kept <= WORKSPACE_MIB * MIB + copies + shape.vectors()
     assert forward.kept + backward.peak <= WORKSPACE_MIB * MIB + copies + gradients + shape.vectors()
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_chunked_with_rounded_factors(ignored, monkeypatch):
+    """As on a card: of a strip in 16 bits there is a block in float32."""
+    monkeypatch.setattr(walk, "_WIDENING", ())
+    inputs = make_inputs(LONG, torch.bfloat16, torch.device("cpu"))
+    if not ignored:
+        inputs["targets"].clamp_(min=0)
+    # A processor with products of 16 bits takes copies for them.
+    with torch.backends.mkldnn.flags(enabled=False):
+        _, backward = usage_of_both("chunked", inputs)
+    # Where there is no product with a float32 result, one that is rounded, and of all entries it is their gradient's.
+    products = LONG.tokens * 2 * max(walk.Sizes(*LONG_SIZES).logits_at_once(LONG.tokens), LONG.width)
+    copies = LONG.tokens * LONG.width * 10
+    assert LONG.logits(2) > WORKSPACE_MIB * MIB + products + copies, "the bound would hold anyway"
+    assert backward.peak <= WORKSPACE_MIB * MIB + products + copies + gradient_bytes(inputs) + LONG.vectors()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -33,9 +33,11 @@ from torchtune_lce.implementations.walk import (
     Operands,
     Piece,
     add_product,
+    by_logits,
     finite,
     no_values,
     pieces,
+    rounds_factors,
     sizes_of,
     tokens_with_whole_rows,
     walk_gradients,
@@ -322,20 +324,37 @@ def _backward(d_nll, d_lse, d_means, *arguments):
     d_target, d_softmax = by_target_and_others(d_nll, d_lse, nll, logit_scale)
     factor = d_softmax * torch.exp(-log_total)
     vocabulary, needs = operands.weight.shape[0], Operands(*needs)
+    capped_or_scaled = settings[1] is not None or operands.scale is not None
+    others = capped_or_scaled or d_means is not None or any((needs.bias, needs.low, needs.up))
+    # The factor goes into the exponent then: two passes over a block of logits in place of four.
+    rounded = rounds_factors(operands.hidden) and not others and not bool((d_softmax < 0).any())
 
     def of_piece(piece):
+        if rounded:
+            return of_rounded_piece(piece)
         base, by_softmax, by_target = (x[piece.rows, None] for x in (peak, factor, d_target))
         by_mean = None if d_means is None else d_means[piece.rows, None] * (logit_scale / vocabulary)
 
-        def by_logits(logits, start):
+        def differentiate(logits, start):
             d_logits = logits.sub_(base).exp_().mul_(by_softmax)
             piece.put_targets(d_logits, start, by_target.squeeze(-1))
             return d_logits if by_mean is None else d_logits.add_(by_mean)
 
-        return by_logits
+        return by_logits(piece, differentiate)
+
+    def of_rounded_piece(piece):
+        base = (peak + log_total - d_softmax.log())[piece.rows, None]
+        by_target = d_target[piece.rows].to(piece.factor)
+
+        def of_strip(part, weight):
+            d_logits = piece.rounded_exponentials(part, weight, base)
+            piece.put_targets(d_logits, part.start, by_target)
+            return d_logits, None
+
+        return of_strip
 
     # In pieces of tokens the logits would be computed another time.
-    walked = pieces(operands, targets, *settings, at_once=needs.of_entries)
+    walked = pieces(operands, targets, *settings, at_once=needs.of_entries, rounded=rounded)
     return walk_gradients(operands, walked, needs, of_piece)
 
 
@@ -393,7 +412,7 @@ def _sum(*arguments):
     def of_piece(piece):
         rows = piece.rows
 
-        def by_logits(logits, start):
+        def differentiate(logits, start):
             target = piece.targets.by_token([piece.take_targets(logits, start)])
             target.masked_fill_(piece.targets.outside, torch.nan)
             largest = logits.amax(-1)
@@ -408,7 +427,7 @@ def _sum(*arguments):
             piece.put_targets(d_logits, start, d_target)
             return d_logits
 
-        return by_logits
+        return by_logits(piece, differentiate)
 
     walked = pieces(operands, targets, *settings, whole_rows=True)
     gradients = walk_gradients(operands, walked, Operands(*needs), of_piece)

@@ -244,6 +244,9 @@ def _chunked(problem: Problem) -> LossMemory:
     losses = sizes._replace(multiplied=False)
     piece = tokens_per_piece(tokens, losses)
     forward = entries_per_strip(piece, losses) * losses._replace(blocks=1).bytes_of_entry(piece) + vectors
+    if problem.itemsize < wide and problem.adapter is None:
+        sizes = sizes._replace(rounded=True)
+        copies += wide * min(sizes.logits_at_once(tokens), problem.vocabulary)
     at_once = entries_per_strip(tokens, sizes, copied=False) * sizes.bytes_of_entry(tokens) + tokens * copies
     return LossMemory(max(forward, lengths), at_once + gradients + vectors)
 

@@ -56,6 +56,11 @@ def _factor_dtype(hidden: Tensor) -> torch.dtype:
     return accumulation_dtype(hidden.dtype) if hidden.device.type in _WIDENING else hidden.dtype
 
 
+def rounds_factors(hidden: Tensor) -> bool:
+    """Whether factors are of fewer digits than the accumulation dtype's."""
+    return _factor_dtype(hidden) != accumulation_dtype(hidden.dtype)
+
+
 def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """In the accumulation dtype, that of ``out``."""
     if left.dtype == out.dtype:
@@ -85,6 +90,7 @@ class Sizes(NamedTuple):
     blocks: int
     widened: bool = False  # factors of 16 bits
     multiplied: bool = True  # whether what is made of logits is, with the weight: for gradients
+    rounded: bool = False  # a strip in the dtype of factors, made of blocks of logits one after the other
 
     @property
     def bytes_of_token(self) -> int:
@@ -94,9 +100,16 @@ class Sizes(NamedTuple):
 
     def bytes_of_entry(self, tokens: int) -> int:
         """Its blocks' columns, and in 16 bits its row, widened, and the row's gradient, or the columns rounded."""
+        if self.rounded:
+            return tokens * self.dtype.itemsize
         wide = accumulation_dtype(self.dtype).itemsize
         rounded = self.dtype.itemsize if self.multiplied and self.dtype.itemsize < wide else 0
         return tokens * self.blocks * wide + (2 * wide * self.features if self.widened else tokens * rounded)
+
+    def logits_at_once(self, tokens: int) -> int:
+        """Entries of a block, a quarter of the workspace: by default's, a card's cache holds it."""
+        entries = self.workspace_mib * 2**18 // (max(tokens, 1) * accumulation_dtype(self.dtype).itemsize)
+        return max(entries // _LEAST_ENTRIES, 1) * _LEAST_ENTRIES
 
 
 def sizes_of(operands: Operands, softcap: float | None, workspace_mib: int, more_blocks: int = 0) -> Sizes:
@@ -112,6 +125,8 @@ def entries_per_strip(tokens: int, sizes: Sizes, copied: bool = True) -> int:
     within it. A multiple of 64, so that rows of a block begin where a card's products want them to.
     """
     left = sizes.workspace_mib * 2**20 - tokens * sizes.bytes_of_token * copied
+    if sizes.rounded:
+        left -= tokens * sizes.logits_at_once(tokens) * accumulation_dtype(sizes.dtype).itemsize
     fitting = left // max(sizes.bytes_of_entry(tokens), 1)
     return min(sizes.vocabulary, max(fitting // _LEAST_ENTRIES, 1) * _LEAST_ENTRIES)
 
@@ -166,16 +181,17 @@ class Piece:
         rows: Tensor,
         strip: int,
         targets: Targets | None = None,
+        logits_at_once: int = 0,
     ):
         self.operands, self.softcap, self.logit_scale = operands, softcap, logit_scale
-        self.rows, self.strip, self.targets = rows, strip, targets
+        self.rows, self.strip, self.targets, self.logits_at_once = rows, strip, targets, logits_at_once
         hidden, low = operands.hidden, operands.low
         self.wide, self.factor = accumulation_dtype(hidden.dtype), _factor_dtype(hidden)
         # Of all tokens no copy is needed.
         used = hidden if rows.numel() == hidden.shape[0] else hidden[rows]
         self.hidden = used.to(self.factor)
         self.low = None if low is None else low[rows].to(self.wide)
-        self._memory: dict[int, Tensor] = {}
+        self._memory: dict[str, Tensor] = {}
         self._nothing = self.hidden.new_full((), -torch.inf, dtype=self.wide)
 
     def strips(self) -> Iterator[tuple[slice, Tensor]]:
@@ -203,19 +219,19 @@ class Piece:
         if at[0].numel():
             values.index_put_(at, new[at[0]])
 
-    def block(self, number: int, entries: int) -> Tensor:
-        """Memory [n, entries] in the accumulation dtype, the same for each strip."""
+    def block(self, name: str, entries: int, dtype: torch.dtype) -> Tensor:
+        """Memory [n, entries], the same for each strip, of which the first is the widest."""
         tokens = self.rows.numel()
-        if number not in self._memory:
-            self._memory[number] = self.hidden.new_empty(tokens * self.strip, dtype=self.wide)
-        return self._memory[number][: tokens * entries].view(tokens, entries)
+        if name not in self._memory:
+            self._memory[name] = self.hidden.new_empty(tokens * entries, dtype=dtype)
+        return self._memory[name][: tokens * entries].view(tokens, entries)
 
     def logits(self, part: slice, weight: Tensor, differentiable: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Of a strip, [n, entries] in the accumulation dtype; and beside them, where ``differentiable``, their tanh and
         what the scale scales, None without a softcap and a scale.
         """
         _, _, bias, low, up, scale = self.operands
-        logits = _product(self.hidden, weight.T, out=self.block(0, weight.shape[0]))
+        logits = _product(self.hidden, weight.T, out=self.block("products", weight.shape[0], self.wide))
         if bias is not None:
             logits += bias[part]
         if low is not None:
@@ -223,14 +239,28 @@ class Piece:
         unscaled = tanh = None
         if scale is not None:
             unscaled = logits
-            logits = torch.mul(logits, scale[part], out=self.block(1, weight.shape[0]) if differentiable else logits)
+            out = self.block("scaled", weight.shape[0], self.wide) if differentiable else logits
+            logits = torch.mul(logits, scale[part], out=out)
         if self.softcap is not None:
             tanh = logits.div_(self.softcap).tanh_()
-            out = self.block(2, weight.shape[0]) if differentiable else tanh
+            out = self.block("capped", weight.shape[0], self.wide) if differentiable else tanh
             logits = torch.mul(tanh, self.softcap * self.logit_scale, out=out)
         elif self.logit_scale != 1:
             logits.mul_(self.logit_scale)
         return logits, tanh, unscaled
+
+    def rounded_exponentials(self, part: slice, weight: Tensor, base: Tensor) -> Tensor:
+        """[n, entries] in the dtype of factors, of a strip's logits less ``base`` [n, 1]; these are made block by
+        block, ``logits_at_once`` entries.
+        """
+        exponentials = self.block("exponentials", weight.shape[0], self.factor)
+        for start in range(0, weight.shape[0], self.logits_at_once):
+            here = slice(start, start + self.logits_at_once)
+            rows = weight[here]
+            entries = slice(part.start + start, part.start + start + rows.shape[0])
+            logits, _, _ = self.logits(entries, rows, differentiable=False)
+            torch.exp(logits.sub_(base), out=exponentials[:, here])
+        return exponentials
 
 
 def pieces(
@@ -245,12 +275,14 @@ def pieces(
     at_once: bool = False,
     whole_rows: bool = False,
     multiplied: bool = True,
+    rounded: bool = False,
 ) -> Iterator[Piece]:
     """Of the tokens that are not ignored. ``at_once``: one piece, whose copies come to what the workspace holds.
-    ``whole_rows``: one strip each, see :func:`tokens_with_whole_rows`. ``multiplied`` as in :class:`Sizes`.
+    ``whole_rows``: one strip each, see :func:`tokens_with_whole_rows`. ``multiplied`` and ``rounded`` as in
+    :class:`Sizes`.
     """
     rows = (targets != ignore_index).nonzero().squeeze(-1)
-    sizes = sizes_of(operands, softcap, workspace_mib, more_blocks)._replace(multiplied=multiplied)
+    sizes = sizes_of(operands, softcap, workspace_mib, more_blocks)._replace(multiplied=multiplied, rounded=rounded)
     tokens = rows.numel()
     if whole_rows:
         tokens = tokens_with_whole_rows(tokens, sizes)
@@ -261,7 +293,8 @@ def pieces(
         for some in rows.split(max(tokens, 1))
     ]
     for (some, strip), its_targets in zip(taken, _targets(targets, taken, sizes.vocabulary), strict=True):
-        yield Piece(operands, softcap, logit_scale, some, strip, its_targets)
+        at_once = sizes.logits_at_once(some.numel()) if rounded else 0
+        yield Piece(operands, softcap, logit_scale, some, strip, its_targets, at_once)
 
 
 def _targets(targets: Tensor, taken: list[tuple[Tensor, int]], vocabulary: int) -> list[Targets]:
@@ -291,13 +324,13 @@ def walk_gradients(
     operands: Operands,
     walked: Iterable[Piece],
     needs: Operands,
-    of_piece: Callable[[Piece], Callable[[Tensor, int], Tensor]],
+    of_piece: Callable[[Piece], Callable[[slice, Tensor], tuple[Tensor, Tensor | None]]],
 ) -> tuple[Tensor, ...]:
     """Gradients by the operands, empty where ``needs`` has no True, from those by the logits of a strip at a time.
 
-    ``of_piece(piece)(logits, start)`` makes these, by what the logits are before ``logit_scale``, of a strip's logits,
-    whose first entry is ``start``; in their place if it can, both in the accumulation dtype. What is summed over tokens
-    of 16 bits must come in one piece.
+    ``of_piece(piece)(part, weight)`` makes these of the strip's entries and their rows, and the gradient by the scale,
+    or None, as :func:`by_logits` does. They are in the accumulation dtype, or in that of factors where nothing but
+    products is made of them. What is summed over tokens of 16 bits must come in one piece.
     """
     made: dict[str, Tensor] = {}
 
@@ -312,9 +345,9 @@ def walk_gradients(
     for piece in walked:
         d_kept = torch.zeros_like(piece.hidden, dtype=piece.wide) if needs.hidden else None
         d_kept_low = torch.zeros_like(piece.low) if needs.low else None
-        by_logits = of_piece(piece)
+        of_strip = of_piece(piece)
         for part, weight in piece.strips():
-            d_logits, by_scale = _strip_gradient(piece, part, weight, by_logits)
+            d_logits, by_scale = of_strip(part, weight)
             if needs.low:
                 d_kept_low.addmm_(d_logits, operands.up[part].to(piece.wide))
             if needs.up:
@@ -344,19 +377,25 @@ def no_values(operands: Operands, needs: Operands) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) if need else none(0) for need, x in zip(needs, operands, strict=True))
 
 
-def _strip_gradient(piece: Piece, part: slice, weight: Tensor, by_logits) -> tuple[Tensor, Tensor | None]:
-    """By the strip's logits, before scale and softcap, and by the scale, or None; both in the accumulation dtype.
+def by_logits(piece: Piece, differentiate: Callable[[Tensor, int], Tensor]):
+    """For :func:`walk_gradients`, what makes of a strip gradients by its logits, before scale and softcap, and by the
+    scale, or None; both in the accumulation dtype.
 
-    What ``by_logits`` makes is by the logits before ``logit_scale``.
+    ``differentiate(logits, start)`` makes those by the logits before ``logit_scale``, of a strip's logits, whose first
+    entry is ``start``; in their place if it can.
     """
-    logits, tanh, unscaled = piece.logits(part, weight, differentiable=True)
-    d_logits = by_logits(logits, part.start)
-    if tanh is not None:
-        d_logits.mul_(tanh.square_().neg_().add_(1))
-    if unscaled is None:
-        return d_logits, None
-    by_scale = unscaled.mul_(d_logits).sum(0)
-    return d_logits.mul_(piece.operands.scale[part]), by_scale
+
+    def of_strip(part: slice, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits, tanh, unscaled = piece.logits(part, weight, differentiable=True)
+        d_logits = differentiate(logits, part.start)
+        if tanh is not None:
+            d_logits.mul_(tanh.square_().neg_().add_(1))
+        if unscaled is None:
+            return d_logits, None
+        by_scale = unscaled.mul_(d_logits).sum(0)
+        return d_logits.mul_(piece.operands.scale[part]), by_scale
+
+    return of_strip
 
 
 def _add(sums: Tensor, values: Tensor, first: bool) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torchtune_lce.implementations.walk import (
     Operands,
     Piece,
+    by_logits,
     entries_per_strip,
     no_values,
     pieces,
@@ -143,12 +144,12 @@ def _entropy_backward(d_entropy, *arguments):
     def of_piece(piece):
         base, of_mean, by_entropy = (x[piece.rows, None] for x in (largest, mean, factor))
 
-        def by_logits(logits, _):
+        def differentiate(logits, _):
             # With e as above, log p + H = log e + disorder / total; and an entry that cannot be has no gradient.
             e = logits.sub_(base).exp_()
             return torch.special.entr(e).sub_(e.mul_(of_mean)).mul_(by_entropy)
 
-        return by_logits
+        return by_logits(piece, differentiate)
 
     walked = pieces(operands, targets, *settings, more_blocks=1, at_once=needs.of_entries)
     return walk_gradients(operands, walked, needs, of_piece)
