@@ -406,8 +406,8 @@ def test_memory_around_an_implementation(shape):
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["cce", "chunked"])
 def test_memory_on_a_card(impl, device):
-    """What smoothing adds to the peaks of forward and backward, where the weight's gradient alone is 512 MiB and its
-    copy in float64 would be 2 GiB."""
+    """Beyond the workspace, which a forward need not fill without, smoothing adds next to nothing to the peaks; the
+    weight's gradient alone is 512 MiB, and a copy of it in float64 would be 2 GiB."""
     hidden = torch.randn(4096, 2048, device=device, dtype=torch.bfloat16, requires_grad=True)
     weight = (torch.randn(128_256, 2048, device=device) / 30).to(torch.bfloat16).requires_grad_()
     targets = torch.randint(0, 128_256, (4096,), device=device)
@@ -423,7 +423,7 @@ def test_memory_on_a_card(impl, device):
             used = usage(forward, device, False), usage(lambda losses=losses: losses.pop().backward(), device, False)
         peaks.append([x.peak for x in used])
     for plain, smoothed in zip(*peaks, strict=True):
-        assert smoothed <= plain + 64 * MIB
+        assert smoothed <= max(plain, 128 * MIB) + 64 * MIB
 
 
 def test_comes_from_the_component(device):

@@ -163,11 +163,14 @@ def _forward_piece(piece: Piece, with_means: bool, with_directions: bool) -> tup
         # Before another direction is made.
         del found
         found = _walk(piece, reference, with_means, with_directions)
-    reference, total, target, mean, direction, low_direction = found
+    reference, total, target, mean, direction, low_direction, rounded = found
     # Infinities, from which a number was subtracted.
     peak = reference.masked_fill(total == 0, -torch.inf).masked_fill_(total == torch.inf, torch.inf)
     sums = Sums(peak, total, target.masked_fill_(piece.targets.outside, torch.nan))
-    slope, apart = (None, None) if direction is None else _finish_directions(piece, sums, direction, low_direction)
+    if direction is None:
+        slope = apart = None
+    else:
+        slope, apart = _finish_directions(piece, sums, direction, low_direction, rounded)
     nll, base, log_total = sums.losses()
     return nll, base, log_total, mean - base, direction, low_direction, slope, apart
 
@@ -181,6 +184,7 @@ class _Walked(NamedTuple):
     mean: Tensor  # of all logits
     direction: Tensor | None  # [n, D]: the weight's rows, added up with these exponentials
     low_direction: Tensor | None  # [n, r]: likewise ``up``'s
+    rounded: Tensor | None  # what rounding to the dtype of factors has made of the sum of what direction is made of
 
     def too_large(self, factor: torch.dtype) -> Tensor:
         """[n], whether other logits are so far above the reference that digits, or a factor's range, do not suffice."""
@@ -192,7 +196,7 @@ class _Walked(NamedTuple):
 
 def _walk(piece: Piece, reference: Tensor | None, with_means: bool, with_directions: bool) -> _Walked:
     """``reference``: by default the largest of the first strip, from which the largest of all is seldom far."""
-    totals, targets = [], []
+    totals, targets, rounded = [], [], []
     mean, base = torch.zeros_like(piece.rows, dtype=piece.wide), None
     vocabulary, scale, up = piece.operands.weight.shape[0], piece.operands.scale, piece.operands.up
     direction = torch.zeros_like(piece.hidden, dtype=piece.wide) if with_directions else None
@@ -214,12 +218,18 @@ def _walk(piece: Piece, reference: Tensor | None, with_means: bool, with_directi
                 exponentials.mul_(scale[part])
             if low_direction is not None:
                 low_direction.addmm_(exponentials, up[part].to(piece.wide))
-            add_product(direction, exponentials.to(piece.factor), weight)
+            factors = exponentials.to(piece.factor)
+            if factors.dtype != piece.wide:
+                exact = totals[-1] if tanh is None and scale is None else exponentials.sum(-1)
+                rounded.append(torch.stack((factors.sum(-1, dtype=piece.wide), exact)))
+            add_product(direction, factors, weight)
+            del factors
         # Before the next strip's are made.
         del logits, tanh, exponentials, weight
     mean = mean if base is None else mean + base
     target = piece.targets.by_token(targets)
-    return _Walked(reference, torch.stack(totals).sum(0), target, mean, direction, low_direction)
+    ratio = torch.div(*torch.stack(rounded).sum(0)) if rounded else None
+    return _Walked(reference, torch.stack(totals).sum(0), target, mean, direction, low_direction, ratio)
 
 
 def _largest(piece: Piece) -> Tensor:
@@ -239,16 +249,19 @@ def _finite_largest(logits: Tensor) -> Tensor:
     return logits.amax(-1).clamp_(-most, most)
 
 
-def _finish_directions(piece: Piece, sums: Sums, direction: Tensor, low_direction: Tensor | None):
+def _finish_directions(
+    piece: Piece, sums: Sums, direction: Tensor, low_direction: Tensor | None, rounded: Tensor | None
+):
     """Makes means of sums over the other entries, and takes the target's row from ``direction`` where that leaves less.
 
-    Returns c_t of the module's docstring, and where that is.
+    ``rounded`` as in :class:`_Walked`: by it the shares of a mean come to 1 again, so that what rows have in common is
+    not multiplied by what rounding has done to their sum. Returns c_t of the module's docstring, and where that is.
     """
     weight, scale, target = piece.operands.weight, piece.operands.scale, sums.target
     labels = piece.targets.labels
     # Of no other entries there is no mean.
     total = sums.total.where(sums.total > 0, 1)[:, None]
-    direction.div_(total)
+    direction.div_(total if rounded is None else total * rounded.where(rounded.isfinite(), 1)[:, None])
     if low_direction is not None:
         low_direction.div_(total)
     slope = torch.ones_like(target)
