@@ -79,7 +79,18 @@ def test_loads_little(found, step):
     """torchtune takes seconds and sets environment variables, Triton reads them, matplotlib is the demo's."""
     loaded = set(found[step])
     assert {"torch", "torchtune_lce"} <= loaded
-    assert not loaded & {"torchtune", "torchao", "triton", "matplotlib", "omegaconf", "tokenizers", "rich"}
+    others = {
+        "torchtune",
+        "torchao",
+        "triton",
+        "matplotlib",
+        "omegaconf",
+        "tokenizers",
+        "rich",
+        "transformers",
+        "axolotl",
+    }
+    assert not loaded & others
 
 
 def test_environment_is_left_alone(found):

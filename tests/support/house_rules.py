@@ -19,7 +19,7 @@ FLOORS = (
     "recipes",
     "training",
     "__init__.py filtering.py",  # names for users, of what lies below
-    "loss.py distillation.py logprobs.py",
+    "loss.py distillation.py logprobs.py axolotl.py",
     "model",
     "transformers",
     "functional.py",
