@@ -68,6 +68,7 @@ def _forward(self: nn.Linear, hidden: Tensor):
         hidden = hidden.look("a second projection")
     if type(self.weight) not in (Tensor, nn.Parameter) or type(hidden) is not Tensor:
         switch.say(f"its output projection's weight is a {type(self.weight).__name__}, not a plain tensor")
+        switch.on = False  # for the rest of this forward, whose loss is the class's own
         return nn.Linear.forward(self, hidden)
     recipe = Recipe((Product(hidden, self, 1.0),))
     return DeferredLogits(switch, recipe, lambda: nn.Linear.forward(self, hidden))
