@@ -1,4 +1,4 @@
-"""What two processes check of a patched model of transformers that is sharded; a module of its own, for them to import."""
+"""What two processes check of a patched model of transformers that is sharded: a module that each of them imports."""
 
 import itertools
 import logging
@@ -61,7 +61,7 @@ def _fully_shard(model: nn.Module, mesh, own=(), **settings) -> nn.Module:
 
 
 def _check(case, rank, shard, *, tied=False, patched_first=False, why=None, tolerance=1e-5, same_batch=False) -> None:
-    """Losses and weights of some steps equal those without the patch; ``why`` logits are made, None where they aren't."""
+    """Losses and weights of some steps equal those without the patch; ``why`` there are logits, None if not."""
     own_losses, own_weights, _ = _train(shard(build("Llama", tie_word_embeddings=tied)), rank, same_batch)
     model = build("Llama", tie_word_embeddings=tied)
     with _warnings() as said:
