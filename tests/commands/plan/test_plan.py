@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ from tiny_distillation import distillation_config, write_distillation_assets
 from tiny_models import (
     DISTILLATION,
     FULL,
+    FULL_DPO_DISTRIBUTED,
     LORA,
+    LORA_DPO,
+    LORA_DPO_DISTRIBUTED,
     OUR_LOSS,
     STOCK_LOSS,
     our_recipe,
@@ -21,15 +25,18 @@ from tiny_models import (
     stock_recipe,
     write_assets,
 )
+from tiny_preferences import preference_config
+from torch import nn
 from torchtune import training
 from torchtune.modules.loss import CEWithChunkedOutputLoss, kd_losses
-from torchtune.modules.peft import DoRALinear, LoRALinear
+from torchtune.modules.peft import DoRALinear, LoRALinear, disable_adapter
 
-from torchtune_lce import linear_cross_entropy
+from torchtune_lce import linear_cross_entropy, linear_token_logprobs
 from torchtune_lce.commands import registry
 from torchtune_lce.commands.plan import command, report
 from torchtune_lce.commands.plan.distillation_memory import Distillation, distillation_memory
 from torchtune_lce.commands.plan.planning import USABLE, Planner
+from torchtune_lce.commands.plan.preference_memory import preference_memory
 from torchtune_lce.commands.plan.step import _NF4_BYTES, optimizer_bytes
 from torchtune_lce.commands.shared import config_reading, peers
 from torchtune_lce.commands.shared.errors import CommandError
@@ -73,6 +80,12 @@ def test_llama_1b_on_an_h100(method, loss, measured):
     """GiB allocated at most in recipes on an H100, 4 x 2048 packed tokens, bf16, AdamW, no activation checkpointing."""
     plan = planner(LLAMA[method], *NO_CHECKPOINTING, "optimizer.fused=True")
     assert plan.step(loss, 4, 2048).peak / 2**30 == pytest.approx(measured, rel=0.05)
+
+
+def test_dpo_of_llama_8b_on_an_h200():
+    """GiB allocated at most in torchtune's recipe, two pairs of 2048 tokens, bf16, LoRA, activation checkpointing."""
+    plan = planner("llama3_1/8B_lora_dpo_single_device", "gradient_accumulation_steps=1")
+    assert plan.step("stock", 2, 2048).peak / 2**30 == pytest.approx(36.88, rel=0.01)
 
 
 # --- losses against the CPU's allocator ---
@@ -244,9 +257,85 @@ def planned_and_measured(name, workspace_mib, divergence_name, dtype, device, to
     forward = usage(lambda: held.append(distilled(*arguments)), device, False)
     backward = usage(lambda: held.pop().backward(), device, False)
     problem = Problem(tokens, 64, vocabulary, dtype.itemsize, False, workspace_mib=1)
-    found = distillation_memory(name, problem, Distillation(divergence_name, 128, workspace_mib))
+    found = distillation_memory(name, problem, Distillation(divergence_name, 128, workspace_mib)).memory
     given = 0 if name == "stock" else teacher.hidden.nbytes
     return found, forward.peak + given, max(forward.peak + given, forward.kept + backward.peak)
+
+
+class Preferences:
+    """Policy and reference of a DPO recipe, which are ``output`` alone, and two pairs of hidden states and labels."""
+
+    def __init__(self, method, output, hidden, targets):
+        self.recipe = object.__new__(stock_recipe(method))
+        self.recipe._device, self.recipe.activations_handling_ctx = CPU, nullcontext()
+        self.second_model = method == FULL_DPO_DISTRIBUTED
+        self.output = output
+        self.hidden, self.labels = hidden.detach().view(4, -1, hidden.shape[-1]).requires_grad_(), targets.view(4, -1)
+        self.left_over = None
+
+    def peak(self, name) -> int:
+        """Of the second step, which finds what the first has left."""
+
+        def steps():
+            for _ in range(2):
+                (self.stock() if name == "stock" else self.ours(name)).backward()
+                self.output.zero_grad()
+                self.hidden.grad = None
+
+        return usage(steps, CPU, False).peak
+
+    def stock(self):
+        """In the order of the recipes' train(), with what each still has a name for when its backward begins."""
+        *logprobs, chosen, rejected = self._forward()
+        chosen.detach().mean(), rejected.detach().mean()
+        del chosen, rejected
+        with torch.no_grad(), disable_adapter(self.output):
+            *of_reference, logits, _ = self._forward()
+        self.left_over = None if self.second_model else logits
+        del logits, _
+        return sum(part.sum() for part in (*logprobs, *of_reference))
+
+    def _forward(self):
+        return self.recipe.concatenated_forward(lambda _: self.output(self.hidden).float(), (self.labels, self.labels))
+
+    def ours(self, impl):
+        targets = F.pad(self.labels[:, 1:], (0, 1), value=-100)
+        policy = linear_token_logprobs(self.hidden, self.output.weight, targets, impl=impl)
+        with torch.no_grad():
+            reference = linear_token_logprobs(self.hidden.clone(), self.output.weight, targets, impl=impl)
+        return (policy - reference).sum()
+
+
+PREFERENCE_SIZES = pytest.mark.parametrize(
+    ("tokens", "features", "vocabulary", "dtype"),
+    [(512, 64, 8192, torch.float32), (512, 64, 8192, torch.bfloat16), (128, 256, 6000, torch.float32)],
+    ids=["long", "long-bf16", "wide"],
+)
+
+
+@PREFERENCE_SIZES
+@pytest.mark.parametrize("method", [LORA_DPO, LORA_DPO_DISTRIBUTED, FULL_DPO_DISTRIBUTED])
+@pytest.mark.parametrize("name", ["stock", "chunked"])
+def test_formula_of_preferences(name, method, tokens, features, vocabulary, dtype):
+    trained = method == FULL_DPO_DISTRIBUTED
+    output = nn.Linear(features, vocabulary, bias=False, dtype=dtype).requires_grad_(trained)
+    hidden, targets = torch.randn(tokens, features).to(dtype), torch.randint(vocabulary, (tokens,))
+    measured = Preferences(method, output, hidden, targets).peak(name)
+    problem = Problem(tokens, features, vocabulary, dtype.itemsize, trained)
+    found = preference_memory(name, problem, second_model=trained).memory.peak
+    if name == "chunked" and dtype == torch.bfloat16:  # see assert_planned
+        assert found == pytest.approx(1.25 * measured, rel=0.12)
+    else:
+        assert found == pytest.approx(measured, rel=0.05)
+
+
+@PREFERENCE_SIZES
+@pytest.mark.parametrize("scaled", [False, True], ids=["lora", "dora"])
+def test_formula_of_preferences_with_lora_on_the_output(scaled, tokens, features, vocabulary, dtype):
+    on_output = OnTheOutput(scaled, 0.1, tokens, features, vocabulary, dtype)
+    measured = Preferences(LORA_DPO, on_output.output, on_output.hidden, on_output.targets).peak("stock")
+    problem = Problem(tokens, features, vocabulary, dtype.itemsize, False, adapter=OutputAdapter(8, True, scaled))
+    assert preference_memory("stock", problem, second_model=False).memory.peak == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize(("tokens", "vocabulary"), [(8192, 128_256), (131_072, 256_000), (500_000, 500_000)])
@@ -378,9 +467,53 @@ def test_step_of_a_distillation_on_a_cpu(distillation_assets, loss):
     plan = Planner(cfg, torch.float32)
     step = plan.step(loss, rows, sequence)
     assert step.peak == pytest.approx(measured, rel=0.1)
-    assert step.peak == step.at_teacher or not ours
+    assert step.peak == step.at_other or not ours
     cfg.teacher_model.max_seq_len = cfg.model.max_seq_len // 2
     assert Planner(cfg, torch.float32).max_seq_len == cfg.model.max_seq_len // 2
+
+
+WIDE_LAYER = ["model.vocab_size=6000", "model.intermediate_dim=8192", "model.num_layers=1"]
+
+
+# The most is there in the loss, in the reference's layers, in a layer's backward beside what is left over; and of ours in
+# the reference's layers and in a layer's backward.
+@pytest.mark.parametrize(
+    ("loss", "overrides"),
+    [
+        ("stock", ["model.vocab_size=4096"]),
+        ("stock", WIDE_LAYER),
+        ("stock", [*WIDE_LAYER, "enable_activation_checkpointing=True"]),
+        ("chunked", []),
+        ("chunked", ["enable_activation_checkpointing=True"]),
+    ],
+)
+def test_step_of_dpo_on_a_cpu(assets, loss, overrides):
+    """Two steps of the recipe's own train(), of which the second finds what the first has left."""
+    batch, sequence, steps = 2, 128, 2
+    overrides = [
+        f"batch_size={batch}",
+        "gradient_accumulation_steps=1",
+        "model.embed_dim=128",
+        "model.intermediate_dim=512",
+        "model.num_layers=4",
+        *overrides,
+    ]
+    run = assets / "run"
+    cfg = preference_config(assets / "assets", run, LORA_DPO, tied=False, steps=steps, overrides=overrides)
+    cfg.checkpointer = {"_component_": "torchtune_lce.commands.compare.checkpointers.RandomWeights", "model": cfg.model}
+    cfg.checkpointer.model_type = "LLAMA3_2"
+    torch.save(torch.randint(256, (2 * batch * steps, sequence)), assets / "rows.pt")
+    cfg.dataset = {
+        "_component_": "torchtune_lce.commands.compare.demo_data.TokenPairs",
+        "path": str(assets / "rows.pt"),
+    }
+    if loss != "stock":
+        cfg.logprobs = {"impl": loss}
+    recipe = (stock_recipe if loss == "stock" else our_recipe)(LORA_DPO)(cfg)
+    recipe.setup(cfg)
+    recipe.save_checkpoint = lambda epoch: None  # what that takes is no step's
+    measured = sum(parameter.nbytes for parameter in recipe._model.parameters()) + usage(recipe.train, CPU, False).peak
+    assert Planner(cfg, torch.float32).step(loss, batch, sequence).peak == pytest.approx(measured, rel=0.05)
 
 
 def measured_peak(recipe, rows: int, sequence: int) -> int:
@@ -487,12 +620,12 @@ def test_a_config_of_torchtunes_with_lora_on_the_output():
 def test_largest_batch_and_longest_sequence_are_those_that_fit(loss):
     plan = planner(TINY, "model.max_seq_len=16384")
     memory = 2**29
-    rows = plan.most_rows(loss, 1024, memory)
+    rows = plan.largest_batch(loss, 1024, memory)
     assert plan.step(loss, rows, 1024).peak <= memory < plan.step(loss, rows + 1, 1024).peak
     length = plan.longest(loss, 2, memory)
     assert length % 256 == 0
     assert plan.step(loss, 2, length).peak <= memory < plan.step(loss, 2, length + 256).peak
-    assert plan.most_rows(loss, 1024, 2**20) == 0
+    assert plan.largest_batch(loss, 1024, 2**20) == 0
     assert plan.longest(loss, 1, 2**60) == plan.max_seq_len
 
 
@@ -545,10 +678,31 @@ def test_what_is_printed_of_a_distillation(capsys):
     assert planned == ["stock", "chunked", "cce"]
 
 
+def test_what_is_printed_of_dpo(capsys):
+    """8.03 billion parameters in bfloat16, 1/8 on each device, and as many in full DPO's reference."""
+    lora, full = "llama3_1/8B_lora_dpo", "llama3_1/8B_full_dpo"
+    for config, parameters in (lora, r"parameters +1\.87 GiB"), (full, r"parameters of both models +3\.74 GiB"):
+        assert run("--config", config, "--nproc_per_node", "8", "--memory", "80GiB") == 0
+        printed = capsys.readouterr().out
+        assert "4 pairs of rows x 1024 tokens (tokenizer.max_seq_len)" in printed
+        assert re.search(parameters, printed)
+        assert re.search(r"largest batch +longest of *\n.* of 1024 +4 pairs", printed)
+        planned = [line.split()[0] for line in printed.splitlines() if re.match(r" \w+ +\d+\.\d\d +\d+% ", line)]
+        assert planned == ["stock", "chunked", "cce"]
+    assert run("--config", full, "--nproc_per_node", "8", "--losses", "stock,torch_compile") == 2
+    assert "torch_compile is not planned for preference tuning; stock, chunked and cce are" in capsys.readouterr().err
+    for setting, message in (
+        ("logprobs.impl=ccee", "logprobs.impl must be one of auto, cce,"),
+        ("logprobs.workspace_mib=abc", "logprobs.workspace_mib must be an int, got 'abc'"),
+        ("logprobs=cce", "logprobs must be a section of settings, got cce"),
+    ):
+        assert run("--config", lora, "--nproc_per_node", "8", setting) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("llama2/7B_lora_dpo_single_device", "is for lora_dpo_single_device"),
         ("mistral/7B_full_ppo_low_memory", "is for ppo_full_finetune_single_device"),
         ("lce/llama3_2/1B_qat_lora", "is for qat_lora_finetune_distributed"),
         ("generation", "is for generate"),
@@ -565,7 +719,6 @@ def test_what_is_not_planned_is_refused(capsys, config, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss": {"_component_": "torchtune.rlhf.loss.DPOLoss"}}, "is for learning from preferences"),
         ({"quantizer": {"groupsize": 32}}, "is for quantisation-aware training"),
         ({"optimizer": None}, "has no optimizer._component_"),
         ({"model": "llama"}, "has no model._component_"),
@@ -598,6 +751,7 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, capsys, text, message):
     [
         (["--memory", "80"], "--memory takes a number and one of GiB, G, GB, MiB, M, MB, as 80GiB; got '80'"),
         (["--memory", "0GiB"], "--memory takes a number and one of GiB, G, GB, MiB, M, MB, as 80GiB; got '0GiB'"),
+        (["loss._component_=torchtune.rlhf.loss.PPOLoss"], "loss._component_ must be one of torchtune.rlhf.loss.DPO"),
         (["loss.bogus=1"], "loss: torchtune_lce.LinearCrossEntropyLoss got an unexpected keyword argument 'bogus'"),
         (["loss.impl=CCE"], "loss.impl must be one of auto, cce,"),
         (["loss.softcap=-1"], "loss.softcap must be None or a finite number > 0, got -1"),

@@ -57,7 +57,9 @@ def check(name: str, config: DictConfig) -> None:
     seed = config.get("seed")
     if seed is not None and (not isinstance(seed, int) or not 0 <= seed <= MOST_SEED):
         raise CommandError(f"seed must be null or a whole number from 0 to {MOST_SEED}, got {seed!r}")
-    config_reading.check_settings(config, ("loss", "kd_loss", "logprobs"))
+    config_reading.check_settings(config, ("loss", "kd_loss"))
+    if preferences.prefers(config):
+        preferences.check_logprobs(config)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ activations, what each loss adds to them, and the largest batch and the longest 
   tune-lce plan --config lce/llama3_2/1B_lora_single_device --memory 24GiB
   tune-lce plan --config lce/gemma2/2B_lora_single_device --sequence-length 4096 batch_size=2
 
-For LoRA and full fine-tunes, on one device or several, and for distillations; with --nproc_per_node of the recipes that
-are for several. Activations are counted tensor by tensor on the model that the config builds, without its weights;
-torchtune_lce/commands/plan/ states the formulas for the rest. With compile: True the model's layers keep less than is
-said here.
+For LoRA and full fine-tunes, on one device or several, for distillations and for DPO, where a batch is of pairs; with
+--nproc_per_node of the recipes that are for several. Activations are counted tensor by tensor on the model that the
+config builds, without its weights; torchtune_lce/commands/plan/ states the formulas for the rest. With compile: True
+the model's layers keep less than is said here.
 Exit status: 0, or 2 if the config cannot be planned.
 """
 
@@ -28,7 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--config", required=True, metavar="NAME|PATH", help="of a LoRA or full fine-tune, or of a distillation"
+        "--config", required=True, metavar="NAME|PATH", help="of a LoRA or full fine-tune, a distillation or DPO"
     )
     parser.add_argument(
         "--memory", metavar="SIZE", help="of the card, as 80GiB; default: that of the card here, if any"

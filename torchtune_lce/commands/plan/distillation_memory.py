@@ -13,6 +13,7 @@ and the gradient by a strip of the student's logits.
 
 from dataclasses import dataclass
 
+from torchtune_lce.commands.plan.step import StepLoss
 from torchtune_lce.divergence.chunked import tokens_at_once
 from torchtune_lce.implementations import choice
 from torchtune_lce.implementations.memory import CHUNKS, LossMemory, Problem, loss_memory
@@ -34,7 +35,7 @@ class Distillation:
     workspace_mib: int = 128
 
 
-def distillation_memory(loss: str, problem: Problem, distillation: Distillation) -> LossMemory:
+def distillation_memory(loss: str, problem: Problem, distillation: Distillation) -> StepLoss:
     """Of one of :data:`PLANNED`, paired with a divergence as ``tune-lce compare`` has it; teacher's states too."""
     if loss == "stock":
         return _stock(problem, distillation)
@@ -44,20 +45,22 @@ def distillation_memory(loss: str, problem: Problem, distillation: Distillation)
     )
     in_workspace = _pieces if loss == "chunked" else _strips
     divergence = of_student + in_workspace(problem, distillation)
-    return LossMemory(
+    memory = LossMemory(
         of_teacher + max(divergence, of_student + cross_entropy.forward),
         of_student + max(cross_entropy.backward, 2 * of_student),
     )
+    return StepLoss(memory)
 
 
-def _stock(problem: Problem, distillation: Distillation) -> LossMemory:
+def _stock(problem: Problem, distillation: Distillation) -> StepLoss:
     b, logits = problem.itemsize, problem.logits
     kept = (_STOCK_KEEPS[distillation.divergence] + 4) * logits
     # float() of float32 logits is no copy.
     forward = kept + 2 * b * logits + (4 * logits // CHUNKS if b < 4 else 0)
     # The gradients of all chunks' logits wait for both losses.
     products = b * logits + problem.hidden_bytes
-    return LossMemory(forward, max(kept + 8 * logits // CHUNKS, products))
+    memory = LossMemory(forward, max(kept + 8 * logits // CHUNKS, products))
+    return StepLoss(memory, beside_other=b * logits)
 
 
 def _pieces(problem: Problem, distillation: Distillation) -> int:

@@ -1,21 +1,20 @@
 """Which configs are planned, and with which settings; every other one is refused with a sentence."""
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from torchtune_lce.commands import registry
-from torchtune_lce.commands.shared import config_reading
+from torchtune_lce.commands.shared import config_reading, preferences
 from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.recipe_choice import TAKES, recipe_for
 
-_PLANNED = ("lora_finetune_", "full_finetune_", "knowledge_distillation_")
+_PLANNED = ("lora_finetune_", "full_finetune_", "knowledge_distillation_", "lora_dpo_", "full_dpo_")
 _NEEDED = ("model._component_", "tokenizer._component_", "optimizer._component_", "loss._component_")
 # Methods whose config says so, of a file that no recipe has registered.
 _REFUSED_SECTIONS = {"quantizer": "quantisation-aware training", "policy_model": "reinforcement learning"}
-_REFUSED_LOSSES = {"torchtune.rlhf.": "learning from preferences", "torchtune.dev.rl.": "reinforcement learning"}
 
 
 def check(name: str, config: DictConfig, devices: int | None) -> None:
-    """Raises CommandError unless it is of a LoRA or full fine-tune or of a distillation, with settings to count with.
+    """Raises CommandError unless it is of a LoRA or full fine-tune, a distillation or DPO, with settings to count with.
 
     ``devices`` None means one, without torchrun.
     """
@@ -32,12 +31,11 @@ def check(name: str, config: DictConfig, devices: int | None) -> None:
     if config.tokenizer.get("max_seq_len") is not None:
         config_reading.check_positive("tokenizer.max_seq_len", config.tokenizer.max_seq_len)
     config_reading.check_settings(config, ("loss", "kd_loss"))
+    if preferences.prefers(config):
+        preferences.check_logprobs(config)
     config_reading.training_dtype(config)
 
 
 def _method_of_file(config: DictConfig) -> str | None:
     """What a file that no recipe has registered is for, where it is none of what is planned."""
-    loss = str(OmegaConf.select(config, "loss._component_"))
-    methods = [method for section, method in _REFUSED_SECTIONS.items() if section in config]
-    methods += [method for prefix, method in _REFUSED_LOSSES.items() if loss.startswith(prefix)]
-    return methods[0] if methods else None
+    return next((method for section, method in _REFUSED_SECTIONS.items() if section in config), None)

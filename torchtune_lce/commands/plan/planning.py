@@ -9,13 +9,14 @@ from torch import nn
 from torchtune.modules.peft import get_adapter_params
 from torchtune.modules.tied_linear import TiedLinear
 
-from torchtune_lce.commands.plan import activations
+from torchtune_lce.commands.plan import activations, distillation_memory, preference_memory
 from torchtune_lce.commands.plan.activations import Activations
-from torchtune_lce.commands.plan.distillation_memory import PLANNED, Distillation
-from torchtune_lce.commands.plan.step import Fixed, Step, fixed, step, teacher_forward
+from torchtune_lce.commands.plan.distillation_memory import Distillation
+from torchtune_lce.commands.plan.step import Fixed, Step, StepLoss, fixed, step, untrained_forward
 from torchtune_lce.commands.shared.distillation import check_vocabularies, distils
 from torchtune_lce.commands.shared.errors import CommandError
-from torchtune_lce.implementations.memory import OutputAdapter, Problem, obstacle
+from torchtune_lce.commands.shared.preferences import prefers
+from torchtune_lce.implementations.memory import OutputAdapter, Problem, loss_memory, obstacle
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.model.model_output import find_decoder
 from torchtune_lce.model.output_adapter import Adapter, is_dora
@@ -23,11 +24,14 @@ from torchtune_lce.model.output_adapter import Adapter, is_dora
 # For the CUDA context and the gaps that PyTorch's allocator leaves.
 USABLE = 0.92
 _SEQUENCE_STEP = 256
-_MOST_ROWS = 2**16
+_LARGEST_BATCH = 2**16
 
 
 class Planner:
-    """Steps of one config with any batch, sequence and loss, on ``devices`` that FSDP2 shards it over."""
+    """Steps of one config with any batch, sequence and loss, on ``devices`` that FSDP2 shards it over.
+
+    A ``batch`` is as many rows as it says, or pairs of rows where the config learns from preferences.
+    """
 
     def __init__(self, config: DictConfig, dtype: torch.dtype, devices: int = 1):
         self.config = config
@@ -35,6 +39,7 @@ class Planner:
         self._devices = devices
         self.model = activations.build(config, "model", dtype)
         self.decoder = find_decoder(self.model)
+        self.prefers = prefers(config)
         self.teacher = activations.build(config, "teacher_model", dtype) if distils(config) else None
         if self.teacher is not None:
             check_vocabularies(self.model, self.teacher)
@@ -45,13 +50,20 @@ class Planner:
                 f"on its output, got {config.model._component_}"
             )
 
+    @property
+    def second(self) -> nn.Module | None:
+        """What is there all the time and is not trained: a teacher, or a reference without adapters to disable."""
+        if self.prefers and not get_adapter_params(self.model):
+            return self.model
+        return self.teacher
+
     @cached_property
     def fixed(self) -> Fixed:
-        teacher = 0 if self.teacher is None else _bytes(self.teacher)
-        whole = fixed(self.config, self.model, self.decoder, self.dtype, teacher)
+        second = 0 if self.second is None else _bytes(self.second)
+        whole = fixed(self.config, self.model, self.decoder, self.dtype, second)
         if self._devices == 1:
             return whole
-        models = [self.model] if self.teacher is None else [self.model, self.teacher]
+        models = [self.model] if self.second is None else [self.model, self.second]
         layers = [[_bytes(layer) for layer in model.layers] for model in models]
         root = sum(map(_bytes, models)) - sum(map(sum, layers))
         return whole.sharded(self._devices, root, max(map(max, layers)))
@@ -73,20 +85,22 @@ class Planner:
 
     def obstacle(self, loss: str) -> str | None:
         """Why there is no plan for this loss with such a config, or None."""
-        if self.teacher is not None and loss not in PLANNED:
+        if self.teacher is not None and loss not in distillation_memory.PLANNED:
             return "is not planned for a distillation; stock, chunked and cce are"
+        if self.prefers and loss not in preference_memory.PLANNED:
+            return "is not planned for preference tuning; stock, chunked and cce are"
         return obstacle(loss, self.adapter)
 
-    def problem(self, rows: int, sequence: int) -> Problem:
+    def problem(self, batch: int, sequence: int) -> Problem:
         weight = _head_weight(self.decoder)
-        workspace = self.config.get("loss", {}).get("workspace_mib", Options.workspace_mib)
+        ours = self.config.get("logprobs" if self.prefers else "loss") or {}
         return Problem(
-            tokens=rows * sequence,
+            tokens=self._rows(batch) * sequence,
             features=weight.shape[1],
             vocabulary=weight.shape[0],
             itemsize=self.dtype.itemsize,
             trained_head=weight.requires_grad,
-            workspace_mib=workspace,
+            workspace_mib=ours.get("workspace_mib", Options.workspace_mib),
             adapter=self.adapter,
         )
 
@@ -99,29 +113,36 @@ class Planner:
         dropout = getattr(output.dropout, "p", 0.0) > 0
         return OutputAdapter(output.lora_a.out_features, dropout, is_dora(output))
 
-    def activations(self, rows: int, sequence: int) -> Activations:
-        return self._activations(self.model, rows, sequence)
+    def activations(self, batch: int, sequence: int) -> Activations:
+        return self._activations(self.model, batch, sequence)
 
-    def _activations(self, model: nn.Module, rows: int, sequence: int) -> Activations:
+    def _rows(self, batch: int) -> int:
+        return 2 * batch if self.prefers else batch
+
+    def _activations(self, model: nn.Module, batch: int, sequence: int) -> Activations:
         if (model, sequence) not in self._counted:
             self._counted[model, sequence] = activations.count(model, 1, sequence)
-        return self._counted[model, sequence].times(rows)
+        return self._counted[model, sequence].times(self._rows(batch))
 
-    def step(self, loss: str, rows: int, sequence: int) -> Step:
-        counted, problem = self.activations(rows, sequence), self.problem(rows, sequence)
-        if self.teacher is None:
-            return step(self.fixed, counted, loss, problem)
-        of_teacher = teacher_forward(self._activations(self.teacher, rows, sequence))
-        return step(self.fixed, counted, loss, problem, self.distillation, of_teacher)
+    def step(self, loss: str, batch: int, sequence: int) -> Step:
+        counted, problem = self.activations(batch, sequence), self.problem(batch, sequence)
+        if self.teacher is not None:
+            own = distillation_memory.distillation_memory(loss, problem, self.distillation)
+            of_teacher = untrained_forward(self._activations(self.teacher, batch, sequence))
+            return step(self.fixed, counted, own, of_teacher)
+        if self.prefers:
+            own = preference_memory.preference_memory(loss, problem, self.second is not None)
+            return step(self.fixed, counted, own, untrained_forward(counted))
+        return step(self.fixed, counted, StepLoss(loss_memory(loss, problem)))
 
-    def most_rows(self, loss: str, sequence: int, memory: float) -> int:
-        """The largest batch of such rows whose peak fits ``memory`` bytes; 0 if none does."""
-        return _largest(lambda rows: self.step(loss, rows, sequence).peak <= memory, _MOST_ROWS)
+    def largest_batch(self, loss: str, sequence: int, memory: float) -> int:
+        """The largest one of such a length whose peak fits ``memory`` bytes; 0 if none does."""
+        return _largest(lambda batch: self.step(loss, batch, sequence).peak <= memory, _LARGEST_BATCH)
 
-    def longest(self, loss: str, rows: int, memory: float) -> int:
-        """The longest sequence, in steps of 256, of which so many rows fit, within the model's own limit; or 0."""
+    def longest(self, loss: str, batch: int, memory: float) -> int:
+        """The longest sequence, in steps of 256, that fits in such a batch, within the model's own limit; or 0."""
         most = self.max_seq_len // _SEQUENCE_STEP
-        fits = _largest(lambda steps: self.step(loss, rows, steps * _SEQUENCE_STEP).peak <= memory, most)
+        fits = _largest(lambda steps: self.step(loss, batch, steps * _SEQUENCE_STEP).peak <= memory, most)
         return fits * _SEQUENCE_STEP
 
 

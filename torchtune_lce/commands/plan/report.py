@@ -10,12 +10,12 @@ from rich.table import Table
 
 from torchtune_lce.commands.plan import fine_tune
 from torchtune_lce.commands.plan.planning import USABLE, Planner
-from torchtune_lce.commands.shared import config_reading, distillation, loss_choices
+from torchtune_lce.commands.shared import config_reading, distillation, loss_choices, preferences
 from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.tables import print_table
 
 _USUAL = "stock,stock_compiled,main_compiled,torch_compile,chunked,cce"
-_USUAL_OF_A_DISTILLATION = "stock,chunked,cce"
+_USUAL_WITH_A_SECOND_FORWARD = "stock,chunked,cce"
 _DEFAULT_SEQUENCE = 2048
 _UNITS = {"GiB": 2**30, "G": 2**30, "GB": 10**9, "MiB": 2**20, "M": 2**20, "MB": 10**6}
 
@@ -35,7 +35,8 @@ def show(
     config = config_reading.read(name, overrides)
     fine_tune.check(name, config, devices)
     distils = distillation.distils(config)
-    choices = loss_choices.parse(named or (_USUAL_OF_A_DISTILLATION if distils else _USUAL))
+    usual = _USUAL_WITH_A_SECOND_FORWARD if distils or preferences.prefers(config) else _USUAL
+    choices = loss_choices.parse(named or usual)
     if any(choice.kind == "auto" for choice in choices):
         raise CommandError("--losses: auto is not planned, name what it takes: cce on a card, chunked elsewhere")
     if distils:
@@ -45,17 +46,18 @@ def show(
         size = torch.cuda.get_device_properties(0).total_memory
     dtype = config_reading.training_dtype(config)
     sequence, why = _sequence(config, sequence)
-    rows = config.batch_size
+    batch = config.batch_size
     planner = Planner(config, dtype, devices or 1)
     most = planner.max_seq_len
     if not 1 <= sequence <= most:
         raise CommandError(f"--sequence-length must be from 1 to {most}, the model's own limit, got {sequence}")
     kinds, left_out = _planned([choice.loss for choice in choices], planner, named is not None)
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{name}: {rows} x {sequence} tokens{why}, {config.dtype}{_settings(config, devices)}")
-    print_table(console, _fixed_table(planner, rows, sequence))
+    counted = f"{batch} pairs of rows" if planner.prefers else batch
+    console.print(f"{name}: {counted} x {sequence} tokens{why}, {config.dtype}{_settings(config, devices)}")
+    print_table(console, _fixed_table(planner, batch, sequence))
     limit = None if size is None else USABLE * size
-    print_table(console, _loss_table(planner, kinds, rows, sequence, limit))
+    print_table(console, _loss_table(planner, kinds, batch, sequence, limit))
     if size is None:
         console.print("--memory 80GiB says how much of a batch fits such a card.")
     else:
@@ -114,14 +116,14 @@ def _cautions(config: DictConfig, devices: int | None) -> list[str]:
     return cautions
 
 
-def _fixed_table(planner: Planner, rows: int, sequence: int) -> Table:
+def _fixed_table(planner: Planner, batch: int, sequence: int) -> Table:
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_header=False)
     grid.add_column("what", no_wrap=True)
     grid.add_column("GiB", justify="right", no_wrap=True)
-    activations = planner.activations(rows, sequence)
+    activations = planner.activations(batch, sequence)
     held = len(activations.layers) * activations.layer_input if planner.fixed.checkpoints else sum(activations.layers)
     for what, value in (
-        ("parameters" if planner.teacher is None else "parameters of both models", planner.fixed.parameters),
+        ("parameters" if planner.second is None else "parameters of both models", planner.fixed.parameters),
         ("gathered parameters", planner.fixed.gathered),
         ("gradients of all that is trained", planner.fixed.trained),
         ("optimizer state", planner.fixed.optimizer),
@@ -133,21 +135,21 @@ def _fixed_table(planner: Planner, rows: int, sequence: int) -> Table:
     return grid
 
 
-def _loss_table(planner: Planner, kinds: list[str], rows: int, sequence: int, limit: float | None) -> Table:
+def _loss_table(planner: Planner, kinds: list[str], batch: int, sequence: int, limit: float | None) -> Table:
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     grid.add_column("loss", no_wrap=True)
     headings = ["its own\nGiB", "share of\nthe peak", "peak of the\nstep, GiB"]
     if limit is not None:
-        headings += [f"largest batch\nof {sequence}", f"longest of\n{rows} rows"]
+        headings += [f"largest batch\nof {sequence}", f"longest of\n{batch} {'pairs' if planner.prefers else 'rows'}"]
     for heading in headings:
         grid.add_column(heading, justify="right", no_wrap=True)
     for kind in kinds:
-        step = planner.step(kind, rows, sequence)
+        step = planner.step(kind, batch, sequence)
         cells = [_gib(step.loss.peak), f"{step.share:.0%}", _gib(step.peak)]
         if limit is not None:
-            longest = planner.longest(kind, rows, limit)
+            longest = planner.longest(kind, batch, limit)
             of_the_model = " (the model's)" if longest + 256 > planner.max_seq_len else ""
-            cells += [f"{planner.most_rows(kind, sequence, limit):,}", f"{longest:,}{of_the_model}"]
+            cells += [f"{planner.largest_batch(kind, sequence, limit):,}", f"{longest:,}{of_the_model}"]
         grid.add_row(kind, *cells)
     return grid
 

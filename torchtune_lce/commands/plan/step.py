@@ -3,10 +3,12 @@
     parameters + optimizer state, and gradients where several batches make a step
     + the largest of
         loss     activations + the loss (see loss_memory), its gradients among it
-        teacher  of a distillation: activations + the student's logits, or none + what the teacher's layer holds
+        other    a distillation's teacher, or DPO's reference: activations + what the loss holds by then, the student's
+                 logits or the policy's log-softmax, or none + what a layer of the other model holds
         layers   backward of layer l: activations up to l, gradients of what comes after it, and on the way through the
                  layer three tensors as large as its largest (those of a gated MLP's product and its two factors)
         update   gradients + the optimizer's own copies
+    and at each what the loss leaves behind until the next step
 
 Checkpointed layers keep their input, and one layer at a time has its activations again. Adapters' and other gradients
 have the parameters' dtype, as torchtune's recipes have it.
@@ -21,10 +23,9 @@ from torchtune import config as torchtune_config
 from torchtune.modules.tied_linear import TiedLinear
 
 from torchtune_lce.commands.plan.activations import Activations
-from torchtune_lce.commands.plan.distillation_memory import Distillation, distillation_memory
 from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.random_weights import is_quantised
-from torchtune_lce.implementations.memory import LossMemory, Problem, loss_memory
+from torchtune_lce.implementations.memory import LossMemory
 
 _TENSORS_OF_A_LAYERS_BACKWARD = 3
 # 4 bits an entry, a byte for 64 of them, 4 bytes for 256 of those (Dettmers et al. 2023, arXiv 2305.14314).
@@ -66,18 +67,28 @@ class Fixed:
 
 
 @dataclass(frozen=True)
+class StepLoss:
+    """A loss's ``memory``, and bytes among it: those held while a model that is not trained runs, and those that are
+    there until the next step."""
+
+    memory: LossMemory
+    beside_other: int = 0
+    left_over: int = 0
+
+
+@dataclass(frozen=True)
 class Step:
     """Bytes at each of the moments, everything included."""
 
     loss: LossMemory
     at_loss: int
-    at_teacher: int
+    at_other: int
     at_layers: int
     at_update: int
 
     @property
     def peak(self) -> int:
-        return max(self.at_loss, self.at_teacher, self.at_layers, self.at_update)
+        return max(self.at_loss, self.at_other, self.at_layers, self.at_update)
 
     @property
     def share(self) -> float:
@@ -85,8 +96,8 @@ class Step:
         return self.loss.peak / self.peak
 
 
-def fixed(config: DictConfig, model: nn.Module, decoder: nn.Module, dtype: torch.dtype, teacher: int = 0) -> Fixed:
-    """Of a config and its model on the meta device, with a ``teacher`` of so many bytes."""
+def fixed(config: DictConfig, model: nn.Module, decoder: nn.Module, dtype: torch.dtype, second: int = 0) -> Fixed:
+    """Of a config and its model on the meta device, with a ``second`` model, which nothing trains, of so many bytes."""
     quantised = is_quantised(config.model)
     parameters = sum(_parameter_bytes(decoder, parameter, quantised) for parameter in model.parameters())
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
@@ -96,7 +107,7 @@ def fixed(config: DictConfig, model: nn.Module, decoder: nn.Module, dtype: torch
         sum(parameter.nbytes for parameter in layer.parameters() if parameter.requires_grad) for layer in decoder.layers
     ]
     return Fixed(
-        parameters=parameters + teacher,
+        parameters=parameters + second,
         trained=trained,
         optimizer=int(entries * state),
         update=int(entries * update),
@@ -161,29 +172,20 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.nbytes
 
 
-def teacher_forward(activations: Activations) -> int:
+def untrained_forward(activations: Activations) -> int:
     """Bytes at the worst moment of a forward that keeps nothing: a gated MLP's product and factors, and its inputs."""
     return _TENSORS_OF_A_LAYERS_BACKWARD * activations.largest + 2 * activations.layer_input
 
 
-def step(
-    fixed: Fixed,
-    activations: Activations,
-    loss: str,
-    problem: Problem,
-    distillation: Distillation | None = None,
-    of_teacher: int = 0,
-) -> Step:
-    """Of a batch with these activations and this loss; ``of_teacher``: see :func:`teacher_forward`."""
-    own = loss_memory(loss, problem) if distillation is None else distillation_memory(loss, problem, distillation)
+def step(fixed: Fixed, activations: Activations, loss: StepLoss, of_other: int | None = None) -> Step:
+    """Of a batch with these activations and this loss; ``of_other``: :func:`untrained_forward`, where there is one."""
     gradients_before = fixed.trained if fixed.accumulates and not fixed.in_backward else 0
     always = fixed.parameters + fixed.optimizer + fixed.gathered + gradients_before
     layers = activations.layers
     held = [activations.layer_input] * len(layers) if fixed.checkpoints else list(layers)
     before_loss = always + activations.outside + sum(held) + activations.layer_input
-    at_loss = before_loss + own.peak
-    of_student = problem.logits * problem.itemsize if loss == "stock" else 0
-    at_teacher = 0 if distillation is None else before_loss + of_student + of_teacher
+    at_loss = before_loss + loss.memory.peak
+    at_other = 0 if of_other is None else before_loss + loss.beside_other + of_other
     at_layers = 0
     # Gradients that this batch has made so far.
     made = 0 if fixed.accumulates else fixed.head_gradient
@@ -198,4 +200,4 @@ def step(
     at_update = fixed.parameters + fixed.optimizer + fixed.trained + fixed.update
     if fixed.in_backward:
         at_update = fixed.parameters + fixed.optimizer + fixed.largest_gradient
-    return Step(own, at_loss, at_teacher, at_layers, at_update)
+    return Step(loss.memory, at_loss, at_other, at_layers + loss.left_over, at_update + loss.left_over)

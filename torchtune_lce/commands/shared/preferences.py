@@ -2,6 +2,7 @@
 
 from omegaconf import DictConfig, OmegaConf
 
+from torchtune_lce.commands.shared import config_reading
 from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.loss_choices import MAIN, STOCK, LossChoice
 
@@ -31,6 +32,15 @@ def check(choices: list[LossChoice]) -> None:
             f"--losses: {MAIN} is a loss of labels, and the config learns from preferences; take {STOCK} or this "
             "package's"
         )
+
+
+def check_logprobs(config: DictConfig) -> None:
+    """Raises CommandError for a section ``logprobs`` that is none, or has a setting that it cannot have."""
+    given = config.get("logprobs")
+    if given is not None and not OmegaConf.is_dict(given):
+        raise CommandError(f"logprobs must be a section of settings, got {given}")
+    whole = OmegaConf.merge(config, {"logprobs": OmegaConf.merge({"_component_": _OURS}, given or {})})
+    config_reading.check_settings(whole, ("logprobs",))
 
 
 def section(choice: LossChoice, configured: DictConfig | None) -> dict | None:

@@ -6,7 +6,7 @@ from torchtune_lce.commands import registry
 from torchtune_lce.commands.shared import distillation, preferences
 from torchtune_lce.commands.shared.errors import CommandError
 
-TAKES = "--config must be one of a LoRA or full fine-tune or of a distillation"
+TAKES = "--config must be one of a LoRA or full fine-tune, of a distillation or of DPO"
 
 
 def recipe_for(name: str, config: DictConfig, devices: int | None) -> str:
