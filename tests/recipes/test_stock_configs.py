@@ -1,5 +1,5 @@
-"""Every config of torchtune that trains with cross-entropy takes the loss, every DPO config stays as it is, and what
-is bound sees the head that there is.
+"""Every config of torchtune that trains with cross-entropy takes the loss, every DPO or PPO config stays as it is, and
+what is bound sees the head that there is.
 """
 
 import re
@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 from stock_configs import (
-    DPO_LOSS,
     FOLDER,
     OVERRIDE,
     PAGE,
+    PREFERENCE_LOSSES,
     STOCK_LOSS,
     Head,
     Subject,
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torchtune import config
 from torchtune._recipe_registry import get_all_recipes
 from torchtune.config._utils import _merge_yaml_and_cli_args
-from torchtune.rlhf.loss import DPOLoss
+from torchtune.rlhf.loss import DPOLoss, PPOLoss
 
 from torchtune_lce import LinearCrossEntropyLoss, LinearForwardKLLoss
 from torchtune_lce.logprobs import TokenFigures
@@ -49,7 +49,12 @@ RECIPES = {
     "knowledge_distillation_single_device": 2,
     "knowledge_distillation_distributed": 2,
 }
-PREFERENCE_RECIPES = {"lora_dpo_single_device": 2, "lora_dpo_distributed": 2, "full_dpo_distributed": 1}
+PREFERENCE_RECIPES = {
+    "lora_dpo_single_device": 2,
+    "lora_dpo_distributed": 2,
+    "full_dpo_distributed": 1,
+    "ppo_full_finetune_single_device": 1,
+}
 
 
 @dataclass
@@ -192,7 +197,7 @@ def prefer(subject: Subject, model: nn.Module) -> Preferred:
 
 @pytest.fixture(scope="module")
 def preferred() -> dict[Subject, Preferred]:
-    return {subject: prefer(subject, model) for subject, model in models(DPO_LOSS)}
+    return {subject: prefer(subject, model) for subject, model in models(PREFERENCE_LOSSES)}
 
 
 @pytest.fixture(scope="module")
@@ -258,8 +263,8 @@ def test_distillation_takes_both_models(subject, everything):
 
 
 def test_no_preference_config_is_missed():
-    found = {subject.config for subject in subjects(DPO_LOSS)}
-    by_text = {path for path in FOLDER.rglob("*.yaml") if re.search(r"rlhf\.loss\.(DPO|RSO)Loss", path.read_text())}
+    found = {subject.config for subject in subjects(PREFERENCE_LOSSES)}
+    by_text = {path for path in FOLDER.rglob("*.yaml") if re.search(r"rlhf\.loss\.(DPO|RSO|PPO)Loss", path.read_text())}
     assert found == {path.relative_to(FOLDER).with_suffix("").as_posix() for path in by_text}
     listed = {recipe.name: recipe.configs for recipe in get_all_recipes() if recipe.name in PREFERENCE_RECIPES}
     assert found == {entry.name for configs in listed.values() for entry in configs}
@@ -267,11 +272,11 @@ def test_no_preference_config_is_missed():
         assert {name: len(configs) for name, configs in listed.items()} == PREFERENCE_RECIPES
 
 
-@pytest.mark.parametrize("subject", subjects(DPO_LOSS), ids=lambda subject: subject.config)
-def test_dpo_takes_it_unchanged(subject, preferred):
+@pytest.mark.parametrize("subject", subjects(PREFERENCE_LOSSES), ids=lambda subject: subject.config)
+def test_preferences_take_it_unchanged(subject, preferred):
     cfg = load(subject)
     assert OmegaConf.to_container(cfg, resolve=False) == written(subject.config)
-    assert type(config.instantiate(cfg.loss)) is DPOLoss
+    assert type(config.instantiate(cfg.loss)) is (PPOLoss if subject.part == "policy_model" else DPOLoss)
     result = preferred[subject]
     assert result.figures.logprobs.shape == result.figures.mean_logits.shape == (2, 4)
     assert result.gradient == (2, 4, result.head.width)
@@ -299,4 +304,4 @@ def test_the_readmes_table_is_up_to_date():
     assert readme_table() == table(), "run `python tests/support/stock_configs.py`"
     assert table().count("\n") <= 12
     numbers = [int(cell) for cell in re.findall(r"(?<=\| )\d+(?= \|)", table())]
-    assert sum(numbers) == len({subject.config for subject in [*subjects(), *subjects(DPO_LOSS)]})
+    assert sum(numbers) == len({subject.config for subject in subjects((STOCK_LOSS, *PREFERENCE_LOSSES))})

@@ -1,5 +1,5 @@
-"""Every config of the installed torchtune that trains with cross-entropy or on preferences (DPO), and the output
-projection of its model.
+"""Every config of the installed torchtune that trains with cross-entropy or on preferences (DPO, PPO), and the
+output projection of its model.
 
     python tests/support/stock_configs.py     writes docs/models.md and the table in README.md
 
@@ -42,7 +42,7 @@ RECIPES = ROOT / "recipes"
 OVERRIDE = "loss=torchtune_lce.LinearCrossEntropyLoss"
 KD_OVERRIDE = "kd_loss=torchtune_lce.LinearForwardKLLoss"
 STOCK_LOSS = "torchtune.modules.loss.CEWithChunkedOutputLoss"
-DPO_LOSS = "torchtune.rlhf.loss.DPOLoss"
+PREFERENCE_LOSSES = ("torchtune.rlhf.loss.DPOLoss", "torchtune.rlhf.loss.PPOLoss")
 # By its own header; torchtune's list of configs leaves it out.
 UNLISTED = {"dev/8B_full_experimental": "full_finetune_distributed"}
 # Rows of the README's table, by the packages of torchtune.models.
@@ -74,9 +74,13 @@ METHODS = {
 }
 
 
+# What is trained, a distillation's teacher, PPO's policy.
+PARTS = ("model", "teacher_model", "policy_model")
+
+
 @dataclass(frozen=True)
 class Subject:
-    """A model of a config: ``part`` is the config's section, ``model`` or a distillation's ``teacher_model``."""
+    """A model of a config: ``part`` is the config's section, one of :data:`PARTS`."""
 
     config: str
     recipe: str
@@ -94,7 +98,7 @@ class Subject:
 
     @property
     def family(self) -> str:
-        return FAMILIES[written(self.config)["model"]["_component_"].split(".")[2]]
+        return FAMILIES[written(self.config)[self.part]["_component_"].split(".")[2]]
 
     @property
     def distils(self) -> bool:
@@ -102,14 +106,14 @@ class Subject:
 
     @property
     def prefers(self) -> bool:
-        """Whether it learns from pairs of answers."""
-        return "_dpo_" in self.recipe
+        """Whether it learns from pairs of answers, or from rewards."""
+        return "_dpo_" in self.recipe or "ppo_" in self.recipe
 
     @property
     def kind(self) -> str:
         """Column of the README's table."""
         if self.prefers:
-            return "DPO"
+            return "DPO, PPO"
         if self.distils:
             return "distillation"
         return next(kind for start, kind in METHODS.items() if self.method.startswith(start))
@@ -129,8 +133,8 @@ class Head:
     trained: Literal["whole", "adapters", "nothing"]
 
 
-def subjects(loss: str = STOCK_LOSS) -> list[Subject]:
-    """All with that loss, in the order of their names."""
+def subjects(losses: tuple[str, ...] = (STOCK_LOSS,)) -> list[Subject]:
+    """All with one of these, in the order of their names."""
     recipes = {
         entry.file_path.removesuffix(".yaml"): recipe.name
         for recipe in get_all_recipes()
@@ -142,9 +146,9 @@ def subjects(loss: str = STOCK_LOSS) -> list[Subject]:
         name = path.relative_to(FOLDER).with_suffix("").as_posix()
         cfg = written(name)
         section = cfg.get("loss")
-        if not isinstance(section, dict) or section["_component_"] != loss:
+        if not isinstance(section, dict) or section["_component_"] not in losses:
             continue
-        found += [Subject(name, recipes[name], part) for part in ("model", "teacher_model") if part in cfg]
+        found += [Subject(name, recipes[name], part) for part in PARTS if part in cfg]
     return found
 
 
@@ -155,7 +159,8 @@ def written(config: str) -> dict:
 
 
 def load(subject: Subject) -> DictConfig:
-    """Its config with the loss overridden as on the command line, both losses where it distils, DPO's not at all."""
+    """Its config with the loss overridden as on the command line, both losses where it distils, not at all where it
+    prefers."""
     overrides = [] if subject.prefers else [OVERRIDE, KD_OVERRIDE] if subject.distils else [OVERRIDE]
     return _merge_yaml_and_cli_args(Namespace(**written(subject.config)), overrides)
 
@@ -169,7 +174,7 @@ def build(subject: Subject) -> nn.Module:
         model = config.instantiate(cfg[subject.part])
     if subject.part == "teacher_model":
         return model.requires_grad_(False)
-    if "lora_rank" in cfg.model:
+    if "lora_rank" in cfg[subject.part]:
         set_trainable_params(model, get_adapter_params(model))
         # Where the recipe also trains for quantisation, it rounds what has adapters; none of these heads has.
         assert "quantizer" not in cfg or not isinstance(decoder_of(model).output, lora.LoRALinear)
@@ -197,10 +202,10 @@ def described(model: nn.Module) -> Head:
     return Head(*weight.shape, tied=tied, trained=trained)
 
 
-def models(loss: str = STOCK_LOSS) -> Iterator[tuple[Subject, nn.Module]]:
+def models(losses: tuple[str, ...] = (STOCK_LOSS,)) -> Iterator[tuple[Subject, nn.Module]]:
     """Each subject with its model, one of which serves all configs that have the same."""
     alike = {}
-    for subject in subjects(loss):
+    for subject in subjects(losses):
         alike.setdefault(_model_key(subject), []).append(subject)
     for group in alike.values():
         model = build(group[0])
@@ -299,7 +304,7 @@ the student's, and no head got one. The student is trained with LoRA, its head f
 
 ## Preference tuning
 
-All {preference_count} DPO configs need no override: the loss stays torchtune's, and our recipes take its
+All {preference_count} DPO and PPO configs need no override: the loss stays torchtune's, and our recipes take its
 log-probabilities from hidden states ([preference-tuning.md](preference-tuning.md)). Each one's model was bound as they
 bind it, from torchtune's config unchanged, and gave log-probabilities and mean logits.
 
@@ -320,9 +325,9 @@ def _cell(subject: Subject) -> str:
 
 def table() -> str:
     """The README's: how many configs there are of each family and method."""
-    found = [subject for loss in (STOCK_LOSS, DPO_LOSS) for subject in subjects(loss) if subject.part == "model"]
+    found = [subject for subject in subjects((STOCK_LOSS, *PREFERENCE_LOSSES)) if subject.part != "teacher_model"]
     counts = Counter((subject.family, subject.kind) for subject in found)
-    kinds = [*dict.fromkeys(METHODS.values()), "distillation", "DPO"]
+    kinds = [*dict.fromkeys(METHODS.values()), "distillation", "DPO, PPO"]
     families = dict.fromkeys(FAMILIES.values())
     rows = [_row(family, *(str(counts[family, kind] or "") for kind in kinds)) for family in families]
     assert counts.total() == len(found)
@@ -336,7 +341,7 @@ def readme_table() -> str:
 
 
 if __name__ == "__main__":
-    every = (pair for loss in (STOCK_LOSS, DPO_LOSS) for pair in models(loss))
+    every = models((STOCK_LOSS, *PREFERENCE_LOSSES))
     PAGE.write_text(page({subject: described(model) for subject, model in every}))
     start, end = MARKS
     written_now = README.read_text(encoding="utf-8")

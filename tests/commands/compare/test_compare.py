@@ -241,7 +241,7 @@ def test_recipe_goes_with_the_config_and_the_devices(tmp_path):
         recipe_for("lce/llama3_2/3B_lora", config, None)
     with pytest.raises(CommandError, match="takes one device"):
         recipe_for(LORA_CONFIG, config, 2)
-    with pytest.raises(CommandError, match="LoRA or full fine-tune or of a distillation, llama3_1/8B_l"):
+    with pytest.raises(CommandError, match="of a distillation or of DPO, llama3_1/8B_l"):
         recipe_for("llama3_1/8B_lora_dpo", config, 2)
     prefers = runs.read_config("llama3_1/8B_lora_dpo_single_device", [])
     assert recipe_for("llama3_1/8B_lora_dpo_single_device", prefers, None) == LORA_DPO
@@ -455,6 +455,13 @@ def test_spread_of_a_loss_over_its_seeds():
     outcomes = {name: Outcome("ok", of_run) for name, of_run in found.items()}
     outcomes["cce@2"] = Outcome("failed", None)
     assert report.seed_spread(outcomes) == {"stock": (1.5, 2.5)}
+
+
+@pytest.mark.parametrize(
+    ("pairs", "counted"), [(False, "tokens with a label"), (True, "all tokens of both rows of a pair")]
+)
+def test_notes_say_which_tokens_a_recipe_counts(pairs, counted):
+    assert report.notes({}, 1, pairs)[0].startswith(f"tokens/s: {counted}")
 
 
 def test_tiles_kept_are_shown_where_the_log_tells():

@@ -475,7 +475,7 @@ def test_step_of_a_distillation_on_a_cpu(distillation_assets, loss):
 WIDE_LAYER = ["model.vocab_size=6000", "model.intermediate_dim=8192", "model.num_layers=1"]
 
 
-# The most is there in the loss, in the reference's layers, in a layer's backward beside what is left over; and of ours in
+# The most is there in the loss, in the reference's layers, in a layer's backward beside what is left over; of ours in
 # the reference's layers and in a layer's backward.
 @pytest.mark.parametrize(
     ("loss", "overrides"),

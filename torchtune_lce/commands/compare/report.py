@@ -116,11 +116,13 @@ def table(outcomes: dict[str, Outcome], on_card: bool) -> Table:
     return grid
 
 
-def notes(outcomes: dict[str, Outcome], runs_at_once: int) -> list[str]:
-    """What the table's figures are, and how far apart seeds are."""
+def notes(outcomes: dict[str, Outcome], runs_at_once: int, pairs: bool) -> list[str]:
+    """What the table's figures are, of ``pairs`` of rows or of rows, and how far apart seeds are."""
+    # As torchtune's recipes count them.
+    counted = "all tokens of both rows of a pair, questions and padding too" if pairs else "tokens with a label"
     said = [
-        "tokens/s: tokens with a label, of one device, median without the warm-up; spread: interquartile range of the "
-        "steps, the scatter within a run, not between runs."
+        f"tokens/s: {counted}, of one device, median without the warm-up; spread: interquartile range of the steps, "
+        "the scatter within a run, not between runs."
     ]
     if runs_at_once > 1:
         said.append(f"{runs_at_once} runs at once: not a speed to compare.")
@@ -129,13 +131,13 @@ def notes(outcomes: dict[str, Outcome], runs_at_once: int) -> list[str]:
     return said
 
 
-def document(outcomes: dict[str, Outcome], about: list[str], on_card: bool, runs_at_once: int) -> str:
+def document(outcomes: dict[str, Outcome], about: list[str], on_card: bool, runs_at_once: int, pairs: bool) -> str:
     """Markdown: ``about`` says what was compared and on what, the command and the commit among it."""
     headings, lines = cells(outcomes, on_card)
     padded = [line + [""] * (len(headings) - len(line)) for line in lines]
     grid = [[heading.replace("\n", " ") for heading in headings], ["---"] + ["---:"] * (len(headings) - 1), *padded]
     written = [f"| {' | '.join(line)} |" for line in grid]
-    return "\n\n".join(["# Comparison", *about, "\n".join(written), *notes(outcomes, runs_at_once)]) + "\n"
+    return "\n\n".join(["# Comparison", *about, "\n".join(written), *notes(outcomes, runs_at_once, pairs)]) + "\n"
 
 
 def _ratio(value: int | None, other: int | None) -> float | None:

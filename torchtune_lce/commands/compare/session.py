@@ -98,7 +98,7 @@ def compare(settings: Settings) -> bool:
     ahead = on_card and settings.jobs == 1
     run_all(console, waiting, settings.jobs, settings.fresh, ahead, on_outcome)
     print_table(console, report.table(outcomes, on_card))
-    for note in report.notes(outcomes, settings.jobs):
+    for note in report.notes(outcomes, settings.jobs, preferences.prefers(config)):
         console.print(note)
     console.print(f"Written: {output / RESULTS}, {output / TABLE}, {output / PICTURE}")
     return all(outcome.status in (OK, OUT_OF_MEMORY) for outcome in outcomes.values())
@@ -251,6 +251,7 @@ def write(
         f"{document['gradient_accumulation_steps']}, {config.dtype}, {settings.steps} steps, the first "
         f"{settings.warmup} of them warm-up.",
     ]
-    (output / TABLE).write_text(report.document(outcomes, said, on_card, settings.jobs), encoding="utf-8")
+    written = report.document(outcomes, said, on_card, settings.jobs, preferences.prefers(config))
+    (output / TABLE).write_text(written, encoding="utf-8")
     title = f"{settings.config}, {recipe}, {about['device']}, batch {config.batch_size}, {config.dtype}"
     report.draw(outcomes, title, on_card, output / PICTURE)

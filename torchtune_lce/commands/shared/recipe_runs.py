@@ -42,7 +42,7 @@ class Result:
     """What one run left behind."""
 
     losses: list[float]
-    tokens_per_second: float  # median, of each device; tokens with a label
+    tokens_per_second: float  # median, of each device; tokens as its recipe counts them
     spread: float  # interquartile range of tokens_per_second
     peak_bytes: int | None  # allocated on the GPU; on a CPU the process's resident set; None where nobody counts it
     reserved_bytes: int | None  # by PyTorch on the GPU; None on a CPU
