@@ -54,7 +54,7 @@ METHODS = {
     "qwen2/1.5_to_0.5B": ["KD_lora_single_device", "KD_lora_distributed"],
 }
 OF_A_STOCK_CONFIG = sorted(f"{model}_{method}" for model, methods in METHODS.items() for method in methods)
-ALL = sorted([*OF_A_STOCK_CONFIG, "tiny/lora_single_device", "tiny/full_single_device"])
+ALL = sorted([*OF_A_STOCK_CONFIG, *(f"tiny/{method}_single_device" for method in ("lora", "full", "lora_dpo"))])
 
 
 def path_of(name: str) -> Path:
@@ -84,7 +84,7 @@ def runs(name: str, program: str) -> list[tuple[int, list[str]]]:
 
 
 def test_exactly_the_required_configs_are_bundled():
-    assert len(ALL) == 56
+    assert len(ALL) == 57
     assert sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml")) == ALL
 
 
@@ -186,6 +186,10 @@ def test_tiny_configs_differ_only_by_method():
     lora, full = load(path_of("tiny/lora_single_device")), load(path_of("tiny/full_single_device"))
     for key in ("tokenizer", "checkpointer", "dataset", "seed", "batch_size", "loss", "max_steps_per_epoch", "dtype"):
         assert lora[key] == full[key], key
+    dpo = load(path_of("tiny/lora_dpo_single_device"))
+    for key in ("model", "checkpointer", "seed", "optimizer", "lr_scheduler", "max_steps_per_epoch", "dtype"):
+        assert lora[key] == dpo[key], key
+    assert dpo["tokenizer"] | {"max_seq_len": 256} == lora["tokenizer"]
     sizes = {key: value for key, value in full["model"].items() if key != "_component_"}
     assert sizes.items() <= lora["model"].items()
     assert len(full["tokenizer"]["special_tokens"]) == 3

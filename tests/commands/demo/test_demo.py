@@ -92,6 +92,14 @@ def test_library_without_sources_is_named(tmp_path):
         chats.read_sources(tmp_path)
 
 
+def test_pairs_reject_the_answer_to_another_question():
+    found = chats.pairs([{"input": question, "output": question.upper()} for question in "abc"])
+    answers = [[pair[kind][1]["content"] for kind in ("chosen", "rejected")] for pair in found]
+    assert answers == [["A", "B"], ["B", "C"], ["C", "A"]]
+    assert all(pair["chosen"][0] == pair["rejected"][0] for pair in found)
+    assert [pair["chosen"][0]["content"] for pair in found] == ["a", "b", "c"]
+
+
 def test_jsonl_holds_one_sample_a_line(tmp_path):
     samples = [{"input": "a", "output": "b\nc"}, {"input": "d", "output": "é"}]
     chats.write_jsonl(samples, tmp_path / "samples.jsonl")
@@ -162,6 +170,14 @@ def test_one_planted_difference_is_seen(dtype, rounding, planted):
             assert comparison.largest == pytest.approx(planted)
 
 
+@pytest.mark.parametrize(("dtype", "rounding", "planted"), [(torch.float32, 1e-5, 1e-3), (torch.bfloat16, 3e-3, 0.1)])
+def test_one_planted_difference_of_large_numbers_differences_is_seen(dtype, rounding, planted):
+    """DPO's losses near ln 2, of log-probabilities that together are 600 nats, by a beta of 0.1."""
+    stock, sizes = [0.69, 0.68, 0.7], [60.0, 60.0, 60.0]
+    assert compare(stock, [loss + rounding for loss in stock], dtype, sizes).agrees
+    assert not compare(stock, [0.69, 0.68 - planted, 0.7], dtype, sizes).agrees
+
+
 @pytest.mark.parametrize(("stock", "ours"), [([9.0, 8.0], [9.0, math.nan]), ([math.nan, 8.0], [math.nan, 8.0])])
 def test_nan_never_agrees(stock, ours):
     comparison = compare(stock, ours, torch.float32)
@@ -187,6 +203,17 @@ def test_commands_differ_by_recipe_and_loss_only():
         "loss.impl=cce",
         "loss=torchtune.modules.loss.CEWithChunkedOutputLoss",
         "~loss.impl",
+    }
+
+
+def test_commands_of_dpo_differ_by_recipe_and_log_probabilities_only():
+    stock, ours = (run.command(setting(impl="cce")) for run in runs.runs("dpo"))
+    assert ours[:3] == ["tune", "run", "torchtune_lce/recipes/lora_dpo_single_device.py"]
+    assert stock[:3] == ["tune", "run", "lora_dpo_single_device"]
+    assert set(ours[3:]) ^ set(stock[3:]) == {
+        "output_dir=runs/lora_dpo_lce",
+        "output_dir=runs/lora_dpo_stock",
+        "logprobs.impl=cce",
     }
 
 
@@ -348,7 +375,8 @@ def test_demo_end_to_end(tmp_path, monkeypatch, capsys):
     assert len(vocabulary) == 32765, "and three special tokens"
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     losses = {
-        run: [step["loss"] for step in recipe_runs.read_log(output / run.folder / "log.txt")] for run in runs.RUNS
+        run: [step["loss"] for step in recipe_runs.read_log(output / run.folder / "log.txt")]
+        for run in runs.runs("finetune")
     }
     for run, values in losses.items():
         assert len(values) == 2, run
@@ -360,3 +388,22 @@ def test_demo_end_to_end(tmp_path, monkeypatch, capsys):
     assert "runs impl" not in (output / "runs" / "lora_stock" / "output.txt").read_text()
     # Nothing lands beside the folder.
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
+
+
+@pytest.mark.slow
+def test_dpo_end_to_end(tmp_path, capsys):
+    """Both recipes and what they log, for a comparison that knows of log-probabilities."""
+    output = tmp_path / "demo"
+    assert demo("--method", "dpo", "--output", str(output), "--steps", "4") == 0
+    printed = capsys.readouterr().out
+    ran = "cce" if torch.cuda.is_available() else "chunked"
+    for row in ("LoRA DPO torchtune's ", f"LoRA DPO linear, {ran} "):
+        assert any(line.strip().startswith(row) for line in printed.splitlines()), row
+    assert "LoRA DPO: agree" in printed
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+    stock, ours = (recipe_runs.read_log(output / run.folder / "log.txt") for run in runs.runs("dpo"))
+    # LoRA starts at the reference, and its first step has an effect on the next one's rewards.
+    assert stock[0]["loss"] == ours[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert len({step["loss"] for step in stock}) > 2
+    assert "Token log-probabilities run impl" in (output / "runs" / "lora_dpo_lce" / "output.txt").read_text()
+    assert "Token log-probabilities" not in (output / "runs" / "lora_dpo_stock" / "output.txt").read_text()

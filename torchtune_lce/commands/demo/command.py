@@ -6,10 +6,11 @@ from pathlib import Path
 
 DESCRIPTION = """\
 Fine-tunes a small model on real text with torchtune's own loss and with this package's, by LoRA and in full, and
-compares the losses step by step. Nothing is downloaded: the text is the documentation in Python's standard library,
-the tokenizer is trained on its source, the model has random weights. Uses a CUDA GPU if there is one; on two CPU cores
-it takes up to three minutes. Exit status: 0 if the losses agree, 1 if they differ by more than rounding, 2 if it could
-not run.
+compares the losses step by step. With --method dpo it learns, by LoRA, to tell answers from those to other questions,
+with torchtune's log-probabilities and with this package's. Nothing is downloaded: the text is the documentation in
+Python's standard library, the tokenizer is trained on its source, the model has random weights. Uses a CUDA GPU if there
+is one; on two CPU cores it takes up to three minutes. Exit status: 0 if the losses agree, 1 if they differ by more than
+rounding, 2 if it could not run.
 """
 DEFAULT_STEPS = 20
 
@@ -31,6 +32,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="folder for everything that it writes; default: ./tune-lce-demo",
     )
     parser.add_argument(
+        "--method",
+        choices=("finetune", "dpo"),
+        default="finetune",
+        help="fine-tuning (LoRA and full) or preference tuning (LoRA DPO); default: finetune",
+    )
+    parser.add_argument(
         "--impl", default="auto", help="implementation of the loss, as loss.impl in a config; default: auto"
     )
     parser.add_argument(
@@ -46,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     from torchtune_lce.commands.shared.errors import CommandError
 
     try:
-        agrees = demonstrate(args.output, args.impl, args.steps)
+        agrees = demonstrate(args.output, args.impl, args.steps, args.method)
     except CommandError as error:
         print(f"tune-lce demo: {error}", file=sys.stderr)
         sys.exit(2)

@@ -11,17 +11,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from torchtune_lce.commands.demo import device, folder, model, report
 from torchtune_lce.commands.demo.comparison import Comparison, compare
-from torchtune_lce.commands.demo.runs import CONFIGS, METHOD_TITLES, RUNS, Result, Run, Setting, execute
+from torchtune_lce.commands.demo.runs import CONFIGS, DEMOS, METHOD_TITLES, Result, Run, Setting, execute, runs, sizes
 from torchtune_lce.commands.shared import chats, tokenizer
 from torchtune_lce.commands.shared.errors import CommandError
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-# Enough padded tokens that the logits stand out in the memory table.
+# Of rows: enough padded tokens that the logits stand out in the memory table.
 _BATCH_SIZE = {"cpu": 8, "cuda": 32}
 
 
-def demonstrate(output: Path, impl: str, steps: int) -> bool:
-    """Makes the data, runs the recipes, shows the comparison; whether the losses agree.
+def demonstrate(output: Path, impl: str, steps: int, method: str) -> bool:
+    """Makes the data, runs the recipes of a key of DEMOS, shows the comparison; whether the losses agree.
 
     Raises CommandError if it cannot run; what the arguments alone can tell is told before anything is written.
     """
@@ -29,28 +29,30 @@ def demonstrate(output: Path, impl: str, steps: int) -> bool:
     ran = device.implementation(impl, kind, dtype)
     if steps < 2:
         raise CommandError(f"--steps must be at least 2, a first and a last one, got {steps}")
-    setting = Setting(kind, _DTYPE_NAMES[dtype], _BATCH_SIZE[kind], steps, impl)
+    pairs = method == "dpo"
+    setting = Setting(kind, _DTYPE_NAMES[dtype], _BATCH_SIZE[kind] // (1 + pairs), steps, impl)
     output = folder.prepare(output)
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(f"tune-lce demo on {device.describe(kind)} in {setting.dtype}, impl '{ran}' (set: '{impl}')")
     console.print(f"Everything is written to {output}")
-    prepare_inputs(console, setting, output)
+    prepare_inputs(console, setting, output, pairs)
     console.print("The commands, as they are started in that folder:")
-    results = {run: run_one(console, run, setting, output) for run in RUNS}
+    width = max(len(run.title) for run in runs(method))
+    results = {run: run_one(console, run, setting, output, width) for run in runs(method)}
 
-    comparisons = {
-        method: compare(*(results[Run(method, ours)].losses for ours in (False, True)), dtype)
-        for method in METHOD_TITLES
-    }
+    comparisons = {}
+    for name in DEMOS[method]:
+        stock, ours = Run(name, ours=False), Run(name, ours=True)
+        comparisons[name] = compare(results[stock].losses, results[ours].losses, dtype, sizes(stock, output))
     report.show(console, results, comparisons, ran, kind)
     report.draw(results, comparisons, ran, output / folder.CURVES)
     console.print(f"Curves: {output / folder.CURVES}")
     return conclude(console, comparisons)
 
 
-def prepare_inputs(console: Console, setting: Setting, output: Path) -> None:
-    """Writes data set, tokenizer and checkpoint."""
+def prepare_inputs(console: Console, setting: Setting, output: Path, pairs: bool) -> None:
+    """Writes data set, of questions and answers or of ``pairs`` of these, tokenizer and checkpoint."""
     config: DictConfig = OmegaConf.load(CONFIGS / "full_single_device.yaml")
     with console.status("reading the standard library"):
         sources = chats.read_sources()
@@ -61,10 +63,13 @@ def prepare_inputs(console: Console, setting: Setting, output: Path) -> None:
             f"--steps must be at most {most}, got {setting.steps}: "
             f"the data set has {len(samples)} samples and a step takes {setting.batch_size}"
         )
-    chats.write_jsonl(samples, output / folder.SAMPLES)
+    if pairs:
+        chats.write_jsonl(chats.pairs(samples), output / folder.PAIRS)
+    else:
+        chats.write_jsonl(samples, output / folder.SAMPLES)
     console.print(
-        f"  samples    {len(samples):,} questions and answers from {len(sources):,} modules of "
-        f"Python {platform.python_version()}'s library"
+        f"  samples    {len(samples):,} questions and answers{', and those of others, ' if pairs else ' '}from "
+        f"{len(sources):,} modules of Python {platform.python_version()}'s library"
     )
     entries = config.model.vocab_size
     with console.status("training the tokenizer"):
@@ -75,11 +80,11 @@ def prepare_inputs(console: Console, setting: Setting, output: Path) -> None:
     console.print(f"  model      {parameters / 1e6:.1f} million parameters, random weights, tied head")
 
 
-def run_one(console: Console, run: Run, setting: Setting, output: Path) -> Result:
+def run_one(console: Console, run: Run, setting: Setting, output: Path, width: int) -> Result:
     console.print(shlex.join(run.command(setting)))
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(run.title.ljust(max(len(run.title) for run in RUNS)), total=setting.steps)
+        task = progress.add_task(run.title.ljust(width), total=setting.steps)
         return execute(run, setting, output, lambda done: progress.update(task, completed=done))
 
 

@@ -8,9 +8,10 @@ from torchtune_lce.commands.shared.errors import CommandError
 
 # Says that a folder is the demo's own, whose contents the next demo may delete.
 MARKER = ".tune-lce-demo"
-SAMPLES, TOKENIZER, MODEL, RUNS, CURVES = "samples.jsonl", "tokenizer", "model", "runs", "curves.png"
+SAMPLES, PAIRS, TOKENIZER, MODEL = "samples.jsonl", "pairs.jsonl", "tokenizer", "model"
+RUNS, CURVES = "runs", "curves.png"
 # The configs have the data set's cache here too, not in the home folder.
-_OWN = (SAMPLES, TOKENIZER, MODEL, RUNS, CURVES, "cache")
+_OWN = (SAMPLES, PAIRS, TOKENIZER, MODEL, RUNS, CURVES, "cache")
 
 
 def prepare(output: Path) -> Path:

@@ -12,7 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from torchtune_lce.commands.demo.comparison import Comparison
-from torchtune_lce.commands.demo.runs import METHOD_TITLES, RUNS, Result, Run
+from torchtune_lce.commands.demo.runs import METHOD_TITLES, Result, Run
 
 _STOCK_COLOUR, _OUR_COLOUR, _BOUND_COLOUR = "#8fb4d9", "#12355b", "#b23a3a"
 
@@ -34,8 +34,7 @@ def table(results: dict[Run, Result], comparisons: dict[str, Comparison], impl: 
         grid.add_column(heading, no_wrap=True)
     for heading in ("first\nloss", "last\nloss", "largest\ndifference", memory, "tokens/s"):
         grid.add_column(heading, justify="right", no_wrap=True)
-    for run in RUNS:
-        result = results[run]
+    for run, result in results.items():
         grid.add_row(
             METHOD_TITLES[run.method],
             f"linear, {impl}" if run.ours else "torchtune's",
@@ -52,13 +51,13 @@ def table(results: dict[Run, Result], comparisons: dict[str, Comparison], impl: 
 def draw(results: dict[Run, Result], comparisons: dict[str, Comparison], impl: str, path: Path) -> None:
     """Both loss curves of each recipe above their difference at each step, as a PNG."""
     # Without pyplot: no display is touched and no global state stays behind.
-    figure = Figure(figsize=(11, 6.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(5.5 * len(comparisons), 6.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2, sharex="col", height_ratios=(2, 1))
-    for (method, title), (above, below) in zip(METHOD_TITLES.items(), axes.T, strict=True):
+    axes = figure.subplots(2, len(comparisons), sharex="col", height_ratios=(2, 1), squeeze=False)
+    for (method, comparison), (above, below) in zip(comparisons.items(), axes.T, strict=True):
         _draw_losses(above, *(results[Run(method, ours)].losses for ours in (False, True)), impl)
-        above.set_title(f"{title} recipe")
-        _draw_differences(below, comparisons[method])
+        above.set_title(f"{METHOD_TITLES[method]} recipe")
+        _draw_differences(below, comparison)
         for axis in (above, below):
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
@@ -67,7 +66,7 @@ def draw(results: dict[Run, Result], comparisons: dict[str, Comparison], impl: s
 
 def _draw_losses(axis, stock: list[float], ours: list[float], impl: str) -> None:
     steps = range(1, len(stock) + 1)
-    axis.plot(steps, stock, color=_STOCK_COLOUR, linewidth=6, solid_capstyle="round", label="torchtune's loss")
+    axis.plot(steps, stock, color=_STOCK_COLOUR, linewidth=6, solid_capstyle="round", label="torchtune's")
     axis.plot(steps, ours, color=_OUR_COLOUR, linewidth=1.5, marker="o", markersize=3, label=f"linear, {impl}")
     axis.set_ylabel("loss")
     axis.legend(frameon=False, loc="upper right")

@@ -67,6 +67,19 @@ def _documented(node: ast.Module | ast.ClassDef | ast.FunctionDef, name: str) ->
                 yield from _documented(child, f"{name}.{child.name}")
 
 
-def write_jsonl(samples: list[dict[str, str]], path: Path) -> None:
+def pairs(samples: list[dict[str, str]]) -> list[dict[str, list[dict[str, str]]]]:
+    """Each question with its own answer, which is chosen, and with the next question's, which is rejected."""
+    following = [*samples[1:], *samples[:1]]
+    return [
+        {"chosen": _chat(sample["input"], sample["output"]), "rejected": _chat(sample["input"], other["output"])}
+        for sample, other in zip(samples, following, strict=True)
+    ]
+
+
+def _chat(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def write_jsonl(samples: list[dict], path: Path) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(sample) + "\n" for sample in samples)
