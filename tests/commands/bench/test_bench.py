@@ -22,6 +22,7 @@ from torchtune_lce.commands.shared.candidates import BASELINE, CANDIDATES, Candi
 from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.shapes import MODELS, Shape, parse_shape
 from torchtune_lce.commands.shared.trained_batches import trained_batch
+from torchtune_lce.commands.shared.vocabulary import spread
 from torchtune_lce.implementations import choice
 from torchtune_lce.inputs.filtering import UNFILTERED, Filtering
 
@@ -172,7 +173,7 @@ def test_a_file_of_something_else_says_what_it_may_hold(tmp_path):
 
 
 def test_ids_spread_over_the_vocabulary_in_order():
-    places = text.spread(1000, 20_000)
+    places = spread(1000, 20_000)
     assert len(places.unique()) == 1000
     assert torch.equal(places, places.sort().values)
     assert places[-1] < 20_000

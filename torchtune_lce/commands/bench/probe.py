@@ -1,7 +1,5 @@
 """A small language model, trained on the spot: its hidden states and head are what a loss meets in real training."""
 
-import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,22 +10,19 @@ from torch import Tensor, nn
 from torchtune_lce.commands.shared.batches import Batch
 from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.shapes import Shape
+from torchtune_lce.commands.shared.short_training import Schedule, train
 
 _HEAD = 128  # features of an attention head
 _CHUNK = 2048  # tokens whose logits are held at once while training
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Schedule):
     """Passes over the text are what makes the softmax as peaked as in fine-tuning: four of them with these numbers."""
 
     layers: int = 6
     sequence: int = 1024
-    batch: int = 16
-    steps: int = 900
-    seconds: float = 180.0
     million_tokens: float = 3.7
-    learning_rate: float = 1e-3
     held_out: int = 64  # sequences that are never trained on
 
     def characters(self) -> int:
@@ -162,39 +157,17 @@ def probe_batches(
 def _train(
     model: Probe, rows: Tensor, device: torch.device, training: Training, on_step: Callable[[int, float], None]
 ) -> None:
-    """AdamW with a warm-up and a linear decay by steps or time, whichever runs out first."""
     run = torch.compile(model) if device.type == "cuda" else model
     embedding = model.embedding.weight
     others = [parameter for parameter in model.parameters() if parameter is not embedding]
     # An embedding row gets few gradients, so larger steps.
-    groups = [{"params": others, "scale": 1.0}, {"params": [embedding], "scale": 3.0}]
-    optimizer = torch.optim.AdamW(
-        groups, lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=0.05, fused=device.type == "cuda"
-    )
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(rows), generator=generator)
-    begin, at = time.perf_counter(), 0
-    for step in range(training.steps):
-        spent = (time.perf_counter() - begin) / training.seconds
-        if spent >= 1:
-            break
-        rate = training.learning_rate * min(1, (step + 1) / 50) * (1 - 0.97 * max(step / training.steps, spent))
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
-        if at + training.batch > len(rows):
-            order, at = torch.randperm(len(rows), generator=generator), 0
-        batch = rows[order[at : at + training.batch]].to(device)
-        at += training.batch
+    groups = [{"params": others}, {"params": [embedding], "scale": 3.0}]
+
+    def loss_of(batch: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
             hidden = run(batch[:, :-1])
-        loss = _ChunkedLoss.apply(
+        return _ChunkedLoss.apply(
             hidden.flatten(0, 1).bfloat16(), model.head.weight.bfloat16(), batch[:, 1:].reshape(-1)
         )
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 20 == 0 or step == training.steps - 1:
-            on_step(step, value := loss.item())
-            if not math.isfinite(value):
-                raise CommandError(f"the probe's loss became {value} in step {step}")
+
+    train(groups, rows, device, training, loss_of, on_step)

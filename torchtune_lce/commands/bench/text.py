@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from torchtune_lce.commands.shared.errors import CommandError
+from torchtune_lce.commands.shared.vocabulary import spread
 
 _SUFFIXES = {".py", ".md", ".rst", ".txt"}
 _SMALLEST, _LARGEST = 1_000, 400_000  # bytes: below is boilerplate, above are tables
 # A vocabulary made for all languages holds about this many entries that source code and documentation ever use.
 _LEARNED_ENTRIES = 40_000
-# How much denser the entries in use lie at the start of the vocabulary, where its most frequent ones are.
-_DENSITY_FALL = 20.0
 
 
 def read_texts(characters: int, folders: Iterable[Path] | None = None) -> list[str]:
@@ -73,9 +72,3 @@ def tokenize(texts: list[str], vocab: int) -> Tensor:
     for encoding in tokenizer.encode_batch(texts):
         pieces.append(torch.tensor(encoding.ids + [tokenizer.token_to_id(end)]))
     return spread(tokenizer.get_vocab_size(), vocab)[torch.cat(pieces)]
-
-
-def spread(entries: int, vocab: int) -> Tensor:
-    """[entries] int64: rising places in a vocabulary of ``vocab``, drawn without repetition, denser at the start."""
-    density = 1 / (1 + _DENSITY_FALL * torch.arange(vocab) / vocab)
-    return torch.multinomial(density, entries, generator=torch.Generator().manual_seed(0)).sort().values
