@@ -1,6 +1,5 @@
 """tune-lce compare: what it runs for each loss, what it remembers, what it shows, and short runs of the whole."""
 
-import argparse
 import json
 import math
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import exit_status
 from omegaconf import OmegaConf
 from rich.console import Console
 from tiny_distillation import OURS, STOCK, STOCK_CHUNKED, distillation_config
@@ -68,12 +68,7 @@ def blocked(tmp_path) -> Path:
 
 def ended(name: str, *arguments) -> int:
     """The exit status of plan or compare."""
-    parser = argparse.ArgumentParser()
-    {"plan": plan, "compare": command}[name].add_parser(parser.add_subparsers())
-    args = parser.parse_args([name, *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        args.func(args)
-    return end.value.code
+    return exit_status({"plan": plan, "compare": command}[name], *arguments)
 
 
 def result(*values, speed=100.0, peak=2**30) -> Result:

@@ -5,6 +5,7 @@ from omegaconf import OmegaConf
 from torchtune import config, training
 from torchtune.utils import get_logger
 
+from torchtune_lce.commands.compare.identity_layers import deepened
 from torchtune_lce.commands.shared.random_weights import random_state_dict
 
 # Every number that a card draws has to reach the host, and most runs of a comparison are short.
@@ -32,6 +33,21 @@ class RandomWeights(_SavesNothing):
         if device.type == "cuda":
             torch.cuda.empty_cache()  # or what drew the numbers would count as reserved by the training
         return {training.MODEL_KEY: weights}
+
+
+class Deepened(_SavesNothing):
+    """The first layers in the file ``path`` as weights of ``model``, a config's section.
+
+    See :mod:`torchtune_lce.commands.compare.trained_weights`.
+    """
+
+    def __init__(self, model: dict, path: str, **settings):
+        self._model = OmegaConf.create(model)
+        self._path = path
+
+    def load_checkpoint(self) -> dict:
+        learnt = torch.load(self._path, mmap=True, weights_only=True)
+        return {training.MODEL_KEY: deepened(learnt, self._model)}
 
 
 class LoadOnly(_SavesNothing):

@@ -25,8 +25,11 @@ package's makes log-probabilities, as logprobs.impl in a config.
 
 Settings of the config follow the options as key=value, as behind `tune run`. On a machine without any model or data:
 
-  tune-lce compare --config lce/gemma2/2B_lora_single_device --random-weights --demo-data --steps 20 \\
+  tune-lce compare --config lce/gemma2/2B_lora_single_device --trained-weights --demo-data --steps 20 \\
       --losses stock,stock_compiled,main_compiled,cce,cce_compiled batch_size=4 gradient_accumulation_steps=1
+
+--random-weights are an untrained model's, whose flat softmax lets a loss leave nothing out. --trained-weights train the
+model's first two layers, embedding and head on the spot; its other layers compute as always, and add nothing.
 
 Exit status: 0 if every run came to its end or ran out of memory, 1 if one failed otherwise, 2 if it could not run.
 """
@@ -60,8 +63,20 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="runs at once on the same device, for their losses: speeds say nothing then; default: 1",
     )
     parser.add_argument("--nproc_per_node", type=int, metavar="N", help="devices, for the distributed recipes")
-    parser.add_argument(
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
         "--random-weights", action="store_true", help="no checkpoint: weights of the model's shapes, made on the spot"
+    )
+    weights.add_argument(
+        "--trained-weights",
+        action="store_true",
+        help="no checkpoint: weights of the model's shapes that have learnt the text of --demo-data, made once",
+    )
+    parser.add_argument(
+        "--train-seconds",
+        type=float,
+        metavar="S",
+        help="how long --trained-weights are trained at most; default: 75 on a card, 20 elsewhere",
     )
     parser.add_argument(
         "--demo-data", action="store_true", help="no data set: full rows of the source of Python's library"
@@ -103,6 +118,8 @@ def main(args: argparse.Namespace) -> None:
         output=args.output,
         devices=args.nproc_per_node,
         random_weights=args.random_weights,
+        trained_weights=args.trained_weights,
+        train_seconds=args.train_seconds,
         demo_data=args.demo_data,
         sequence=args.sequence_length,
         vocabulary=args.vocabulary,

@@ -9,24 +9,31 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from torchtune_lce.commands.shared import chats, tokenizer
 from torchtune_lce.commands.shared.errors import CommandError
+from torchtune_lce.commands.shared.vocabulary import spread
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LEAST_VOCABULARY = 256 + len(_SPECIAL)  # every byte is an entry
-_ROWS, _TOKENIZER, _MADE = "rows.pt", "tokenizer", "made.json"
+_ROWS, _REST, _TOKENIZER, _MADE = "rows.pt", "rest.pt", "tokenizer", "made.json"
 
 
 @dataclass(frozen=True)
 class DemoData:
-    """What to make. ``vocabulary`` counts the special tokens."""
+    """What to make. ``vocabulary`` counts the special tokens.
+
+    With ``model_entries`` the ids spread over a model's vocabulary of that many, as those of a tokenizer that was made
+    for all languages, and the files of which no row has anything are kept, to train on.
+    """
 
     rows: int
     sequence: int  # tokens in a row, the label of the last one among them ignored
     vocabulary: int
     pairs: bool = False  # two rows are a chosen and a rejected answer
+    model_entries: int | None = None
 
     def sections(self, folder: Path) -> dict:
         """The ``tokenizer`` and ``dataset`` of a config that reads them from ``folder``."""
@@ -60,8 +67,8 @@ class DemoData:
         texts = list(sources.values())
         random.Random(0).shuffle(texts)
         trained = tokenizer.train(texts, self.vocabulary - len(_SPECIAL), folder / _TOKENIZER)
-        needed, ids = self.rows * self.sequence, []
-        for text in texts:
+        needed, ids, unread = self.rows * self.sequence, [], iter(texts)
+        for text in unread:
             ids += trained.encode(text).ids
             if len(ids) >= needed:
                 break
@@ -71,9 +78,24 @@ class DemoData:
                 f"library has {len(ids):,} tokens; take fewer --steps, a smaller batch_size, or shorter rows "
                 "(--sequence-length)"
             )
-        torch.save(torch.tensor(ids[:needed], dtype=torch.int32).view(self.rows, self.sequence), folder / _ROWS)
+        torch.save(self._placed(ids[:needed]).view(self.rows, self.sequence), folder / _ROWS)
+        if self.model_entries is not None:
+            rest = [token for encoding in trained.encode_batch(list(unread)) for token in encoding.ids]
+            torch.save(self._placed(rest), folder / _REST)
         made.write_text(json.dumps(wanted))
         return True
+
+    def _placed(self, ids: list[int]) -> Tensor:
+        """[tokens] int32, where they are in the model's vocabulary."""
+        tokens = torch.tensor(ids, dtype=torch.int32)
+        if self.model_entries is None:
+            return tokens
+        return spread(self.vocabulary, self.model_entries).int()[tokens]
+
+
+def rows_and_rest(folder: Path) -> tuple[Tensor, Tensor]:
+    """[rows, sequence] and [tokens], int32: what is fine-tuned on, and the text that is left, of other files."""
+    return tuple(torch.load(folder / name, weights_only=True) for name in (_ROWS, _REST))
 
 
 class TokenRows(Dataset):

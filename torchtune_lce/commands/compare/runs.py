@@ -130,8 +130,17 @@ class Run:
         return json.loads(json.dumps(key))
 
 
-def prepared(config: DictConfig, choice: LossChoice, folder: Path, steps: int, random_weights: bool) -> DictConfig:
-    """The config of one loss's run, on random weights or those of the config's checkpoint."""
+def prepared(
+    config: DictConfig,
+    choice: LossChoice,
+    folder: Path,
+    steps: int,
+    random_weights: bool,
+    trained_weights: dict | None = None,
+) -> DictConfig:
+    """The config of one loss's run, on random weights, those that a checkpointer with the settings ``trained_weights``
+    loads, or those of the config's checkpoint.
+    """
     config = config.copy()
     if preferences.prefers(config):
         config.logprobs = preferences.section(choice, config.get("logprobs"))
@@ -162,6 +171,8 @@ def prepared(config: DictConfig, choice: LossChoice, folder: Path, steps: int, r
         if "ref_checkpointer" in config:
             # The policy as it was, as in any run.
             config.ref_checkpointer = checkpointer
+    elif trained_weights:
+        checkpointer |= trained_weights
     else:
         checkpointer["_component_"] = f"{_CHECKPOINTERS}LoadOnly"
         checkpointer["checkpointer"] = config.checkpointer

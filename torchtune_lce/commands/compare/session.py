@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event
 
@@ -16,8 +16,16 @@ from torchtune.modules import TransformerDecoder
 
 from torchtune_lce.commands.compare import report, runs
 from torchtune_lce.commands.compare.demo_data import LEAST_VOCABULARY, DemoData
+from torchtune_lce.commands.compare.identity_layers import first_layers
 from torchtune_lce.commands.compare.queue import Queue
 from torchtune_lce.commands.compare.runs import OK, OUT_OF_MEMORY, Outcome, Run
+from torchtune_lce.commands.compare.trained_weights import (
+    LAYERS,
+    SECONDS_ELSEWHERE,
+    SECONDS_ON_A_CARD,
+    Learnt,
+    TrainedWeights,
+)
 from torchtune_lce.commands.shared import distillation, environment, loss_choices, output_folder, preferences
 from torchtune_lce.commands.shared.config_reading import training_device, training_dtype
 from torchtune_lce.commands.shared.errors import CommandError
@@ -26,7 +34,7 @@ from torchtune_lce.commands.shared.recipe_choice import recipe_for
 from torchtune_lce.commands.shared.tables import print_table
 from torchtune_lce.model.model_output import find_decoder
 
-MARKER, DATA = ".tune-lce-compare", "data"
+MARKER, DATA, WEIGHTS = ".tune-lce-compare", "data", "weights"
 RESULTS, TABLE, PICTURE = "compare.json", "compare.md", "compare.png"
 
 
@@ -48,6 +56,8 @@ class Settings:
     fresh: bool
     command: str
     jobs: int = 1
+    trained_weights: bool = False
+    train_seconds: float | None = None
 
 
 def compare(settings: Settings) -> bool:
@@ -74,17 +84,21 @@ def compare(settings: Settings) -> bool:
         check_demo_data(config, settings.vocabulary, settings.sequence)
     if distillation.distils(config):
         distillation.check_vocabularies(*(configured_model(config, section) for section in ("model", "teacher_model")))
+    check_trained_weights(config, settings)
     output = output_folder.claim(settings.output, MARKER, "an earlier comparison's")
     console = Console(highlight=False, markup=False, soft_wrap=True)
     about = environment.describe(device)
     console.print(environment.in_words(about))
     console.print(f"{settings.config}, {recipe}; everything is written to {output}")
     if settings.demo_data:
-        config = with_demo_data(console, settings, config, output)
+        demo, config = with_demo_data(console, settings, config, output)
+    learnt, checkpointer = None, None
+    if settings.trained_weights:
+        learnt, checkpointer = train_weights(console, settings, config, demo, output)
     waiting = []
     for choice in choices:
         folder = output / choice.name
-        ready = runs.prepared(config, choice, folder, settings.steps, settings.random_weights)
+        ready = runs.prepared(config, choice, folder, settings.steps, settings.random_weights, checkpointer)
         run = Run(choice, recipe, ready, settings.devices, folder, settings.steps, settings.warmup, about)
         waiting.append(replace(run, at_once=settings.jobs))
     outcomes = {}
@@ -92,7 +106,7 @@ def compare(settings: Settings) -> bool:
     def on_outcome(run: Run, outcome: Outcome) -> None:
         outcomes[run.choice.name] = outcome
         # After each run: an interrupted comparison leaves what it had.
-        write(settings, config, recipe, about, outcomes, on_card, output)
+        write(settings, config, recipe, about, outcomes, on_card, output, learnt)
 
     # On a card a run begins with seconds of loading. On a CPU its steps would share that with the next one's imports.
     ahead = on_card and settings.jobs == 1
@@ -111,6 +125,7 @@ def check_numbers(settings: Settings) -> None:
         ("--jobs", settings.jobs, 1),
         ("--nproc_per_node", settings.devices, 1),
         ("--sequence-length", settings.sequence, 2),
+        ("--train-seconds", settings.train_seconds, 1),
     ):
         if value is not None and value < least:
             raise CommandError(f"{option} must be at least {least}, got {value}")
@@ -135,6 +150,40 @@ def check_demo_data(config: DictConfig, vocabulary: int, sequence: int) -> None:
         raise CommandError(f"--sequence-length must be from 2 to {longest}, the model's own limit, got {sequence}")
 
 
+def check_trained_weights(config: DictConfig, settings: Settings) -> None:
+    """Raises CommandError for a fine-tune that cannot start from them, if it shall."""
+    if not settings.trained_weights:
+        if settings.train_seconds is not None:
+            raise CommandError(f"--train-seconds are those of --trained-weights, got {settings.train_seconds:g} alone")
+        return
+    if not settings.demo_data:
+        raise CommandError("--trained-weights need --demo-data: they learn the rest of its text")
+    if distillation.distils(config) or preferences.prefers(config):
+        raise CommandError("--trained-weights are for LoRA and full fine-tunes; take --random-weights")
+    first_layers(config.model, LAYERS)
+
+
+def train_weights(
+    console: Console, settings: Settings, config: DictConfig, demo: DemoData, output: Path
+) -> tuple[Learnt, dict]:
+    """Makes them, unless an earlier call made them, and says so; also the settings of their checkpointer."""
+    device = training_device(config)
+    seconds = settings.train_seconds or (SECONDS_ON_A_CARD if device.type == "cuda" else SECONDS_ELSEWHERE)
+    wanted = TrainedWeights(config.model, demo, training_dtype(config), device, seconds)
+    folder = output / WEIGHTS
+    learnt = None if settings.fresh else wanted.made_before(folder)
+    before = " (made before)" if learnt else ""
+    if learnt is None:
+        with console.status("training weights") as status:
+            learnt = wanted.make(
+                folder,
+                output / DATA,
+                lambda step, loss: status.update(f"training weights, step {step:,}, loss {loss:.2f}"),
+            )
+    console.print(f"{learnt}{before}")
+    return learnt, wanted.checkpointer(folder, learnt)
+
+
 def _decoder(config: DictConfig, section: str) -> TransformerDecoder:
     try:
         return find_decoder(configured_model(config, section))
@@ -142,11 +191,15 @@ def _decoder(config: DictConfig, section: str) -> TransformerDecoder:
         raise CommandError(f"{section}: {error}") from error
 
 
-def with_demo_data(console: Console, settings: Settings, config: DictConfig, output: Path) -> DictConfig:
-    """The config reading rows that are made here, unless an earlier call made them."""
+def with_demo_data(
+    console: Console, settings: Settings, config: DictConfig, output: Path
+) -> tuple[DemoData, DictConfig]:
+    """The rows that are made here, unless an earlier call made them, and the config reading them."""
     batches = settings.steps * config.get("gradient_accumulation_steps", 1) * (settings.devices or 1)
     pairs = preferences.prefers(config)
-    demo = DemoData(batches * config.batch_size * (1 + pairs), settings.sequence, settings.vocabulary, pairs)
+    entries = _decoder(config, "model").tok_embeddings.weight.shape[0] if settings.trained_weights else None
+    rows = batches * config.batch_size * (1 + pairs)
+    demo = DemoData(rows, settings.sequence, settings.vocabulary, pairs, entries)
     with console.status("making rows from the source of Python's library"):
         made = demo.make(output / DATA)
     console.print(
@@ -156,7 +209,7 @@ def with_demo_data(console: Console, settings: Settings, config: DictConfig, out
     config = config.copy()
     for section, content in demo.sections(output / DATA).items():
         config[section] = content
-    return config
+    return demo, config
 
 
 def run_all(
@@ -226,6 +279,7 @@ def write(
     outcomes: dict[str, Outcome],
     on_card: bool,
     output: Path,
+    learnt: Learnt | None,
 ) -> None:
     document = {
         **about,
@@ -241,6 +295,7 @@ def write(
         "warmup": settings.warmup,
         "runs_at_once": settings.jobs,
         "random_weights": settings.random_weights,
+        "trained_weights": learnt and asdict(learnt),
         "demo_data_sequence": settings.sequence if settings.demo_data else None,
     }
     report.write_json(outcomes, {"about": document}, output / RESULTS)
@@ -250,6 +305,7 @@ def write(
         f"{recipe}, {settings.devices or 1} device(s), batch {config.batch_size} x "
         f"{document['gradient_accumulation_steps']}, {config.dtype}, {settings.steps} steps, the first "
         f"{settings.warmup} of them warm-up.",
+        *([f"{learnt}."] if learnt else []),
     ]
     written = report.document(outcomes, said, on_card, settings.jobs, preferences.prefers(config))
     (output / TABLE).write_text(written, encoding="utf-8")

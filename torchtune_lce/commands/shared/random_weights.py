@@ -52,7 +52,18 @@ def random_state_dict(
     seed: int = 0,
     distinct_layers: int | None = None,
 ) -> dict[str, Tensor]:
-    """A state dict, on the CPU, of the model that ``model_config`` builds; without adapters.
+    """:func:`random_state` of the model that ``model_config`` builds."""
+    return random_state(meta_model(model_config), dtype, device, seed, distinct_layers)
+
+
+def random_state(
+    model: nn.Module,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    seed: int = 0,
+    distinct_layers: int | None = None,
+) -> dict[str, Tensor]:
+    """A state dict, on the CPU, of a model of torchtune's, its own weights unread; without adapters.
 
     Matrices get a standard deviation of 1 / sqrt(columns). With the final norm, logits then have about that of 1, and
     the head can tell tokens apart even while it is frozen, as it is under LoRA. Their
@@ -60,7 +71,6 @@ def random_state_dict(
 
     Layers from ``distinct_layers`` on share the matrices of those before, in turn: nothing is drawn for them, nor held.
     """
-    model = meta_model(model_config)
     shapes = model.state_dict()
     adapters = get_adapter_params(model)
     zeros = {f"{name}.scale" for name, module in model.named_modules() if isinstance(module, GemmaRMSNorm)}
