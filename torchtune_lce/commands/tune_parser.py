@@ -29,7 +29,7 @@ examples:
 
     $ tune-lce demo
     $ tune-lce bench --model llama3_1_8b --data trained --data random
-    $ tune-lce compare --config lce/gemma2/2B_lora_single_device --random-weights --demo-data
+    $ tune-lce compare --config lce/gemma2/2B_lora_single_device --trained-weights --demo-data
     $ tune-lce plan --config lce/llama3_2/1B_lora_single_device --memory 24GiB
     $ tune-lce run lce_lora_finetune_single_device --config lce/llama3_2/1B_lora_single_device
     $ tune-lce run lce_full_finetune_single_device --config mine.yaml loss=torchtune_lce.LinearCrossEntropyLoss

@@ -275,7 +275,7 @@ def test_from_the_command_line_and_again(tmp_path, monkeypatch, capsys):
     assert chunked == pytest.approx(stock, rel=1.5e-6)
     assert f"held-out loss {held_out:.3f}." in (tmp_path / "out" / session.TABLE).read_text()
     assert compare(*common, *settings) == 0
-    assert "(made before)" in capsys.readouterr().out
+    assert f"held-out loss {held_out:.3f} (made before)" in capsys.readouterr().out
 
     def make(*arguments):
         raise CommandError("made again")
