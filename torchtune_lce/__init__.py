@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torchtune_lce.loss import LinearCrossEntropyLoss
     from torchtune_lce.model.model_output import skip_output_layer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "LinearCrossEntropyLoss",
     "LinearForwardKLLoss",

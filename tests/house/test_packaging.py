@@ -36,6 +36,17 @@ def packaged_files() -> set[str]:
     return found
 
 
+def test_the_version_is_the_same_everywhere():
+    """In the project's file, the package, and the changelog, which begins with the newest."""
+    said = {
+        "pyproject.toml": r'^version = "(.+)"$',
+        "torchtune_lce/__init__.py": r'^__version__ = "(.+)"$',
+        "docs/changelog.md": r"^## (.+)$",
+    }
+    found = [re.search(how, (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)[1] for name, how in said.items()]
+    assert len(set(found)) == 1, dict(zip(said, found, strict=True))
+
+
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory) -> dict[str, Path]:
     """One built from the tree and one from its sdist, in a copy that holds no leftovers of other builds."""
