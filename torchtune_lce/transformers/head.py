@@ -13,7 +13,8 @@ def make_ready(head: nn.Module | None, switch: Switch) -> str | None:
     """Lets the projection ``head`` put its product off, or tells why it cannot.
 
     To be asked before every forward: adapters, resizing and tying replace the module. With LoRA on it the products of
-    head and adapter are put off alike.
+    head and adapter are put off alike. A weight that ZeRO-3 has split is whole again when the loss reads it: DeepSpeed
+    gathers what is read while the model's forward runs.
     """
     if head is None:
         return "it has no output projection (get_output_embeddings gives None)"
@@ -54,8 +55,6 @@ def _obstacle(linear: nn.Linear) -> str | None:
         return f"its output projection is a {type(linear).__name__}, whose product is not torch.nn.Linear's"
     if "forward" in vars(linear):
         return "the forward of its output projection has been replaced on this one module"
-    if hasattr(linear.weight, "ds_id"):
-        return "its output projection's weight is split by ZeRO-3, and gone when the loss needs it"
     return None
 
 
