@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchtune_lce.implementations.capabilities import TWICE_DIFFERENTIABLE
 from torchtune_lce.implementations.chunked import by_sum, by_target_and_others, take_own_rows
-from torchtune_lce.implementations.fused import UNIT, Cap, Walk, gradients, steps
+from torchtune_lce.implementations.fused import UNIT, Cap, Walk, any_variants, gradients, steps
 from torchtune_lce.implementations.walk import Operands, no_values
 from torchtune_lce.inputs.autocast import without_autocast
 from torchtune_lce.inputs.call import Call
@@ -53,7 +53,8 @@ def _operator(name: str, signature: str):
         @torch.no_grad()
         def run(*arguments):
             # By what may ask for a gradient the steps would be compiled once more.
-            return function(*(x.detach() if isinstance(x, Tensor) else x for x in arguments))
+            with any_variants():
+                return function(*(x.detach() if isinstance(x, Tensor) else x for x in arguments))
 
         torch.library.impl(f"torchtune_lce::{name}", "default")(without_autocast(run))
         return function
@@ -78,14 +79,13 @@ def _forward(*arguments):
     *numbers, mean, direction, low_direction, slope, apart = results
     to_directions = purpose == "directions"
     needs = Operands(True, False, False, low_direction.numel() > 0, False, False) if to_directions else None
-    walk = Walk(operands, targets, ignore_index, workspace_mib, needs)
+    walk, all_found = Walk(operands, targets, ignore_index, workspace_mib, needs), []
     for rows in walk:
         common = rows.logits, rows.labels, operands.bias, operands.scale, Cap(*cap)
         *found, reference, factor, d_target, at_target = steps().finish(
             *steps().statistics(*common), Cap(*cap), "directions" if to_directions else "losses", 0.0, 0.0
         )
-        for result, part in zip(numbers, found, strict=True):
-            result[rows.at] = part
+        all_found.append(found)
         if purpose == "means":
             mean[rows.at] = steps().means(*common, found[1])
         if to_directions:
@@ -93,10 +93,11 @@ def _forward(*arguments):
             slope[rows.at] = at_target = at_target if operands.scale is None else at_target * operands.scale[labels]
             steps().write_gradient(*common, reference, factor, d_target, None)
             if low_direction.numel():
-                low_direction[rows.at] = walk.product(rows, operands.up, 1 / UNIT, wide=True)
-            made = walk.product(rows, operands.weight, 1 / UNIT, wide=True)
+                low_direction[rows.at] = walk.wide_product(rows, operands.up, 1 / UNIT)
+            made = walk.wide_product(rows, operands.weight, 1 / UNIT)
             apart[rows.at] = take_own_rows(made, operands.weight, labels, at_target)
             direction[rows.at] = made.to(direction.dtype)
+    walk.put(numbers, all_found)
     return results
 
 
@@ -202,20 +203,20 @@ def _sum(*arguments):
     """
     operands, (targets, ignore_index, *cap, workspace_mib, smoothing, z_loss, needs) = _split(arguments)
     cap = Cap(*cap)
-    numbers, needs = _numbers(operands, targets), Operands(*needs)
+    numbers, needs, all_found = _numbers(operands, targets), Operands(*needs), []
 
     def by_logits(rows):
         common = rows.logits, rows.labels, operands.bias, operands.scale, cap
         *found, reference, factor, d_target, _ = steps().finish(
             *steps().statistics(*common), cap, "sum", smoothing, z_loss
         )
-        for result, part in zip(numbers, found, strict=True):
-            result[rows.at] = part
+        all_found.append(found)
         return reference, factor, d_target, None
 
     walk = Walk(operands, targets, ignore_index, workspace_mib, needs)
     # Of the mean: a sum that is scaled later would be rounded twice.
     found = gradients(walk, needs, cap, by_logits, factor=1 / max(walk.tokens, 1))
+    walk.put(numbers, all_found)
     nll, peak, log_total = numbers
     total = (1 - smoothing) * nll.sum()
     # Nothing times what may be infinite would not be nothing.

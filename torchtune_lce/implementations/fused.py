@@ -10,7 +10,7 @@ may read aligned rows in wide loads; from the second one on for any.
 
 from __future__ import annotations  # torch 2.8 compiles nested functions, but not `Tensor | None`
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
 from typing import NamedTuple
@@ -30,20 +30,27 @@ _MOST_ROUNDED = 8
 UNIT = 2.0**10
 
 
-def compiled_always(function: Callable, dynamic: bool | None = True) -> Callable:
-    """The function under torch.compile, which raises where it would run a variant of it without compiling it.
+def any_variants():
+    """A context, in which a function is compiled for all variants that come: a dtype, a softcap, a bias or none, a
+    frozen weight or not.
 
-    A variant is a dtype, a softcap, a bias or none, a frozen weight or not: torch's limit for a function, eight in a
-    process, is soon passed, so its limit for all of them together holds. Numbers of Python are constants: torch 2.13,
-    told to compile for any, may go on with one that it has seen before.
+    torch's limit for a function, eight in a process, is soon passed, so its limit for all of them together holds.
+    Numbers of Python are constants: torch 2.13, told to compile for any, may go on with one that it has seen before.
+    """
+    config = torch._dynamo.config
+    return config.patch(recompile_limit=config.accumulated_recompile_limit, specialize_float=True)
+
+
+def compiled_always(function: Callable) -> Callable:
+    """The function under torch.compile for any sizes, which raises where it would run a variant of it without compiling
+    it.
     """
     # As one whole, or torch would only warn.
-    compiled = torch.compile(function, dynamic=dynamic, fullgraph=True)
+    compiled = torch.compile(function, dynamic=True, fullgraph=True)
 
     @wraps(function)
     def run(*arguments):
-        config = torch._dynamo.config
-        with config.patch(recompile_limit=config.accumulated_recompile_limit, specialize_float=True):
+        with any_variants():
             return compiled(*arguments)
 
     return run
@@ -200,8 +207,10 @@ def steps() -> Steps:
 
 
 def of_any_tokens(function: Callable, shared: tuple[int, ...] = ()) -> Callable:
-    """Compiled. ``shared``: where arguments stand that all tokens share, the bias and the scale."""
-    compiled = compiled_always(function, dynamic=None)
+    """Compiled, to be called where :func:`any_variants` holds, which takes the host as long as a small step to enter.
+    ``shared``: where arguments stand that all tokens share, the bias and the scale.
+    """
+    compiled = torch.compile(function, fullgraph=True)
 
     def run(*arguments):
         for place, x in enumerate(arguments):
@@ -285,6 +294,8 @@ class Walk:
     ):
         self.operands, self.targets = operands, targets
         self.used = (targets != ignore_index).nonzero().squeeze(-1)
+        # Of all tokens no copy is needed.
+        self.all = self.used.numel() == targets.shape[0]
         sizes = sizes_of(operands, None, workspace_mib)
         self.wide = accumulation_dtype(sizes.dtype)
         self.factor = self.wide if sizes.widened else sizes.dtype
@@ -301,32 +312,39 @@ class Walk:
         hidden, _, _, low, up, _ = self.operands
         at_once = self.division.tokens
         memory = hidden.new_empty((min(at_once, self.tokens), self.operands.weight.shape[0]), dtype=self.factor)
+        # Of 64 bits, what names no entry could do so in 32.
+        labels = (self.targets if self.all else self.targets[self.used]).clamp(-1, memory.shape[1]).int()
         end = 0
         while end < self.tokens:
             start, end = end, min(end + at_once, self.tokens)
             # Not a last one alone: torch takes an axis of length 1 for a constant, and compiles once more.
             end -= self.tokens - end == 1 and end - start > 2
-            # Of all tokens no copy is needed.
-            at = slice(start, end) if self.tokens == self.targets.shape[0] else self.used[start:end]
-            # Of 64 bits, what names no entry could do so in 32.
-            labels = self.targets[at].clamp(-1, self.operands.weight.shape[0]).int()
-            states = hidden[at].to(self.factor)
-            rows = Rows(at, labels, states, None if low is None else low[at].to(self.factor), memory[: end - start])
+            at = slice(start, end) if self.all else self.used[start:end]
+            states, some_low = hidden[at].to(self.factor), None if low is None else low[at].to(self.factor)
+            rows = Rows(at, labels[start:end], states, some_low, memory[: end - start])
             for part, weight in self._strips(self.operands.weight):
                 torch.mm(states, weight.T, out=rows.logits[:, part])
             if low is not None:
                 rows.logits.addmm_(rows.low, up.to(self.factor).T)
             yield rows
 
-    def product(self, rows: Rows, matrix: Tensor, factor: float, wide: bool = False) -> Tensor:
-        """``factor`` times what stands in the logits' place times ``matrix``, [n, its width] in their dtype; or, not
-        rounded to it where torch has such a product, in the accumulation dtype.
-        """
-        if wide and rows.logits.dtype != self.wide:
-            if has_wide_product(rows.logits):
-                return torch.mm(rows.logits, matrix, out_dtype=self.wide).mul_(factor)
-            return (rows.logits @ matrix).to(self.wide).mul_(factor)
-        product = rows.logits.new_empty((rows.logits.shape[0], matrix.shape[1]))
+    def put(self, results: Sequence[Tensor], found: list[tuple[Tensor, ...]]) -> None:
+        """Fills ``results``, [N] each, by what was ``found`` of each piece, one after the other."""
+        at = slice(None) if self.all else self.used
+        for result, parts in zip(results, zip(*found, strict=True), strict=False):
+            result[at] = torch.cat(parts)
+
+    def wide_product(self, rows: Rows, matrix: Tensor, factor: float) -> Tensor:
+        """As :meth:`product`, in the accumulation dtype, not rounded before where torch has such a product."""
+        if rows.logits.dtype == self.wide:
+            return self.product(rows, matrix, factor)
+        if has_wide_product(rows.logits):
+            return torch.mm(rows.logits, matrix, out_dtype=self.wide).mul_(factor)
+        return (rows.logits @ matrix).to(self.wide).mul_(factor)
+
+    def product(self, rows: Rows, matrix: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
+        """``factor`` times what stands in the logits' place times ``matrix``, [n, its width] in their dtype."""
+        product = rows.logits.new_empty((rows.logits.shape[0], matrix.shape[1])) if out is None else out
         for part, values in self._strips(matrix):
             beta = 1 if part.start else 0
             torch.addmm(product, rows.logits[:, part], values, beta=beta, alpha=factor, out=product)
@@ -380,7 +398,9 @@ def gradients(
             made["scale"].add_(steps().summed_by_scale(*arguments), alpha=factor)
         steps().write_gradient(*arguments)
         for name, matrix in (("hidden", operands.weight), ("low", operands.up)):
-            if name in made:
+            if name in made and walk.all and made[name].dtype == walk.factor:
+                walk.product(rows, matrix, factor, out=made[name][rows.at])
+            elif name in made:
                 made[name][rows.at] = walk.product(rows, matrix, factor).to(made[name].dtype)
         for name, states in (("weight", rows.hidden), ("up", rows.low)):
             if name in made:
@@ -398,7 +418,7 @@ def _sums(name: str, walk: Walk) -> Tensor:
     """What a gradient is added up or written in: zeros for what no piece has."""
     like = getattr(walk.operands, name)
     of_entries = name in ("weight", "up")
-    whole = walk.tokens > 0 if of_entries else name in ("hidden", "low") and walk.tokens == walk.targets.shape[0]
+    whole = walk.tokens > 0 if of_entries else name in ("hidden", "low") and walk.all
     is_wide = name in ("bias", "scale") or of_entries and walk.division.wide_sums
     make = like.new_empty if whole else like.new_zeros
     return make(like.shape, dtype=walk.wide if is_wide else like.dtype)
