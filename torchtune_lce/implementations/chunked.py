@@ -196,7 +196,7 @@ class _Walked(NamedTuple):
 
 def _walk(piece: Piece, reference: Tensor | None, with_means: bool, with_directions: bool) -> _Walked:
     """``reference``: by default the largest of the first strip, from which the largest of all is seldom far."""
-    totals, targets, rounded = [], [], []
+    totals, targets, exact, rounded = [], [], [], []
     mean, base = torch.zeros_like(piece.rows, dtype=piece.wide), None
     vocabulary, scale, up = piece.operands.weight.shape[0], piece.operands.scale, piece.operands.up
     direction = torch.zeros_like(piece.hidden, dtype=piece.wide) if with_directions else None
@@ -220,15 +220,15 @@ def _walk(piece: Piece, reference: Tensor | None, with_means: bool, with_directi
                 low_direction.addmm_(exponentials, up[part].to(piece.wide))
             factors = exponentials.to(piece.factor)
             if factors.dtype != piece.wide:
-                exact = totals[-1] if tanh is None and scale is None else exponentials.sum(-1)
-                rounded.append(torch.stack((factors.sum(-1, dtype=piece.wide), exact)))
+                exact.append(totals[-1] if tanh is None and scale is None else exponentials.sum(-1))
+                rounded.append(factors.sum(-1, dtype=piece.wide))
             add_product(direction, factors, weight)
             del factors
         # Before the next strip's are made.
         del logits, tanh, exponentials, weight
     mean = mean if base is None else mean + base
     target = piece.targets.by_token(targets)
-    ratio = torch.div(*torch.stack(rounded).sum(0)) if rounded else None
+    ratio = torch.stack(rounded).sum(0) / torch.stack(exact).sum(0) if rounded else None
     return _Walked(reference, torch.stack(totals).sum(0), target, mean, direction, low_direction, ratio)
 
 
