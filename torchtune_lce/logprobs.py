@@ -1,24 +1,19 @@
 """Log-probabilities of given tokens, for preference tuning: bound to a model once, then called with hidden states."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torchtune.utils import get_logger, log_rank_zero
+from torch import Tensor
 
 from torchtune_lce.functional import compute, logprobs_and_entropy
-from torchtune_lce.implementations import choice
 from torchtune_lce.implementations.tensor_parallel import local_operands, mean_over_ranks
-from torchtune_lce.inputs import validation
-from torchtune_lce.inputs.call import Call, checked
+from torchtune_lce.inputs.call import Call
 from torchtune_lce.inputs.dtypes import accumulation_dtype
 from torchtune_lce.inputs.options import Options
-from torchtune_lce.model import output_adapter
-from torchtune_lce.model.bound_model import BoundModel, check_one_tensor, check_width, described
+from torchtune_lce.model.bound_model import check_one_tensor
 from torchtune_lce.model.foreign_settings import refuses_settings_of_losses
+from torchtune_lce.model.of_model_output import OfModelOutput
 from torchtune_lce.model.stock_calls import check_no_preference_call
 from torchtune_lce.terms.mean_logits import mean_logits
 
@@ -34,7 +29,7 @@ class TokenFigures(NamedTuple):
     mean_logits: Tensor | None  # over the vocabulary, without a gradient, of every position
 
 
-class LinearTokenLogprobs(nn.Module):
+class LinearTokenLogprobs(OfModelOutput):
     """Log-probability of each target from hidden states and the model's own output projection, without the logits.
 
     .. code-block:: yaml
@@ -58,6 +53,9 @@ class LinearTokenLogprobs(nn.Module):
         TypeError, ValueError: a setting that no implementation accepts, by name.
     """
 
+    _runs = "Token log-probabilities run"
+    _not_copied = "log-probabilities that are bound to a model cannot be copied: release() them first, or build others"
+
     @refuses_settings_of_losses
     def __init__(
         self,
@@ -69,28 +67,14 @@ class LinearTokenLogprobs(nn.Module):
         workspace_mib: int = 128,
         check_targets: bool = False,
     ):
-        super().__init__()
-        self._options = Options(
+        options = Options(
             ignore_index=ignore_index,
             softcap=softcap,
             logit_scale=logit_scale,
             filter_eps=filter_eps,
             workspace_mib=workspace_mib,
         )
-        validation.check_options(self._options)
-        validation.check_flag("check_targets", check_targets)
-        choice.check_name(impl)
-        self.impl = impl
-        self.check_targets = check_targets
-        # Entries of the tokenizer, where the recipe knows them: for the message about targets that name no row.
-        self.tokenizer_size: int | None = None
-        # No Module, so nothing of the model is registered here: this has no parameters and no state.
-        self._bound: BoundModel | None = None
-        self._first_batch = True
-
-    @property
-    def ignore_index(self) -> int:
-        return self._options.ignore_index
+        super().__init__(options, impl, check_targets)
 
     @property
     def rows(self) -> int:
@@ -101,28 +85,6 @@ class LinearTokenLogprobs(nn.Module):
     def gives_hidden_states(self) -> bool:
         """Whether a bound model returns them at this moment: not within :meth:`logits`."""
         return self._bound is not None and self._bound.gives_hidden_states
-
-    def set_model_output(self, model: nn.Module) -> None:
-        """Make the model return hidden states and use its output projection from now on. After FSDP2, if that is used.
-
-        Raises:
-            TypeError, ValueError: a model whose output is not one matrix (and bias), with what to do instead. The model
-                is then as it was.
-        """
-        self._bound = BoundModel(model, self._bound)
-        self._first_batch = True
-
-    def release(self) -> None:
-        """Undo set_model_output: the model gives logits again. Harmless when nothing is bound."""
-        if self._bound is not None:
-            self._bound.release()
-            self._bound = None
-
-    @contextmanager
-    def logits(self) -> Iterator[None]:
-        """``with logprobs.logits():`` the bound model gives logits, compiled or not, to generate with."""
-        with nullcontext() if self._bound is None else self._bound.logits():
-            yield
 
     def logits_of(self, outputs: Tensor) -> Tensor:
         """What the bound model makes of hidden states [..., D]: all their logits, float32 [..., V], to sample from.
@@ -138,14 +100,6 @@ class LinearTokenLogprobs(nn.Module):
         Raises RuntimeError where no model is bound.
         """
         self._bound_model().generates()
-
-    def __getstate__(self) -> dict:
-        """What a copy or a pickle takes; of a bound object there is none, for it would hold a second model."""
-        if self._bound is not None:
-            raise TypeError(
-                "log-probabilities that are bound to a model cannot be copied: release() them first, or build others"
-            )
-        return vars(self)
 
     def forward(
         self,
@@ -188,7 +142,8 @@ class LinearTokenLogprobs(nn.Module):
         options = replace(self._options, logit_scale=self._options.logit_scale * logit_scale)
 
         def run(outputs, targets, weight, bias, adapter) -> Tensor:
-            call = self._checked(outputs, targets, weight, bias, adapter, options)
+            outputs, weight, bias, shard = local_operands(outputs, weight, bias)
+            call = self._checked(outputs, targets, weight, bias, shard, adapter, options)
             if mean_logits:
                 figures["mean_logits"] = _mean_logits(call)
             if not entropy:
@@ -199,61 +154,11 @@ class LinearTokenLogprobs(nn.Module):
         logprobs = self._bound_model().projection.call(run, outputs, targets)
         return TokenFigures(logprobs, figures.get("entropy"), figures.get("mean_logits"))
 
-    def implementation(self, outputs: Tensor) -> str:
-        """What ``impl`` stands for with hidden states ``outputs``.
-
-        Raises RuntimeError, saying what to set instead, for one that cannot run.
-        """
-        return choice.choose(self.impl, outputs)[0]
-
-    def _bound_model(self) -> BoundModel:
-        if self._bound is None:
-            raise RuntimeError(
-                "log-probabilities were asked for before set_model_output, so no output projection is known: call "
-                "logprobs.set_model_output(model), or torchtune_lce.linear_token_logprobs with a weight of your own"
-            )
-        return self._bound
-
-    def _checked(
-        self,
-        outputs: Tensor,
-        targets: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        adapter: output_adapter.Adapter | None,
-        options: Options,
-    ) -> Call:
-        """What every call is asked; the first batch says what runs."""
-        outputs, weight, bias, shard = local_operands(outputs, weight, bias)
-        validation.check_plain(outputs, weight, targets, bias)
-        check_width(outputs, weight)
-        # In this order: compiled code must not depend on whether a batch has been.
-        first = validation.is_readable(targets) and self._first_batch
-        tokenizer = "" if self.tokenizer_size is None else f", which has {self.tokenizer_size} entries"
-        call = checked(
-            outputs,
-            weight,
-            targets,
-            bias,
-            options=options,
-            shard=shard,
-            look=first or self.check_targets,
-            if_too_large=(
-                f". The model's output has {{vocabulary}} rows; the usual cause is a larger tokenizer{tokenizer}"
-            ),
+    def _unbound_message(self) -> str:
+        return (
+            "log-probabilities were asked for before set_model_output, so no output projection is known: call "
+            "logprobs.set_model_output(model), or torchtune_lce.linear_token_logprobs with a weight of your own"
         )
-        if first:
-            log_rank_zero(
-                get_logger(),
-                f"Token log-probabilities run impl '{self.implementation(outputs)}' (set: '{self.impl}') on "
-                f"{outputs.device.type} in {outputs.dtype}, output projection {described(weight, adapter)}.",
-            )
-            self._first_batch = False
-        return call if adapter is None else replace(call, low_rank=output_adapter.low_rank(adapter, outputs))
-
-    def apply_compile_strategy(self, *args, **kwargs) -> "LinearTokenLogprobs":
-        """Nothing is left to compile: every implementation is either a kernel or compiles itself, once."""
-        return self
 
 
 @torch.no_grad()

@@ -2,9 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,15 +11,14 @@ from torch import Tensor, nn
 from torchtune.utils import get_logger, log_rank_zero
 
 from torchtune_lce.functional import TokenStatistics, compute, compute_token_statistics
-from torchtune_lce.implementations import choice
 from torchtune_lce.implementations.tensor_parallel import check_not_split, local_operands
 from torchtune_lce.inputs import validation
-from torchtune_lce.inputs.call import Call, checked
 from torchtune_lce.inputs.options import Options
 from torchtune_lce.inputs.shard import VocabularyShard
 from torchtune_lce.model import output_adapter
-from torchtune_lce.model.bound_model import BoundModel, check_one_tensor, check_width, described
+from torchtune_lce.model.bound_model import check_one_tensor
 from torchtune_lce.model.foreign_settings import refuses_settings_of_torchtune
+from torchtune_lce.model.of_model_output import OfModelOutput
 from torchtune_lce.model.sft_loss import STOCK_RECIPES_BIND, SFTLoss
 from torchtune_lce.model.stock_calls import check_no_preference_call, our_recipe
 
@@ -39,7 +36,7 @@ class Batch(NamedTuple):
     statistics: Callable[[], TokenStatistics]
 
 
-class LinearCrossEntropyLoss(SFTLoss, nn.Module):
+class LinearCrossEntropyLoss(OfModelOutput, SFTLoss):
     """Cross-entropy from hidden states and the model's own output projection, without the logits.
 
     .. code-block:: yaml
@@ -67,6 +64,13 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         TypeError, ValueError: a setting that no implementation accepts, by name.
     """
 
+    _runs = "Linear cross-entropy runs"
+    _not_copied = (
+        "a loss that is bound to a model cannot be copied: release() it first, or build another one. "
+        "torchtune's early_exit_loss copies its loss and takes logits of every layer: leave early_exit_loss "
+        "out of the config, or keep torch.nn.CrossEntropyLoss for it"
+    )
+
     @refuses_settings_of_torchtune
     def __init__(
         self,
@@ -82,8 +86,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         check_targets: bool = False,
         logit_scale: float = 1.0,
     ):
-        super().__init__()
-        self._options = Options(
+        options = Options(
             ignore_index=ignore_index,
             softcap=softcap,
             logit_scale=logit_scale,
@@ -92,69 +95,24 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
             z_loss=z_loss,
             label_smoothing=label_smoothing,
         )
-        validation.check_options(self._options)
+        super().__init__(options, impl, check_targets)
         validation.check_reduction(reduction)
-        validation.check_flag("check_targets", check_targets)
-        choice.check_name(impl)
-        self.impl = impl
         self.metrics = validation.check_metrics(metrics)
         self.reduction = reduction
-        self.check_targets = check_targets
         self.tp_enabled = False
-        # Entries of the tokenizer, where the recipe knows them: for the message about targets that name no row.
-        self.tokenizer_size: int | None = None
         self.bound_by_our_recipe = False
         # Called after each loss that has gradients: whoever listens decides what is worth it. See live_feedback.
         self.after_batch: list[Callable[[Batch], None]] = []
-        # No Module, so nothing of the model is registered here: the loss has no parameters and no state.
-        self._bound: BoundModel | None = None
-        self._first_batch = True
         self._warned = set()
 
-    @property
-    def ignore_index(self) -> int:
-        return self._options.ignore_index
-
-    @property
-    def workspace_mib(self) -> int:
-        return self._options.workspace_mib
-
     def set_model_output(self, model: nn.Module) -> None:
-        """Make the model return hidden states and use its output projection from now on. After FSDP2, if that is used.
-
-        Raises:
-            TypeError, ValueError: a model whose output is not one matrix (and bias), with what to do instead. The model
-                is then as it was.
-        """
-        self._bound = BoundModel(model, self._bound)
-        self._first_batch = True
+        """See :class:`OfModelOutput`; warns of a reduction that torchtune's recipes do not expect."""
+        super().set_model_output(model)
         if self.reduction != "mean":
             self._warn_once(
                 "loss.reduction must be mean in a torchtune recipe, which multiplies the loss by the number of tokens, "
                 f"got {self.reduction}: right only in a loop of your own that expects it"
             )
-
-    def release(self) -> None:
-        """Undo set_model_output: the model gives logits again. Harmless when nothing is bound."""
-        if self._bound is not None:
-            self._bound.release()
-            self._bound = None
-
-    @contextmanager
-    def logits(self) -> Iterator[None]:
-        """``with loss.logits():`` the bound model gives logits, compiled or not, to generate or to evaluate with."""
-        with nullcontext() if self._bound is None else self._bound.logits():
-            yield
-
-    def __getstate__(self) -> dict:
-        """What a copy or a pickle takes; of a bound loss there is none, for it would hold and train a second model."""
-        if self._bound is not None:
-            raise TypeError(
-                "a loss that is bound to a model cannot be copied: release() it first, or build another one. "
-                "torchtune's early_exit_loss copies its loss and takes logits of every layer: leave early_exit_loss "
-                "out of the config, or keep torch.nn.CrossEntropyLoss for it"
-            )
-        return vars(self)
 
     def forward(
         self,
@@ -176,16 +134,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
             return self._loss(outputs, targets, weight, bias)
         if bias is not None:
             raise ValueError("bias must come with weight: the bound projection brings its own")
-        if self._bound is None:
-            raise RuntimeError(_unbound_message())
-        return self._bound.projection.call(self._bound_loss, outputs, targets)
-
-    def implementation(self, outputs: Tensor) -> str:
-        """What ``impl`` stands for with hidden states ``outputs``.
-
-        Raises RuntimeError, saying what to set instead, for one that cannot run.
-        """
-        return choice.choose(self.impl, outputs)[0]
+        return self._bound_model().projection.call(self._bound_loss, outputs, targets)
 
     def _loss(
         self,
@@ -196,7 +145,8 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         shard: VocabularyShard | None = None,
         adapter: output_adapter.Adapter | None = None,
     ) -> Tensor:
-        call = self._checked(outputs, targets, weight, bias, shard, adapter)
+        call = self._checked(outputs, targets, weight, bias, shard, adapter, self._options)
+        self._tell_of_metrics()
         settings = {"reduction": self.reduction, "impl": self.impl}
         if not self.after_batch or not torch.is_grad_enabled():
             return compute(call, **settings)
@@ -214,43 +164,13 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
             listen(batch)
         return loss
 
-    def _checked(
-        self,
-        outputs: Tensor,
-        targets: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        shard: VocabularyShard | None,
-        adapter: output_adapter.Adapter | None,
-    ) -> Call:
-        """What every call is asked, and what only a bound loss knows to ask; the first batch says what runs."""
-        validation.check_plain(outputs, weight, targets, bias)
-        check_width(outputs, weight)
-        # In this order: compiled code must not depend on whether a batch has been.
-        first = validation.is_readable(targets) and self._first_batch
-        tokenizer = "" if self.tokenizer_size is None else f", which has {self.tokenizer_size} entries"
-        call = checked(
-            outputs,
-            weight,
-            targets,
-            bias,
-            options=self._options,
-            shard=shard,
-            look=first or self.check_targets,
-            if_too_large=(
-                f". The model's output has {{vocabulary}} rows; the usual cause is a larger tokenizer{tokenizer}"
-            ),
-        )
-        if first:
-            self._say_which(outputs, weight, adapter)
-            self._first_batch = False
+    def _tell_of_metrics(self) -> None:
         if self.metrics and not self.after_batch and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._warn_once(
                 f"loss.metrics ({', '.join(self.metrics)}) are not logged here: only this package's recipes log them. "
                 "Use `tune run torchtune_lce/recipes/<recipe>.py`, or take them in "
                 "loss.after_batch"
             )
-        return call if adapter is None else replace(call, low_rank=output_adapter.low_rank(adapter, outputs))
 
     def _bound_loss(
         self,
@@ -265,11 +185,7 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
         return self._loss(outputs, targets, weight, bias, shard, adapter)
 
     def _say_which(self, outputs: Tensor, weight: Tensor, adapter: output_adapter.Adapter | None) -> None:
-        log_rank_zero(
-            get_logger(),
-            f"Linear cross-entropy runs impl '{self.implementation(outputs)}' (set: '{self.impl}') on "
-            f"{outputs.device.type} in {outputs.dtype}, output projection {described(weight, adapter)}.",
-        )
+        super()._say_which(outputs, weight, adapter)
         if STOCK_RECIPES_BIND and not self.bound_by_our_recipe:
             log_rank_zero(
                 get_logger(),
@@ -282,10 +198,6 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
             self._warned.add(message)
             log_rank_zero(get_logger(), message, level=logging.WARNING)
 
-    def apply_compile_strategy(self, *args, **kwargs) -> "LinearCrossEntropyLoss":
-        """Nothing is left to compile: every implementation is either a kernel or compiles itself, once."""
-        return self
-
     def patch_tp_plan(self, tp_plan: dict) -> dict:
         return tp_plan
 
@@ -293,17 +205,16 @@ class LinearCrossEntropyLoss(SFTLoss, nn.Module):
     def tp_requires_loss_parallel_ctx_manager(self) -> bool:
         return False
 
-
-def _unbound_message() -> str:
-    """Names this package's recipe of the same name as the one that runs, if there is one."""
-    if Path(sys.argv[0]).stem == "early_exit_finetune_distributed":
+    def _unbound_message(self) -> str:
+        """Names this package's recipe of the same name as the one that runs, if there is one."""
+        if Path(sys.argv[0]).stem == "early_exit_finetune_distributed":
+            return (
+                "the loss was called before set_model_output, so it knows no output projection; and torchtune's "
+                "early-exit recipe cannot use it, because early_exit_loss takes logits of every layer: set "
+                "loss=torch.nn.CrossEntropyLoss"
+            )
         return (
-            "the loss was called before set_model_output, so it knows no output projection; and torchtune's early-exit "
-            "recipe cannot use it, because early_exit_loss takes logits of every layer: set "
-            "loss=torch.nn.CrossEntropyLoss"
+            "the loss was called before set_model_output, so it knows no output projection. torchtune 0.6.1's own "
+            f"recipes never call that: use `tune run torchtune_lce/recipes/{our_recipe()}.py`, or add "
+            "`self._loss_fn.set_model_output(self._model)` at the end of setup() to your own `tune cp` copy of a recipe"
         )
-    return (
-        "the loss was called before set_model_output, so it knows no output projection. torchtune 0.6.1's own recipes "
-        f"never call that: use `tune run torchtune_lce/recipes/{our_recipe()}.py`, or add "
-        "`self._loss_fn.set_model_output(self._model)` at the end of setup() to your own `tune cp` copy of a recipe"
-    )

@@ -19,9 +19,9 @@ from torchtune import config
 from torchtune.generation import generate
 from torchtune.modules.peft import disable_adapter
 
-import torchtune_lce
 from torchtune_lce import LinearTokenLogprobs, linear_token_logprobs, skip_output_layer
 from torchtune_lce.inputs import dtypes
+from torchtune_lce.model import of_model_output
 
 IGNORED = -100
 HEADS = ["tied", "untied", "bias", *KINDS]
@@ -441,9 +441,9 @@ def test_checked_mode_looks_at_every_batch(model, hidden, targets, monkeypatch, 
     """On a CPU every implementation checks anyway, so the looks themselves are counted."""
     logprobs = bound(model, check_targets=check_targets)
     looked_at = []
-    real = torchtune_lce.logprobs.checked
+    real = of_model_output.checked
     monkeypatch.setattr(
-        torchtune_lce.logprobs, "checked", lambda *a, look, **k: looked_at.append(look) or real(*a, look=look, **k)
+        of_model_output, "checked", lambda *a, look, **k: looked_at.append(look) or real(*a, look=look, **k)
     )
     for _ in range(3):
         logprobs(hidden, targets)

@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor, Replicate
 from torchtune import config
 from torchtune.training import compile_loss
 
-import torchtune_lce
 from torchtune_lce import LinearCrossEntropyLoss, linear_cross_entropy
 from torchtune_lce.implementations import choice
+from torchtune_lce.model import of_model_output
 from torchtune_lce.model.sft_loss import SFTLoss
 
 EMBED_DIM = 64
@@ -305,9 +305,9 @@ def test_checked_mode_looks_at_every_batch(model, hidden, targets, monkeypatch, 
     """On a CPU every implementation checks anyway, so the looks themselves are counted."""
     loss = bound(model, check_targets=check_targets)
     looked_at = []
-    real = torchtune_lce.loss.checked
+    real = of_model_output.checked
     monkeypatch.setattr(
-        torchtune_lce.loss, "checked", lambda *a, look, **k: looked_at.append(look) or real(*a, look=look, **k)
+        of_model_output, "checked", lambda *a, look, **k: looked_at.append(look) or real(*a, look=look, **k)
     )
     for _ in range(3):
         loss(hidden, targets)
