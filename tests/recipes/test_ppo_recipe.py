@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from allocations import Usage, usage
 from tiny_models import PPO, SIZES, VOCABULARY, build_model, our_recipe, stock_recipe, train
 from tiny_ppo import METRICS, logged_metrics, ppo_config, write_ppo_assets
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune import config, generation, rlhf
+from torchtune.models.llama3_2._component_builders import llama3_2
 
 from torchtune_lce.logprobs import LinearTokenLogprobs
 from torchtune_lce.training.logits_to_come import give_logits_to_come
@@ -175,6 +177,43 @@ def test_generation_keeps_hidden_states_in_place_of_logits(runs, cached):
     assert to_come._hidden.shape == (2, 6, SIZES["embed_dim"])
     assert to_come.shape == logits.shape == (2, 6, VOCABULARY)
     torch.testing.assert_close(logprobs, stock_logprobs, rtol=1e-5, atol=1e-5)
+
+
+def test_generation_allocates_the_logits_of_one_position(runs, tmp_path):
+    """By the allocator's record. torchtune's: of all positions, twice while it joins the last one's to the others."""
+    rows, prompt, generated, vocabulary = 2, 9, 64, 2000
+    cfg = runs.config(tied=False, overrides=(f"policy_model.vocab_size={vocabulary}",))
+    wide = llama3_2(**SIZES | {"vocab_size": vocabulary}, tie_word_embeddings=False)
+    torch.save(wide.state_dict(), tmp_path / "wide.pt")
+    for checkpointer in (cfg.checkpointer, cfg.ref_policy_checkpointer):
+        checkpointer.checkpoint_dir, checkpointer.checkpoint_files = str(tmp_path), ["wide.pt"]
+    prompts = torch.randint(1, 256, (rows, prompt))
+
+    def measured(recipe) -> Usage:
+        recipe.setup(cfg=cfg)
+        made = []
+
+        def generate() -> None:
+            made.extend(
+                generation.generate(
+                    recipe._policy_model, prompts, max_generated_tokens=generated, temperature=0.7, rng=recipe._rng
+                )
+            )
+
+        with recipe.cache_ctx_manager(True, decoder_max_seq_len=prompt + generated):
+            used = usage(generate, torch.device("cpu"), interpreted=False)
+        recipe.cleanup()
+        return used
+
+    ours, stock = (measured(recipe_of(PPO)(cfg=cfg)) for recipe_of in (our_recipe, stock_recipe))
+    float32 = 4
+    position = rows * vocabulary * float32
+    states = rows * generated * SIZES["embed_dim"] * float32
+    assert stock.kept >= generated * position
+    assert stock.peak >= (2 * generated - 1) * position
+    # Tokens and masks beside hidden states; and what sampling makes of one position: its scaling, probabilities, draws.
+    assert ours.kept < states + position
+    assert ours.peak < 2 * states + 6 * position
 
 
 @pytest.mark.parametrize(
