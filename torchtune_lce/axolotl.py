@@ -1,7 +1,7 @@
 """For Axolotl, whose config names it: ``plugins: [torchtune_lce.axolotl.Plugin]``. It needs Axolotl itself."""
 
 from axolotl.integrations.base import BasePlugin
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from torchtune_lce.implementations import choice
 from torchtune_lce.inputs import validation
@@ -21,7 +21,8 @@ class LinearCrossEntropyArgs(BaseModel):
     """The keys that the plugin adds to Axolotl's config: the arguments of :func:`torchtune_lce.transformers.patch`."""
 
     lce_impl: str = "auto"
-    lce_filter_eps: float | str | None = "auto"
+    # From the left: YAML 1.1 takes 1e-3 for a string.
+    lce_filter_eps: float | str | None = Field("auto", union_mode="left_to_right")
     lce_workspace_mib: int = 128
 
     @model_validator(mode="after")

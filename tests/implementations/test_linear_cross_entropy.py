@@ -663,6 +663,25 @@ def test_nor_does_it_where_factors_are_rounded(dtype, common, tokens, device, mo
     test_what_chunked_keeps_of_a_frozen_head_loses_no_digits(dtype, common, tokens, "loss", device)
 
 
+@pytest.mark.parametrize("impl", ["chunked", "torch_compile"])
+@pytest.mark.parametrize("raw", [250.0, 300.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_all_shares_may_be_rounded_to_nothing(dtype, raw, impl, device, monkeypatch):
+    """The largest logit, no target, is at the softcap, where its derivative is none; the others are nothing beside it."""
+    monkeypatch.setattr(walk, "_WIDENING", ())
+    direction = F.normalize(torch.randn(64, device=device), dim=0)
+    weight = torch.zeros(300, 64, device=device)
+    weight[7], weight[20] = direction, 0.05 * direction
+    weight, targets = weight.to(dtype), torch.full((5,), 20, device=device)
+    gradients = []
+    for to, name in ((dtype, impl), (F64, "reference")):
+        hidden = (raw * direction).to(dtype).expand(5, 64).to(to).requires_grad_()
+        with steps_as():
+            linear_cross_entropy(hidden, weight.to(to), targets, softcap=30.0, impl=name).backward()
+        gradients.append(hidden.grad.double())
+    torch.testing.assert_close(*gradients, rtol=0, atol=4 * torch.finfo(dtype).eps * gradients[1].abs().max().item())
+
+
 @pytest.mark.parametrize("impl", ["reference", "chunked", "torch_compile"])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_gradcheck(impl, softcap):

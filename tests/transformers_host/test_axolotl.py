@@ -104,9 +104,9 @@ def test_trains_as_without_it(folder, settings):
     assert model.eval()(**batch()).logits is not None
 
 
-@pytest.mark.parametrize("eps", [0.25, None])
-def test_its_keys_reach_the_patch(folder, eps):
-    settings = {"lce_impl": "chunked", "lce_filter_eps": eps, "lce_workspace_mib": 7}
+@pytest.mark.parametrize(("given", "eps"), [(0.25, 0.25), (None, None), ("1e-3", 1e-3), ("auto", "auto")])
+def test_its_keys_reach_the_patch(folder, given, eps):
+    settings = {"lce_impl": "chunked", "lce_filter_eps": given, "lce_workspace_mib": 7}
     _, model = run(folder, plugins=[OURS], max_steps=1, **settings)
     switch = model._lce_switch
     assert (switch.impl, switch.options.filter_eps, switch.options.workspace_mib) == ("chunked", eps, 7)

@@ -163,14 +163,14 @@ def _forward_piece(piece: Piece, with_means: bool, with_directions: bool) -> tup
         # Before another direction is made.
         del found
         found = _walk(piece, reference, with_means, with_directions)
-    reference, total, target, mean, direction, low_direction, rounded = found
+    reference, total, target, mean, direction, low_direction, excess = found
     # Infinities, from which a number was subtracted.
     peak = reference.masked_fill(total == 0, -torch.inf).masked_fill_(total == torch.inf, torch.inf)
     sums = Sums(peak, total, target.masked_fill_(piece.targets.outside, torch.nan))
     if direction is None:
         slope = apart = None
     else:
-        slope, apart = _finish_directions(piece, sums, direction, low_direction, rounded)
+        slope, apart = _finish_directions(piece, sums, direction, low_direction, excess)
     nll, base, log_total = sums.losses()
     return nll, base, log_total, mean - base, direction, low_direction, slope, apart
 
@@ -184,7 +184,7 @@ class _Walked(NamedTuple):
     mean: Tensor  # of all logits
     direction: Tensor | None  # [n, D]: the weight's rows, added up with these exponentials
     low_direction: Tensor | None  # [n, r]: likewise ``up``'s
-    rounded: Tensor | None  # what rounding to the dtype of factors has made of the sum of what direction is made of
+    excess: Tensor | None  # by what rounding to the dtype of factors has multiplied the sum of direction's shares
 
     def too_large(self, factor: torch.dtype) -> Tensor:
         """[n], whether other logits are so far above the reference that digits, or a factor's range, do not suffice."""
@@ -219,8 +219,9 @@ def _walk(piece: Piece, reference: Tensor | None, with_means: bool, with_directi
             if low_direction is not None:
                 low_direction.addmm_(exponentials, up[part].to(piece.wide))
             factors = exponentials.to(piece.factor)
-            if factors.dtype != piece.wide:
-                exact.append(totals[-1] if tanh is None and scale is None else exponentials.sum(-1))
+            # A scale may have either sign, and then the sum may be next to nothing.
+            if factors.dtype != piece.wide and scale is None:
+                exact.append(totals[-1] if tanh is None else exponentials.sum(-1))
                 rounded.append(factors.sum(-1, dtype=piece.wide))
             add_product(direction, factors, weight)
             del factors
@@ -228,8 +229,8 @@ def _walk(piece: Piece, reference: Tensor | None, with_means: bool, with_directi
         del logits, tanh, exponentials, weight
     mean = mean if base is None else mean + base
     target = piece.targets.by_token(targets)
-    ratio = torch.stack(rounded).sum(0) / torch.stack(exact).sum(0) if rounded else None
-    return _Walked(reference, torch.stack(totals).sum(0), target, mean, direction, low_direction, ratio)
+    excess = torch.stack(rounded).sum(0) / torch.stack(exact).sum(0) if rounded else None
+    return _Walked(reference, torch.stack(totals).sum(0), target, mean, direction, low_direction, excess)
 
 
 def _largest(piece: Piece) -> Tensor:
@@ -250,20 +251,23 @@ def _finite_largest(logits: Tensor) -> Tensor:
 
 
 def _finish_directions(
-    piece: Piece, sums: Sums, direction: Tensor, low_direction: Tensor | None, rounded: Tensor | None
+    piece: Piece, sums: Sums, direction: Tensor, low_direction: Tensor | None, excess: Tensor | None
 ):
     """Makes means of sums over the other entries, and takes the target's row from ``direction`` where that leaves less.
 
-    ``rounded`` as in :class:`_Walked`: by it the shares of a mean come to 1 again, so that what rows have in common is
-    not multiplied by what rounding has done to their sum. Returns c_t of the module's docstring, and where that is.
+    ``excess`` as in :class:`_Walked`: without it the shares of a mean come to 1 again, so that what rows have in common
+    is not multiplied by what rounding has done to their sum. Returns c_t of the module's docstring, and where that is.
     """
     weight, scale, target = piece.operands.weight, piece.operands.scale, sums.target
     labels = piece.targets.labels
     # Of no other entries there is no mean.
     total = sums.total.where(sums.total > 0, 1)[:, None]
-    direction.div_(total if rounded is None else total * rounded.where(rounded.isfinite(), 1)[:, None])
     if low_direction is not None:
         low_direction.div_(total)
+    if excess is not None:
+        # Of shares that are all rounded to nothing there is nothing to correct.
+        total = total * excess.where(excess.isfinite() & (excess > 0), 1)[:, None]
+    direction.div_(total)
     slope = torch.ones_like(target)
     if piece.softcap is not None:
         slope = 1 - (target / (piece.softcap * piece.logit_scale)).square()

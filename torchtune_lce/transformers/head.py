@@ -65,8 +65,10 @@ def _forward(self: nn.Linear, hidden: Tensor):
         return nn.Linear.forward(self, hidden)
     if isinstance(hidden, DeferredLogits):
         hidden = hidden.look("a second projection")
-    if type(self.weight) not in (Tensor, nn.Parameter) or type(hidden) is not Tensor:
-        switch.say(f"its output projection's weight is a {type(self.weight).__name__}, not a plain tensor")
+    for what, tensor in (("its output projection's weight is a", self.weight), ("its hidden states are a", hidden)):
+        if type(tensor) in (Tensor, nn.Parameter):
+            continue
+        switch.say(f"{what} {type(tensor).__name__}, not a plain tensor")
         switch.on = False  # for the rest of this forward, whose loss is the class's own
         return nn.Linear.forward(self, hidden)
     recipe = Recipe((Product(hidden, self, 1.0),))

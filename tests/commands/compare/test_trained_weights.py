@@ -285,6 +285,9 @@ def test_from_the_command_line_and_again(tmp_path, monkeypatch, capsys):
         assert compare(*common, *change, *settings) == 2
         assert "tune-lce compare: made again" in capsys.readouterr().err
     assert compare(*common, *settings, "model.norm_eps=1e-5") == 2
+    # Gigabytes of a real model, which somebody may have deleted by themselves.
+    (tmp_path / "out" / "weights" / "weights.pt").unlink()
+    assert compare(*common, *settings) == 2
 
 
 def test_a_failed_training_is_told(tmp_path, data):
@@ -304,6 +307,11 @@ def test_a_failed_training_is_told(tmp_path, data):
             "lce/llama3_2/1B_lora_single_device",
             ["--trained-weights", "--demo-data", "--train-seconds", "0"],
             "--train-seconds must be at least 1, got 0",
+        ),
+        (
+            "lce/llama3_2/1B_lora_single_device",
+            ["--trained-weights", "--demo-data", "--train-seconds", "nan"],
+            "--train-seconds must be at least 1, got nan",
         ),
         (
             "lce/qwen2/1.5_to_0.5B_KD_lora_single_device",

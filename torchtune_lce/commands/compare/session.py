@@ -1,5 +1,6 @@
 """The comparison from beginning to end."""
 
+import math
 import shlex
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -127,7 +128,7 @@ def check_numbers(settings: Settings) -> None:
         ("--sequence-length", settings.sequence, 2),
         ("--train-seconds", settings.train_seconds, 1),
     ):
-        if value is not None and value < least:
+        if value is not None and not least <= value < math.inf:
             raise CommandError(f"{option} must be at least {least}, got {value}")
     if settings.steps <= settings.warmup:
         raise CommandError(f"--steps must be more than the --warmup of {settings.warmup}, got {settings.steps}")

@@ -86,7 +86,7 @@ class TrainedWeights:
     def made_before(self, folder: Path) -> Learnt | None:
         """What an earlier call with the same settings has left there."""
         made = folder / _MADE
-        if not made.exists():
+        if not made.exists() or not (folder / _WEIGHTS).exists():
             return None
         stored = json.loads(made.read_text())
         return Learnt(**stored["learnt"]) if stored["key"] == self._key() else None
