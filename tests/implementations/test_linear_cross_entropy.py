@@ -667,7 +667,7 @@ def test_nor_does_it_where_factors_are_rounded(dtype, common, tokens, device, mo
 @pytest.mark.parametrize("raw", [250.0, 300.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_all_shares_may_be_rounded_to_nothing(dtype, raw, impl, device, monkeypatch):
-    """The largest logit, no target, is at the softcap, where its derivative is none; the others are nothing beside it."""
+    """The largest logit, no target, is at the softcap, where its derivative is 0; the others are nothing beside it."""
     monkeypatch.setattr(walk, "_WIDENING", ())
     direction = F.normalize(torch.randn(64, device=device), dim=0)
     weight = torch.zeros(300, 64, device=device)
