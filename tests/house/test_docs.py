@@ -225,6 +225,8 @@ def test_python_runs(snippet, device):
         pytest.importorskip("triton")
     if "from transformers" in snippet.text:
         pytest.importorskip("transformers")
+    if "from trl" in snippet.text:
+        pytest.importorskip("trl")
     tokens = torch.randint(40, (2, 8), device=device)
     names = {
         "student": build_model(seed=0).to(device),

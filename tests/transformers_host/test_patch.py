@@ -5,6 +5,7 @@ import functools
 import logging
 import subprocess
 import sys
+from types import MethodType
 
 import pytest
 import torch
@@ -110,6 +111,7 @@ def test_copy_uses_its_own_weights():
         other.lm_head.weight.mul_(3)
     assert step(other)[1]["loss"] != step(model)[1]["loss"]
     unpatch(other)
+    assert not other.model._forward_pre_hooks
     assert step(other)[0].logits is not None
     assert step(model)[0].logits is None
 
@@ -131,6 +133,7 @@ def test_unpatch_restores():
     step(model)
     assert unpatch(patch(model)) is model
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert not model.model._forward_pre_hooks
     assert step(model)[0].logits is not None
 
 
@@ -223,7 +226,21 @@ def test_forward_replaced_before_the_patch(said):
     assert unpatch(model) is model
 
 
-def test_forward_replaced_after_the_patch():
+def test_forward_replaced_by_one_that_passes_ours_by(said):
+    """TRL and Liger do so: the loss is theirs, and the patch does nothing."""
+    model = build("Llama")
+    expected = step(model)[1]
+    patch(model)
+    model.forward = MethodType(type(model).forward, model)
+    model.eval()(**batch())
+    assert not said()
+    for _ in range(2):
+        assert_same(step(model.train())[1], expected)
+    (line,) = said()
+    assert line.startswith("LlamaForCausalLM trains without the patch: its forward has been replaced since")
+
+
+def test_forward_replaced_after_the_patch(said):
     model = patch(build("Llama"))
     own = step(model)[1]["loss"]
     model.forward = doubling(model.forward)
@@ -231,6 +248,7 @@ def test_forward_replaced_after_the_patch():
     with pytest.raises(RuntimeError, match="forward of this LlamaForCausalLM has been replaced since the patch"):
         unpatch(model)
     assert step(model)[1]["loss"] == 2 * own
+    assert not said()
 
 
 def test_own_loss_code(said):

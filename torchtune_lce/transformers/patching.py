@@ -11,7 +11,7 @@ from torch import nn
 from torchtune_lce.implementations import choice
 from torchtune_lce.inputs import validation
 from torchtune_lce.inputs.options import Options
-from torchtune_lce.transformers import head
+from torchtune_lce.transformers import bypass, head
 from torchtune_lce.transformers.deferred_logits import DeferredLogits
 from torchtune_lce.transformers.loss import causal_lm_loss, stock_loss
 from torchtune_lce.transformers.switch import NAME, Switch
@@ -44,12 +44,13 @@ def patch(
     switch = Switch(type(inner).__name__, impl, options)
     why = _foreign_parts(inner)
     if why is not None:
-        switch.say(why)
+        switch.say(*why)
         return model
     setattr(inner, NAME, switch)
     # As methods, which a copy of the model binds to itself.
     inner._loss_function = MethodType(causal_lm_loss, inner)
     inner.forward = MethodType(_wrapper(type(inner).forward), inner)
+    switch.watch = bypass.watch(inner)
     # Here too, so that a compiler finds it done.
     head.make_ready(inner.get_output_embeddings(), switch)
     return model
@@ -73,6 +74,9 @@ def _release(inner: nn.Module) -> None:
                 f"the forward of this {type(inner).__name__} has been replaced since the patch: undo that first"
             )
         del inner.forward
+        watch = getattr(inner, NAME).watch
+        if watch is not None:
+            watch.remove()
         delattr(inner, NAME)
         if _is_ours(inner):
             del inner._loss_function
@@ -100,14 +104,14 @@ def _is_ours(inner: nn.Module) -> bool:
     return getattr(vars(inner).get("_loss_function"), "__func__", None) is causal_lm_loss
 
 
-def _foreign_parts(inner: nn.Module) -> str | None:
-    """Why a model that is not patched is left alone."""
+def _foreign_parts(inner: nn.Module) -> tuple[str, ...] | None:
+    """What to say of a model that is left alone."""
     if "forward" in vars(inner):
-        return "its forward has been replaced on this one model: patch it before that"
+        return "its forward has been replaced on this one model: patch it before that", bypass.STATE
     loss = inner.loss_function
     if loss is stock_loss():
         return None
-    return f"its loss_function is {getattr(loss, '__name__', type(loss).__name__)}, not ForCausalLMLoss"
+    return (f"its loss_function is {getattr(loss, '__name__', type(loss).__name__)}, not ForCausalLMLoss",)
 
 
 def _wrapper(stock: Callable) -> Callable:
@@ -117,6 +121,7 @@ def _wrapper(stock: Callable) -> Callable:
     @functools.wraps(stock)
     def forward(self, *args, **kwargs):
         switch = getattr(self, NAME)
+        bypass.note_call(self)
         given = any(
             kwargs.get(name) is not None or (place < len(args) and args[place] is not None) for name, place in places
         )
