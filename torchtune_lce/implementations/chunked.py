@@ -23,6 +23,7 @@ All are custom operators: how many tokens are in use decides their shapes, which
 is no entry makes its own token's loss and gradients NaN, and what is summed over tokens.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -125,10 +126,26 @@ def _forward(*arguments):
     """
     operands, (targets, *settings, with_means, with_directions) = Operands(*arguments[:_COUNT]), arguments[_COUNT:]
     results = _results(operands, targets, with_means, with_directions)
-    for piece in pieces(operands, targets, *settings, multiplied=with_directions):
-        for result, part in zip(results, _forward_piece(piece, with_means, with_directions), strict=True):
+
+    def walked(piece: Piece, reference: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Fills the results at the piece's tokens; its reference, and where that was too small for others."""
+        found = _walk(piece, reference, with_means, with_directions)
+        too_small = found.beyond(piece.factor)
+        for result, part in zip(results, _finished(piece, found), strict=True):
             if result.numel():
                 result[piece.rows] = part.to(result.dtype)
+        return found.reference, too_small
+
+    def all_pieces() -> Iterator[Piece]:
+        return pieces(operands, targets, *settings, multiplied=with_directions)
+
+    references = [walked(piece, None) for piece in all_pieces()]
+    # The host waits for the device once, not in each piece.
+    if references and torch.cat([too_small for _, too_small in references]).any():
+        for piece, (reference, too_small) in zip(all_pieces(), references, strict=True):
+            if too_small.any():
+                # The others' as before, so that no token's bits depend on another.
+                walked(piece, _largest(piece).where(too_small, reference))
     return results
 
 
@@ -153,16 +170,8 @@ torch.library.register_fake("torchtune_lce::chunked")(
 )
 
 
-def _forward_piece(piece: Piece, with_means: bool, with_directions: bool) -> tuple[Tensor | None, ...]:
-    """What the operator returns, of the piece's tokens, in the accumulation dtype."""
-    found = _walk(piece, None, with_means, with_directions)
-    too_large = found.too_large(piece.factor)
-    if too_large.any():
-        # The others' as before, so that no token's bits depend on another.
-        reference = _largest(piece).where(too_large, found.reference)
-        # Before another direction is made.
-        del found
-        found = _walk(piece, reference, with_means, with_directions)
+def _finished(piece: Piece, found: "_Walked") -> tuple[Tensor | None, ...]:
+    """What the operator returns, of the piece's tokens, in the accumulation dtype; the directions in their place."""
     reference, total, target, mean, direction, low_direction, excess = found
     # Infinities, from which a number was subtracted.
     peak = reference.masked_fill(total == 0, -torch.inf).masked_fill_(total == torch.inf, torch.inf)
@@ -186,7 +195,7 @@ class _Walked(NamedTuple):
     low_direction: Tensor | None  # [n, r]: likewise ``up``'s
     excess: Tensor | None  # by what rounding to the dtype of factors has multiplied the sum of direction's shares
 
-    def too_large(self, factor: torch.dtype) -> Tensor:
+    def beyond(self, factor: torch.dtype) -> Tensor:
         """[n], whether other logits are so far above the reference that digits, or a factor's range, do not suffice."""
         found = self.total > _MOST
         if self.direction is not None and factor == torch.float16:
