@@ -1,8 +1,9 @@
 """A strip of the gradient by the student's logits, and what is made of all strips by row of the hidden states.
 
 With q the student's softmax and p the teacher's, f and r the shares of the two divergences and k the reverse one, it is
-f (q - p) + r q (log q - log p - k). Near the teacher that is small beside q and p: it is made in float32 of logits that
-were never rounded, and rounded once, as what the products take.
+f (q - p) + r q (log q - log p - k); and with a share l of the labels' cross-entropy l (q - 1 at the label) beside it.
+Near the teacher the first is small beside q and p: it is made in float32 of logits that were never rounded, and rounded
+once, as what the products take.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def _difference_kernel(
     teacher_state_blocks,
     teacher_weight_blocks,
     count,
+    rows,
+    labels,
     numbers,
     divisor,
     strip,
@@ -43,6 +46,7 @@ def _difference_kernel(
     bias_stride,
     forward_share,
     reverse_share,
+    label_share,
     group_first,
     group_tokens,
     all_places,
@@ -52,6 +56,7 @@ def _difference_kernel(
     tiles,
     FORWARD: tl.constexpr,
     REVERSE: tl.constexpr,
+    LABELS: tl.constexpr,
     RAGGED: tl.constexpr,
     FOR_TF32: tl.constexpr,
     TMA: tl.constexpr,
@@ -104,13 +109,22 @@ def _difference_kernel(
             factor = (logits - teacher_logits - mean_gap[:, None]) * reverse_share
         if FORWARD:
             factor += forward_share
+        entries = tile * ENTRIES + tl.arange(0, ENTRIES)
+        if LABELS:
+            row = tl.load(rows + first_place + in_piece, mask=present, other=0)
+            label = tl.load(labels + row, mask=present, other=0)
+            # Where it names no entry, all of its token's gradient becomes NaN, and no other's.
+            names_entry = (label >= 0) & (label < student.entries_total)
+            factor += tl.where(names_entry, label_share, float("nan"))[:, None]
         gradient = tl.exp2(multiply_add(logits, LOG2_E, -log2_total[:, None])) * factor
         if FORWARD:
             log2_teacher_total = tl.load(own + 3 * stride, mask=present, other=0.0)
             gradient -= tl.exp2(multiply_add(teacher_logits, LOG2_E, -log2_teacher_total[:, None])) * forward_share
+        if LABELS:
+            gradient -= tl.where(entries[None, :] == label[:, None], label_share, 0.0)
         exists = present[:, None]
         if RAGGED:
-            exists = exists & (tile * ENTRIES + tl.arange(0, ENTRIES) < student.entries_total)[None, :]
+            exists = exists & (entries < student.entries_total)[None, :]
         gradient = tl.where(exists, gradient * share, 0.0)
         if bias_sums is not None:
             block = (first_place // ROW_BLOCK + row_block).to(tl.int64)
@@ -132,7 +146,9 @@ def _difference_kernel(
 
 def strip_differences(
     group: Group,
-    shares: tuple[float, float],  # of the forward and the reverse divergence
+    shares: tuple[float, float, float],  # of the forward and the reverse divergence, and of the labels' cross-entropy
+    rows: Tensor,  # [M] int64: of the group's places
+    labels: Tensor,  # [N], as they came
     numbers: Tensor,  # [NUMBERS, N] float32, by place: see _row_kernel
     divisor: Tensor,  # [] int32, on the device: what the mean divides by
     strip: Tensor,  # [entries, whole row blocks of M], filled
@@ -150,6 +166,7 @@ def strip_differences(
         _difference_kernel,
         (
             *arguments,
+            *((rows, labels) if shares[2] else (None, None)),
             numbers,
             divisor,
             strip,
@@ -164,6 +181,7 @@ def strip_differences(
         ),
         FORWARD=shares[0] != 0,
         REVERSE=shares[1] != 0,
+        LABELS=shares[2] != 0,
         FOR_TF32=strip.element_size() > group.states.element_size(),
         **group.constants(arguments, config),
     )

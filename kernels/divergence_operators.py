@@ -1,13 +1,20 @@
-"""The divergences' kernels as two custom operators: the sum, with the gradients of the mean, and these scaled."""
+"""The divergences' kernels as two custom operators: sums, with the gradients of the mean, and these scaled.
+
+With a share of the labels the sums are two, and the gradients those of ``(1 - label_share) divergence + label_share
+cross-entropy``: both losses are to be differentiated in these shares.
+"""
 
 from __future__ import annotations  # torch 2.8 compiles nested functions, but not `Tensor | None`
 
 import torch
 from torch import Tensor
 
-from torchtune_lce.kernels.divergence_walk import Needs, walk
+from torchtune_lce.kernels.divergence_walk import Needs, Shares, walk
 from torchtune_lce.kernels.operands import Operands
 from torchtune_lce.kernels.operators import operator, refuse_second_derivative, rows_contiguous
+
+# Relative: what float32 makes of a share, of its products and of a mean is some 1e-7.
+SAME = 1e-5
 
 
 def total(
@@ -18,11 +25,24 @@ def total(
     forward_share: float,
     reverse_share: float,
     workspace_mib: int,
+    label_share: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over the tokens in use [] float32, and how many those are [] int32, but 1 if there are none."""
+    """Sum over the tokens in use [] float32, and how many those are [] int32, but 1 if there are none.
+
+    With a share of the labels, in (0, 1), two sums, [2]: the divergence and the cross-entropy. Their gradients are NaN
+    if upstream ones have other shares.
+    """
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in student]
     loss, divisor, *_ = _strip_divergence(
-        *student, *teacher, labels, ignore_index, float(forward_share), float(reverse_share), workspace_mib, needs
+        *student,
+        *teacher,
+        labels,
+        ignore_index,
+        float(forward_share),
+        float(reverse_share),
+        float(label_share),
+        workspace_mib,
+        needs,
     )
     return loss, divisor
 
@@ -30,26 +50,28 @@ def total(
 torch.library.define(
     "torchtune_lce::strip_divergence",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, "
-    "Tensor labels, int ignore_index, float forward_share, float reverse_share, int workspace_mib, bool[] needs) "
+    "Tensor labels, int ignore_index, float forward_share, float reverse_share, float label_share, "
+    "int workspace_mib, bool[] needs) "
     "-> (Tensor total, Tensor divisor, Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
 )
 
 
 def _forward(*arguments):
-    """The sum, what its mean divides by, and the gradients as :class:`torchtune_lce.kernels.divergence_walk.Results`
+    """The sums, what their means divide by, and the gradients as :class:`torchtune_lce.kernels.divergence_walk.Results`
     has them.
     """
-    (*tensors, labels, ignore_index, forward_share, reverse_share, workspace_mib, needs) = arguments
-    losses, *others = walk(
+    (*tensors, labels, ignore_index, forward_share, reverse_share, label_share, workspace_mib, needs) = arguments
+    losses, nll, *others = walk(
         _operands(*tensors[:3]),
         _operands(*tensors[3:]),
         labels.contiguous(),
         ignore_index,
-        (forward_share, reverse_share),
+        Shares(forward_share, reverse_share, label_share),
         Needs(*needs),
         workspace_mib * 2**20,
     )
-    return losses.sum(), *others
+    sums = losses.sum()
+    return sums if nll is None else torch.stack([sums, nll.sum()]), *others
 
 
 def _operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Operands:
@@ -59,9 +81,9 @@ def _operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Operands:
 
 @torch.library.register_fake("torchtune_lce::strip_divergence")
 def _(hidden, weight, bias, *others):
-    needs = others[-1]
+    *_, label_share, _, needs = others
     return (
-        hidden.new_empty((), dtype=torch.float32),
+        hidden.new_empty(2 if label_share else (), dtype=torch.float32),
         hidden.new_empty((), dtype=torch.int32),
         *(hidden.new_empty(x.shape if need else 0) for need, x in zip(needs, (hidden, weight, bias), strict=True)),
     )
@@ -69,13 +91,15 @@ def _(hidden, weight, bias, *others):
 
 torch.library.define(
     "torchtune_lce::strip_divergence_backward",
-    "(Tensor d_total, Tensor divisor, Tensor d_hidden, Tensor d_weight, Tensor d_bias) "
+    "(Tensor d_total, Tensor divisor, Tensor d_hidden, Tensor d_weight, Tensor d_bias, float label_share) "
     "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
 )
 
 
-def _backward(d_total, divisor, d_hidden, d_weight, d_bias):
+def _backward(d_total, divisor, d_hidden, d_weight, d_bias, label_share):
     """What the forward found times the upstream gradient; new tensors, since a graph may be kept and run again."""
+    if label_share:
+        d_total = _in_shares(d_total, label_share)
     # Of one dimension: a product with a number of none would be rounded to the other's dtype before.
     by_sum, by_mean = d_total.reshape(1), (d_total * divisor).reshape(1)
     of_hidden = by_sum if d_hidden.dtype == torch.float16 else by_mean
@@ -89,8 +113,15 @@ def _backward(d_total, divisor, d_hidden, d_weight, d_bias):
 
 
 @torch.library.register_fake("torchtune_lce::strip_divergence_backward")
-def _(d_total, divisor, *gradients):
-    return tuple(map(torch.empty_like, gradients))
+def _(d_total, divisor, *gradients_and_share):
+    return tuple(map(torch.empty_like, gradients_and_share[:-1]))
+
+
+def _in_shares(d_totals: Tensor, label_share: float) -> Tensor:
+    """What the shares of both are multiplied by in the upstream gradients [2]; NaN if they are not of one number."""
+    by_divergence, by_nll = d_totals[0] / (1 - label_share), d_totals[1] / label_share
+    agree = (by_divergence - by_nll).abs() <= SAME * by_divergence.abs()
+    return by_divergence.where(agree, torch.nan)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -98,13 +129,13 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     _, *found = output
     ctx.save_for_backward(*found)
-    ctx.needs = inputs[-1]
+    *_, ctx.label_share, _, ctx.needs = inputs
 
 
 def _differentiate(ctx, d_total, *_):
-    gradients = _strip_divergence_backward(d_total, *ctx.saved_tensors)
+    gradients = _strip_divergence_backward(d_total, *ctx.saved_tensors, ctx.label_share)
     needed = (gradient if need else None for gradient, need in zip(gradients, ctx.needs, strict=True))
-    return *needed, *[None] * 9
+    return *needed, *[None] * 10
 
 
 _strip_divergence = operator("strip_divergence", _forward, _differentiate, _setup_context)

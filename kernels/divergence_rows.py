@@ -151,7 +151,9 @@ def _segment_kernel(
 def _row_kernel(
     sums,
     count,
+    target_logits,
     losses,
+    nll,
     numbers,
     forward_share,
     reverse_share,
@@ -162,6 +164,7 @@ def _row_kernel(
     BLOCK: tl.constexpr,
 ):
     """losses[place] and numbers[:, place] of `tokens` of all `places`, from `first_place` on; losses 0 past the count.
+    Unless None also nll[place], from target_logits of these tokens.
 
     The numbers are the student's largest logit and the binary logarithm of its total, the teacher's, and by how much
     the logits of both, less those largest ones, differ in the mean over q: log q - log p less the reverse divergence is
@@ -218,6 +221,11 @@ def _row_kernel(
         loss += reverse_share * (mean_gap - tl.log2(total / teacher_total) * LOG_2)
     place = first_place + here
     tl.store(losses + place, tl.where(used, loss, 0.0), mask=inside)
+    if target_logits is not None:
+        target = tl.load(target_logits + here, mask=used, other=0.0)
+        # Of logits less the largest: what all share costs no digit.
+        own_nll = log2_total * LOG_2 - (target - _finite(peak))
+        tl.store(nll + place, tl.where(used, own_nll, 0.0), mask=inside)
     own = numbers + place
     stride = places.to(tl.int64)
     tl.store(own, _finite(peak), mask=inside)
@@ -234,7 +242,9 @@ def row_statistics(
     shares: tuple[float, float],  # of the forward and the reverse divergence
     a_segment: int,  # tiles of a segment
     sums: Tensor,  # SUMS * segments * places or more, float32, overwritten
+    target_logits: Tensor | None,  # [places] float32: of the labels
     losses: Tensor,  # [N] float32, by place, filled at the piece's
+    nll: Tensor | None,  # likewise, with logits of the labels
     numbers: Tensor,  # [NUMBERS, N] float32, likewise
     config: Config,
 ) -> None:
@@ -256,7 +266,19 @@ def row_statistics(
     launch(
         _row_kernel,
         (ceil_div(places, 128),),
-        (sums, group.count, losses, numbers, *shares, group.first + first_place, places, losses.numel(), count),
+        (
+            sums,
+            group.count,
+            target_logits,
+            losses,
+            nll,
+            numbers,
+            *shares,
+            group.first + first_place,
+            places,
+            losses.numel(),
+            count,
+        ),
         BLOCK=128,
         num_warps=4,
     )

@@ -1,4 +1,5 @@
-"""Divergences of a student from its teacher, and the gradients of the mean, made with them.
+"""Divergences of a student from its teacher, and the gradients of the mean, made with them; and with both, where a loss
+is made of either, the cross-entropy of the student's labels, which needs no more than is at hand.
 
 The logits of both are computed twice, a tile at a time: for what a row needs of the whole vocabulary
 (divergence_rows.py), then for the gradient by a strip of the student's logits (divergence_gradients.py), which is
@@ -23,8 +24,9 @@ from torchtune_lce.kernels.divergence_rows import NUMBERS, SUMS, row_statistics,
 from torchtune_lce.kernels.divergence_tiles import Group, divergence_configs
 from torchtune_lce.kernels.division import chunks, numbers_of_pieces, product_rounds, strip_dtype
 from torchtune_lce.kernels.exponentials import Blocks, Strip
-from torchtune_lce.kernels.operands import Operands
+from torchtune_lce.kernels.operands import Operands, used_in
 from torchtune_lce.kernels.places import compact, in_order
+from torchtune_lce.kernels.reference_logits import reference_logits
 from torchtune_lce.kernels.strip_product import add_product, step
 from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 from torchtune_lce.kernels.weight_product import weight_blocks, weight_product
@@ -43,8 +45,23 @@ class Needs(NamedTuple):
         return self.weight or self.bias
 
 
+class Shares(NamedTuple):
+    """Of a divergence the forward and the reverse one, together 1; and the labels' cross-entropy of what gradients are
+    of, whose rest is the divergence.
+    """
+
+    forward: float
+    reverse: float
+    labels: float = 0.0
+
+    @property
+    def of_gradients(self) -> tuple[float, float, float]:
+        return self.forward * (1 - self.labels), self.reverse * (1 - self.labels), self.labels
+
+
 class Results(NamedTuple):
     losses: Tensor  # [N] float32, in any order, 0 where ignored
+    nll: Tensor | None  # the same of the labels, if they have a share
     divisor: Tensor  # [] int32: tokens in use, 1 if there are none
     # Gradients of the mean, empty where not needed; of float16 that by hidden states is of the sum.
     d_hidden: Tensor  # [N, D]
@@ -77,7 +94,7 @@ def walk(
     teacher: Operands,
     labels: Tensor,  # [N], contiguous
     ignore_index: int,
-    shares: tuple[float, float],  # of the forward and the reverse divergence
+    shares: Shares,
     needs: Needs,
     workspace: int,  # bytes
 ) -> Results:
@@ -93,6 +110,7 @@ def walk(
     losses = hidden.new_empty(tokens, dtype=torch.float32)
     results = Results(
         losses,
+        torch.empty_like(losses) if shares.labels else None,
         divisor,
         hidden.new_empty(hidden.shape if needs.hidden else 0),
         weight.new_empty(weight.shape if needs.weight else 0),
@@ -120,7 +138,12 @@ def walk(
     for first in range(0, tokens, together):
         here = slice(first, min(first + together, tokens))
         own = rows[here]
-        in_order(hidden, own, count, first, states)
+        target_logits = None
+        if shares.labels:
+            used = used_in(here, count, tokens)
+            target_logits, *_ = reference_logits(student, labels, own, used, states[: own.numel()], config)
+        else:
+            in_order(hidden, own, count, first, states)
         group = Group(student, teacher, states[: own.numel()], teacher_states, count, first)
         pieces = [slice(start, min(start + piece, own.numel())) for start in range(0, own.numel(), piece)]
         for part in pieces:
@@ -129,15 +152,19 @@ def walk(
                 group,
                 part.start,
                 part.stop - part.start,
-                shares,
+                shares[:2],
                 memory.tiles_a_segment,
                 memory.sums,
+                None if target_logits is None else target_logits[part],
                 losses,
+                results.nll,
                 numbers,
                 logits_config,
             )
         if any(needs):
-            _gradients(group, own, pieces, shares, numbers, results, needs, memory, logits_config, config)
+            _gradients(
+                group, own, labels, pieces, shares.of_gradients, numbers, results, needs, memory, logits_config, config
+            )
     return results
 
 
@@ -170,8 +197,9 @@ class _Memory:
 def _gradients(
     group: Group,
     rows: Tensor,  # [M]: of its places
+    labels: Tensor,  # [N]
     pieces: list[slice],
-    shares: tuple[float, float],
+    shares: tuple[float, float, float],
     numbers: Tensor,
     results: Results,
     needs: Needs,
@@ -183,7 +211,16 @@ def _gradients(
     student, teacher = group.operands, group.teacher
     vocabulary, strip = student.weight.shape[0], memory.strip
     differences = strip_differences(
-        group, shares, numbers, results.divisor, strip, _for_stores(strip, config), memory.bias_sums, logits_config
+        group,
+        shares,
+        rows,
+        labels,
+        numbers,
+        results.divisor,
+        strip,
+        _for_stores(strip, config),
+        memory.bias_sums,
+        logits_config,
     )
     products = []
     if needs.hidden:

@@ -68,6 +68,7 @@ class Call:
     narrow: bool = False  # blocks for cards with 100 KiB of shared memory a program
     # Of the forward and the reverse divergence from a teacher, whose operands are frozen, in place of a cross-entropy.
     shares: tuple[float, float] | None = None
+    label_share: float = 0.0  # of the student's cross-entropy in that loss
 
     @property
     def of_teacher(self) -> tuple[str, ...]:
@@ -124,10 +125,24 @@ CALLS = (
         workspace_mib=1,
     ),
     Call("both divergences", bias=True, ignored=True, shares=(0.3, 0.7)),
-    Call("forward divergence, whole tiles", vocabulary=(4, 0), width=None, frozen=("weight",), shares=(1.0, 0.0)),
+    Call(
+        "forward divergence and cross-entropy, whole tiles",
+        vocabulary=(4, 0),
+        width=None,
+        frozen=("weight",),
+        shares=(1.0, 0.0),
+        label_share=0.6,
+    ),
     Call("reverse divergence", vocabulary=(4, 8), shares=(0.0, 1.0)),
     # Several strips of several pieces of tokens.
-    Call("divergence in strips", tokens=(9, 100), vocabulary=(14, 8), workspace_mib=1, shares=(0.3, 0.7)),
+    Call(
+        "divergence and cross-entropy in strips",
+        tokens=(9, 100),
+        vocabulary=(14, 8),
+        workspace_mib=1,
+        shares=(0.3, 0.7),
+        label_share=0.4,
+    ),
     Call("capped means", vocabulary=(4, 0), softcap=20.0, smoothing=0.1, ignored=True, frozen=("weight",)),
 )
 
@@ -428,7 +443,7 @@ def make_divergence(call: Call, leaves: dict, targets) -> dict:
     """Loss and the gradients of what is not frozen."""
     import torch
 
-    from torchtune_lce.divergence.function import divergence
+    from torchtune_lce.divergence.function import divergence, divergence_and_cross_entropy
     from torchtune_lce.divergence.operands import Head, Shares
 
     given = leaves | {name: leaves[name].detach() for name in call.of_teacher}
@@ -437,8 +452,13 @@ def make_divergence(call: Call, leaves: dict, targets) -> dict:
         Head(name, *(given.get(f"{prefix}{part}") for part in ("hidden", "weight", "bias")))
         for name, prefix in (("student", ""), ("teacher", "teacher_"))
     )
-    settings = {"ignore_index": -100, "workspace_mib": call.workspace_mib, "impl": "cce_exact", "normalize": True}
-    loss = divergence(student, teacher, targets, Shares(*call.shares), **settings)
+    settings = {"ignore_index": -100, "workspace_mib": call.workspace_mib}
+    of_both = student, teacher, targets, Shares(*call.shares)
+    if call.label_share:
+        of_divergence, of_labels = divergence_and_cross_entropy(*of_both, call.label_share, **settings)
+        loss = (1 - call.label_share) * of_divergence + call.label_share * of_labels
+    else:
+        loss = divergence(*of_both, impl="cce_exact", normalize=True, **settings)
     gradients = torch.autograd.grad(loss, list(wanted.values()))
     results = {"loss": loss} | dict(zip(wanted, gradients, strict=True))
     return {name: result.detach().cpu() for name, result in results.items()}
@@ -460,7 +480,8 @@ def check(call: Call, leaves: dict, targets, results: dict) -> None:
         q = logits.log_softmax(-1)
         p = F.linear(exact["teacher_hidden"], exact["teacher_weight"], exact.get("teacher_bias")).log_softmax(-1)
         losses = call.shares[1] * (q.exp() * (q - p)).sum(-1) - call.shares[0] * (p.exp() * q).sum(-1)
-        loss = losses[targets != -100].mean()
+        loss = (1 - call.label_share) * losses[targets != -100].mean()
+        loss = loss + call.label_share * F.cross_entropy(logits, targets)
     else:
         loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=call.smoothing)
     lse = logits.logsumexp(-1).where(targets != -100, 0)

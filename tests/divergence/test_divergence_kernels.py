@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from allocations import MIB, usage
 from divergence_cases import (
     SHARES,
@@ -12,12 +13,14 @@ from divergence_cases import (
     compute,
     gradients,
     in_float64,
+    logits_of,
     near_heads,
     relative_error,
     torchtunes,
 )
 
 from torchtune_lce.divergence.choice import choose
+from torchtune_lce.divergence.function import divergence_and_cross_entropy
 from torchtune_lce.divergence.operands import Head
 from torchtune_lce.inputs.low_rank import LowRank
 
@@ -223,6 +226,125 @@ def test_ragged_sizes_on_a_card(trained, sizes, device):
         assert_exact(*heads, labels, "Symmetric", tolerance=8e-3, workspace_mib=workspace_mib)
 
 
+# ---- with the labels' cross-entropy
+
+LABEL_SHARE = 0.3
+
+
+def both_losses(student, teacher, labels, name, workspace_mib=1, ignore_index=-100):
+    """The divergence and the cross-entropy."""
+    settings = {"ignore_index": ignore_index, "workspace_mib": workspace_mib}
+    losses = divergence_and_cross_entropy(student, teacher, labels, SHARES[name], LABEL_SHARE, **settings)
+    return losses.unbind()
+
+
+def mixed(of_divergence, of_labels):
+    """As torchtune's recipes mix them."""
+    return (1 - LABEL_SHARE) * of_divergence + LABEL_SHARE * of_labels
+
+
+def assert_both_exact(student, teacher, labels, name, tolerance, **settings):
+    exact_student = in_float64(student)
+    losses = both_losses(student, teacher, labels, name, **settings)
+    exact = (
+        by_formula(exact_student, in_float64(teacher), labels, name),
+        F.cross_entropy(logits_of(exact_student), labels),
+    )
+    for actual, expected in zip(losses, exact, strict=True):
+        assert relative_error(actual, expected) < (2e-5 if actual.is_cuda else 1e-6)
+    if losses[0].is_cuda and student.hidden.dtype == torch.float32:
+        tolerance *= 10
+    results = gradients(mixed(*losses), student, 3.0)
+    for actual, expected in zip(results, gradients(mixed(*exact), exact_student, 3.0), strict=True):
+        assert relative_error(actual, expected) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 2e-6), (torch.float16, 1e-3), pytest.param(torch.bfloat16, 8e-3, marks=pytest.mark.gpu)],
+)
+@pytest.mark.parametrize("trained", TRAINED.values(), ids=TRAINED.keys())
+@pytest.mark.parametrize("name", SHARES)
+def test_float64_with_cross_entropy(name, trained, dtype, tolerance, device):
+    heads = small_heads(dtype, device, trained, bias="bias" in trained)
+    assert_both_exact(*heads, name, tolerance)
+
+
+@pytest.mark.parametrize("trained", DIVISIONS)
+def test_cross_entropy_in_any_division(trained, device, monkeypatch):
+    """Of pieces and groups of tokens, and of strips: each label is found in its own."""
+    walk = divergence_walk.walk
+    for workspace in DIVISIONS[trained]:
+        monkeypatch.setattr(divergence_operators, "walk", lambda *arguments, own=workspace: walk(*arguments[:-1], own))
+        assert_both_exact(*small_heads(device=device, trained=TRAINED[trained]), "Symmetric", 2e-6)
+
+
+def test_surprised_and_confident_students(device):
+    """Losses of some 70 to 1e-6."""
+    student, teacher, labels = small_heads(device=device, bias=False)
+    with torch.no_grad():
+        towards = student.weight[labels.clamp(min=0)]
+        lead = torch.linspace(-70, 15, TOKENS, device=device)[:, None]
+        student.hidden.add_(lead * towards / towards.square().sum(-1, keepdim=True))
+    assert_both_exact(student, teacher, labels, "Forward", 2e-6)
+
+
+def test_a_label_without_an_entry_spoils_its_own_token(device):
+    student, teacher, labels = small_heads(device=device)
+    labels[1] = ENTRIES
+    of_divergence, of_labels = both_losses(student, teacher, labels, "Symmetric")
+    assert of_divergence.isfinite()
+    assert of_labels.isnan()
+    (d_hidden,) = gradients(mixed(of_divergence, of_labels), student)
+    assert d_hidden.isfinite().all(-1).tolist() == [token != 1 for token in range(TOKENS)]
+
+
+def test_other_shares_than_were_asked_for_are_nan(device):
+    """Those that float32 rounds are the same."""
+    student, teacher, labels = small_heads(device=device)
+    of_divergence, of_labels = both_losses(student, teacher, labels, "Forward")
+
+    def d_hidden(loss):
+        return torch.autograd.grad(loss, student.hidden, retain_graph=True)[0]
+
+    for factor in (1e-6, 0.0, 3.0, 1e4):
+        scaled = d_hidden(mixed(of_divergence * factor, of_labels * factor))
+        torch.testing.assert_close(scaled, factor * d_hidden(mixed(of_divergence, of_labels)), rtol=1e-4, atol=0)
+    for loss in (of_divergence, of_labels, of_divergence + of_labels, mixed(of_divergence, of_labels * 1.001)):
+        assert d_hidden(loss)[1].isnan().all()
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_no_labels_have_no_cross_entropy(ignored, device):
+    student, teacher, labels = small_heads(device=device)
+    if ignored:
+        labels[:] = -100
+    else:
+        student, teacher = (
+            replace(head, hidden=head.hidden.detach()[:0].requires_grad_(head is student))
+            for head in (student, teacher)
+        )
+        labels = labels[:0]
+    losses = both_losses(student, teacher, labels, "Symmetric")
+    assert [loss.item() for loss in losses] == [0, 0]
+    assert not gradients(mixed(*losses), student)[0].any()
+
+
+@pytest.mark.gpu
+def test_cross_entropy_waits_for_nothing_and_repeats(device):
+    heads = near_heads(torch.bfloat16, device, 1000, 20_000, 256, ("hidden", "weight"))
+    results = []
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            losses = both_losses(*heads, "Symmetric", workspace_mib=8)
+            results.append([*losses, *gradients(mixed(*losses), heads[0])])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
 # ---- as an operator
 
 
@@ -271,8 +393,10 @@ def test_one_graph_under_a_compiler(trained, device):
 def test_operator_keeps_the_rules(trained, device):
     student, teacher, labels = small_heads(device=device, trained=trained)
     needs = [x.requires_grad for x in student.operands[:3]]
-    arguments = (*student.operands[:3], *teacher.operands[:3], labels, -100, 0.3, 0.7, 1, needs)
-    torch.library.opcheck(torch.ops.torchtune_lce.strip_divergence.default, arguments)
+    # Of two losses it differentiates the sum, so in equal shares.
+    for label_share in (0.0, 0.5):
+        arguments = (*student.operands[:3], *teacher.operands[:3], labels, -100, 0.3, 0.7, label_share, 1, needs)
+        torch.library.opcheck(torch.ops.torchtune_lce.strip_divergence.default, arguments)
 
 
 # ---- where they run

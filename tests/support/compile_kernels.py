@@ -157,10 +157,10 @@ def compiled_for(capability: int, dtype: torch.dtype) -> list[dict]:
         if capability not in WHOLE:
             return list(found.values())
         make_mean_gradients(hidden.detach(), weight.detach(), bias.detach(), config, of_all=is_soonest)
-        # Both divergences take more than one does.
+        # Both divergences take more than one does, and with the labels' cross-entropy most of all.
         student, labels = (hidden, weight, bias), torch.empty(TOKENS, dtype=torch.int64)
         teacher = tuple(torch.empty(x.shape, dtype=dtype) for x in student)
-        divergence_operators.total(student, teacher, labels, -100, 0.5, 0.5, OPTIONS.workspace_mib)
+        divergence_operators.total(student, teacher, labels, -100, 0.5, 0.5, OPTIONS.workspace_mib, 0.5)
     return list(found.values())
 
 

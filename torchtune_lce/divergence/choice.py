@@ -31,11 +31,11 @@ def choose(impl: str, student: Head, teacher: Head) -> str:
     """
     dtypes = student.hidden.dtype, teacher.hidden.dtype
     has_adapter = student.low_rank is not None or teacher.low_rank is not None
-    return _resolve(impl, student.hidden.device, dtypes, has_adapter)
+    return resolve(impl, student.hidden.device, dtypes, has_adapter)
 
 
-def _resolve(impl: str, device: torch.device, dtypes: tuple[torch.dtype, ...], has_adapter: bool) -> str:
-    """A compiler need not look inside: same arguments, same answer."""
+def resolve(impl: str, device: torch.device, dtypes: tuple[torch.dtype, ...], has_adapter: bool) -> str:
+    """The same by what it depends on: the dtypes of both models' hidden states, and whether either has an adapter."""
     if impl == "auto":
         impl, why = _automatic(device, dtypes, has_adapter)
         _say_once(impl, why)
@@ -53,8 +53,8 @@ def _resolve(impl: str, device: torch.device, dtypes: tuple[torch.dtype, ...], h
     return impl
 
 
-# As that of the cross-entropy.
-_resolve._dynamo_marked_constant = True
+# As that of the cross-entropy: a compiler need not look inside, since the same arguments have the same answer.
+resolve._dynamo_marked_constant = True
 
 
 def _automatic(device: torch.device, dtypes: tuple[torch.dtype, ...], has_adapter: bool) -> tuple[str, str]:

@@ -55,13 +55,39 @@ def divergence(
     return total / count.clamp(min=1) if normalize else total
 
 
-def _kernels(pair: Pair, shares: Shares, workspace_mib: int) -> tuple[Tensor, Tensor]:
+def divergence_and_cross_entropy(
+    student: Head,
+    teacher: Head,
+    labels: Tensor,  # [...]
+    shares: Shares,
+    label_share: float,
+    *,
+    ignore_index: int,
+    workspace_mib: int,
+) -> Tensor:
+    """Means over the tokens whose label is not ``ignore_index``, [2] float32: of the divergence, and of the labels'
+    cross-entropy under the student. By the kernels, which compute the second along with the first.
+
+    They are for a loss of which the cross-entropy is ``label_share``, in (0, 1), and the divergence the rest: where
+    they are differentiated in other shares the gradients are NaN. A label that names no entry gives NaN, in the
+    cross-entropy and in its token's gradient.
+
+    Raises: as :func:`divergence`.
+    """
+    pair = checked(student, teacher, labels, ignore_index)
+    choose(KERNELS, pair.student, pair.teacher)
+    validation.check_transforms(KERNELS, "impl='reference'", *pair.student.operands)
+    totals, count = _kernels(pair, shares, workspace_mib, label_share)
+    return totals / count
+
+
+def _kernels(pair: Pair, shares: Shares, workspace_mib: int, label_share: float = 0.0) -> tuple[Tensor, Tensor]:
     # Imported here: Triton may be absent, and TRITON_INTERPRET is read when the kernels are defined.
     from torchtune_lce.kernels import divergence_operators
 
     student, teacher = (head.operands[:3] for head in (pair.student, pair.teacher))
     return divergence_operators.total(
-        student, teacher, pair.labels, pair.ignore_index, shares.forward, shares.reverse, workspace_mib
+        student, teacher, pair.labels, pair.ignore_index, shares.forward, shares.reverse, workspace_mib, label_share
     )
 
 
