@@ -1,6 +1,6 @@
 """Knowledge distillation losses as torchtune's recipes use them: bound to student and teacher once, then called."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torchtune.utils import get_logger, log_rank_zero
 
-from torchtune_lce.divergence.choice import check_impl, choose
-from torchtune_lce.divergence.function import divergence
+from torchtune_lce.divergence.choice import KERNELS, check_impl, choose, resolve
+from torchtune_lce.divergence.function import divergence, divergence_and_cross_entropy
 from torchtune_lce.divergence.operands import Head, Shares, check_head
 from torchtune_lce.inputs import validation
 from torchtune_lce.inputs.options import Options
@@ -20,7 +20,7 @@ from torchtune_lce.model.projection import output_rows
 from torchtune_lce.model.stock_calls import check_no_preference_call
 
 
-class _LinearKLLoss(nn.Module):
+class KullbackLeibler(nn.Module):
     """What the three losses share. ``shares``: of the forward and the reverse divergence in the loss."""
 
     def __init__(self, shares: Shares, ignore_index: int, impl: str, workspace_mib: int):
@@ -104,17 +104,83 @@ class _LinearKLLoss(nn.Module):
                 f"{name} compares two models and takes student_hidden, teacher_hidden and labels, got no labels: it is "
                 "a kd_loss, of the knowledge_distillation recipes; as loss set torchtune_lce.LinearCrossEntropyLoss"
             )
-        if self._student is None or self._teacher is None:
-            raise RuntimeError(self._unbound_message())
+
+        def loss(student: Head, teacher: Head, labels: Tensor) -> Tensor:
+            return divergence(
+                student,
+                teacher,
+                labels,
+                self._shares,
+                ignore_index=self.ignore_index,
+                workspace_mib=self.workspace_mib,
+                impl=self.impl,
+                normalize=normalize,
+            )
+
+        return self._of_heads(loss, student_hidden, teacher_hidden, labels)
+
+    def takes_cross_entropy(self, student_hidden: Tensor, teacher_hidden: Tensor) -> bool:
+        """Whether :meth:`with_cross_entropy` runs for such hidden states: ``impl`` stands for the kernels here.
+
+        Raises RuntimeError: a model is not bound, or ``impl`` cannot run here.
+        """
+        bound = self._both_bound()
+        dtypes = student_hidden.dtype, teacher_hidden.dtype
+        has_adapter = any(model.projection.adapter is not None for model in bound)
+        return resolve(self.impl, student_hidden.device, dtypes, has_adapter) == KERNELS
+
+    def with_cross_entropy(
+        self,
+        student_hidden: Tensor,  # [B, S, D] or [N, D]
+        teacher_hidden: Tensor,  # [B, S, E] or [N, E]
+        labels: Tensor,  # [B, S] or [N]
+        label_share: float,
+    ) -> tuple[Tensor, Tensor]:
+        """The mean divergence of the two bound models, and the mean cross-entropy of the student's labels with it.
+
+        For a loss of which the latter is ``label_share``, in (0, 1), and the former the rest: the gradients are made
+        for these shares, and NaN where others are differentiated. Nothing is left out of them.
+
+        Raises: as a call.
+        """
+
+        def losses(student: Head, teacher: Head, labels: Tensor) -> Tensor:
+            return divergence_and_cross_entropy(
+                student,
+                teacher,
+                labels,
+                self._shares,
+                label_share,
+                ignore_index=self.ignore_index,
+                workspace_mib=self.workspace_mib,
+            )
+
+        of_divergence, of_labels = self._of_heads(losses, student_hidden, teacher_hidden, labels).unbind()
+        return of_divergence, of_labels
+
+    def _of_heads(
+        self,
+        losses: Callable[[Head, Head, Tensor], Tensor],
+        student_hidden: Tensor,
+        teacher_hidden: Tensor,
+        labels: Tensor,
+    ) -> Tensor:
+        """``losses`` of both models' ends, whose projections are there while it runs."""
+        student_bound, teacher_bound = self._both_bound()
         trains = torch.is_grad_enabled()
 
         def of_teacher(hidden, labels, *projection):
             teacher = _head("teacher", hidden, *projection)
 
             def of_student(hidden, labels, *projection):
-                return self._loss(_head("student", hidden, *projection), teacher, labels, normalize)
+                student = _head("student", hidden, *projection)
+                result = losses(student, teacher, labels)
+                if self._first_batch and not torch.compiler.is_compiling():
+                    self._say_which(student, teacher)
+                    self._first_batch = False
+                return result
 
-            student = self._student.projection
+            student = student_bound.projection
             # The backward only scales what the forward found, but for the product with an adapter's first matrix.
             read_in_backward = self.impl == "reference" or student.trained or student.adapter is not None
             with torch.set_grad_enabled(trains):
@@ -122,23 +188,13 @@ class _LinearKLLoss(nn.Module):
 
         # Without gradients around the teacher: no backward touches its projection.
         with torch.no_grad():
-            return self._teacher.projection.call(of_teacher, teacher_hidden, labels)
+            return teacher_bound.projection.call(of_teacher, teacher_hidden, labels)
 
-    def _loss(self, student: Head, teacher: Head, labels: Tensor, normalize: bool) -> Tensor:
-        loss = divergence(
-            student,
-            teacher,
-            labels,
-            self._shares,
-            ignore_index=self.ignore_index,
-            workspace_mib=self.workspace_mib,
-            impl=self.impl,
-            normalize=normalize,
-        )
-        if self._first_batch and not torch.compiler.is_compiling():
-            self._say_which(student, teacher)
-            self._first_batch = False
-        return loss
+    def _both_bound(self) -> tuple[BoundModel, BoundModel]:
+        """Student and teacher."""
+        if self._student is None or self._teacher is None:
+            raise RuntimeError(self._unbound_message())
+        return self._student, self._teacher
 
     def _say_which(self, student: Head, teacher: Head) -> None:
         name = choose(self.impl, student, teacher)
@@ -159,7 +215,7 @@ class _LinearKLLoss(nn.Module):
             "copy of a recipe"
         )
 
-    def apply_compile_strategy(self, *args, **kwargs) -> "_LinearKLLoss":
+    def apply_compile_strategy(self, *args, **kwargs) -> "KullbackLeibler":
         """Nothing is left to compile: the implementation is one custom operator."""
         return self
 
@@ -180,7 +236,7 @@ def _head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, adapte
     return replace(head, low_rank=low_rank(adapter, hidden))
 
 
-class LinearForwardKLLoss(_LinearKLLoss):
+class LinearForwardKLLoss(KullbackLeibler):
     """Cross-entropy of the student under the teacher's distribution, as torchtune's ``ForwardKLLoss`` defines it.
 
     .. code-block:: yaml
@@ -210,7 +266,7 @@ class LinearForwardKLLoss(_LinearKLLoss):
         super().__init__(Shares(1.0, 0.0), ignore_index, impl, workspace_mib)
 
 
-class LinearReverseKLLoss(_LinearKLLoss):
+class LinearReverseKLLoss(KullbackLeibler):
     """KL(student || teacher), as torchtune's ``ReverseKLLoss`` defines it; else as :class:`LinearForwardKLLoss`."""
 
     @refuses_settings_of_torchtune
@@ -218,7 +274,7 @@ class LinearReverseKLLoss(_LinearKLLoss):
         super().__init__(Shares(0.0, 1.0), ignore_index, impl, workspace_mib)
 
 
-class LinearSymmetricKLLoss(_LinearKLLoss):
+class LinearSymmetricKLLoss(KullbackLeibler):
     """``sym_kd_ratio`` of the forward and the rest of the reverse loss, as torchtune's ``SymmetricKLLoss`` mixes them;
     else as :class:`LinearForwardKLLoss`.
     """

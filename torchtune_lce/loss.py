@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,6 +114,31 @@ class LinearCrossEntropyLoss(OfModelOutput, SFTLoss):
                 "loss.reduction must be mean in a torchtune recipe, which multiplies the loss by the number of tokens, "
                 f"got {self.reduction}: right only in a loop of your own that expects it"
             )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the mean cross-entropy of the bound model's own logits, and nobody asks for more than that."""
+        options = self._options
+        plain = replace(
+            Options(),
+            ignore_index=options.ignore_index,
+            workspace_mib=options.workspace_mib,
+            filter_eps=options.filter_eps,
+        )
+        return options == plain and self.reduction == "mean" and not self.after_batch
+
+    def check_labels(self, labels: Tensor) -> None:
+        """What a call with these targets is asked of their range, for whoever computes the loss in its place.
+
+        Raises ValueError for a label that names no row of the bound model's output, in the first batch, and wherever
+        calls look at every one's.
+        """
+        if not validation.is_readable(labels):
+            return
+        if self._first_batch or self.check_targets or labels.device.type == "cpu":
+            rows = self._bound_model().rows
+            validation.check_range(labels, rows, self.ignore_index, self._if_too_large().format(vocabulary=rows))
+            self._first_batch = False
 
     def forward(
         self,

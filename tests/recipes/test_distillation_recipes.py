@@ -1,5 +1,6 @@
 """Our knowledge distillation recipes beside torchtune's own, all really run: the same losses, the same checkpoints."""
 
+import logging
 import re
 from pathlib import Path
 
@@ -117,6 +118,59 @@ def test_variants_equal_stock(runs, overrides):
 )
 def test_settings_come_from_the_config(runs, overrides):
     assert_equal_steps(runs.ours(overrides=overrides), runs.stock())
+
+
+# On a CPU interpreted.
+KERNELS = ["loss.impl=cce", "kd_loss.impl=cce_exact"]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("divergence", OURS)
+def test_both_losses_in_one_walk(runs, divergence, tied, caplog):
+    caplog.set_level(logging.INFO)
+    settings = {"divergence": divergence, "tied": tied}
+    ours = runs.ours(overrides=KERNELS, **settings)
+    assert sum("loss (impl set: 'cce') is computed along with kd_loss" in message for message in caplog.messages) == 1
+    assert_equal_steps(ours, runs.stock(**settings))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["kd_ratio=1.0"],
+        ["kd_ratio=0.0"],
+        ["log_loss_stats=True"],
+        ["loss.metrics=[accuracy]"],
+        ["loss.z_loss=1e-4"],
+        ["loss.label_smoothing=0.1"],
+        ["loss.softcap=30.0"],
+        ["loss.logit_scale=0.5"],
+        ["kd_loss.ignore_index=-1"],
+    ],
+    ids=lambda value: "-".join(value),
+)
+def test_two_walks_where_one_does_not_do(runs, overrides):
+    recipe = our_recipe(DISTILLATION)(cfg=(cfg := runs.config(overrides=KERNELS + overrides)))
+    recipe.setup(cfg=cfg)
+    assert recipe._joint_losses is None
+
+
+@pytest.mark.parametrize("overrides", [["loss.impl=cce"], ["kd_loss.impl=cce_exact"]])
+def test_an_impl_that_is_named_is_not_replaced(runs, overrides, caplog):
+    caplog.set_level(logging.INFO)
+    assert_equal_steps(runs.ours(overrides=overrides), runs.stock())
+    assert not any("along with kd_loss" in message for message in caplog.messages)
+
+
+def test_a_label_beyond_the_output_is_told_of_in_one_walk_too(runs):
+    recipe = our_recipe(DISTILLATION)(cfg=(cfg := runs.config(overrides=KERNELS)))
+    recipe.setup(cfg=cfg)
+    batch = {"tokens": torch.zeros(2, 5, dtype=torch.int64), "labels": torch.zeros(2, 5, dtype=torch.int64)}
+    batch["labels"][1, 3] = 512
+    with pytest.raises(ValueError, match=r"512.* The model's output has 512 rows; the usual cause is a larger token"):
+        recipe._loss_step(batch)
+    assert type(recipe._loss_fn) is LinearCrossEntropyLoss
+    assert type(recipe._kd_loss_fn) is LinearForwardKLLoss
 
 
 def test_compile_equals_stock(runs, monkeypatch):

@@ -96,7 +96,7 @@ def _cases() -> dict[str, Case]:
     for tied in (True, False):
         head = f"distillation {'tied' if tied else 'untied'}"
         cases[f"stock {head}"] = Case(DISTILLATION_DISTRIBUTED, tied, loss=STOCK_LOSS)
-        for overrides in ((), (OWN_GROUPS,)):
+        for overrides in ((), (OWN_GROUPS,), ONE_WALK):
             cases[" ".join([head, *overrides])] = Case(
                 DISTILLATION_DISTRIBUTED, tied, overrides, equals=f"stock {head}"
             )
@@ -109,6 +109,8 @@ def _cases() -> dict[str, Case]:
     return cases
 
 
+# Both losses of a distillation, on a CPU interpreted.
+ONE_WALK = "loss.impl=cce", "kd_loss.impl=cce_exact"
 EMPTY_STEPS = [
     ("full", FULL_DISTRIBUTED, ("clip_grad_norm=0.1",)),
     ("in backward", FULL_DISTRIBUTED, ("optimizer_in_bwd=True",)),

@@ -110,7 +110,6 @@ class OfModelOutput(nn.Module):
         check_width(outputs, weight)
         # In this order: compiled code must not depend on whether a batch has been.
         first = validation.is_readable(targets) and self._first_batch
-        tokenizer = "" if self.tokenizer_size is None else f", which has {self.tokenizer_size} entries"
         call = checked(
             outputs,
             weight,
@@ -119,14 +118,16 @@ class OfModelOutput(nn.Module):
             options=options,
             shard=shard,
             look=first or self.check_targets,
-            if_too_large=(
-                f". The model's output has {{vocabulary}} rows; the usual cause is a larger tokenizer{tokenizer}"
-            ),
+            if_too_large=self._if_too_large(),
         )
         if first:
             self._say_which(outputs, weight, adapter)
             self._first_batch = False
         return call if adapter is None else replace(call, low_rank=low_rank(adapter, outputs))
+
+    def _if_too_large(self) -> str:
+        tokenizer = "" if self.tokenizer_size is None else f", which has {self.tokenizer_size} entries"
+        return f". The model's output has {{vocabulary}} rows; the usual cause is a larger tokenizer{tokenizer}"
 
     def _say_which(self, outputs: Tensor, weight: Tensor, adapter: Adapter | None) -> None:
         log_rank_zero(

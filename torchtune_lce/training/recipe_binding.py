@@ -3,7 +3,7 @@
 import os
 
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 from torchtune import config
 
 from torchtune_lce.logprobs import LinearTokenLogprobs
@@ -11,6 +11,7 @@ from torchtune_lce.loss import LinearCrossEntropyLoss
 from torchtune_lce.model.model_output import uncompiled
 from torchtune_lce.training import live_feedback
 from torchtune_lce.training.empty_steps import SkipsEmptySteps
+from torchtune_lce.training.joint_losses import joint_losses
 
 
 class BindsLossToModel:
@@ -43,6 +44,8 @@ class BindsLossesToModels(BindsLossToModel):
     returns.
     """
 
+    _joint_losses = None
+
     def setup(self, cfg: DictConfig) -> None:
         # Before anything is loaded, and before torchtune compares settings that our losses do not have.
         losses = {name: config.instantiate(cfg[name]) for name in ("loss", "kd_loss")}
@@ -63,6 +66,18 @@ class BindsLossesToModels(BindsLossToModel):
         self._kd_loss_fn = _compiled_its_own_way(self._kd_loss_fn)
         self._kd_loss_fn.set_model_output(self._model)
         self._kd_loss_fn.set_teacher_output(self._teacher_model)
+        self._joint_losses = joint_losses(self._loss_fn, self._kd_loss_fn, self._kd_ratio, cfg)
+
+    def _loss_step(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """torchtune's, whose two losses are one where they can be."""
+        joint, own = self._joint_losses, (self._loss_fn, self._kd_loss_fn)
+        if joint is None:
+            return super()._loss_step(batch)
+        self._loss_fn, self._kd_loss_fn = joint.of_labels, joint.of_teacher
+        try:
+            return super()._loss_step(batch)
+        finally:
+            self._loss_fn, self._kd_loss_fn = own
 
 
 def _check(cfg: DictConfig, name: str, loss: nn.Module) -> None:
