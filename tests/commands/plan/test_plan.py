@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from allocations import usage
 from calls import compute
+from matplotlib.image import imread
 from omegaconf import OmegaConf
 from tiny_distillation import distillation_config, write_distillation_assets
 from tiny_models import (
@@ -38,7 +39,7 @@ from torchtune_lce.commands.plan.distillation_memory import Distillation, distil
 from torchtune_lce.commands.plan.planning import USABLE, Planner
 from torchtune_lce.commands.plan.preference_memory import preference_memory
 from torchtune_lce.commands.plan.step import _NF4_BYTES, optimizer_bytes
-from torchtune_lce.commands.shared import config_reading, peers
+from torchtune_lce.commands.shared import bars, config_reading, peers
 from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.random_weights import is_quantised
 from torchtune_lce.divergence.function import divergence
@@ -656,6 +657,24 @@ def test_what_is_printed(capsys):
     assert f"{USABLE:.0%} of 80.0 GiB" in printed
 
 
+@pytest.mark.parametrize("memory", [[], ["--memory", "80GiB"]], ids=["no card", "card"])
+def test_picture(tmp_path, capsys, memory):
+    path = tmp_path / "plan.png"
+    assert run("--config", TINY, "--losses", "stock,cce", "--picture", str(path), *memory) == 0
+    assert f"Written: {path}" in capsys.readouterr().out
+    pixels = (imread(path) * 255).round().astype(int)
+    assert (pixels[..., 3] == 255).all()  # opaque: legible on a dark page, too
+    shown = set((pixels[..., :3] @ [1 << 16, 1 << 8, 1]).flat)
+    drawn = [int(colour[1:], 16) in shown for colour in (bars.TORCHTUNES, bars.OURS, bars.LIMIT)]
+    assert drawn == [True, True, bool(memory)]
+
+
+def test_a_picture_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "plan.png").mkdir()
+    assert run("--config", TINY, "--losses", "cce", "--picture", str(tmp_path / "plan.png")) == 2
+    assert "tune-lce plan: --picture: [Errno 21] Is a directory" in capsys.readouterr().err
+
+
 def test_settings_and_cautions_are_said(tmp_path, capsys):
     path = tmp_path / "of_several_devices.yaml"
     OmegaConf.save(config_reading.read(TINY, []), path)
@@ -769,6 +788,8 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, capsys, text, message):
         (["model.lora_rankk=1"], "model: torchtune.models.llama3_2.lora_llama3_2_1b cannot be built: "),
         (["model.lora_alpha=abc"], "the model cannot be run with its settings: unsupported operand type"),
         (["optimizer.lr=-1"], "optimizer: torch.optim.AdamW cannot be built here: Invalid learning rate: -1"),
+        (["--picture", "plan.svg"], "--picture must be a .png file in a folder that is there, got plan.svg"),
+        (["--picture", "none/plan.png"], "--picture must be a .png file in a folder that is there, got none/plan.png"),
         (["--losses", "all"], "--losses takes stock"),
         (["--losses", "auto"], "--losses: auto is not planned, name what it takes"),
         (["--sequence-length", "1000000"], "--sequence-length must be from 1 to 131072, the model's own limit"),

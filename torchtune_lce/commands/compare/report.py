@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from torchtune_lce.commands.compare.runs import OK, Outcome
+from torchtune_lce.commands.shared.bars import Panel, bars
 from torchtune_lce.commands.shared.loss_choices import SEED
 from torchtune_lce.commands.shared.recipe_runs import Result
 
@@ -204,19 +205,13 @@ def draw(outcomes: dict[str, Outcome], title: str, on_card: bool, path: Path) ->
     for axis in (curves, differences):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.25)
-    speeds = {name: result.tokens_per_second for name, result in ran.items()}
-    _bars(speed, speeds, colours, "{:,.0f}", "tokens/s of a device (median)")
-    peaks = {name: (result.peak_bytes or 0) / 2**30 for name, result in ran.items()}
-    _bars(memory, peaks, colours, "{:.2f}", "peak GiB " + ("allocated" if on_card else "resident"))
-    for axis in (curves, differences, speed, memory):
+    for axis in (curves, differences):
         axis.spines[["top", "right"]].set_visible(False)
+    speeds = [result.tokens_per_second for result in ran.values()]
+    peaks = [(result.peak_bytes or 0) / 2**30 for result in ran.values()]
+    for axis, values, style, label in (
+        (speed, speeds, "{:,.0f}", "tokens/s of a device (median)"),
+        (memory, peaks, "{:.2f}", "peak GiB " + ("allocated" if on_card else "resident")),
+    ):
+        bars(axis, list(ran), list(colours.values()), Panel(label, values, list(map(style.format, values))))
     figure.savefig(path)
-
-
-def _bars(axis, values: dict[str, float], colours: dict[str, str], style: str, label: str) -> None:
-    axis.barh(list(values), list(values.values()), color=[colours[name] for name in values])
-    for place, value in enumerate(values.values()):
-        axis.text(value, place, " " + style.format(value), va="center", fontsize=8)
-    axis.set_xlabel(label)
-    axis.invert_yaxis()
-    axis.margins(x=0.2)

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 DESCRIPTION = """\
 Says what a fine-tune will allocate, from its config and before anything is loaded: parameters, gradients, optimizer and
@@ -38,6 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--losses", metavar="LOSS,...", help="as of tune-lce compare; default: the usual ones")
     parser.add_argument("--nproc_per_node", type=int, metavar="N", help="devices that FSDP2 shards the model over")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="a .png to draw the losses' memory into")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the config")
     parser.set_defaults(func=main)
 
@@ -49,7 +51,15 @@ def main(args: argparse.Namespace) -> None:
     from torchtune_lce.commands.shared.errors import CommandError
 
     try:
-        show(args.config, args.overrides, args.losses, args.memory, args.sequence_length, args.nproc_per_node)
+        show(
+            args.config,
+            args.overrides,
+            args.losses,
+            args.memory,
+            args.sequence_length,
+            args.nproc_per_node,
+            args.picture,
+        )
     except CommandError as error:
         print(f"tune-lce plan: {error}", file=sys.stderr)
         sys.exit(2)

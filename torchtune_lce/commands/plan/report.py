@@ -1,6 +1,8 @@
 """What ``tune-lce plan`` prints."""
 
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
@@ -10,12 +12,14 @@ from rich.table import Table
 
 from torchtune_lce.commands.plan import fine_tune
 from torchtune_lce.commands.plan.planning import USABLE, Planner
-from torchtune_lce.commands.shared import config_reading, distillation, loss_choices, preferences
+from torchtune_lce.commands.plan.step import Step
+from torchtune_lce.commands.shared import bars, config_reading, distillation, loss_choices, preferences
 from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.tables import print_table
 
 _USUAL = "stock,stock_compiled,main_compiled,torch_compile,chunked,cce"
 _USUAL_WITH_A_SECOND_FORWARD = "stock,chunked,cce"
+_TORCHTUNES = (loss_choices.STOCK, loss_choices.MAIN)
 _DEFAULT_SEQUENCE = 2048
 _UNITS = {"GiB": 2**30, "G": 2**30, "GB": 10**9, "MiB": 2**20, "M": 2**20, "MB": 10**6}
 
@@ -29,9 +33,17 @@ def parse_memory(text: str) -> float:
 
 
 def show(
-    name: str, overrides: list[str], named: str | None, memory: str | None, sequence: int | None, devices: int | None
+    name: str,
+    overrides: list[str],
+    named: str | None,
+    memory: str | None,
+    sequence: int | None,
+    devices: int | None,
+    picture: Path | None,
 ) -> None:
-    """Prints the plan; raises CommandError for a config or an argument that makes no sense."""
+    """Prints the plan, and draws it into ``picture``; raises CommandError for an argument that makes no sense."""
+    if picture is not None:
+        _check_picture(picture)
     config = config_reading.read(name, overrides)
     fine_tune.check(name, config, devices)
     distils = distillation.distils(config)
@@ -54,7 +66,8 @@ def show(
     kinds, left_out = _planned([choice.loss for choice in choices], planner, named is not None)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     counted = f"{batch} pairs of rows" if planner.prefers else batch
-    console.print(f"{name}: {counted} x {sequence} tokens{why}, {config.dtype}{_settings(config, devices)}")
+    settings = f"{config.dtype}{_settings(config, devices)}"
+    console.print(f"{name}: {counted} x {sequence} tokens{why}, {settings}")
     print_table(console, _fixed_table(planner, batch, sequence))
     limit = None if size is None else USABLE * size
     print_table(console, _loss_table(planner, kinds, batch, sequence, limit))
@@ -66,6 +79,15 @@ def show(
         )
     for caution in [*left_out, *_cautions(config, devices)]:
         console.print(caution)
+    if picture is not None:
+        steps = {kind: planner.step(kind, batch, sequence) for kind in kinds}
+        _draw(f"{name}\n{counted} x {sequence} tokens, {settings}", steps, limit, picture)
+        console.print(f"Written: {picture}")
+
+
+def _check_picture(path: Path) -> None:
+    if path.suffix != ".png" or not path.parent.is_dir():
+        raise CommandError(f"--picture must be a .png file in a folder that is there, got {path}")
 
 
 def _planned(kinds: list[str], planner: Planner, named: bool) -> tuple[list[str], list[str]]:
@@ -152,6 +174,22 @@ def _loss_table(planner: Planner, kinds: list[str], batch: int, sequence: int, l
             cells += [f"{planner.largest_batch(kind, sequence, limit):,}", f"{longest:,}{of_the_model}"]
         grid.add_row(kind, *cells)
     return grid
+
+
+def _draw(title: str, steps: dict[str, Step], limit: float | None, path: Path) -> None:
+    """Bars of what each loss allocates itself, and of the peak of its step, with the card's limit if that is known."""
+    own, peaks = [step.loss.peak for step in steps.values()], [step.peak for step in steps.values()]
+    panels = [
+        bars.Panel(label, [value / 2**30 for value in values], list(map(_gib, values)))
+        for label, values in (("the loss itself, GiB", own), ("peak of the step, GiB", peaks))
+    ]
+    if limit is not None:
+        panels[1] = replace(panels[1], limit=limit / 2**30, limit_label=f"fits {limit / USABLE / 2**30:.4g} GiB")
+    colours = [bars.TORCHTUNES if kind.startswith(_TORCHTUNES) else bars.OURS for kind in steps]
+    try:
+        bars.save(title, list(steps), colours, panels, path)
+    except OSError as error:
+        raise CommandError(f"--picture: {error}") from error
 
 
 def _gib(value: float) -> str:
