@@ -5,6 +5,7 @@ import math
 import subprocess
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -482,6 +483,9 @@ def test_results_are_written_where_the_first_failed_and_where_a_loss_is_nan(tmp_
     report.draw(outcomes, "title", True, tmp_path / "compare.png")
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert report.table(outcomes, on_card=True).row_count == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report.draw({"stock": outcomes["stock"]}, "title", True, tmp_path / "nothing.png")
     same = {"a": Outcome("ok", result(3.0, math.nan)), "b": Outcome("ok", result(3.0, 2.0))}
     assert math.isnan(report.rows(same)[1]["largest_difference"])
 

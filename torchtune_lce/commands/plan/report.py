@@ -1,4 +1,4 @@
-"""What ``tune-lce plan`` prints."""
+"""What ``tune-lce plan`` prints and draws."""
 
 import re
 from dataclasses import replace

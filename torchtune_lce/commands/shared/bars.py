@@ -24,7 +24,7 @@ def bars(axis, names: Sequence[str], colours: Sequence[str], panel: Panel, size:
     for place, (value, text) in enumerate(zip(panel.values, panel.texts, strict=True)):
         axis.text(value, place, " " + text, va="center", fontsize=size)
     axis.set_xlabel(panel.label)
-    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.set_ylim(max(len(names), 1) - 0.5, -0.5)
     axis.margins(x=0.2)
     axis.spines[["top", "right"]].set_visible(False)
     if panel.limit is not None:
