@@ -5,6 +5,7 @@ python docs/fine_tune_figure.py
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from torchtune_lce.commands.shared import bars
@@ -22,38 +23,47 @@ RUNS = (
 )
 
 
-def rows() -> list[tuple[str, bool, float, float, float, float]]:
-    """Of each run: its title, whether the loss is this package's, tokens/s, that to its first, GiB, that to its first.
+@dataclass(frozen=True)
+class Row:
+    """Of one run; the texts have the ratio to the first run of its set, too."""
 
-    As `tune-lce compare` recorded them.
-    """
+    title: str
+    ours: bool
+    speed: float  # tokens/s
+    speed_text: str
+    peak: float  # GiB
+    peak_text: str
+
+
+def rows() -> list[Row]:
+    """The runs of :data:`RUNS` as `tune-lce compare` recorded them."""
     recorded = {row["loss"]: row for row in json.loads(RECORD.read_text(encoding="utf-8"))["rows"]}
     found = []
     for runs in RUNS:
-        first, *_ = ((recorded[name]["tokens_per_second"], recorded[name]["peak_allocated_bytes"]) for name in runs)
-        for name, title in runs.items():
-            speed, memory = recorded[name]["tokens_per_second"], recorded[name]["peak_allocated_bytes"]
-            ours = name.startswith("cce")
-            found.append((title, ours, speed, speed / first[0], memory / 2**30, memory / first[1]))
+        speeds = [recorded[name]["tokens_per_second"] for name in runs]
+        peaks = [recorded[name]["peak_allocated_bytes"] / 2**30 for name in runs]
+        for (name, title), speed, peak in zip(runs.items(), speeds, peaks, strict=True):
+            texts = f"{speed:,.0f}{_ratio(speed, speeds[0])}", f"{peak:.2f}{_ratio(peak, peaks[0])}"
+            found.append(Row(title, name.startswith("cce"), speed, texts[0], peak, texts[1]))
     return found
 
 
+def _ratio(value: float, first: float) -> str:
+    return "" if value == first else f" ({value / first:.2f} x)"
+
+
 def draw(path: Path) -> None:
-    about = json.loads(RECORD.read_text(encoding="utf-8"))["about"]
+    about, shown = json.loads(RECORD.read_text(encoding="utf-8"))["about"], rows()
     title = (
         f"LoRA fine-tune of Gemma 2 2B, {about['batch_size']} x {about['demo_data_sequence']} tokens a step, "
         f"{about['dtype']}, {about['device']}"
     )
-    titles, ours, speeds, of_speed, peaks, of_peak = zip(*rows(), strict=True)
     panels = [
-        bars.Panel("tokens/s", speeds, list(map(_text, map("{:,.0f}".format, speeds), of_speed))),
-        bars.Panel("peak memory, GiB", peaks, list(map(_text, map("{:.2f}".format, peaks), of_peak))),
+        bars.Panel("tokens/s", [row.speed for row in shown], [row.speed_text for row in shown]),
+        bars.Panel("peak memory, GiB", [row.peak for row in shown], [row.peak_text for row in shown]),
     ]
-    bars.save(title, titles, [bars.OURS if x else bars.TORCHTUNES for x in ours], panels, path)
-
-
-def _text(value: str, ratio: float) -> str:
-    return value if ratio == 1 else f"{value}  ({ratio:.2f} x)"
+    colours = [bars.OURS if row.ours else bars.TORCHTUNES for row in shown]
+    bars.save(title, [row.title for row in shown], colours, panels, path)
 
 
 if __name__ == "__main__":

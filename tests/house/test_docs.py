@@ -186,7 +186,8 @@ RUN_FOR_REAL = ("doctor", "ls", "plan")
         if program == "tune-lce" and words and words[0] in RUN_FOR_REAL and words != ["plan"]
     ),
 )
-def test_what_takes_seconds_is_run(line, capsys):
+def test_what_takes_seconds_is_run(line, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where a picture goes
     ends = {"doctor": pytest.raises(SystemExit, match="^0$")}
     words = shlex.split(line)[1:]
     args = TuneLCEParser()._parser.parse_args(words)
@@ -258,25 +259,41 @@ def test_links_lead_somewhere(page):
             assert (page.parent / link).exists(), link
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
-def test_what_the_maps_name_is_there(page):
+def test_what_the_map_names_is_there():
     """Folders and files of the package, by their paths or by their names alone."""
-    text = (ROOT / page).read_text(encoding="utf-8").partition("## Files")[2 if page == "README.md" else 0]
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     named = set(re.findall(r"(?<![\w/.])(?!tests/)[a-z_]+(?:/[a-z_]+)*(?:/(?![\w<])|\.py)", text))
     assert len(named) > 12
     folders = [ROOT, ROOT / "kernels", *ROOT.glob("torchtune_lce/**")]
     assert not [name for name in named if not any((folder / name).exists() for folder in folders)]
 
 
+def figure_script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
 def test_figure_shows_what_its_page_says(tmp_path):
-    spec = importlib.util.spec_from_file_location("how_it_works_figure", ROOT / "docs" / "how_it_works_figure.py")
-    figure = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(figure)
+    figure = figure_script("how_it_works_figure")
     natural, sorted_by_use = figure.draw(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert figure.PICTURE.exists()
     said = re.sub(r"\s+", " ", (ROOT / "docs" / "how-it-works.md").read_text())
     assert f"spread over {natural:.0%} of the tiles; in the order of use they fill {sorted_by_use:.0%}" in said
+
+
+def test_fine_tune_of_the_readme_is_the_recorded_one(tmp_path):
+    figure = figure_script("fine_tune_figure")
+    figure.draw(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert figure.PICTURE.exists()
+    readme, measured = ((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/measured.md"))
+    for row in figure.rows():
+        title = row.title.replace("compile: True", "`compile: True`")
+        assert f"| {title} | {row.speed_text} | {row.peak_text} |\n" in readme
+        assert re.search(rf"\| {re.escape(row.speed_text.replace(' x)', ')'))} \|.*{row.peak:.2f}", measured)
 
 
 def test_faq_has_every_complaint():
