@@ -348,7 +348,6 @@ def _backward(d_nll, d_lse, d_means, *arguments):
     d_nll = torch.zeros_like(nll) if d_nll is None else d_nll
     logit_scale = settings[2]
     d_target, d_softmax = by_target_and_others(d_nll, d_lse, nll, logit_scale)
-    factor = d_softmax * torch.exp(-log_total)
     vocabulary, needs = operands.weight.shape[0], Operands(*needs)
     capped_or_scaled = settings[1] is not None or operands.scale is not None
     others = capped_or_scaled or d_means is not None or any((needs.bias, needs.low, needs.up))
@@ -356,9 +355,8 @@ def _backward(d_nll, d_lse, d_means, *arguments):
     rounded = rounds_factors(operands.hidden) and not others and not bool((d_softmax < 0).any())
 
     def of_piece(piece):
-        if rounded:
-            return of_rounded_piece(piece)
-        base, by_softmax, by_target = (x[piece.rows, None] for x in (peak, factor, d_target))
+        base, log_sum, by_softmax, by_target = (x[piece.rows, None] for x in (peak, log_total, d_softmax, d_target))
+        by_softmax = by_softmax * torch.exp(-log_sum)
         by_mean = None if d_means is None else d_means[piece.rows, None] * (logit_scale / vocabulary)
 
         def differentiate(logits, start):
@@ -381,7 +379,7 @@ def _backward(d_nll, d_lse, d_means, *arguments):
 
     # In pieces of tokens the logits would be computed another time.
     walked = pieces(operands, targets, *settings, at_once=needs.of_entries, rounded=rounded)
-    return walk_gradients(operands, walked, needs, of_piece)
+    return walk_gradients(operands, walked, needs, of_rounded_piece if rounded else of_piece)
 
 
 @torch.library.register_fake("torchtune_lce::chunked_backward")
