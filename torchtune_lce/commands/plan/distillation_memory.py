@@ -6,9 +6,9 @@ stock: the logits of both models, 2bNV, until both losses are known. Kept for th
 make of them in float32: softmaxes, log-softmaxes and their products' masks, 9NV for the forward divergence, 13NV for
 the reverse one, 22NV for both; and the cross-entropy's log-softmax, 4NV.
 ours: the divergence is over before the cross-entropy begins, and keeps the gradient of the student's hidden states,
-bND; the kernels' one walk for both takes no more. The workspace of `chunked` holds both logits of a piece of tokens in float32 and, of some of them, three or four
-blocks more; that of the kernels, which stand beside every `cce`, both hidden states of a piece, its gradient's sums,
-and the gradient by a strip of the student's logits.
+bND; one walk of the kernels for both takes no more. The workspace of `chunked` holds both logits of a piece of tokens
+in float32 and, of some of them, three or four blocks more; that of the kernels, which stand beside every `cce`, both
+hidden states of a piece, its gradient's sums, and the gradient by a strip of the student's logits.
 """
 
 from dataclasses import dataclass
