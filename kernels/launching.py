@@ -8,13 +8,18 @@ by: dtypes, whether addresses are multiples of 16, and the numbers that the kern
 import itertools
 from collections.abc import Iterable
 
-from torch import Tensor, device
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from torchtune_lce.kernels.compiling import Way, leave_if_worthwhile, way
 
 # Of every launch. From 3.10 on Triton contracts multiply-adds only where it is told to: other bits.
 OPTIONS = {"enable_fp_fusion": True}
+# Whether a compiled kernel is started as in Triton 3.4 to 3.9.
+STARTS_ALIKE = tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
 # Kernels that were launched, compiled, by everything that Triton would tell apart. Few: shapes of models, mostly.
 _compiled = {}
 MOST_COMPILED = 4096
@@ -70,9 +75,15 @@ class Repeated:
                 _compiled[key] = compiled
                 return
             # Constexprs are given too, though nothing of them is left to tell.
-            found = self._found[own] = compiled, [constants[name] for name in self._constexprs]
-        compiled, values = found
-        compiled[(*grid, 1, 1)[:3]](*self._given, *numbers, *values)
+            values = [constants[name] for name in self._constexprs]
+            found = self._found[own] = compiled, values, _own_stream(self._key[0])
+        compiled, values, stream = found
+        grid = (*grid, 1, 1)[:3]
+        if stream is None:
+            compiled[grid](*self._given, *numbers, *values)
+        else:
+            run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+            run(*grid, stream, function, metadata, None, None, None, *self._given, *numbers, *values)
 
 
 def _parameters_of(kernel: JITFunction) -> tuple[list[bool], list[str]]:
@@ -84,8 +95,17 @@ def _parameters_of(kernel: JITFunction) -> tuple[list[bool], list[str]]:
     return found
 
 
+def _own_stream(device: int) -> int | None:
+    """The current one; None where Triton has to be asked in each launch: it is newer, or tells somebody of launches."""
+    # From 3.5 on a hook is a chain of them.
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    if not STARTS_ALIKE or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+        return None
+    return driver.active.get_current_stream(device)
+
+
 def _told_apart(arguments: tuple, are_specialized: Iterable[bool]) -> tuple[list, tuple]:
-    """The arguments, tensors by their addresses; and all that Triton specializes by, first the device."""
+    """The arguments, tensors by their addresses; and all that Triton specializes by, first the device's index."""
     key = [_device(arguments)]
     given = _given(arguments, are_specialized, key)
     return given, tuple(key)
@@ -96,33 +116,40 @@ def _given(arguments: tuple, are_specialized: Iterable[bool], key: list) -> list
     for argument, is_specialized in zip(arguments, are_specialized, strict=False):
         # By type: an isinstance of Tensor takes longer than all else here.
         kind = type(argument)
-        if argument is None or kind is float:
+        if kind is int:
             given.append(argument)
-            key.append(kind)
-        elif kind is int:
-            given.append(argument)
-            key.append(-(2**31) <= argument < 2**31)
-            if is_specialized:
-                # A 1 is a constant; and equal to True.
-                key.append("1" if argument == 1 else argument % 16 == 0)
-        elif kind is not Tensor and issubclass(kind, tuple):
-            # What is in one is specialized, all of it.
-            given.append(tuple(_given(argument, ALL, key)))
-        elif kind is not Tensor and kind.__name__ == "TensorDescriptor":
-            given.append(argument)
-            key += argument.base.dtype, tuple(argument.block_shape)
-        else:
+            if is_specialized and argument == 1:
+                # A constant; and equal to True.
+                key.append("1")
+            else:
+                key.append(-(2**31) <= argument < 2**31)
+                key.append(is_specialized and argument % 16 == 0)
+        elif kind is Tensor or issubclass(kind, Tensor):
             address = argument.data_ptr()
             given.append(address)
             key.append(argument.dtype)
-            key.append(address % 16 == 0)
+            if address % 16:
+                key.append("unaligned")
+        elif argument is None or kind is float:
+            given.append(argument)
+            key.append(kind)
+        elif issubclass(kind, tuple):
+            # What is in one is specialized, all of it.
+            given.append(tuple(_given(argument, ALL, key)))
+        else:
+            # A descriptor of one.
+            given.append(argument)
+            key += argument.base.dtype, tuple(argument.block_shape)
     return given
 
 
-def _device(arguments: tuple) -> device | None:
-    """Of the first tensor."""
+def _device(arguments: tuple) -> int | None:
+    """Index of the first tensor's; -1 for the processor."""
     for argument in arguments:
-        found = _device(argument) if isinstance(argument, tuple) else getattr(argument, "device", None)
+        if isinstance(argument, tuple):
+            found = _device(argument)
+        else:
+            found = argument.get_device() if hasattr(argument, "get_device") else None
         if found is not None:
             return found
     return None
