@@ -1,6 +1,7 @@
 """Matrices as the copy engine (TMA) of sm90 and newer takes them: a descriptor on the host, blocks in the kernel."""
 
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from torchtune_lce.kernels.tuning import Config
 
@@ -16,8 +17,6 @@ def has_blocks(config: Config, *matrices: Tensor) -> bool:
     )
 
 
-def in_blocks(matrix: Tensor, rows: int, columns: int):
+def in_blocks(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """A descriptor of ``matrix`` whose loads are ``rows`` x ``columns``, zero past its edges."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     return TensorDescriptor.from_tensor(matrix, [rows, columns])

@@ -6,7 +6,7 @@ by: dtypes, whether addresses are multiples of 16, and the numbers that the kern
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import triton
 from torch import Tensor
@@ -61,10 +61,10 @@ class Repeated:
         own = tuple(constants.values())
         found = self._found.get(own)
         if found is None:
-            constants = self._constants | constants
+            constants = {**self._constants, **constants}
             key = (self.kernel.fn, self._key, *constants.values())
-            compiled = _compiled.get(key)
-            if compiled is None:
+            known = _compiled.get(key)
+            if known is None:
                 leave_if_worthwhile()
                 compiled = self.kernel[grid](*self._fixed, *numbers, **constants, **OPTIONS)
                 if hasattr(compiled, "result"):
@@ -72,18 +72,14 @@ class Repeated:
                     compiled = compiled.result()
                 if len(_compiled) >= MOST_COMPILED:
                     _compiled.clear()
-                _compiled[key] = compiled
+                # Constexprs are given too, though nothing of them is left to tell.
+                _compiled[key] = compiled, tuple(constants[name] for name in self._constexprs)
                 return
-            # Constexprs are given too, though nothing of them is left to tell.
-            values = [constants[name] for name in self._constexprs]
-            found = self._found[own] = compiled, values, _own_stream(self._key[0])
-        compiled, values, stream = found
-        grid = (*grid, 1, 1)[:3]
-        if stream is None:
-            compiled[grid](*self._given, *numbers, *values)
-        else:
-            run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-            run(*grid, stream, function, metadata, None, None, None, *self._given, *numbers, *values)
+            compiled, values = known
+            start, first = _started(compiled, self._key[0])
+            found = self._found[own] = start, (*first, *self._given), values
+        start, given, values = found
+        start(*(*grid, 1, 1)[:3], *given, *numbers, *values)
 
 
 def _parameters_of(kernel: JITFunction) -> tuple[list[bool], list[str]]:
@@ -95,13 +91,15 @@ def _parameters_of(kernel: JITFunction) -> tuple[list[bool], list[str]]:
     return found
 
 
-def _own_stream(device: int) -> int | None:
-    """The current one; None where Triton has to be asked in each launch: it is newer, or tells somebody of launches."""
+def _started(compiled, device: int) -> tuple[Callable, tuple]:
+    """What starts a compiled kernel on the device's current stream, and what that takes between grid and arguments."""
     # From 3.5 on a hook is a chain of them.
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     if not STARTS_ALIKE or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
-        return None
-    return driver.active.get_current_stream(device)
+        return lambda x, y, z, *arguments: compiled[x, y, z](*arguments), ()
+    # As Triton does itself, which asks for the stream, and whom to tell, in each launch. The first loads the kernel.
+    run, stream = compiled.run, driver.active.get_current_stream(device)
+    return run, (stream, compiled.function, compiled.packed_metadata, None, None, None)
 
 
 def _told_apart(arguments: tuple, are_specialized: Iterable[bool]) -> tuple[list, tuple]:
