@@ -16,7 +16,6 @@ from torch import Tensor
 from torchtune_lce.inputs.call import Call
 from torchtune_lce.inputs.filtering import Filtering, open_record
 from torchtune_lce.inputs.losses import Losses
-from torchtune_lce.inputs.validation import is_readable
 from torchtune_lce.kernels import strip_operators  # defines the operators of the walk over strips
 from torchtune_lce.kernels.backward import output_tiles, run_backward
 from torchtune_lce.kernels.descriptors import has_blocks
@@ -316,12 +315,9 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, low, up, scale, rows, labels, count, row_total, words)
     ctx.settings = softcap, logit_scale, *filters, workspace_mib
-    ctx.record = None
-    # A trace has no calls to tell of.
-    if is_readable(rows):
-        ctx.record = open_record(rows.numel(), rows.device)
-        if ctx.record and words.numel():
-            ctx.record.dropped_mass[rows] = dropped_mass
+    ctx.record = open_record(rows)
+    if ctx.record and words.numel():
+        ctx.record.dropped_mass[rows] = dropped_mass
 
 
 def _differentiate(ctx, d_nll, _, d_lse, __, d_means, *___):

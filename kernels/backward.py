@@ -295,10 +295,13 @@ def run_backward(
         flat = gradients.view(-1, config.entry_tile)
         return in_blocks(flat, config.block_k, config.entry_tile), in_blocks(flat, config.row_block, config.block_k)
 
+    own_blocks = gradient_blocks(workspace.gradients)
+
     def run(
         plan: Plan,
         strips: Tensor,
         workspace: Workspace,
+        blocks: tuple,  # of its gradients
         tail: Tail,
         first_slot_factor: int,
         hidden_blocks: tuple,
@@ -316,7 +319,7 @@ def run_backward(
                 strips,
                 next(counters),
                 workspace,
-                *gradient_blocks(workspace.gradients),
+                *blocks,
                 tail,
                 wanted,
                 ceil_div(places.rows.numel(), config.row_block),
@@ -351,17 +354,20 @@ def run_backward(
         )
     # The plan leaves launches without strips where the host does not know.
     if not plan.is_dense:
-        run(plan, plan.sparse_strips, workspace, tail, 0, by_row if may_be_in_order else hidden_blocks, by_row)
+        hidden_rows = by_row if may_be_in_order else hidden_blocks
+        run(plan, plan.sparse_strips, workspace, own_blocks, tail, 0, hidden_rows, by_row)
     own = workspace._replace(masses=None, mass_before=None)
-    dense = [(plan.dense_strips, plan.dense_strips_by_row, own, 0)]
+    plan, no_tail = plan.dense, Tail(None, None)
+    dense = [(plan.dense_strips, plan.dense_strips_by_row, own, own_blocks, 0)]
     if output_tiles(wanted, config):
         # Rows of the weight's gradient that are not written yet hold the logit gradients of the strips before them.
         output = wanted.weight.view(-1)[: output_tiles(wanted, config) * _tile_numel(config)]
-        dense.insert(0, (plan.output_strips, plan.output_strips_by_row, own._replace(gradients=output), features))
-    for strips, strips_by_row, workspace, factor in dense:
-        run(plan.dense, strips, workspace, Tail(None, None), factor, hidden_blocks, weight_blocks)
+        inside, blocks = own._replace(gradients=output), gradient_blocks(output)
+        dense.insert(0, (plan.output_strips, plan.output_strips_by_row, inside, blocks, features))
+    for strips, strips_by_row, workspace, blocks, factor in dense:
+        run(plan, strips, workspace, blocks, no_tail, factor, hidden_blocks, weight_blocks)
         if may_be_in_order:
-            run(plan.dense, strips_by_row, workspace, Tail(None, None), factor, by_row, weight_blocks)
+            run(plan, strips_by_row, workspace, blocks, no_tail, factor, by_row, weight_blocks)
 
 
 def _workspace(

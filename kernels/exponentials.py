@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -335,11 +335,12 @@ class Blocks:
         stored = None
         if strip.values.element_size() == 2 and config.stores_transposed:
             stored = in_blocks(strip.values, config.forward_entries, config.row_block)
-        return replace(
-            blocks,
-            stored=stored,
-            weight_rows=in_blocks(weight, depth, features),
-            columns=in_blocks(strip.values, depth, config.row_block),
+        return Blocks(
+            blocks.states,
+            blocks.weight,
+            stored,
+            in_blocks(weight, depth, features),
+            in_blocks(strip.values, depth, config.row_block),
         )
 
 
@@ -399,8 +400,10 @@ def strip_exponentials(
         num_stages=config.forward_stages,
     )
 
+    workers = programs(states.device)
+
     def launch(number: int, first: int, tiles: int) -> None:
         ragged = (first + tiles) * config.forward_entries > vocabulary
-        kernel((min(programs(states.device), row_blocks * tiles),), number, first, tiles, RAGGED=ragged)
+        kernel((min(workers, row_blocks * tiles),), number, first, tiles, RAGGED=ragged)
 
     return launch

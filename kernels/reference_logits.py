@@ -135,7 +135,7 @@ def reference_logits(
             rows,
             count,
             states,
-            *logits,
+            *logits.unbind(),
             tokens,
             weight.shape[0],
             features,

@@ -243,7 +243,7 @@ def finish_rows(
             walk.log_totals,
             walk.dropped_mass,
             values,
-            *walk.coefficients[:, piece.first : piece.first + tokens],
+            *walk.coefficients[:, piece.first : piece.first + tokens].unbind(),
             left_out and left_out.mass,
             left_out and left_out.means,
             walk.shares[:, piece.first :] if walk.shares.numel() else None,
@@ -289,7 +289,7 @@ def row_gradients(
             (ceil_div(tokens, block["ROWS"]), ceil_div(features, block["COLUMNS"])),
             (
                 values,
-                *coefficients,
+                *coefficients.unbind(),
                 weight,
                 rows,
                 labels,

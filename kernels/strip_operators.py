@@ -12,7 +12,6 @@ from torch import Tensor
 from torchtune_lce.inputs.filtering import open_record
 from torchtune_lce.inputs.losses import Losses
 from torchtune_lce.inputs.options import Options
-from torchtune_lce.inputs.validation import is_readable
 from torchtune_lce.kernels.entry_gradients import entry_gradients
 from torchtune_lce.kernels.mean_gradients import add_mean_gradients
 from torchtune_lce.kernels.operands import Gradients, Operands, scaled_upstream
@@ -210,8 +209,7 @@ def _setup_context(ctx, inputs, output) -> None:
     of_logits = (hidden, weight, bias) if is_trained or with_mean else (None, weight, None)
     ctx.save_for_backward(*of_logits, values, coefficients, shares, rows, labels, count)
     ctx.settings = softcap, logit_scale, workspace_mib
-    # A trace has no calls to tell of.
-    ctx.record = open_record(rows.numel(), rows.device) if is_readable(rows) else None
+    ctx.record = open_record(rows)
     if ctx.record and dropped_mass.numel():
         ctx.record.dropped_mass.copy_(dropped_mass)
     if ctx.record:

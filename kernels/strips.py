@@ -113,7 +113,7 @@ def walk_rows(
     strip = Strip.empty(places, division.tiles, slots, hidden, config)
     for number, first in enumerate(range(0, tokens, places)):
         here = slice(first, first + places)
-        piece = Piece(operands, rows[here], count, first, values[here], labels[here], *logits[:, here])
+        piece = Piece(operands, rows[here], count, first, values[here], labels[here], *logits[:, here].unbind())
         tile_sums = sums_of_tiles[:, : max(tiles, 2) * piece.tokens]
         of_rows = sums_of_rows[: kinds * piece.tokens].view(kinds, piece.tokens)
         redone, of_tiles = of_rows[sums_a_tile:], Sums.of(tile_sums, with_entropy, with_mean)

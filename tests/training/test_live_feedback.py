@@ -102,7 +102,7 @@ def test_a_loss_that_raises_ends_its_recording():
     LossStatistics(Logger(), loss)
     with pytest.raises(RuntimeError, match="before set_model_output"):
         loss(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64))
-    assert filtering.open_record(2, torch.device("cpu")) is None
+    assert filtering.open_record(torch.arange(2)) is None
 
 
 def test_nothing_is_attached_where_nobody_asks(assets, tmp_path):

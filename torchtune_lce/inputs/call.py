@@ -114,12 +114,12 @@ def checked(
     validation.check_ignore_index(options.ignore_index, targets)
     labels = (_aligned(targets, shift, options.ignore_index) if shift else targets).reshape(-1)
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    call = Call(hidden, weight, bias, labels, options, targets.shape, shift, given, shard=shard)
-    if (look or labels.device.type == "cpu") and validation.is_readable(labels):
+    looks = (look or labels.device.type == "cpu") and validation.is_readable(labels)
+    call = Call(hidden, weight, bias, labels, options, targets.shape, shift, given, in_range=looks, shard=shard)
+    if looks:
         hint = if_too_large.format(vocabulary=call.vocabulary)
         validation.check_range(labels, call.vocabulary, options.ignore_index, hint)
-        return call
-    return replace(call, in_range=False)
+    return call
 
 
 def _aligned(targets: Tensor, shift: int, ignore_index: int) -> Tensor:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchtune_lce.inputs.validation import is_readable
+
 
 @dataclass(frozen=True)
 class Filtering:
@@ -69,10 +71,10 @@ def recording() -> Generator[list[FilterRecord], None, None]:
         _records.reset(token)
 
 
-def open_record(tokens: int, device: torch.device) -> FilterRecord | None:
-    """The record of a call that begins, if somebody collects them."""
+def open_record(rows: Tensor) -> FilterRecord | None:
+    """The record of a call of these tokens that begins, if somebody collects them. A trace has no calls to tell of."""
     records = _records.get()
-    if records is None:
+    if records is None or not is_readable(rows):
         return None
-    records.append(FilterRecord(torch.zeros(tokens, dtype=torch.float32, device=device)))
+    records.append(FilterRecord(torch.zeros(rows.numel(), dtype=torch.float32, device=rows.device)))
     return records[-1]
