@@ -287,7 +287,7 @@ def run_backward(
     device, features = hidden.device, hidden.shape[1]
     workspace = _workspace(operands, places, tail, strip_tiles, wanted, config)
     by_row = None, None
-    counters = iter(plan.counters)
+    counters = iter(plan.counters.unbind())
 
     def gradient_blocks(gradients: Tensor) -> tuple:
         if not config.tma or gradients.element_size() != 2:

@@ -524,8 +524,9 @@ def lse_and_target_logit(
         TILES=32,
         BLOCK=32,
     )
+    workers, row_blocks = programs(hidden.device), ceil_div(tokens, config.row_block)
     for first_tile, width in plan:
-        grid = (min(programs(hidden.device), ceil_div(tokens, config.row_block) * width),)
+        grid = (min(workers, row_blocks * width),)
         ragged = (first_tile + width) * config.forward_entries > vocabulary
         tile_statistics(grid, first_tile, width, RAGGED=ragged)
         merge((ceil_div(tokens, 32),), first_tile, width)

@@ -61,7 +61,7 @@ class Repeated:
         own = tuple(constants.values())
         found = self._found.get(own)
         if found is None:
-            constants = {**self._constants, **constants}
+            constants = {**self._constants, **constants} if constants else self._constants
             key = (self.kernel.fn, self._key, *constants.values())
             known = _compiled.get(key)
             if known is None:

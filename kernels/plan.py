@@ -6,7 +6,6 @@ whether a dense backward is due.
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -391,7 +390,7 @@ def make_plan(
     most = max(ceil_div(columns * row_blocks, strip_tiles - row_blocks + 1), ceil_div(columns, dense_columns))
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=count.device)
+        return count.new_empty(shape)
 
     plan = Plan(
         entries=empty(columns * config.entry_tile),

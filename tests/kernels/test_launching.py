@@ -2,12 +2,16 @@
 
 import itertools
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton")
+
+from triton import knobs
+from triton.compiler import compiler
 
 from torchtune_lce import linear_cross_entropy
 from torchtune_lce.kernels import launching
@@ -51,6 +55,11 @@ def test_unspecialized_numbers_differ_by_their_size_alone():
     assert key(1, False) != key(-(2**31) - 1, False)
 
 
+def test_of_several_tensors_the_unaligned_one_is_known():
+    several = itertools.permutations((MEMORY, MEMORY[1:], MEMORY.to(torch.float16), None))
+    assert len({launching._told_apart((MEMORY, *each), [True] * 5)[1] for each in several}) == 24
+
+
 def test_tensors_are_given_by_their_addresses():
     given, _ = launching._told_apart((MEMORY, 3, None), [True] * 3)
     assert given == [MEMORY.data_ptr(), 3, None]
@@ -61,6 +70,78 @@ def test_what_stands_in_tuples_is_told_apart_as_alone():
     given, inside = launching._told_apart(((MEMORY, (3, None)), 1.0), [False, True])
     assert given == [(MEMORY.data_ptr(), (3, None)), 1.0]
     assert inside == launching._told_apart((MEMORY, 3, None, 1.0), [True] * 4)[1]
+
+
+class Card:
+    """A driver's streams, without a card: of the third."""
+
+    def get_current_device(self) -> int:
+        return 2
+
+    def get_current_stream(self, device: int) -> int:
+        return 40 + device
+
+
+@pytest.fixture
+def starts(monkeypatch) -> list:
+    """What launchers are started with, on a card that is not here."""
+    for module in (launching, compiler):
+        monkeypatch.setattr(module, "driver", SimpleNamespace(active=Card()))
+    return []
+
+
+def loaded(starts: list) -> compiler.CompiledKernel:
+    """Triton's own compiled kernel, of which the launcher alone is not."""
+    kernel = object.__new__(compiler.CompiledKernel)
+    # A property or an attribute, as Triton is newer or older.
+    launcher = dict.fromkeys(("run", "_run"), lambda *given: starts.append(given))
+    # No process is to unload it.
+    module = {"module": "module", "_module_pid": None}
+    vars(kernel).update(launcher, **module, function="function", packed_metadata=(4, 1, 0), src=None, name="")
+    return kernel
+
+
+def start(kernel: compiler.CompiledKernel) -> None:
+    begin, first = launching._started(kernel, 2)
+    begin(2, 3, 1, *first, 8, None)
+
+
+def test_a_kernel_is_started_as_triton_starts_it(starts):
+    """But that nobody is to be told of it."""
+    kernel = loaded(starts)
+    kernel[2, 3, 1](8, None)
+    start(kernel)
+    theirs, ours = starts
+    assert theirs[:6] + theirs[9:] == ours[:6] + ours[9:] == (2, 3, 1, 42, "function", (4, 1, 0), 8, None)
+    assert ours[6:9] == (None, None, None)
+    assert not any(getattr(hook, "calls", hook) for hook in theirs[7:9])
+
+
+@pytest.mark.parametrize(("name", "place"), [("launch_enter_hook", 7), ("launch_exit_hook", 8)])
+def test_who_listens_is_told_of_launches(name, place, starts, monkeypatch):
+    """Profilers do."""
+
+    def listener(_):
+        pass
+
+    hook = getattr(knobs.runtime, name)
+    if hook is None:
+        monkeypatch.setattr(knobs.runtime, name, listener)
+    else:
+        monkeypatch.setattr(hook, "calls", [listener])
+    start(loaded(starts))
+    told = starts[0][place]
+    assert listener in getattr(told, "calls", [told])
+
+
+def test_a_newer_triton_is_asked_for_the_stream(starts, monkeypatch):
+    monkeypatch.setattr(launching, "STARTS_ALIKE", False)
+    kernel = loaded(starts)
+    start(kernel)
+    kernel[2, 3, 1](8, None)
+    # Its hooks too, which are none in ours.
+    (*ours, _), (*theirs, _) = ((*given[:6], *given[7:], given[6]) for given in starts)
+    assert ours == theirs
 
 
 def flat(arguments: tuple) -> Iterator:
