@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -46,17 +46,21 @@ class Needs(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """Of a divergence the forward and the reverse one, together 1; and the labels' cross-entropy of what gradients are
-    of, whose rest is the divergence.
+    """Of the divergence the forward and the reverse one, together 1; and the divergence of what gradients are of, whose
+    rest is the labels' cross-entropy.
     """
 
     forward: float
     reverse: float
-    labels: float = 0.0
+    divergence: float = 1.0
+
+    @property
+    def labels(self) -> float:
+        return 1 - self.divergence
 
     @property
     def of_gradients(self) -> tuple[float, float, float]:
-        return self.forward * (1 - self.labels), self.reverse * (1 - self.labels), self.labels
+        return self.forward * self.divergence, self.reverse * self.divergence, self.labels
 
 
 class Results(NamedTuple):
@@ -121,6 +125,8 @@ def walk(
         results.d_bias.zero_()
         return results
     logits_config, config = divergence_configs(hidden.device, hidden.dtype, teacher.hidden.dtype)
+    # In the steps of the other logits.
+    of_targets = replace(config, block_d=logits_config.block_d)
     sizes = Sizes(
         tokens, vocabulary, features, teacher.hidden.shape[1], hidden.dtype, teacher.hidden.dtype, needs, workspace
     )
@@ -141,7 +147,7 @@ def walk(
         target_logits = None
         if shares.labels:
             used = used_in(here, count, tokens)
-            target_logits, *_ = reference_logits(student, labels, own, used, states[: own.numel()], config)
+            target_logits, *_ = reference_logits(student, labels, own, used, states[: own.numel()], of_targets)
         else:
             in_order(hidden, own, count, first, states)
         group = Group(student, teacher, states[: own.numel()], teacher_states, count, first)

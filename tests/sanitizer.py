@@ -68,7 +68,7 @@ class Call:
     narrow: bool = False  # blocks for cards with 100 KiB of shared memory a program
     # Of the forward and the reverse divergence from a teacher, whose operands are frozen, in place of a cross-entropy.
     shares: tuple[float, float] | None = None
-    label_share: float = 0.0  # of the student's cross-entropy in that loss
+    divergence_share: float = 1.0  # of that loss, whose rest is the student's cross-entropy
 
     @property
     def of_teacher(self) -> tuple[str, ...]:
@@ -131,7 +131,7 @@ CALLS = (
         width=None,
         frozen=("weight",),
         shares=(1.0, 0.0),
-        label_share=0.6,
+        divergence_share=0.4,
     ),
     Call("reverse divergence", vocabulary=(4, 8), shares=(0.0, 1.0)),
     # Several strips of several pieces of tokens.
@@ -141,7 +141,7 @@ CALLS = (
         vocabulary=(14, 8),
         workspace_mib=1,
         shares=(0.3, 0.7),
-        label_share=0.4,
+        divergence_share=0.6,
     ),
     Call("capped means", vocabulary=(4, 0), softcap=20.0, smoothing=0.1, ignored=True, frozen=("weight",)),
 )
@@ -454,9 +454,9 @@ def make_divergence(call: Call, leaves: dict, targets) -> dict:
     )
     settings = {"ignore_index": -100, "workspace_mib": call.workspace_mib}
     of_both = student, teacher, targets, Shares(*call.shares)
-    if call.label_share:
-        of_divergence, of_labels = divergence_and_cross_entropy(*of_both, call.label_share, **settings)
-        loss = (1 - call.label_share) * of_divergence + call.label_share * of_labels
+    if call.divergence_share < 1:
+        of_divergence, of_labels = divergence_and_cross_entropy(*of_both, call.divergence_share, **settings)
+        loss = call.divergence_share * of_divergence + (1 - call.divergence_share) * of_labels
     else:
         loss = divergence(*of_both, impl="cce_exact", normalize=True, **settings)
     gradients = torch.autograd.grad(loss, list(wanted.values()))
@@ -480,8 +480,8 @@ def check(call: Call, leaves: dict, targets, results: dict) -> None:
         q = logits.log_softmax(-1)
         p = F.linear(exact["teacher_hidden"], exact["teacher_weight"], exact.get("teacher_bias")).log_softmax(-1)
         losses = call.shares[1] * (q.exp() * (q - p)).sum(-1) - call.shares[0] * (p.exp() * q).sum(-1)
-        loss = (1 - call.label_share) * losses[targets != -100].mean()
-        loss = loss + call.label_share * F.cross_entropy(logits, targets)
+        loss = call.divergence_share * losses[targets != -100].mean()
+        loss = loss + (1 - call.divergence_share) * F.cross_entropy(logits, targets)
     else:
         loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=call.smoothing)
     lse = logits.logsumexp(-1).where(targets != -100, 0)

@@ -134,12 +134,12 @@ class KullbackLeibler(nn.Module):
         student_hidden: Tensor,  # [B, S, D] or [N, D]
         teacher_hidden: Tensor,  # [B, S, E] or [N, E]
         labels: Tensor,  # [B, S] or [N]
-        label_share: float,
+        divergence_share: float,
     ) -> tuple[Tensor, Tensor]:
         """The mean divergence of the two bound models, and the mean cross-entropy of the student's labels with it.
 
-        For a loss of which the latter is ``label_share``, in (0, 1), and the former the rest: the gradients are made
-        for these shares, and NaN where others are differentiated. Nothing is left out of them.
+        For a loss of which the former is ``divergence_share``, in (0, 1), and the latter the rest: the gradients are
+        made for these shares, and NaN where others are differentiated. Nothing is left out of them.
 
         Raises: as a call.
         """
@@ -150,13 +150,14 @@ class KullbackLeibler(nn.Module):
                 teacher,
                 labels,
                 self._shares,
-                label_share,
+                divergence_share,
                 ignore_index=self.ignore_index,
                 workspace_mib=self.workspace_mib,
             )
 
-        of_divergence, of_labels = self._of_heads(losses, student_hidden, teacher_hidden, labels).unbind()
-        return of_divergence, of_labels
+        beside = ", and the labels' cross-entropy in the same walk over the vocabulary, of which nothing is left out"
+        both = self._of_heads(losses, student_hidden, teacher_hidden, labels, beside)
+        return both[0], both[1]
 
     def _of_heads(
         self,
@@ -164,6 +165,7 @@ class KullbackLeibler(nn.Module):
         student_hidden: Tensor,
         teacher_hidden: Tensor,
         labels: Tensor,
+        beside: str = "",  # of what the first batch says runs
     ) -> Tensor:
         """``losses`` of both models' ends, whose projections are there while it runs."""
         student_bound, teacher_bound = self._both_bound()
@@ -176,7 +178,7 @@ class KullbackLeibler(nn.Module):
                 student = _head("student", hidden, *projection)
                 result = losses(student, teacher, labels)
                 if self._first_batch and not torch.compiler.is_compiling():
-                    self._say_which(student, teacher)
+                    self._say_which(student, teacher, beside)
                     self._first_batch = False
                 return result
 
@@ -196,13 +198,13 @@ class KullbackLeibler(nn.Module):
             raise RuntimeError(self._unbound_message())
         return self._student, self._teacher
 
-    def _say_which(self, student: Head, teacher: Head) -> None:
+    def _say_which(self, student: Head, teacher: Head, beside: str) -> None:
         name = choose(self.impl, student, teacher)
         log_rank_zero(
             get_logger(),
             f"{type(self).__name__} runs impl '{name}' (set: '{self.impl}') on {student.hidden.device.type} "
             f"in {student.hidden.dtype}, output projections {_described(student)} (student) and "
-            f"{_described(teacher)} (teacher).",
+            f"{_described(teacher)} (teacher){beside}.",
         )
 
     def _unbound_message(self) -> str:

@@ -228,19 +228,19 @@ def test_ragged_sizes_on_a_card(trained, sizes, device):
 
 # ---- with the labels' cross-entropy
 
-LABEL_SHARE = 0.3
+DIVERGENCE_SHARE = 0.3
 
 
 def both_losses(student, teacher, labels, name, workspace_mib=1, ignore_index=-100):
     """The divergence and the cross-entropy."""
     settings = {"ignore_index": ignore_index, "workspace_mib": workspace_mib}
-    losses = divergence_and_cross_entropy(student, teacher, labels, SHARES[name], LABEL_SHARE, **settings)
+    losses = divergence_and_cross_entropy(student, teacher, labels, SHARES[name], DIVERGENCE_SHARE, **settings)
     return losses.unbind()
 
 
 def mixed(of_divergence, of_labels):
     """As torchtune's recipes mix them."""
-    return (1 - LABEL_SHARE) * of_divergence + LABEL_SHARE * of_labels
+    return DIVERGENCE_SHARE * of_divergence + (1 - DIVERGENCE_SHARE) * of_labels
 
 
 def assert_both_exact(student, teacher, labels, name, tolerance, **settings):
@@ -287,6 +287,18 @@ def test_surprised_and_confident_students(device):
         lead = torch.linspace(-70, 15, TOKENS, device=device)[:, None]
         student.hidden.add_(lead * towards / towards.square().sum(-1, keepdim=True))
     assert_both_exact(student, teacher, labels, "Forward", 2e-6)
+
+
+def test_what_all_logits_share_costs_no_digit(device):
+    """Logits of 2^14 and multiples of 2^-8, which float32 holds."""
+    student, teacher, labels = small_heads(device=device, bias=False)
+    with torch.no_grad():
+        for x in (student.hidden, student.weight):
+            x.copy_((x * 16).round() / 16)
+        student.hidden[:, 0], student.weight[:, 0] = 1, 2**14
+    _, of_labels = both_losses(student, teacher, labels, "Forward")
+    exact = F.cross_entropy(logits_of(in_float64(student)), labels)
+    assert relative_error(of_labels, exact) < 1e-6
 
 
 def test_a_label_without_an_entry_spoils_its_own_token(device):
@@ -394,8 +406,8 @@ def test_operator_keeps_the_rules(trained, device):
     student, teacher, labels = small_heads(device=device, trained=trained)
     needs = [x.requires_grad for x in student.operands[:3]]
     # Of two losses it differentiates the sum, so in equal shares.
-    for label_share in (0.0, 0.5):
-        arguments = (*student.operands[:3], *teacher.operands[:3], labels, -100, 0.3, 0.7, label_share, 1, needs)
+    for divergence_share in (1.0, 0.5):
+        arguments = (*student.operands[:3], *teacher.operands[:3], labels, -100, 0.3, 0.7, divergence_share, 1, needs)
         torch.library.opcheck(torch.ops.torchtune_lce.strip_divergence.default, arguments)
 
 

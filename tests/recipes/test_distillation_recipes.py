@@ -2,22 +2,35 @@
 
 import logging
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_distillation import OURS, STOCK, STOCK_CHUNKED, distillation_config, write_distillation_assets
+from tiny_distillation import (
+    OURS,
+    STOCK,
+    STOCK_CHUNKED,
+    build_teacher,
+    distillation_config,
+    write_distillation_assets,
+)
 from tiny_models import (
     DISTILLATION,
     OUR_LOSS,
     STOCK_LOSS,
+    VOCABULARY,
+    build_model,
     our_recipe,
     stock_recipe,
     train,
 )
 from torchtune import config
+from torchtune.modules.peft import LoRALinear
 
 from torchtune_lce import LinearCrossEntropyLoss, LinearForwardKLLoss
+from torchtune_lce.distillation import KullbackLeibler
+from torchtune_lce.training.joint_losses import JointLosses
 
 # Both sum the same float32 products in another order; the largest difference seen over five steps is 4e-7.
 ROUNDING = 3e-6
@@ -124,21 +137,53 @@ def test_settings_come_from_the_config(runs, overrides):
 KERNELS = ["loss.impl=cce", "kd_loss.impl=cce_exact"]
 
 
+ONE_WALK = "the labels' cross-entropy in the same walk over the vocabulary"
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("divergence", OURS)
 def test_both_losses_in_one_walk(runs, divergence, tied, caplog):
     caplog.set_level(logging.INFO)
     settings = {"divergence": divergence, "tied": tied}
     ours = runs.ours(overrides=KERNELS, **settings)
-    assert sum("loss (impl set: 'cce') is computed along with kd_loss" in message for message in caplog.messages) == 1
+    assert sum(ONE_WALK in message for message in caplog.messages) == 1
     assert_equal_steps(ours, runs.stock(**settings))
+
+
+class Doubled(LinearCrossEntropyLoss):
+    """A user's own loss."""
+
+    def forward(self, *arguments) -> torch.Tensor:
+        return 2 * super().forward(*arguments)
+
+
+def batch_of(seed: int) -> dict[str, torch.Tensor]:
+    tokens = torch.randint(0, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(seed))
+    return {"tokens": tokens, "labels": tokens}
+
+
+def set_up(runs, *overrides: str):
+    cfg = runs.config(overrides=[*KERNELS, *overrides])
+    recipe = our_recipe(DISTILLATION)(cfg=cfg)
+    recipe.setup(cfg=cfg)
+    return recipe
+
+
+@pytest.fixture
+def walks(monkeypatch) -> list[bool]:
+    """Of each step whose losses were asked for, whether they took one walk."""
+    taken = []
+    joint, own = KullbackLeibler.with_cross_entropy, KullbackLeibler.forward
+    monkeypatch.setattr(KullbackLeibler, "with_cross_entropy", lambda *a: taken.append(True) or joint(*a))
+    monkeypatch.setattr(KullbackLeibler, "forward", lambda *a: taken.append(False) or own(*a))
+    return taken
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["kd_ratio=1.0"],
-        ["kd_ratio=0.0"],
+        ["kd_ratio=1"],
+        ["kd_ratio=0"],
         ["log_loss_stats=True"],
         ["loss.metrics=[accuracy]"],
         ["loss.z_loss=1e-4"],
@@ -146,31 +191,130 @@ def test_both_losses_in_one_walk(runs, divergence, tied, caplog):
         ["loss.softcap=30.0"],
         ["loss.logit_scale=0.5"],
         ["kd_loss.ignore_index=-1"],
+        [f"loss._component_={__name__}.Doubled"],
+        ["loss.impl=chunked"],
+        ["kd_loss.impl=chunked"],
     ],
     ids=lambda value: "-".join(value),
 )
-def test_two_walks_where_one_does_not_do(runs, overrides):
-    recipe = our_recipe(DISTILLATION)(cfg=(cfg := runs.config(overrides=KERNELS + overrides)))
-    recipe.setup(cfg=cfg)
-    assert recipe._joint_losses is None
+def test_two_walks_where_one_does_not_do(runs, overrides, walks):
+    recipe = set_up(runs, *overrides)
+    loss, _ = recipe._loss_step(batch_of(0))
+    assert walks == [False]
+    if isinstance(recipe._loss_fn, Doubled):
+        assert loss.item() == pytest.approx(2 * set_up(runs)._loss_step(batch_of(0))[0].item(), rel=ROUNDING)
+
+
+def test_who_listens_after_setup_is_told(runs, walks):
+    recipe, told = set_up(runs), []
+    for module in (recipe._loss_fn, recipe._kd_loss_fn):
+        hook = module.register_forward_hook(lambda *_: told.append("hook"))
+        recipe._loss_step(batch_of(0))
+        hook.remove()
+    recipe._loss_fn.after_batch.append(lambda _: told.append("batch"))
+    recipe._loss_step(batch_of(0))
+    assert told == ["hook", "hook", "batch"]
+    recipe._loss_fn.after_batch.clear()
+    recipe._loss_step(batch_of(0))
+    assert walks == [False, False, False, True]
+
+
+def test_a_ratio_that_changes_is_followed(runs):
+    recipe = set_up(runs)
+    for ratio in (0.7, 1e-12, 1.0):
+        recipe._kd_ratio = ratio
+        found = []
+        for one_walk in (True, False):
+            recipe._one_walk = one_walk
+            loss, kd_loss = recipe._loss_step(batch_of(0))
+            recipe._optimizer.zero_grad()
+            ((1 - ratio) * loss + ratio * kd_loss).backward()
+            found.append([x.grad.clone() for x in recipe._model.parameters() if x.requires_grad])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_a_step_that_fails_leaves_nothing_to_the_next(runs, walks):
+    recipe = set_up(runs)
+    expected = [[x.item() for x in recipe._loss_step(batch_of(seed))] for seed in (0, 1)]
+    kd_loss = recipe._kd_loss_fn
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    # Between the two losses.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JointLosses, "of_labels", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            recipe._loss_step(batch_of(0))
+    assert type(recipe._loss_fn) is LinearCrossEntropyLoss
+    assert recipe._kd_loss_fn is kd_loss
+    assert [x.item() for x in recipe._loss_step(batch_of(1))] == expected[1]
+    assert walks == [True] * 4
+
+
+def test_losses_asked_for_in_another_order_or_of_other_states(runs, walks):
+    recipe = set_up(runs)
+    hidden, teacher_hidden = torch.randn(6, 64, requires_grad=True), torch.randn(6, 96)
+    labels = torch.randint(0, VOCABULARY, (6,))
+    own = recipe._loss_fn, recipe._kd_loss_fn
+    joint = JointLosses(*own, 0.3)
+    losses = joint.of_labels(hidden, labels), joint.of_teacher(hidden, teacher_hidden, labels)
+    assert walks == [False]
+    assert [x.item() for x in losses] == [own[0](hidden, labels).item(), own[1](hidden, teacher_hidden, labels).item()]
+    joint = JointLosses(*own, 0.3)
+    joint.of_teacher(hidden, teacher_hidden, labels)
+    with pytest.raises(RuntimeError, match="^loss was called with other hidden states or labels .* loss.impl=chunked"):
+        joint.of_labels(hidden.clone(), labels)
 
 
 @pytest.mark.parametrize("overrides", [["loss.impl=cce"], ["kd_loss.impl=cce_exact"]])
 def test_an_impl_that_is_named_is_not_replaced(runs, overrides, caplog):
     caplog.set_level(logging.INFO)
     assert_equal_steps(runs.ours(overrides=overrides), runs.stock())
-    assert not any("along with kd_loss" in message for message in caplog.messages)
+    assert not any(ONE_WALK in message for message in caplog.messages)
 
 
-def test_a_label_beyond_the_output_is_told_of_in_one_walk_too(runs):
-    recipe = our_recipe(DISTILLATION)(cfg=(cfg := runs.config(overrides=KERNELS)))
-    recipe.setup(cfg=cfg)
-    batch = {"tokens": torch.zeros(2, 5, dtype=torch.int64), "labels": torch.zeros(2, 5, dtype=torch.int64)}
-    batch["labels"][1, 3] = 512
-    with pytest.raises(ValueError, match=r"512.* The model's output has 512 rows; the usual cause is a larger token"):
-        recipe._loss_step(batch)
+def test_a_label_beyond_the_output_is_told_of_in_one_walk_too(runs, walks):
+    recipe = set_up(runs)
+    batch = batch_of(0)
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][1, 3] = VOCABULARY
+    message = rf"{VOCABULARY}.* The model's output has {VOCABULARY} rows; the usual cause is a larger token"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            recipe._loss_step(batch)
     assert type(recipe._loss_fn) is LinearCrossEntropyLoss
     assert type(recipe._kd_loss_fn) is LinearForwardKLLoss
+    assert not walks
+
+
+@pytest.mark.gpu
+def test_labels_on_a_card_are_looked_at_in_the_first_batch(device):
+    """And in every one only where that is asked for: it waits for the card."""
+    labels = torch.tensor([3, VOCABULARY], device=device)
+    for looks in (False, True):
+        loss = LinearCrossEntropyLoss(check_targets=looks)
+        loss.set_model_output(build_model(True).to(device))
+        with pytest.raises(ValueError, match=f"{VOCABULARY} rows"):
+            loss.check_labels(labels)
+        loss.check_labels(labels[:1])
+        with pytest.raises(ValueError, match=f"{VOCABULARY} rows") if looks else nullcontext():
+            loss.check_labels(labels)
+
+
+@pytest.mark.gpu
+def test_auto_takes_two_walks_with_an_adapter_on_the_output(device):
+    hidden, teacher_hidden = torch.randn(3, 64, device=device), torch.randn(3, 96, device=device)
+    student = build_model(tied=False).to(device)
+    for adapter in (False, True):
+        if adapter:
+            student.output = LoRALinear(64, VOCABULARY, rank=2, alpha=4).to(device)
+        kd_loss = LinearForwardKLLoss()
+        kd_loss.set_model_output(student)
+        kd_loss.set_teacher_output(build_teacher().to(device))
+        assert kd_loss.takes_cross_entropy(hidden, teacher_hidden) == (not adapter)
+        kd_loss.release()
 
 
 def test_compile_equals_stock(runs, monkeypatch):

@@ -60,7 +60,7 @@ def divergence_and_cross_entropy(
     teacher: Head,
     labels: Tensor,  # [...]
     shares: Shares,
-    label_share: float,
+    divergence_share: float,
     *,
     ignore_index: int,
     workspace_mib: int,
@@ -68,8 +68,8 @@ def divergence_and_cross_entropy(
     """Means over the tokens whose label is not ``ignore_index``, [2] float32: of the divergence, and of the labels'
     cross-entropy under the student. By the kernels, which compute the second along with the first.
 
-    They are for a loss of which the cross-entropy is ``label_share``, in (0, 1), and the divergence the rest: where
-    they are differentiated in other shares the gradients are NaN. A label that names no entry gives NaN, in the
+    They are for a loss of which the divergence is ``divergence_share``, in (0, 1), and the cross-entropy the rest:
+    where they are differentiated in other shares the gradients are NaN. A label that names no entry gives NaN, in the
     cross-entropy and in its token's gradient.
 
     Raises: as :func:`divergence`.
@@ -77,17 +77,24 @@ def divergence_and_cross_entropy(
     pair = checked(student, teacher, labels, ignore_index)
     choose(KERNELS, pair.student, pair.teacher)
     validation.check_transforms(KERNELS, "impl='reference'", *pair.student.operands)
-    totals, count = _kernels(pair, shares, workspace_mib, label_share)
+    totals, count = _kernels(pair, shares, workspace_mib, divergence_share)
     return totals / count
 
 
-def _kernels(pair: Pair, shares: Shares, workspace_mib: int, label_share: float = 0.0) -> tuple[Tensor, Tensor]:
+def _kernels(pair: Pair, shares: Shares, workspace_mib: int, divergence_share: float = 1.0) -> tuple[Tensor, Tensor]:
     # Imported here: Triton may be absent, and TRITON_INTERPRET is read when the kernels are defined.
     from torchtune_lce.kernels import divergence_operators
 
     student, teacher = (head.operands[:3] for head in (pair.student, pair.teacher))
     return divergence_operators.total(
-        student, teacher, pair.labels, pair.ignore_index, shares.forward, shares.reverse, workspace_mib, label_share
+        student,
+        teacher,
+        pair.labels,
+        pair.ignore_index,
+        shares.forward,
+        shares.reverse,
+        workspace_mib,
+        divergence_share,
     )
 
 

@@ -11,7 +11,7 @@ from torchtune_lce.loss import LinearCrossEntropyLoss
 from torchtune_lce.model.model_output import uncompiled
 from torchtune_lce.training import live_feedback
 from torchtune_lce.training.empty_steps import SkipsEmptySteps
-from torchtune_lce.training.joint_losses import joint_losses
+from torchtune_lce.training.joint_losses import JointLosses, may_be_joint
 
 
 class BindsLossToModel:
@@ -44,7 +44,7 @@ class BindsLossesToModels(BindsLossToModel):
     returns.
     """
 
-    _joint_losses = None
+    _one_walk = False
 
     def setup(self, cfg: DictConfig) -> None:
         # Before anything is loaded, and before torchtune compares settings that our losses do not have.
@@ -66,13 +66,14 @@ class BindsLossesToModels(BindsLossToModel):
         self._kd_loss_fn = _compiled_its_own_way(self._kd_loss_fn)
         self._kd_loss_fn.set_model_output(self._model)
         self._kd_loss_fn.set_teacher_output(self._teacher_model)
-        self._joint_losses = joint_losses(self._loss_fn, self._kd_loss_fn, self._kd_ratio, cfg)
+        self._one_walk = may_be_joint(self._loss_fn, self._kd_loss_fn, cfg)
 
     def _loss_step(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """torchtune's, whose two losses are one where they can be."""
-        joint, own = self._joint_losses, (self._loss_fn, self._kd_loss_fn)
-        if joint is None:
+        if not self._one_walk:
             return super()._loss_step(batch)
+        own = self._loss_fn, self._kd_loss_fn
+        joint = JointLosses(*own, self._kd_ratio)
         self._loss_fn, self._kd_loss_fn = joint.of_labels, joint.of_teacher
         try:
             return super()._loss_step(batch)
