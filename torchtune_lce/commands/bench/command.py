@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from torchtune_lce.commands.shared.errors import CommandError
@@ -10,12 +11,14 @@ from torchtune_lce.commands.shared.errors import CommandError
 DESCRIPTION = """\
 Times linear cross-entropy losses on one CUDA card, or on the CPU: this package's, PyTorch's and those of
 cut-cross-entropy, liger-kernel and quack-kernels where they are installed. Each is first compared with an exact
-reference, and not timed if it is wrong. Writes the results as JSON and as a picture.
+reference, and not timed if it is wrong. Writes the results as JSON and as a picture. With --divergence, the same of
+this package's and torchtune's divergences of a student from its teacher.
 
 data:
   random    an untrained model: nothing to leave out
   trained   a synthetic softmax as sparse as a trained language model's (default)
   probe     trains a small language model first, about three minutes, and takes its hidden states
+  near      with --divergence: a student that is its teacher but for 1%; beside it random, which have nothing in common
   file      saved tensors: a .pt file with {"hidden", "weight", "targets"} or {name: (hidden, weight, targets)},
             hidden [N, D], weight [V, D], targets [N] int64 or int32, -100 where ignored
 
@@ -26,6 +29,8 @@ Exit status: 0 if every loss of this package that ran is right, 1 if one is wron
 Without a card --cpu times what runs on the processor, and --check-only compares with the reference.
 """
 KINDS = ("random", "trained", "probe", "file")
+DIVERGENCES = ("forward", "reverse", "symmetric")
+KINDS_WITH_TEACHER = ("random", "near")
 # Not float16: without loss scaling the mean over thousands of tokens underflows in everybody's gradients.
 DTYPES = ("bfloat16", "float32")
 # Few: where launches and the host count. Many: where the products do.
@@ -51,7 +56,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--hidden", type=int, help="hidden size, in place of the model's")
     parser.add_argument("--vocab", type=int, help="vocabulary, in place of the model's")
     parser.add_argument(
-        "--data", action="append", metavar="KIND[:SHAPE]", help=f"{', '.join(KINDS)}; may be given several times"
+        "--data", action="append", metavar="KIND[:SHAPE]", help="one of the above; may be given several times"
+    )
+    parser.add_argument(
+        "--divergence", choices=DIVERGENCES, help="time this of a student from its teacher, in place of cross-entropy"
+    )
+    parser.add_argument("--teacher-hidden", type=int, metavar="E", help="the teacher's; default: the student's")
+    parser.add_argument(
+        "--kd-ratio",
+        type=float,
+        metavar="R",
+        help="share of the divergence, in (0, 1], beside the labels' cross-entropy, as in a recipe; default: 1, alone",
     )
     parser.add_argument("--file", type=Path, metavar="PATH", help="the tensors of --data file")
     parser.add_argument("--only", metavar="IMPL,...", help="losses to take; default: all but the rarer presets of cce")
@@ -82,12 +97,11 @@ def run(args: argparse.Namespace) -> bool:
     import torch
 
     from torchtune_lce.commands.bench import session, timing
-    from torchtune_lce.commands.shared.candidates import select
 
     if args.workspace_mib is not None and args.workspace_mib < 1:
         raise CommandError(f"--workspace-mib must be at least 1, got {args.workspace_mib}")
     only = [name.strip() for name in args.only.split(",")] if args.only else None
-    candidates = select(only, args.workspace_mib)
+    candidates = _candidates(args, only)
     if args.check_only:
         _refuse_beside_check_only(args)
     sources = read_sources(args)
@@ -108,11 +122,26 @@ def run(args: argparse.Namespace) -> bool:
 
 
 def _refuse_beside_check_only(args: argparse.Namespace) -> None:
-    for name in ("model", "tokens", "hidden", "vocab", "data", "file", "output"):
+    for name in ("model", "tokens", "hidden", "vocab", "teacher_hidden", "data", "file", "output"):
         if getattr(args, name) is not None:
             raise CommandError(
-                f"--{name} is not for --check-only, which takes small data of its own and writes nothing"
+                f"{_option(name)} is not for --check-only, which takes small data of its own and writes nothing"
             )
+
+
+def _candidates(args: argparse.Namespace, only: list[str] | None) -> list:
+    """The :class:`torchtune_lce.commands.shared.candidates.Candidate` that are asked for."""
+    from torchtune_lce.commands.bench import divergence_candidates
+    from torchtune_lce.commands.shared.candidates import select
+    from torchtune_lce.commands.shared.objective import Objective
+
+    if args.divergence is None:
+        return select(only, args.workspace_mib)
+    kd_ratio = 1.0 if args.kd_ratio is None else args.kd_ratio
+    if not 0 < kd_ratio <= 1:
+        raise CommandError(f"--kd-ratio must be in (0, 1], got {kd_ratio}")
+    objective = Objective(args.divergence, kd_ratio)
+    return select(only, args.workspace_mib, divergence_candidates.candidates(objective))
 
 
 def read_sources(args: argparse.Namespace) -> list:
@@ -120,6 +149,7 @@ def read_sources(args: argparse.Namespace) -> list:
     from torchtune_lce.commands.bench.session import Source
     from torchtune_lce.commands.shared import shapes
 
+    kinds, default = (KINDS, ["trained"]) if args.divergence is None else (KINDS_WITH_TEACHER, KINDS_WITH_TEACHER)
     if args.model and args.model not in shapes.MODELS:
         raise CommandError(f"--model takes {', '.join(shapes.MODELS)}; got {args.model!r}")
     hidden, vocab = (
@@ -129,10 +159,11 @@ def read_sources(args: argparse.Namespace) -> list:
     tokens = _numbers(DEFAULT_TOKENS if args.tokens is None else args.tokens)
     usual = [shapes.checked(shapes.Shape(number, hidden, vocab)) for number in tokens]
     sources = []
-    for entry in args.data or ["trained"]:
+    for entry in args.data or default:
         kind, _, shape = entry.partition(":")
-        if kind not in KINDS:
-            raise CommandError(f"--data takes {', '.join(KINDS)}, got {kind!r}")
+        if kind not in kinds:
+            beside = "" if args.divergence is None else " with --divergence"
+            raise CommandError(f"--data takes {', '.join(kinds)}{beside}; got {kind!r}")
         if kind == "file":
             if args.file is None or shape:
                 raise CommandError("--data file takes its tensors, and their sizes, from --file PATH")
@@ -147,9 +178,31 @@ def read_sources(args: argparse.Namespace) -> list:
             sources.append(Source(kind, most, fewer=tuple(shape.tokens for shape in wanted if shape != most)))
         else:
             sources += [Source(kind, shape) for shape in wanted]
-    if args.file and all(source.kind != "file" for source in sources):
-        raise CommandError("--file is for --data file")
+    if args.divergence is not None:
+        sources = [_with_teacher(source, args.teacher_hidden) for source in sources]
+    _refuse_what_nothing_takes(args, {source.kind for source in sources})
     return sources
+
+
+def _with_teacher(source, hidden: int | None):
+    """A teacher that is near has the student's sizes."""
+    from torchtune_lce.commands.bench.teacher_batches import NEAR, TeacherShape
+    from torchtune_lce.commands.shared.shapes import checked
+
+    student = source.shape
+    width = student.hidden if hidden is None or source.kind == NEAR else hidden
+    return replace(source, shape=checked(TeacherShape(student.tokens, student.hidden, student.vocab, width)))
+
+
+def _refuse_what_nothing_takes(args: argparse.Namespace, kinds: set[str]) -> None:
+    if args.divergence is None:
+        for name in ("teacher_hidden", "kd_ratio"):
+            if getattr(args, name) is not None:
+                raise CommandError(f"{_option(name)} is for --divergence")
+    elif args.teacher_hidden is not None and "random" not in kinds:
+        raise CommandError("--teacher-hidden is for --data random: a teacher that is near has the student's sizes")
+    if args.file and "file" not in kinds:
+        raise CommandError("--file is for --data file")
 
 
 def _numbers(text: str) -> list[int]:
@@ -158,3 +211,7 @@ def _numbers(text: str) -> list[int]:
         return list(dict.fromkeys(int(number) for number in text.split(",")))
     except ValueError as error:
         raise CommandError(f"--tokens takes whole numbers with commas between them, got {text!r}") from error
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

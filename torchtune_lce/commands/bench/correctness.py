@@ -1,8 +1,12 @@
 """Whether a loss and its gradients are right, before anybody looks at how fast they are."""
 
+from dataclasses import astuple
+
 import torch
 from torch import Tensor
 
+from torchtune_lce.commands.bench import divergence_yardstick
+from torchtune_lce.commands.bench.teacher_batches import NEAR, TeacherShape, teacher_batch
 from torchtune_lce.commands.shared.batches import IGNORE_INDEX, Batch, random_batch
 from torchtune_lce.commands.shared.candidates import Candidate, Loss
 from torchtune_lce.commands.shared.shapes import Shape
@@ -17,26 +21,39 @@ RAGGED, ALIGNED = Shape(200, 72, 1003), Shape(256, 128, 2048)
 PEAKED, PEAKED_EPS = Shape(320, 128, 4003), 2.0**-8
 PEAKED_INTERPRETED = Shape(64, 64, 1000)
 RANDOM, TRAINED = "random", "trained-like"
+_LESS_WIDE = 16  # features that a teacher lacks
 
 
 def checks(candidate: Candidate) -> list[tuple[str, dict]]:
     """Small data that it must be right on, and the settings of the loss for them."""
+    if candidate.objective is not None:
+        return [(RANDOM, {}), (NEAR, {})]
     filters = candidate.ours and candidate.filtering != UNFILTERED
     return [(RANDOM, {}), (TRAINED, {"filter_eps": PEAKED_EPS})] if filters else [(RANDOM, {})]
 
 
 def small_batch(candidate: Candidate, data: str, dtype: torch.dtype, device: torch.device) -> Batch:
-    """Random: every seventh target ignored, if the loss takes any size; else aligned, all targets in use."""
+    """Random, or near its teacher: every seventh target ignored, if the loss takes any size; else aligned, all targets
+    in use.
+    """
     if data == TRAINED:
         return trained_batch(PEAKED_INTERPRETED if device.type == "cpu" else PEAKED, dtype, device)
-    batch = random_batch(RAGGED if candidate.any_size else ALIGNED, dtype, device)
+    shape = RAGGED if candidate.any_size else ALIGNED
+    if candidate.objective is None:
+        batch = random_batch(shape, dtype, device)
+    else:
+        width = shape.hidden if data == NEAR else shape.hidden - _LESS_WIDE
+        batch = teacher_batch(data, TeacherShape(*astuple(shape), width), dtype, device)
     if candidate.any_size:
         batch.targets[::7] = IGNORE_INDEX
     return batch
 
 
 def yardstick(batch: Batch, candidates: list[Candidate], filter_eps: float | str = "auto") -> Yardstick:
-    """For all ``candidates`` on ``batch``."""
+    """For all ``candidates`` on ``batch``, which have one objective."""
+    objective = candidates[0].objective
+    if objective is not None:
+        return divergence_yardstick.measure(batch, objective)
     filters = any(candidate.ours and candidate.filtering != UNFILTERED for candidate in candidates)
     eps = Options(filter_eps=filter_eps).resolved_filter_eps(batch.hidden.dtype)
     return measure(batch, eps if filters else None)
@@ -46,7 +63,7 @@ def gradients(loss: Loss, batch: Batch, frozen_weight: bool) -> tuple[Tensor, tu
     """The loss, and its gradient by hidden and, unless frozen, by weight."""
     hidden = batch.hidden.detach().requires_grad_()
     weight = batch.weight.detach().requires_grad_(not frozen_weight)
-    value = loss(hidden, weight, batch.targets)
+    value = loss(hidden, weight, *batch.others)
     return value.detach(), torch.autograd.grad(value, [hidden] if frozen_weight else [hidden, weight])
 
 
@@ -65,6 +82,8 @@ def allowed(candidate: Candidate, right: Yardstick) -> Errors:
     out entries below ``eps / 32`` whose sum is at most 1, so their squares add up to at most that: three times its
     root, since tokens that are predicted well have gradients smaller than 1. Their loss may be rounded to the dtype.
     """
+    if right.rounded is not None and not candidate.ours:
+        right = right.rounded
     bound = right.allowed(candidate.filtering, of_mean=True)
     if candidate.requires is None:
         return bound

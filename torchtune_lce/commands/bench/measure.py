@@ -153,13 +153,13 @@ def _runs(loss: Loss, batch: Batch, frozen: bool) -> dict[str, Callable[[], obje
     wanted = [hidden] if frozen else [hidden, weight]
 
     def step():
-        return torch.autograd.grad(loss(hidden, weight, batch.targets), wanted)
+        return torch.autograd.grad(loss(hidden, weight, *batch.others), wanted)
 
     @torch.no_grad()
     def forward():  # and inputs that ask for no gradient: an autograd.Function may look at them alone
-        return loss(batch.hidden, batch.weight, batch.targets)
+        return loss(batch.hidden, batch.weight, *batch.others)
 
-    return {_STEP: step, _RECORDING: lambda: loss(hidden, weight, batch.targets), _FORWARD: forward}
+    return {_STEP: step, _RECORDING: lambda: loss(hidden, weight, *batch.others), _FORWARD: forward}
 
 
 def _time(subject: _Subject, what: str, timer: Timer) -> None:
@@ -245,7 +245,7 @@ def _check(candidate: Candidate, data: str, settings: dict, dtype: torch.dtype, 
 
 @torch.no_grad()
 def time_projection(batch: Batch, timer: Timer) -> float:
-    """Milliseconds of the logits' matrix product alone, cuBLAS's on a card: no loss can be much faster forwards.
+    """Milliseconds of the matrix products of all logits alone, cuBLAS's on a card: no loss can be much faster forwards.
 
     In slices of tokens whose logits fit into half of the memory that is left.
     """
@@ -256,7 +256,8 @@ def time_projection(batch: Batch, timer: Timer) -> float:
     logits = batch.hidden.new_empty(tokens, batch.shape.vocab)
 
     def multiply() -> None:
-        for hidden in batch.hidden.split(tokens):
-            torch.mm(hidden, batch.weight.T, out=logits[: len(hidden)])
+        for hidden, weight in batch.heads:
+            for some in hidden.split(tokens):
+                torch.mm(some, weight.T, out=logits[: len(some)])
 
     return timer(multiply).median

@@ -9,7 +9,6 @@ from rich import box
 from rich.table import Table
 
 from torchtune_lce.commands.bench.measure import OK, Case, Check
-from torchtune_lce.commands.shared.shapes import Shape
 
 _OURS, _OTHERS, _FLOOR_COLOUR = "#12355b", "#b9c4d0", "#b23a3a"
 _LEAST_MIB = 0.5  # so that nothing at all has a place on a logarithmic axis
@@ -108,7 +107,7 @@ def draw(cases: list[Case], ours: set[str], floors: list[dict], path: Path, left
         here = [case for case in cases if (case.data_name, case.shape) == (name, shape)]
         both = {case.impl: case for case in here if not case.frozen_weight}
         frozen = {case.impl: case for case in here if case.frozen_weight}
-        floor = next(floor for floor in floors if (floor["data_name"], Shape(**floor["shape"])) == (name, shape))
+        floor = next(floor for floor in floors if (floor["data_name"], floor["shape"]) == (name, vars(shape)))
         titles = (f"{name}, {shape}: both gradients", "frozen head", "peak memory, both gradients")
         for axis, title in zip(axes, titles, strict=True):
             axis.set_title(title, loc="left", fontsize=10)

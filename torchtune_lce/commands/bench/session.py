@@ -8,14 +8,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from torchtune_lce.commands.bench import correctness, measure, probe, report, text
+from torchtune_lce.commands.bench import correctness, measure, probe, report, teacher_batches, text
 from torchtune_lce.commands.bench.measure import OK, OUT_OF_MEMORY, Case
-from torchtune_lce.commands.bench.statistics import softmax_statistics
+from torchtune_lce.commands.bench.statistics import Statistics, softmax_statistics
 from torchtune_lce.commands.bench.timing import Timer
 from torchtune_lce.commands.shared import environment
 from torchtune_lce.commands.shared.batches import Batch, file_batches, random_batch
 from torchtune_lce.commands.shared.candidates import Candidate
 from torchtune_lce.commands.shared.errors import CommandError
+from torchtune_lce.commands.shared.objective import Objective
 from torchtune_lce.commands.shared.shapes import FLOPS_FORMULA, Shape
 from torchtune_lce.commands.shared.tables import print_table
 from torchtune_lce.commands.shared.trained_batches import trained_batch
@@ -26,7 +27,8 @@ RESULTS, PICTURE = "bench.json", "bench.png"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a batch comes from: "random", "trained" or "probe" with a shape, "file" with a path.
+    """Where a batch comes from: "random", "trained" or "probe" with a shape, "file" with a path; with the shape of a
+    teacher too, "random" or "near".
 
     A probe, which takes minutes to train, also gives batches of its first ``fewer`` tokens.
     """
@@ -50,6 +52,11 @@ class Plan:
     command: str
     training: probe.Training = field(default_factory=probe.Training)
 
+    @property
+    def objective(self) -> Objective | None:
+        """Of all candidates."""
+        return self.candidates[0].objective
+
 
 def bench(plan: Plan) -> bool:
     """Checks and times everything, prints it as it comes and writes it; whether this package's losses all passed.
@@ -62,7 +69,11 @@ def bench(plan: Plan) -> bool:
     setting = environment.describe(plan.device)
     console.print(environment.in_words(setting))
     candidates, left_out = _able(console, plan)
-    results = {**setting, "command": plan.command, "dtype": _name(plan.dtype), "flops": FLOPS_FORMULA}
+    loss, flops = "cross-entropy", FLOPS_FORMULA
+    if plan.objective is not None:
+        loss, flops = str(plan.objective), teacher_batches.FLOPS_FORMULA
+        console.print(loss)
+    results = {**setting, "command": plan.command, "dtype": _name(plan.dtype), "loss": loss, "flops": flops}
     results |= {"left_out": left_out, "data": [], "floors": [], "cases": []}
     refused = _refused(console, candidates, plan)
     for source in plan.sources:
@@ -81,7 +92,7 @@ def bench(plan: Plan) -> bool:
     report.write_json(results, plan.output / RESULTS)
     if not results["cases"]:
         raise CommandError("no loss was measured: none of the data fit into memory")
-    console.print(FLOPS_FORMULA)
+    console.print(flops)
     console.print(f"Written: {plan.output / RESULTS}, {plan.output / PICTURE}")
     ours = {candidate.name for candidate in candidates if candidate.ours}
     return all(case.status in (OK, OUT_OF_MEMORY) for case in results["cases"] if case.impl in ours)
@@ -93,10 +104,10 @@ def _about_batch(
     """Adds the batch's "data" and "floors" to the results; what losses are held against, None where it does not fit."""
     about = {"data": batch.data, "data_name": batch.name, "shape": asdict(batch.shape)}
     try:
-        statistics = softmax_statistics(batch)
         projection = measure.time_projection(batch, plan.timer)
         with console.status("computing what the losses are held against"):
             right = correctness.yardstick(batch, candidates)
+            statistics = _statistics(batch, right, plan.objective)
     except RuntimeError as error:
         if measure.describe(error) != OUT_OF_MEMORY:
             raise
@@ -106,10 +117,15 @@ def _about_batch(
         return None
     console.print(f"  {statistics}")
     rate = batch.shape.flops(None) / projection / 1e9
-    console.print(f"  the logits' matrix product alone: {projection:.2f} ms, {rate:,.0f} TFLOP/s")
+    console.print(f"  the matrix product of all logits alone: {projection:.2f} ms, {rate:,.0f} TFLOP/s")
     results["data"].append({**about, "status": OK, **asdict(statistics)})
     results["floors"].append({**about, "logits_gemm_ms": projection, "tflops": rate})
     return right
+
+
+def _statistics(batch: Batch, right: Yardstick, objective: Objective | None) -> Statistics | teacher_batches.Statistics:
+    """Those of a softmax are of what a filter can leave out; of a teacher's nothing is."""
+    return softmax_statistics(batch) if objective is None else teacher_batches.Statistics(right.loss)
 
 
 def _does_not_fit(console: Console, results: dict, about: dict, what: str) -> None:
@@ -181,7 +197,9 @@ def _refused(console: Console, candidates: list[Candidate], plan: Plan) -> dict[
 
 def _batches(console: Console, source: Source, plan: Plan, results: dict) -> Iterator[Batch]:
     try:
-        if source.kind == "random":
+        if isinstance(source.shape, teacher_batches.TeacherShape):
+            batches = [teacher_batches.teacher_batch(source.kind, source.shape, plan.dtype, plan.device)]
+        elif source.kind == "random":
             batches = [random_batch(source.shape, plan.dtype, plan.device)]
         elif source.kind == "trained":
             batches = [trained_batch(source.shape, plan.dtype, plan.device)]

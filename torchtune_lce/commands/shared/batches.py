@@ -31,6 +31,16 @@ class Batch:
         return Shape(*self.hidden.shape, self.weight.shape[0])
 
     @property
+    def heads(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Hidden states and weight of every model whose logits the loss is of."""
+        return ((self.hidden, self.weight),)
+
+    @property
+    def others(self) -> tuple[Tensor, ...]:
+        """What a loss takes behind ``hidden`` and ``weight``."""
+        return (self.targets,)
+
+    @property
     def title(self) -> str:
         return f"{self.name} {self.shape}"
 

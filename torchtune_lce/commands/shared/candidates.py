@@ -1,9 +1,9 @@
-"""What can be measured: this package's implementations and other people's, as functions of the same three tensors."""
+"""What can be measured: this package's implementations and other people's, as functions of the same tensors."""
 
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchtune_lce.commands.shared import peers
 from torchtune_lce.commands.shared.errors import CommandError
+from torchtune_lce.commands.shared.objective import Objective
 from torchtune_lce.functional import compute
 from torchtune_lce.implementations import choice
 from torchtune_lce.implementations.capabilities import CAPABILITIES
@@ -18,8 +19,9 @@ from torchtune_lce.inputs.call import checked
 from torchtune_lce.inputs.filtering import UNFILTERED, Filtering
 from torchtune_lce.inputs.options import Options
 
-# hidden [N, D], weight [V, D], targets [N] -> mean loss over the targets that are not -100
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+# hidden [N, D], weight [V, D], targets [N], and with a teacher its hidden [N, E] and weight [V, E]
+# -> mean loss over the targets that are not -100
+Loss = Callable[..., Tensor]
 
 BASELINE = "torch_compile_full"
 
@@ -38,6 +40,8 @@ class Candidate:
     compiles: bool = False
     requires: str | None = None  # a module of other people's kernels, which may be absent
     cuda_only: bool = False
+    objective: Objective | None = None  # with a teacher; None: the cross-entropy of the targets
+    impl: str | None = None  # of this package's, where its name is another
 
     def obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it cannot run here, or None."""
@@ -55,7 +59,7 @@ class Candidate:
             return "torch.compile needs a C++ compiler, none was found"
         if self.ours:
             try:
-                choice.choose(self.name, torch.empty(1, 1, device=device, dtype=dtype))
+                choice.choose(self.impl or self.name, torch.empty(1, 1, device=device, dtype=dtype))
             except RuntimeError as error:
                 return str(error)
         return None
@@ -105,16 +109,19 @@ CANDIDATES = {candidate.name: candidate for candidate in _ALL}
 _ON_REQUEST = choice.CCE_PRESETS.keys() - {"cce", "cce_exact"}
 
 
-def select(names: list[str] | None, workspace_mib: int | None = None) -> list[Candidate]:
+def select(
+    names: list[str] | None, workspace_mib: int | None = None, among: Iterable[Candidate] | None = None
+) -> list[Candidate]:
     """The named candidates, or all but the presets that are measured on request only; this package's with a workspace.
 
-    Raises CommandError for an unknown name.
+    ``among`` None: those of the cross-entropy. Raises CommandError for an unknown name.
     """
+    known = {candidate.name: candidate for candidate in (_ALL if among is None else among)}
     if names is None:
-        names = [candidate.name for candidate in _ALL if candidate.name not in _ON_REQUEST]
+        names = [name for name in known if name not in _ON_REQUEST]
     for name in names:
-        if name not in CANDIDATES:
-            raise CommandError(f"--only takes {', '.join(CANDIDATES)}; got {name!r}")
+        if name not in known:
+            raise CommandError(f"--only takes {', '.join(known)}; got {name!r}")
     settings = {} if workspace_mib is None else {"workspace_mib": workspace_mib}
-    chosen = [candidate for candidate in _ALL if candidate.name in names]
+    chosen = [candidate for candidate in known.values() if candidate.name in names]
     return [replace(candidate, settings=settings) if candidate.ours else candidate for candidate in chosen]

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtune_lce.commands.shared.batches import IGNORE_INDEX
+from torchtune_lce.commands.shared.objective import Objective
 
 CHUNKS = 8
 
@@ -25,10 +26,51 @@ def torchtune_release():
     from torchtune.training import compile_loss
 
     loss = compile_loss(CEWithChunkedOutputLoss(CHUNKS, IGNORE_INDEX), verbose=False)
+    return lambda hidden, weight, targets: loss(_logits_in_chunks(hidden, weight), targets[None])
 
-    def call(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        logits = [F.linear(part, weight) for part in hidden[None].chunk(CHUNKS, dim=1)]
-        return loss(logits, targets[None])
+
+def _logits_in_chunks(hidden: Tensor, weight: Tensor) -> list[Tensor]:
+    return [F.linear(part, weight) for part in hidden[None].chunk(CHUNKS, dim=1)]
+
+
+def full_logits_with_teacher(objective: Objective):
+    """torchtune's divergence on the full logits of both models, and F.cross_entropy where that has a share."""
+    import torchtune.modules.loss
+
+    kd_loss = getattr(torchtune.modules.loss, f"{objective.divergence.capitalize()}KLLoss")(ignore_index=IGNORE_INDEX)
+
+    def call(hidden: Tensor, weight: Tensor, labels: Tensor, *teacher: Tensor) -> Tensor:
+        logits = F.linear(hidden, weight)
+        # The sum: of a mean torchtune asks first whether it is of any token, which cuts a compiled graph in two.
+        total = kd_loss(logits, F.linear(*teacher), labels, normalize=False)
+        return objective.mix(
+            total / (labels != IGNORE_INDEX).sum().clamp(min=1),
+            lambda: F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX),
+        )
+
+    return call
+
+
+def compiled_full_logits_with_teacher(objective: Objective):
+    return torch.compile(full_logits_with_teacher(objective), dynamic=False)
+
+
+def torchtune_release_with_teacher(objective: Objective):
+    """Both losses of torchtune 0.6.1 behind chunked outputs, compiled, as its distillation recipes have them."""
+    import torchtune.modules.loss
+    from torchtune.training import compile_loss
+
+    name = f"{objective.divergence.capitalize()}KLWithChunkedOutputLoss"
+    kd_loss, loss = (
+        compile_loss(getattr(torchtune.modules.loss, component)(CHUNKS, ignore_index=IGNORE_INDEX), verbose=False)
+        for component in (name, "CEWithChunkedOutputLoss")
+    )
+
+    def call(hidden: Tensor, weight: Tensor, labels: Tensor, *teacher: Tensor) -> Tensor:
+        logits = _logits_in_chunks(hidden, weight)
+        return objective.mix(
+            kd_loss(logits, _logits_in_chunks(*teacher), labels[None]), lambda: loss(logits, labels[None])
+        )
 
     return call
 

@@ -60,6 +60,7 @@ class Yardstick:
     own_mean: float
     filtered: Errors
     condition: float  # largest |log-sum-exp| over the losses' root mean square, at least 1
+    rounded: "Yardstick | None" = None  # for those whose logits are rounded to ``dtype``, where others' may not be
 
     @property
     def loss(self) -> float:
@@ -117,7 +118,7 @@ def measure(batch: Batch, filter_eps: float | None = None, wide: torch.dtype | N
     own_hidden = torch.zeros((), dtype=torch.float64, device=rows.device)  # square
     tail = _Tail(batch.hidden)
     step = max(_LOGITS // weight.shape[0] // _BLOCK, 1) * _BLOCK
-    with _full_float32():
+    with full_float32():
         for start in range(0, len(rows), step):
             part, at = slice(start, start + step), rows[start : start + step]
             narrow, targets = batch.hidden[at], batch.targets[at][:, None]
@@ -144,7 +145,7 @@ def measure(batch: Batch, filter_eps: float | None = None, wide: torch.dtype | N
     lse = lses.abs().max().item() if len(rows) else 0.0
     filtered = Errors(0.0, 0.0, 0.0)
     if filter_eps is not None:
-        filtered = Errors(0.0, _ratio(tail.norm(), norm), _ratio(norm_of(filtered_weight), norm_of(d_weight)))
+        filtered = Errors(0.0, ratio(tail.norm(), norm), ratio(norm_of(filtered_weight), norm_of(d_weight)))
     return Yardstick(
         dtype=dtype,
         token_losses=token_losses,
@@ -152,12 +153,12 @@ def measure(batch: Batch, filter_eps: float | None = None, wide: torch.dtype | N
         d_weight=d_weight,
         own=Errors(
             relative_error(own_losses, token_losses),
-            _ratio(own_hidden.sqrt().item(), norm),
+            ratio(own_hidden.sqrt().item(), norm),
             relative_error(own_weight.to(dtype), d_weight),
         ),
-        own_mean=_ratio((own_losses - token_losses).sum().abs().item(), token_losses.sum().item()),
+        own_mean=ratio((own_losses - token_losses).sum().abs().item(), token_losses.sum().item()),
         filtered=filtered,
-        condition=max(_ratio(lse, rms), 1.0),
+        condition=max(ratio(lse, rms), 1.0),
     )
 
 
@@ -209,7 +210,7 @@ class _Tail:
 
 
 @contextmanager
-def _full_float32() -> Iterator[None]:
+def full_float32() -> Iterator[None]:
     """No TF32, whatever the process has set."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -224,13 +225,13 @@ def relative_error(actual: Tensor, right: Tensor) -> float:
     squares = torch.zeros((), dtype=torch.float64, device=right.device)
     for a, r in zip(actual.split(8192), right.split(8192), strict=True):
         squares += (a.to(r.device, r.dtype) - r).square().sum(dtype=torch.float64)
-    return _ratio(squares.sqrt().item(), norm_of(right))
+    return ratio(squares.sqrt().item(), norm_of(right))
 
 
 def norm_of(tensor: Tensor) -> float:
     return torch.stack([part.square().sum(dtype=torch.float64) for part in tensor.split(8192)]).sum().sqrt().item()
 
 
-def _ratio(error: float, size: float) -> float:
+def ratio(error: float, size: float) -> float:
     """0 for no error, whatever the size."""
     return 0.0 if error == 0 else error / size if size else float("inf")
