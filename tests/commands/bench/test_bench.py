@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from allocations import usage
 
-from torchtune_lce.commands import cli, tune_parser
+from torchtune_lce.commands import tune_parser
 from torchtune_lce.commands.bench import correctness, measure, probe, report, session, text, timing
 from torchtune_lce.commands.bench.statistics import softmax_statistics
 from torchtune_lce.commands.shared import environment, yardstick
@@ -621,20 +620,6 @@ def test_a_wrong_loss_of_our_own_fails_the_run(plan):
 
 
 # ---- the command
-
-
-@pytest.fixture
-def tune_lce(monkeypatch, capsys):
-    """Runs ``tune-lce bench`` in this process; returns its exit status and what it printed."""
-
-    def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["tune-lce", "bench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        captured = capsys.readouterr()
-        return end.value.code, captured.out + captured.err
-
-    return run
 
 
 @pytest.mark.usefixtures("_small_checks")
