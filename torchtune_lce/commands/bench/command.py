@@ -18,9 +18,11 @@ data:
   random    an untrained model: nothing to leave out
   trained   a synthetic softmax as sparse as a trained language model's (default)
   probe     trains a small language model first, about three minutes, and takes its hidden states
-  near      with --divergence: a student that is its teacher but for 1%; beside it random, which have nothing in common
   file      saved tensors: a .pt file with {"hidden", "weight", "targets"} or {name: (hidden, weight, targets)},
             hidden [N, D], weight [V, D], targets [N] int64 or int32, -100 where ignored
+data with --divergence (default: both):
+  random    an untrained student and an untrained teacher, which have nothing in common
+  near      a student that is its teacher but for 1%, where rounded logits cost most
 
 A shape of its own follows a colon: --data random:8192x4096x128256 --data trained:gemma2_2b. Data whose tokens are named
 neither there nor by --tokens are measured with 1024, 2048 and 8192.
@@ -61,7 +63,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--divergence", choices=DIVERGENCES, help="time this of a student from its teacher, in place of cross-entropy"
     )
-    parser.add_argument("--teacher-hidden", type=int, metavar="E", help="the teacher's; default: the student's")
+    parser.add_argument(
+        "--teacher-hidden",
+        type=int,
+        metavar="E",
+        help="hidden size of the teacher of random data; default: the student's",
+    )
     parser.add_argument(
         "--kd-ratio",
         type=float,
