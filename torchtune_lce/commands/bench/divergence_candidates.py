@@ -67,7 +67,7 @@ def _one_walk(objective: Objective, **settings) -> Loss:
             Head("teacher", *teacher),
             labels,
             objective.shares,
-            1 - objective.kd_ratio,
+            objective.kd_ratio,
             ignore_index=IGNORE_INDEX,
             workspace_mib=workspace_mib,
         ).unbind()
