@@ -20,10 +20,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import interpreter
+from interpreted import IS_INTERPRETED as INTERPRETED
 
 import torchtune_lce
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PACKAGE = str(Path(torchtune_lce.__file__).parent) + os.sep
 # Neither zero nor a small index nor a mask of one bit: reads of it show.
 GARBAGE_BYTE = 0x5A

@@ -238,7 +238,9 @@ def test_python_runs(snippet, device):
         "weight": torch.randn(40, 16, device=device, requires_grad=True),
         "targets": torch.randint(40, (6,), device=device),
     }
-    exec(compile(snippet.text, snippet.page, "exec"), names)
+    # What a snippet makes itself is where its reader's tensors are.
+    with device:
+        exec(compile(snippet.text, snippet.page, "exec"), names)
 
 
 @pytest.mark.parametrize("snippet", snippets("yaml"), ids=lambda snippet: snippet.page)
@@ -257,6 +259,13 @@ def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
         if not link.startswith("https://"):
             assert (page.parent / link).exists(), link
+
+
+def test_readme_has_the_line_by_which_ci_runs_the_tests():
+    """The first that looks like one, as .ci/run finds it."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^pip install .*\[test\].* && python -m pytest.*", readme, re.MULTILINE)
+    assert line == "pip install -e '.[test]' && python -m pytest -n 2"
 
 
 def test_what_the_map_names_is_there():

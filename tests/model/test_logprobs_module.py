@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adapters import EMBED_DIM, KINDS, make_output
+from interpreted import INTERPRETED
 from omegaconf import OmegaConf
 from tiny_models import VOCABULARY, build_model
 from torch import Tensor, nn
@@ -124,7 +125,10 @@ def test_equals_the_logits_of_the_model(impl, head, settings, tokens, targets):
     assert_same(gradients(with_figures.logprobs, model), expected_gradients, **EXACT)
 
 
-@pytest.mark.parametrize("impl", ["cce", "cce_exact", "cce_kahan_full_c", "torch_compile", "chunked", "reference"])
+KERNELS = [pytest.param(impl, marks=INTERPRETED) for impl in ("cce", "cce_exact", "cce_kahan_full_c")]
+
+
+@pytest.mark.parametrize("impl", [*KERNELS, "torch_compile", "chunked", "reference"])
 @pytest.mark.parametrize("head", ["tied", "DoRA"])
 def test_every_impl_that_runs_on_a_cpu(impl, head, tokens, targets):
     """As near to float64 as the model's own logits in float32 are, twice over, and a few roundings."""
@@ -164,7 +168,7 @@ def test_adapters_disabled_are_the_reference(tokens, targets):
     assert torch.equal(logprobs(model(tokens), targets), with_adapter)
 
 
-@pytest.mark.parametrize("impl", ["cce_exact", "chunked", "reference"])
+@pytest.mark.parametrize("impl", [pytest.param("cce_exact", marks=INTERPRETED), "chunked", "reference"])
 def test_without_gradients(impl, tokens, targets):
     """Old and reference log-probabilities: the same to a rounding, and nothing that a backward would need."""
     model = build("untied", torch.float32)

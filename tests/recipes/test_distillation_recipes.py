@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreted import INTERPRETED
 from tiny_distillation import (
     OURS,
     STOCK,
@@ -125,21 +126,20 @@ def test_variants_equal_stock(runs, overrides):
     [
         ["kd_loss.impl=reference"],
         ["kd_loss.workspace_mib=1", "loss.impl=reference"],
-        # On a CPU interpreted.
-        ["kd_loss.impl=cce_exact"],
+        pytest.param(["kd_loss.impl=cce_exact"], marks=INTERPRETED),
     ],
 )
 def test_settings_come_from_the_config(runs, overrides):
     assert_equal_steps(runs.ours(overrides=overrides), runs.stock())
 
 
-# On a CPU interpreted.
 KERNELS = ["loss.impl=cce", "kd_loss.impl=cce_exact"]
 
 
 ONE_WALK = "the labels' cross-entropy in the same walk over the vocabulary"
 
 
+@INTERPRETED
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("divergence", OURS)
 def test_both_losses_in_one_walk(runs, divergence, tied, caplog):
@@ -179,6 +179,7 @@ def walks(monkeypatch) -> list[bool]:
     return taken
 
 
+@INTERPRETED
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -205,6 +206,7 @@ def test_two_walks_where_one_does_not_do(runs, overrides, walks):
         assert loss.item() == pytest.approx(2 * set_up(runs)._loss_step(batch_of(0))[0].item(), rel=ROUNDING)
 
 
+@INTERPRETED
 def test_who_listens_after_setup_is_told(runs, walks):
     recipe, told = set_up(runs), []
     for module in (recipe._loss_fn, recipe._kd_loss_fn):
@@ -219,6 +221,7 @@ def test_who_listens_after_setup_is_told(runs, walks):
     assert walks == [False, False, False, True]
 
 
+@INTERPRETED
 def test_a_ratio_that_changes_is_followed(runs):
     recipe = set_up(runs)
     for ratio in (0.7, 1e-12, 1.0):
@@ -234,6 +237,7 @@ def test_a_ratio_that_changes_is_followed(runs):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
+@INTERPRETED
 def test_a_step_that_fails_leaves_nothing_to_the_next(runs, walks):
     recipe = set_up(runs)
     expected = [[x.item() for x in recipe._loss_step(batch_of(seed))] for seed in (0, 1)]
@@ -253,6 +257,7 @@ def test_a_step_that_fails_leaves_nothing_to_the_next(runs, walks):
     assert walks == [True] * 4
 
 
+@INTERPRETED
 def test_losses_asked_for_in_another_order_or_of_other_states(runs, walks):
     recipe = set_up(runs)
     hidden, teacher_hidden = torch.randn(6, 64, requires_grad=True), torch.randn(6, 96)
@@ -268,6 +273,7 @@ def test_losses_asked_for_in_another_order_or_of_other_states(runs, walks):
         joint.of_labels(hidden.clone(), labels)
 
 
+@INTERPRETED
 @pytest.mark.parametrize("overrides", [["loss.impl=cce"], ["kd_loss.impl=cce_exact"]])
 def test_an_impl_that_is_named_is_not_replaced(runs, overrides, caplog):
     caplog.set_level(logging.INFO)
@@ -275,6 +281,7 @@ def test_an_impl_that_is_named_is_not_replaced(runs, overrides, caplog):
     assert not any(ONE_WALK in message for message in caplog.messages)
 
 
+@INTERPRETED
 def test_a_label_beyond_the_output_is_told_of_in_one_walk_too(runs, walks):
     recipe = set_up(runs)
     batch = batch_of(0)
@@ -287,6 +294,17 @@ def test_a_label_beyond_the_output_is_told_of_in_one_walk_too(runs, walks):
     assert type(recipe._loss_fn) is LinearCrossEntropyLoss
     assert type(recipe._kd_loss_fn) is LinearForwardKLLoss
     assert not walks
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("divergence", OURS)
+def test_one_walk_on_a_card_equals_stock(runs, divergence, caplog):
+    """By `auto`. Products there are sums of three parts each, and in another order."""
+    caplog.set_level(logging.INFO)
+    settings = {"divergence": divergence, "tied": False, "overrides": ["device=cuda"]}
+    ours = runs.ours(**settings)
+    assert sum(ONE_WALK in message for message in caplog.messages) == 1
+    assert_equal_steps(ours, runs.stock(**settings), tolerance=2e-5)
 
 
 @pytest.mark.gpu

@@ -1,13 +1,13 @@
 """Our DPO recipe beside torchtune's own, both really run: the same losses, metrics and adapters."""
 
 import logging
-import os
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from interpreted import INTERPRETED
 from omegaconf import OmegaConf
 from tiny_models import LORA_DPO, SIZES, VOCABULARY, build_model, our_recipe, stock_recipe, train
 from tiny_preferences import (
@@ -147,9 +147,6 @@ def test_bfloat16_within_its_rounding(runs):
     ours, stock = (logged_metrics(run(steps=4, overrides=["dtype=bf16"])) for run in (runs.ours, runs.stock))
     for name in ("log_probs/chosen", "log_probs/rejected"):
         assert ours[name] == pytest.approx(stock[name], rel=torch.finfo(torch.bfloat16).eps / 4), name
-
-
-INTERPRETED = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs on a card, below")
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked", pytest.param("cce_exact", marks=INTERPRETED)])

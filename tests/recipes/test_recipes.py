@@ -1,7 +1,6 @@
 """Our recipes beside torchtune's own, both really run: the same losses step by step, the same checkpoints."""
 
 import logging
-import os
 import re
 import shutil
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreted import INTERPRETED
 from tiny_distillation import distillation_config, write_distillation_assets
 from tiny_models import (
     DISTILLATION,
@@ -151,9 +151,6 @@ def test_bfloat16_within_its_rounding(runs, method):
     stock, _ = runs.stock(method, overrides=["dtype=bf16"])
     # Logits are rounded to bfloat16 in both, their gradients in different places; a step's loss is a mean of many.
     assert_equal_steps(losses, stock, tolerance=torch.finfo(torch.bfloat16).eps / 4)
-
-
-INTERPRETED = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs on a card, below")
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked", pytest.param("cce", marks=INTERPRETED)])

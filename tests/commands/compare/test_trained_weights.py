@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from command_line import exit_status
+from interpreted import IS_INTERPRETED
 from omegaconf import OmegaConf
 from tiny_models import FULL, LORA, OUR_LOSS, SIZES, our_recipe, recipe_config, stock_recipe, train
 from torchtune import config as torchtune_config
@@ -213,7 +214,8 @@ def test_the_softmax_is_sharper_than_at_the_start(data, learnt, device):
         kept.append(records[0].kept_fraction)
     assert value.item() == pytest.approx(came_to.held_out_loss, rel=0.2), "of some of the rows"
     assert entropies[1] < 0.6 * entropies[0]
-    assert kept[1] < 0.5 * kept[0]
+    # Of blocks of 32 tokens; a card's have 128, in which more entries matter to some token.
+    assert kept[1] < (0.5 if IS_INTERPRETED else 0.9) * kept[0]
 
 
 @pytest.mark.parametrize("method", [LORA, FULL])
