@@ -30,6 +30,7 @@ GARBAGE_BYTE = 0x5A
 # Files whose tests share what one fixture has run in processes for seconds: in two workers it would run twice.
 ONE_WORKER = (
     "test_accuracy",
+    "test_distributed_preference_recipes",
     "test_distributed_recipes",
     "test_import",
     "test_other_cards",
