@@ -10,7 +10,7 @@ from __future__ import annotations  # torch 2.8 compiles nested functions, but n
 import torch
 from torch import Tensor
 
-from torchtune_lce.kernels.divergence_walk import Needs, Shares, walk
+from torchtune_lce.kernels.divergence_walk import Mixture, Needs, walk
 from torchtune_lce.kernels.operands import Operands
 from torchtune_lce.kernels.operators import operator, refuse_second_derivative, rows_contiguous
 
@@ -67,7 +67,7 @@ def _forward(*arguments):
         _operands(*tensors[3:]),
         labels.contiguous(),
         ignore_index,
-        Shares(forward_share, reverse_share, divergence_share),
+        Mixture(forward_share, reverse_share, divergence_share),
         Needs(*needs),
         workspace_mib * 2**20,
     )

@@ -45,7 +45,7 @@ class Needs(NamedTuple):
         return self.weight or self.bias
 
 
-class Shares(NamedTuple):
+class Mixture(NamedTuple):
     """Of the divergence the forward and the reverse one, together 1; and the divergence of what gradients are of, whose
     rest is the labels' cross-entropy.
     """
@@ -98,7 +98,7 @@ def walk(
     teacher: Operands,
     labels: Tensor,  # [N], contiguous
     ignore_index: int,
-    shares: Shares,
+    mixture: Mixture,
     needs: Needs,
     workspace: int,  # bytes
 ) -> Results:
@@ -114,7 +114,7 @@ def walk(
     losses = hidden.new_empty(tokens, dtype=torch.float32)
     results = Results(
         losses,
-        torch.empty_like(losses) if shares.labels else None,
+        torch.empty_like(losses) if mixture.labels else None,
         divisor,
         hidden.new_empty(hidden.shape if needs.hidden else 0),
         weight.new_empty(weight.shape if needs.weight else 0),
@@ -125,8 +125,6 @@ def walk(
         results.d_bias.zero_()
         return results
     logits_config, config = divergence_configs(hidden.device, hidden.dtype, teacher.hidden.dtype)
-    # In the steps of the other logits.
-    of_targets = replace(config, block_d=logits_config.block_d)
     sizes = Sizes(
         tokens, vocabulary, features, teacher.hidden.shape[1], hidden.dtype, teacher.hidden.dtype, needs, workspace
     )
@@ -145,8 +143,10 @@ def walk(
         here = slice(first, min(first + together, tokens))
         own = rows[here]
         target_logits = None
-        if shares.labels:
+        if mixture.labels:
             used = used_in(here, count, tokens)
+            # In the steps of the other logits.
+            of_targets = replace(config, block_d=logits_config.block_d)
             target_logits, *_ = reference_logits(student, labels, own, used, states[: own.numel()], of_targets)
         else:
             in_order(hidden, own, count, first, states)
@@ -158,7 +158,7 @@ def walk(
                 group,
                 part.start,
                 part.stop - part.start,
-                shares[:2],
+                mixture[:2],
                 memory.tiles_a_segment,
                 memory.sums,
                 None if target_logits is None else target_logits[part],
@@ -169,7 +169,7 @@ def walk(
             )
         if any(needs):
             _gradients(
-                group, own, labels, pieces, shares.of_gradients, numbers, results, needs, memory, logits_config, config
+                group, own, labels, pieces, mixture.of_gradients, numbers, results, needs, memory, logits_config, config
             )
     return results
 

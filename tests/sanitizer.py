@@ -455,7 +455,9 @@ def make_divergence(call: Call, leaves: dict, targets) -> dict:
     settings = {"ignore_index": -100, "workspace_mib": call.workspace_mib}
     of_both = student, teacher, targets, Shares(*call.shares)
     if call.divergence_share < 1:
-        of_divergence, of_labels = divergence_and_cross_entropy(*of_both, call.divergence_share, **settings)
+        of_divergence, of_labels = divergence_and_cross_entropy(
+            *of_both, divergence_share=call.divergence_share, **settings
+        )
         loss = call.divergence_share * of_divergence + (1 - call.divergence_share) * of_labels
     else:
         loss = divergence(*of_both, impl="cce_exact", normalize=True, **settings)

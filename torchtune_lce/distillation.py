@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -104,19 +105,7 @@ class KullbackLeibler(nn.Module):
                 f"{name} compares two models and takes student_hidden, teacher_hidden and labels, got no labels: it is "
                 "a kd_loss, of the knowledge_distillation recipes; as loss set torchtune_lce.LinearCrossEntropyLoss"
             )
-
-        def loss(student: Head, teacher: Head, labels: Tensor) -> Tensor:
-            return divergence(
-                student,
-                teacher,
-                labels,
-                self._shares,
-                ignore_index=self.ignore_index,
-                workspace_mib=self.workspace_mib,
-                impl=self.impl,
-                normalize=normalize,
-            )
-
+        loss = partial(divergence, impl=self.impl, normalize=normalize)
         return self._of_heads(loss, student_hidden, teacher_hidden, labels)
 
     def takes_cross_entropy(self, student_hidden: Tensor, teacher_hidden: Tensor) -> bool:
@@ -143,25 +132,14 @@ class KullbackLeibler(nn.Module):
 
         Raises: as a call.
         """
-
-        def losses(student: Head, teacher: Head, labels: Tensor) -> Tensor:
-            return divergence_and_cross_entropy(
-                student,
-                teacher,
-                labels,
-                self._shares,
-                divergence_share,
-                ignore_index=self.ignore_index,
-                workspace_mib=self.workspace_mib,
-            )
-
+        losses = partial(divergence_and_cross_entropy, divergence_share=divergence_share)
         beside = ", and the labels' cross-entropy in the same walk over the vocabulary, of which nothing is left out"
         both = self._of_heads(losses, student_hidden, teacher_hidden, labels, beside)
         return both[0], both[1]
 
     def _of_heads(
         self,
-        losses: Callable[[Head, Head, Tensor], Tensor],
+        losses: Callable[..., Tensor],  # as divergence, but for what they alone take
         student_hidden: Tensor,
         teacher_hidden: Tensor,
         labels: Tensor,
@@ -176,7 +154,8 @@ class KullbackLeibler(nn.Module):
 
             def of_student(hidden, labels, *projection):
                 student = _head("student", hidden, *projection)
-                result = losses(student, teacher, labels)
+                settings = {"ignore_index": self.ignore_index, "workspace_mib": self.workspace_mib}
+                result = losses(student, teacher, labels, self._shares, **settings)
                 if self._first_batch and not torch.compiler.is_compiling():
                     self._say_which(student, teacher, beside)
                     self._first_batch = False

@@ -233,8 +233,8 @@ DIVERGENCE_SHARE = 0.3
 
 def both_losses(student, teacher, labels, name, workspace_mib=1, ignore_index=-100):
     """The divergence and the cross-entropy."""
-    settings = {"ignore_index": ignore_index, "workspace_mib": workspace_mib}
-    losses = divergence_and_cross_entropy(student, teacher, labels, SHARES[name], DIVERGENCE_SHARE, **settings)
+    settings = {"ignore_index": ignore_index, "workspace_mib": workspace_mib, "divergence_share": DIVERGENCE_SHARE}
+    losses = divergence_and_cross_entropy(student, teacher, labels, SHARES[name], **settings)
     return losses.unbind()
 
 

@@ -60,8 +60,8 @@ def divergence_and_cross_entropy(
     teacher: Head,
     labels: Tensor,  # [...]
     shares: Shares,
-    divergence_share: float,
     *,
+    divergence_share: float,
     ignore_index: int,
     workspace_mib: int,
 ) -> Tensor:

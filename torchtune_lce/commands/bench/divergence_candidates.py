@@ -67,7 +67,7 @@ def _one_walk(objective: Objective, **settings) -> Loss:
             Head("teacher", *teacher),
             labels,
             objective.shares,
-            objective.kd_ratio,
+            divergence_share=objective.kd_ratio,
             ignore_index=IGNORE_INDEX,
             workspace_mib=workspace_mib,
         ).unbind()
