@@ -23,12 +23,12 @@ def watch(model: nn.Module) -> RemovableHandle | None:
 
 def note_call(model: nn.Module) -> None:
     """The patched forward is being called: by itself, or by what has been put around it."""
-    getattr(model, NAME).called_by = vars(model).get("forward")
+    getattr(model, NAME).called_by = model.__dict__.get("forward")
 
 
 def _before_layers(self: nn.Module, layers: nn.Module, args: tuple) -> None:
     switch = getattr(self, NAME)
-    if self.training and torch.is_grad_enabled() and vars(self).get("forward") is not switch.called_by:
+    if self.training and torch.is_grad_enabled() and self.__dict__.get("forward") is not switch.called_by:
         switch.say(
             "its forward has been replaced since, and what is there now does not call the patched one "
             "(TRL's trainers and Liger do so)",

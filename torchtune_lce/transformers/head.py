@@ -25,7 +25,7 @@ def make_ready(head: nn.Module | None, switch: Switch) -> str | None:
         if isinstance(module, (FSDPModule, FullyShardedDataParallel)):
             return "its output projection is an FSDP unit of its own, whose weight is gone when the loss needs it"
     for linear in linears:
-        if vars(linear).get(NAME) is switch:
+        if linear.__dict__.get(NAME) is switch:
             continue
         why = _obstacle(linear)
         if why is not None:
@@ -53,7 +53,7 @@ def _linears(head: nn.Module) -> list[nn.Linear]:
 def _obstacle(linear: nn.Linear) -> str | None:
     if type(linear).forward is not nn.Linear.forward:
         return f"its output projection is a {type(linear).__name__}, whose product is not torch.nn.Linear's"
-    if "forward" in vars(linear):
+    if "forward" in linear.__dict__:
         return "the forward of its output projection has been replaced on this one module"
     return None
 

@@ -101,7 +101,9 @@ def _inner(model: nn.Module) -> nn.Module:
 
 
 def _is_ours(inner: nn.Module) -> bool:
-    return getattr(vars(inner).get("_loss_function"), "__func__", None) is causal_lm_loss
+    # In the words that Dynamo follows from torch 2.8 on: neither `vars` nor a default for a method's `__func__`.
+    loss = inner.__dict__.get("_loss_function")
+    return isinstance(loss, MethodType) and loss.__func__ is causal_lm_loss
 
 
 def _foreign_parts(inner: nn.Module) -> tuple[str, ...] | None:

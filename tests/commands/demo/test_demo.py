@@ -402,8 +402,9 @@ def test_dpo_end_to_end(tmp_path, capsys):
     assert "LoRA DPO: agree" in printed
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     stock, ours = (recipe_runs.read_log(output / run.folder / "log.txt") for run in runs.runs("dpo"))
-    # LoRA starts at the reference, and its first step has an effect on the next one's rewards.
-    assert stock[0]["loss"] == ours[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    # LoRA starts at the reference, and its first step has an effect on the next one's rewards. On a card, bits differ.
+    for first in (stock[0], ours[0]):
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert len({step["loss"] for step in stock}) > 2
     assert "Token log-probabilities run impl" in (output / "runs" / "lora_dpo_lce" / "output.txt").read_text()
     assert "Token log-probabilities" not in (output / "runs" / "lora_dpo_stock" / "output.txt").read_text()
