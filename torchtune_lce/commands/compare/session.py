@@ -18,7 +18,6 @@ from torchtune.modules import TransformerDecoder
 from torchtune_lce.commands.compare import report, runs
 from torchtune_lce.commands.compare.demo_data import LEAST_VOCABULARY, DemoData
 from torchtune_lce.commands.compare.identity_layers import first_layers
-from torchtune_lce.commands.compare.queue import Queue
 from torchtune_lce.commands.compare.runs import OK, OUT_OF_MEMORY, Outcome, Run
 from torchtune_lce.commands.compare.trained_weights import (
     LAYERS,
@@ -30,6 +29,7 @@ from torchtune_lce.commands.compare.trained_weights import (
 from torchtune_lce.commands.shared import distillation, environment, loss_choices, output_folder, preferences
 from torchtune_lce.commands.shared.config_reading import training_device, training_dtype
 from torchtune_lce.commands.shared.errors import CommandError
+from torchtune_lce.commands.shared.process_queue import Queue
 from torchtune_lce.commands.shared.random_weights import configured_model
 from torchtune_lce.commands.shared.recipe_choice import recipe_for
 from torchtune_lce.commands.shared.tables import print_table
