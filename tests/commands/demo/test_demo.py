@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from rich.console import Console
 from torchtune import config
 from torchtune.models.qwen2 import Qwen2Tokenizer
 
@@ -241,8 +242,9 @@ def test_summary_takes_the_cards_memory_where_torchtune_logged_it():
 @pytest.mark.slow
 def test_failed_run_shows_its_command_and_what_it_printed(tmp_path):
     # Without a model in the folder torchtune's recipe fails.
+    run = runs.Run("full", ours=True)
     with pytest.raises(CommandError) as error:
-        runs.execute(runs.Run("full", ours=True), setting(), tmp_path, lambda done: None)
+        runs.execute(run, setting(), tmp_path, lambda done: None, runs.start(run, setting(), tmp_path))
     message = str(error.value)
     assert "ended with status 1 after 0 of 3 steps" in message
     assert "tune run torchtune_lce/recipes/full_finetune_single_device.py" in message
@@ -323,10 +325,11 @@ def test_bad_arguments_are_named(tmp_path, monkeypatch, capsys, arguments, messa
 
 @pytest.mark.parametrize(("planted", "status", "verdict"), [(0.0, 0, "full: agree"), (0.5, 1, "full: DIFFER")])
 def test_exit_status_tells_whether_the_losses_agree(tmp_path, monkeypatch, capsys, planted, status, verdict):
-    def execute(run, setting, output, on_step):
+    def execute(run, setting, output, on_step, process):
         losses = [11.0, 10.0, 9.0 + planted * (run == runs.Run("full", ours=True))]
         return recipe_runs.summarise([record(loss) for loss in losses], resident=None)
 
+    monkeypatch.setattr(demonstration, "start", lambda *args: None)
     monkeypatch.setattr(demonstration, "execute", execute)
     monkeypatch.setattr(demonstration, "prepare_inputs", lambda *args: None)
     assert demo("--output", str(tmp_path / "demo"), "--steps", "3") == status
@@ -335,6 +338,32 @@ def test_exit_status_tells_whether_the_losses_agree(tmp_path, monkeypatch, capsy
     assert verdict in printed
     assert "not counted" in printed
     assert (tmp_path / "demo" / "curves.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        ("cpu", ["inputs", "start 0", "run 0", "start 1", "run 1"]),
+        ("cuda", ["start 0", "inputs", "start 1", "run 0", "run 1"]),
+    ],
+)
+def test_on_a_card_processes_are_started_ahead(tmp_path, monkeypatch, device, expected):
+    """On a CPU that would slow down what is measured."""
+    waiting, happened = runs.runs("dpo"), []
+    monkeypatch.setattr(demonstration, "prepare_inputs", lambda *args: happened.append("inputs"))
+
+    def start(run, *args):
+        happened.append(f"start {waiting.index(run)}")
+        return run
+
+    def execute(run, setting, output, on_step, process):
+        assert process is run, "what was started for it"
+        happened.append(f"run {waiting.index(run)}")
+
+    monkeypatch.setattr(demonstration, "start", start)
+    monkeypatch.setattr(demonstration, "execute", execute)
+    demonstration.run_all(Console(quiet=True), waiting, setting(device=device), tmp_path, True)
+    assert happened == expected
 
 
 def test_interrupt_is_no_traceback(tmp_path, monkeypatch, capsys):

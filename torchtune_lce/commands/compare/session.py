@@ -29,7 +29,7 @@ from torchtune_lce.commands.compare.trained_weights import (
 from torchtune_lce.commands.shared import distillation, environment, loss_choices, output_folder, preferences
 from torchtune_lce.commands.shared.config_reading import training_device, training_dtype
 from torchtune_lce.commands.shared.errors import CommandError
-from torchtune_lce.commands.shared.process_queue import Queue
+from torchtune_lce.commands.shared.process_queue import ProcessQueue
 from torchtune_lce.commands.shared.random_weights import configured_model
 from torchtune_lce.commands.shared.recipe_choice import recipe_for
 from torchtune_lce.commands.shared.tables import print_table
@@ -226,13 +226,14 @@ def run_all(
     With ``ahead`` each process is started along with the run before it, to import what takes seconds, and waits.
     """
     interrupted = Event()
-    queue = Queue(waiting, fresh, ahead)
+    done = {} if fresh else {run.folder: outcome for run in waiting if (outcome := run.finished())}
+    queue = ProcessQueue({run.folder: run.start for run in waiting if run.folder not in done}, ahead)
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress, queue, ThreadPoolExecutor(jobs) as pool:
 
         def in_turn(run: Run) -> Outcome:
             with _sets_if_left_early(interrupted):
-                return run_one(progress, run, queue, interrupted)
+                return run_one(progress, run, done.get(run.folder), queue, interrupted)
 
         found = pool.map(in_turn, waiting)
         # Whatever it is, nothing more is started then, and what was started ends before the pool is left.
@@ -250,12 +251,11 @@ def _sets_if_left_early(event: Event) -> Iterator[None]:
         raise
 
 
-def run_one(progress: Progress, run: Run, queue: Queue, interrupted: Event) -> Outcome:
-    """Runs it, unless that is done; raises KeyboardInterrupt, and ends it, once it is ``interrupted``."""
+def run_one(progress: Progress, run: Run, earlier: Outcome | None, queue: ProcessQueue, interrupted: Event) -> Outcome:
+    """Runs it, unless that is done ``earlier``; raises KeyboardInterrupt, and ends it, once it is ``interrupted``."""
     if interrupted.is_set():
         raise KeyboardInterrupt
     console, name = progress.console, run.choice.name
-    earlier = queue.done.get(run.folder)
     if earlier is not None:
         console.print(f"{name}: done before ({earlier.status})")
         return earlier
@@ -267,7 +267,7 @@ def run_one(progress: Progress, run: Run, queue: Queue, interrupted: Event) -> O
             raise KeyboardInterrupt
         progress.update(task, completed=done)
 
-    outcome = run.execute(on_step, queue.take(run))
+    outcome = run.execute(on_step, queue.take(run.folder))
     console.print(f"{name}: {outcome.status}{outcome.details and ': ' + outcome.details}")
     return outcome
 

@@ -2,6 +2,7 @@
 
 import platform
 import shlex
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,9 +12,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from torchtune_lce.commands.demo import device, folder, model, report
 from torchtune_lce.commands.demo.comparison import Comparison, compare
-from torchtune_lce.commands.demo.runs import CONFIGS, DEMOS, METHOD_TITLES, Result, Run, Setting, execute, runs, sizes
+from torchtune_lce.commands.demo.runs import (
+    CONFIGS,
+    DEMOS,
+    METHOD_TITLES,
+    Result,
+    Run,
+    Setting,
+    execute,
+    runs,
+    sizes,
+    start,
+)
 from torchtune_lce.commands.shared import chats, tokenizer
 from torchtune_lce.commands.shared.errors import CommandError
+from torchtune_lce.commands.shared.process_queue import ProcessQueue
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # Of rows: enough padded tokens that the logits stand out in the memory table.
@@ -36,10 +49,7 @@ def demonstrate(output: Path, impl: str, steps: int, method: str) -> bool:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(f"tune-lce demo on {device.describe(kind)} in {setting.dtype}, impl '{ran}' (set: '{impl}')")
     console.print(f"Everything is written to {output}")
-    prepare_inputs(console, setting, output, pairs)
-    console.print("The commands, as they are started in that folder:")
-    width = max(len(run.title) for run in runs(method))
-    results = {run: run_one(console, run, setting, output, width) for run in runs(method)}
+    results = run_all(console, runs(method), setting, output, pairs)
 
     comparisons = {}
     for name in DEMOS[method]:
@@ -49,6 +59,21 @@ def demonstrate(output: Path, impl: str, steps: int, method: str) -> bool:
     report.draw(results, comparisons, ran, output / folder.CURVES)
     console.print(f"Curves: {output / folder.CURVES}")
     return conclude(console, comparisons)
+
+
+def run_all(console: Console, waiting: list[Run], setting: Setting, output: Path, pairs: bool) -> dict[Run, Result]:
+    """The inputs, then one run after the other.
+
+    Each process is started ahead of its turn, to import what takes seconds, where that slows down no other: on a card.
+    """
+    ahead = setting.device == "cuda"
+    with ProcessQueue({run: partial(start, run, setting, output) for run in waiting}, ahead) as queue:
+        if ahead:
+            queue.start(waiting[0])
+        prepare_inputs(console, setting, output, pairs)
+        console.print("The commands, as they are started in that folder:")
+        width = max(len(run.title) for run in waiting)
+        return {run: run_one(console, run, setting, output, width, queue) for run in waiting}
 
 
 def prepare_inputs(console: Console, setting: Setting, output: Path, pairs: bool) -> None:
@@ -80,12 +105,13 @@ def prepare_inputs(console: Console, setting: Setting, output: Path, pairs: bool
     console.print(f"  model      {parameters / 1e6:.1f} million parameters, random weights, tied head")
 
 
-def run_one(console: Console, run: Run, setting: Setting, output: Path, width: int) -> Result:
+def run_one(console: Console, run: Run, setting: Setting, output: Path, width: int, queue: ProcessQueue) -> Result:
     console.print(shlex.join(run.command(setting)))
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(run.title.ljust(width), total=setting.steps)
-        return execute(run, setting, output, lambda done: progress.update(task, completed=done))
+        process = queue.take(run)
+        return execute(run, setting, output, lambda done: progress.update(task, completed=done), process)
 
 
 def conclude(console: Console, comparisons: dict[str, Comparison]) -> bool:

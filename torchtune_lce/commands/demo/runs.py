@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import Popen
 
 from omegaconf import OmegaConf
 
@@ -75,13 +76,20 @@ def runs(demo: str) -> list[Run]:
     return [Run(method, ours) for method in DEMOS[demo] for ours in (False, True)]
 
 
-def execute(run: Run, setting: Setting, output: Path, on_step: Callable[[int], None]) -> Result:
-    """Runs it inside ``output`` and calls ``on_step`` with the number of steps so far.
+def start(run: Run, setting: Setting, output: Path) -> Popen:
+    """A process for :func:`execute`; see :func:`recipe_runs.start`."""
+    return recipe_runs.start(run.command(setting), output, output / run.folder / LOG)
+
+
+def execute(run: Run, setting: Setting, output: Path, on_step: Callable[[int], None], process: Popen) -> Result:
+    """Runs it inside ``output``, in the ``process`` that :func:`start` gave, and calls ``on_step`` with the number of
+    steps so far.
 
     Raises CommandError, with the end of what it printed, if it fails.
     """
     try:
-        return recipe_runs.run(run.command(setting), output, setting.steps, on_step, output / run.folder / LOG)
+        log = output / run.folder / LOG
+        return recipe_runs.run(run.command(setting), output, setting.steps, on_step, log, process=process)
     except recipe_runs.RunFailed as error:
         raise CommandError(f"{run.title}: {error}") from error
 
