@@ -17,6 +17,9 @@ GROUPS = tl.constexpr(16)
 ENTRIES_A_SLOT = 4
 # And where there is room, of each so many entries of the vocabulary: fewer products, each of which reads and writes u'.
 ENTRIES_A_WAITING_SLOT = 8
+# Of a trained projection's exponentials fewer than one of so many are not held: pieces of tokens with wider strips save
+# as much.
+LEAST_HELD = 16
 # Parts that the sampled tiles are summed in, each by a program: more would be read again for every row.
 MOST_PARTS = 16
 
@@ -104,6 +107,38 @@ def divide(
     own = best.tiles * config.forward_entries // ENTRIES_A_SLOT
     # Of whole 16: kernels are compiled for such numbers or for others.
     return replace(best, slots=max(min(own + more, vocabulary // ENTRIES_A_WAITING_SLOT) // 16 * 16, own))
+
+
+def tiles_held(
+    tokens: int,
+    vocabulary: int,
+    features: int,
+    dtype: torch.dtype,
+    sums_a_tile: int,
+    workspace: int,
+    config: Config,
+) -> int:
+    """How many of the vocabulary's last tiles, of config.forward_entries entries, a walk over all tokens at once leaves
+    for gradients by entry: as many as the workspace holds in the forward and in the backward; 0 where those are few.
+
+    Their memory is the forward's only strip. In whole numbers without a branch: tracers know ``tokens`` by name alone.
+    """
+    tiles = ceil_div(vocabulary, config.forward_entries)
+    beside = torch.sym_max(
+        bytes_beside(tokens, tiles, features, False, sums_a_tile, config),
+        least_of_backward(tokens, features, dtype, config),
+    )
+    of_tile = torch.sym_max(tile_bytes(tokens, dtype, False, config), 1)
+    held = torch.sym_max(torch.sym_min((workspace - beside) // of_tile, tiles), 0)
+    return held * torch.sym_min(held * LEAST_HELD // tiles, 1)
+
+
+def least_of_backward(tokens: int, features: int, dtype: torch.dtype, config: Config) -> int:
+    """Bytes that entry_gradients.py takes at the least beside what is held: states of a row block, one tile, and of
+    float16 what is scaled.
+    """
+    wide = tokens * features * strip_dtype(dtype).itemsize if dtype == torch.float16 else 0
+    return wide + config.row_block * features * dtype.itemsize + tile_bytes(tokens, dtype, False, config)
 
 
 def pieces_of(tokens: int, bytes_a_token: int, workspace: int, config: Config) -> list[slice]:

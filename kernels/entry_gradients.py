@@ -1,7 +1,8 @@
 """Gradients by weight and bias: every strip of the vocabulary once more, times the scaled hidden states.
 
-Strips are taken from the vocabulary's end on, so that rows of the weight's gradient that are not written yet have room
-for a strip's exponentials: where they hold more of them than the workspace does, they are used.
+Exponentials of the vocabulary's last entries, as far as the workspace goes, are held since the forward, and not made
+again. Strips of the others are taken from their end on, so that rows of the weight's gradient that are not written yet
+have room for a strip's exponentials: where they hold more of them than the workspace does, they are used.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from torch import Tensor
 from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
 from torchtune_lce.kernels.division import strip_dtype
 from torchtune_lce.kernels.exponentials import Blocks
-from torchtune_lce.kernels.operands import Operands
+from torchtune_lce.kernels.operands import Operands, OwnCells
 from torchtune_lce.kernels.places import in_order
 from torchtune_lce.kernels.scaled_states import scale_states
 from torchtune_lce.kernels.strip_again import strip_again
+from torchtune_lce.kernels.strips import as_strip
 from torchtune_lce.kernels.tuning import Config, ceil_div
-from torchtune_lce.kernels.weight_product import bias_product, weight_blocks, weight_product
+from torchtune_lce.kernels.weight_product import bias_product, in_order_of_labels, weight_blocks, weight_product
 
 
 class BackwardStrip(NamedTuple):
@@ -30,7 +32,7 @@ class BackwardStrip(NamedTuple):
 
 
 def backward_strips(tiles: int, in_workspace: int, rows_a_row: float) -> list[BackwardStrip]:
-    """From the vocabulary's end on; ``rows_a_row`` rows of a strip fit into a row of the weight's gradient."""
+    """From the end of ``tiles`` on; ``rows_a_row`` rows of a strip fit into a row of the weight's gradient."""
     strips = []
     end = tiles
     while end:
@@ -47,12 +49,13 @@ def entry_gradients(
     labels: Tensor,  # [N], in that order
     count: Tensor,  # [1] int32, rows in use, on the device
     shares: Tensor,  # [5, N] float32: see Walk
+    held: Tensor,  # see Walk
     d_losses: Tensor,  # [N] float32, in the order of hidden
     d_log_sums: Tensor | None,  # [N] float32
     memory: Tensor,  # [N, D] in the dtype of hidden, overwritten
     d_weight: Tensor | None,  # [V, D], filled
     d_bias: Tensor | None,  # [V], filled
-    workspace: int,  # bytes
+    workspace: int,  # bytes, beside what is held
     config: Config,
 ) -> None:
     """Reads nothing back to the host."""
@@ -66,9 +69,30 @@ def entry_gradients(
     dtype = strip_dtype(hidden.dtype)
     scaled = memory if memory.dtype == dtype else memory.new_empty(memory.shape, dtype=dtype)
     given = scale_states(hidden, rows, count, shares, d_losses, d_log_sums, scaled)
+    vocabulary = weight.shape[0]
+
+    def products_with(strip: Tensor, columns: object, scaled_blocks: object, own: OwnCells | None = None) -> list:
+        products = []
+        if d_weight is not None:
+            operands = strip, columns, scaled, scaled_blocks, count, d_weight, hidden.dtype
+            products.append(weight_product(*operands, config, own=own))
+        if d_bias is not None:
+            products.append(bias_product(strip, columns, given.factors, count, d_bias, config, own=own))
+        return products
+
+    held = as_strip(held, tokens, config)
+    tiles = ceil_div(vocabulary, config.forward_entries) - len(held) // config.forward_entries
+    if len(held):
+        first = tiles * config.forward_entries
+        has_columns = has_blocks(config, held, scaled)
+        of_strip = weight_blocks(held, scaled, config) if has_columns else (None, None)
+        own = in_order_of_labels(labels, given.cells, first, vocabulary, config)
+        for product in products_with(held, *of_strip, own):
+            product(first, vocabulary - first)
+    if not tiles:
+        return
     places, in_workspace = _division(hidden, workspace, config)
     columns = ceil_div(tokens, config.row_block) * config.row_block
-    tiles = ceil_div(weight.shape[0], config.forward_entries)
     rows_a_row = 0.0
     if d_weight is not None:
         rows_a_row = features * d_weight.element_size() / (columns * dtype.itemsize)
@@ -88,13 +112,7 @@ def entry_gradients(
         strip = values.view(most, columns)
         blocks, scaled_blocks = _blocks(operands, states, strip, scaled, config)
         again = strip_again(operands, states, blocks, labels, count, shares, given.cells, strip, config)
-        products = []
-        if d_weight is not None:
-            factors = given.scaled, scaled_blocks
-            products.append(weight_product(strip, blocks.columns, *factors, count, d_weight, hidden.dtype, config))
-        if d_bias is not None:
-            products.append(bias_product(strip, blocks.columns, given.factors, count, d_bias, config))
-        return again, products
+        return again, products_with(strip, blocks.columns, scaled_blocks)
 
     for strip in strips:
         again, products = kernels(strip.in_output)
@@ -103,7 +121,7 @@ def entry_gradients(
                 in_order(hidden, rows[piece.start : piece.stop], count, piece.start, states)
             again(piece.start, len(piece), strip.first, strip.tiles)
         first = strip.first * config.forward_entries
-        entries = min(strip.tiles * config.forward_entries, weight.shape[0] - first)
+        entries = min(strip.tiles * config.forward_entries, vocabulary - first)
         for product in products:
             product(first, entries)
 

@@ -206,7 +206,8 @@ def _exponential_kernel(
             # First, while nothing else is held. Past the vocabulary they are 0.
             of_tile = tl.sum(logits, 1) * (1.0 / entries_total)
             tl.store(sums.capped + tile.to(tl.int64) * tokens + place, of_tile, mask=present)
-        reference = tl.load(references + place, mask=present, other=0.0)
+        # Of what is held nothing is multiplied past the places in use but zeros, whatever a bias says.
+        reference = tl.load(references + place, mask=present, other=float("inf"))
         powers = tl.exp2(multiply_add(logits, log2_scale, (reference * -log2_scale)[:, None]))
         own = tl.load(labels + place, mask=present, other=0).to(tl.int32) - tile * ENTRIES
         left_out = in_tile[None, :] == own[:, None]
@@ -261,7 +262,8 @@ class Strip:
     """
 
     tiles: int
-    first_tiles: int  # of the first strip: fewer with a filter, since it knows least of the denominators
+    # Of the first strip: fewer with a filter, since it knows least of the denominators, and where the last one is held.
+    first_tiles: int
     values: Tensor  # [entries, M] of strip_dtype: E times the softcap's derivative
     words: Tensor | None  # [row blocks, entries / 32] int32: a bit an entry, as _exponential_kernel orders them
     dropped_sums: Tensor | None  # [tiles, M] float32: sums of E over a tile's entries that are not active
@@ -295,6 +297,13 @@ class Strip:
             empty(2, 2, row_blocks, dtype=torch.int32),
             empty(4, row_blocks, dtype=torch.int32),
         )
+
+    @staticmethod
+    def held(values: Tensor, vocabulary: int, config: Config) -> Strip:
+        """Nothing is filtered, and the last strip, a whole one, stays in ``values``."""
+        tiles = values.shape[0] // config.forward_entries
+        first_tiles = (ceil_div(vocabulary, config.forward_entries) - 1) % tiles + 1
+        return Strip(tiles, first_tiles, values, *[None] * 6)
 
     def parts(self, tiles: int) -> list[tuple[int, int]]:
         """(first tile, tiles) of each strip of a vocabulary."""

@@ -147,6 +147,15 @@ class Walk(NamedTuple):
     shares: Tensor
     entropies: Tensor  # [N] float32, or [0]
     means: Tensor  # [N] float32, or [0]: of the logits, less the references
+    held: Tensor  # in one dimension, see strips.as_strip: E of the vocabulary's last entries, 0 at targets
+
+
+class Held(NamedTuple):
+    """:attr:`Walk.held` in a kernel, as a strip."""
+
+    values: Tensor
+    first: int  # entry
+    stride: int
 
 
 class ForEntries(NamedTuple):
@@ -155,6 +164,15 @@ class ForEntries(NamedTuple):
     scaled: Tensor  # [N, D] in a strip's dtype: hidden states times their factors
     factors: Tensor  # [N] float32
     cells: Tensor  # [N] float32: what stands for E of the target
+
+
+class OwnCells(NamedTuple):
+    """Places in the order of their labels, for strips in which the targets' cells are 0."""
+
+    labels: Tensor  # [N]
+    places: Tensor  # [N] int64
+    starts: Tensor  # [tiles + 1] int64: where those of each tile of entries begin, and the last one's end
+    cells: Tensor  # [N] float32, by place
 
 
 class Gradients(NamedTuple):

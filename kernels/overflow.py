@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchtune_lce.kernels.launching import launch
-from torchtune_lce.kernels.operands import Piece
+from torchtune_lce.kernels.operands import Held, Piece
 from torchtune_lce.kernels.primitives import rounded_to_tf32, softcap_slope, softcapped, times_log2
 from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 
@@ -140,6 +140,7 @@ def _redo_kernel(
     maxima,
     redone,
     totals,
+    held: Held,
     count,
     first_place,
     tokens,
@@ -160,7 +161,8 @@ def _redo_kernel(
     PRECISION: tl.constexpr,
     PRODUCT_PRECISION: tl.constexpr,
 ):
-    """Of overflown rows: redone[0] their largest logits, redone[1] their sums from those on, and a chunk of totals.
+    """Of overflown rows: redone[0] their largest logits, redone[1] their sums from those on, a chunk of totals, and
+    what is held of them unless that is None.
 
     WITH_EXPONENTS redone[2] too, the sums of E times its exponent of 2.
     """
@@ -168,6 +170,7 @@ def _redo_kernel(
     place = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     present = place < tl.minimum(tl.load(count) - first_place, tokens)
     again = _done_again(targets, references, row_sums, place, present, log2_scale)
+    first_chunk = again & (place < tl.where(chunk == 0, tokens, 0))
     any_rows = tl.max(again.to(tl.int32), 0) > 0
     largest = tl.full((TOKENS,), float("-inf"), tl.float32)
     for share in range(0, tl.where(any_rows, shares, 0)):
@@ -210,6 +213,10 @@ def _redo_kernel(
             powers = tl.where(left_out, 0.0, powers * softcap_slope(logits, softcap))
         if FOR_TF32:
             powers = rounded_to_tf32(powers)
+        if held is not None:
+            own = held.values + (entries - held.first).to(tl.int64)[None, :] * held.stride + place[:, None]
+            mask = first_chunk[:, None] & (entries >= held.first)[None, :]
+            tl.store(own, powers.to(held.values.dtype.element_ty), mask=mask)
         at = weight + entries.to(tl.int64)[:, None] * weight_stride + d[None, :]
         w = tl.load(at, mask=(entries < entries_total)[:, None] & (d < features)[None, :], other=0.0)
         # To the dtype of a strip: bfloat16 for bfloat16, float32 for the others.
@@ -217,9 +224,8 @@ def _redo_kernel(
             total = tl.dot(powers.to(tl.bfloat16), w, total)
         else:
             total = tl.dot(powers, w.to(tl.float32), total, input_precision=PRODUCT_PRECISION)
-    own = totals + place.to(tl.int64)[:, None] * features + d[None, :]
-    tl.store(own, total, mask=again[:, None] & (d < features)[None, :])
-    first_chunk = again & (place < tl.where(chunk == 0, tokens, 0))
+    of_totals = totals + place.to(tl.int64)[:, None] * features + d[None, :]
+    tl.store(of_totals, total, mask=again[:, None] & (d < features)[None, :])
     tl.store(redone + place, largest, mask=first_chunk)
     tl.store(redone + tokens + place, sum_again, mask=first_chunk)
     if WITH_EXPONENTS:
@@ -232,6 +238,7 @@ def redo_overflown(
     maxima: Tensor,  # float32, a workspace: of M each, as many as there is room for, up to MOST_SHARES
     redone: Tensor,  # [2 or 3, M] float32: filled with references and sums of those rows, see _redo_kernel
     totals: Tensor,  # [M, D] float32: filled at those rows
+    held: Held | None,  # filled at those places
     product_precision: str,
     config: Config,
 ) -> None:
@@ -284,6 +291,7 @@ def redo_overflown(
             maxima,
             redone,
             totals,
+            held,
             *sizes,
             *scales,
             shares,

@@ -59,6 +59,8 @@ def _scale_kernel(
     at_target = of_log_sum * own_share - of_loss * other_share
     cell = tl.where(factor == 0, at_target, at_target / tl.where(factor == 0, 1.0, factor))
     write = place < tl.where(tl.program_id(1) == 0, tokens, 0)
+    if FOR_TF32:
+        cell = rounded_to_tf32(cell)
     tl.store(factors + place, tl.where(used, factor, 0.0), mask=write)
     tl.store(cells + place, tl.where(used, cell, 0.0), mask=write)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

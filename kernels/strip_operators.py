@@ -18,7 +18,7 @@ from torchtune_lce.kernels.operands import Gradients, Operands, scaled_upstream
 from torchtune_lce.kernels.operators import operator, refuse_second_derivative, rows_contiguous
 from torchtune_lce.kernels.places import compact
 from torchtune_lce.kernels.row_gradients import row_gradients
-from torchtune_lce.kernels.strips import walk_rows
+from torchtune_lce.kernels.strips import empty_held, walk_rows
 from torchtune_lce.kernels.tuning import ceil_div, config_for
 
 
@@ -38,7 +38,7 @@ def token_losses(
     With gradients by weight and bias only where ``is_trained``, and then unfiltered. What stands for the peak is each
     row's reference, see reference_logits.py.
     """
-    nll, peak, log_total, *_, entropies, means, _, _, _, divisor = _strip_cross_entropy(
+    nll, peak, log_total, *_, entropies, means, _, _, _, _, divisor = _strip_cross_entropy(
         hidden,
         weight,
         bias,
@@ -61,8 +61,8 @@ torch.library.define(
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float? softcap, "
     "float logit_scale, float? eps, bool is_trained, bool with_entropy, bool with_mean, int workspace_mib) "
     "-> (Tensor nll, Tensor peak, Tensor log_total, Tensor dropped_mass, Tensor values, Tensor coefficients, "
-    "Tensor kept, Tensor shares, Tensor entropies, Tensor means, Tensor rows, Tensor labels, Tensor count, "
-    "Tensor divisor)",
+    "Tensor kept, Tensor shares, Tensor entropies, Tensor means, Tensor held, Tensor rows, Tensor labels, "
+    "Tensor count, Tensor divisor)",
 )
 
 
@@ -105,10 +105,12 @@ def _operands(
 
 @torch.library.register_fake("torchtune_lce::strip_cross_entropy")
 def _(hidden, weight, bias, targets, *settings):
-    _, _, _, eps, is_trained, with_entropy, with_mean, _ = settings
+    _, _, _, eps, is_trained, with_entropy, with_mean, workspace_mib = settings
     tokens = targets.shape[0]
     filters = eps is not None
-    row_blocks = ceil_div(tokens, config_for(hidden.device, hidden.dtype).row_block) if filters else 0
+    config = config_for(hidden.device, hidden.dtype)
+    row_blocks = ceil_div(tokens, config.row_block) if filters else 0
+    workspace = workspace_mib * 2**20 if is_trained and not filters else 0
     return (
         *(hidden.new_empty(tokens, dtype=torch.float32) for _ in range(3)),
         hidden.new_empty(tokens if filters else 0, dtype=torch.float32),
@@ -118,6 +120,7 @@ def _(hidden, weight, bias, targets, *settings):
         hidden.new_empty((5, tokens) if is_trained else 0, dtype=torch.float32),
         hidden.new_empty(tokens if with_entropy else 0, dtype=torch.float32),
         hidden.new_empty(tokens if with_mean else 0, dtype=torch.float32),
+        empty_held(hidden, weight.shape[0], 1 + with_entropy + with_mean, workspace, config),
         hidden.new_empty(tokens, dtype=torch.int64),
         torch.empty_like(targets),
         hidden.new_empty(1, dtype=torch.int32),
@@ -128,7 +131,7 @@ def _(hidden, weight, bias, targets, *settings):
 torch.library.define(
     "torchtune_lce::strip_cross_entropy_backward",
     "(Tensor? d_nll, Tensor? d_lse, Tensor? d_means, Tensor? hidden, Tensor weight, Tensor? bias, Tensor values, "
-    "Tensor coefficients, Tensor shares, Tensor rows, Tensor labels, Tensor count, float? softcap, "
+    "Tensor coefficients, Tensor shares, Tensor held, Tensor rows, Tensor labels, Tensor count, float? softcap, "
     "float logit_scale, bool[] needs, int workspace_mib) -> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
 )
 
@@ -143,6 +146,7 @@ def _backward(
     values,
     coefficients,
     shares,
+    held,
     rows,
     labels,
     count,
@@ -159,6 +163,7 @@ def _backward(
         d_nll = coefficients.new_zeros(1).expand(rows.numel())
     weight = rows_contiguous(weight)
     needs_hidden, needs_weight, needs_bias = needs
+    workspace = workspace_mib * 2**20 - held.nbytes
     # What is scaled, until it is filled.
     d_hidden = torch.empty_like(values)
     d_weight = weight.new_empty(weight.shape if needs_weight else 0)
@@ -170,12 +175,13 @@ def _backward(
             labels,
             count,
             shares,
+            held,
             d_nll,
             d_lse,
             d_hidden,
             d_weight if needs_weight else None,
             d_bias if needs_bias else None,
-            workspace_mib * 2**20,
+            workspace,
             config_for(weight.device, weight.dtype),
         )
     if needs_hidden:
@@ -188,7 +194,7 @@ def _backward(
             rows,
             count,
             Gradients(*made, None, None, None),
-            workspace_mib * 2**20,
+            workspace,
             config_for(weight.device, weight.dtype),
         )
     return d_hidden if needs_hidden else values.new_empty(0), d_weight, d_bias
@@ -203,11 +209,11 @@ def _(d_nll, d_lse, d_means, hidden, weight, bias, values, *rest):
 
 def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, bias, _, _, softcap, logit_scale, _, is_trained, _, with_mean, workspace_mib = inputs
-    _, _, _, dropped_mass, values, coefficients, kept, shares, _, _, rows, labels, count, _ = output
+    _, _, _, dropped_mass, values, coefficients, kept, shares, _, _, held, rows, labels, count, _ = output
     ctx.set_materialize_grads(False)
     # Who keeps hidden states for nothing keeps memory.
     of_logits = (hidden, weight, bias) if is_trained or with_mean else (None, weight, None)
-    ctx.save_for_backward(*of_logits, values, coefficients, shares, rows, labels, count)
+    ctx.save_for_backward(*of_logits, values, coefficients, shares, held, rows, labels, count)
     ctx.settings = softcap, logit_scale, workspace_mib
     ctx.record = open_record(rows)
     if ctx.record and dropped_mass.numel():

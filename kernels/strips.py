@@ -20,11 +20,18 @@ import triton.language as tl
 from torch import Tensor
 
 from torchtune_lce.kernels.active_columns import Dropped, pack_active
-from torchtune_lce.kernels.division import ENTRIES_A_SLOT, Sample, divide, product_precision
+from torchtune_lce.kernels.division import (
+    ENTRIES_A_SLOT,
+    Sample,
+    divide,
+    product_precision,
+    strip_dtype,
+    tiles_held,
+)
 from torchtune_lce.kernels.dropped_mean import find_means
 from torchtune_lce.kernels.exponentials import Blocks, Strip, Sums, strip_exponentials
 from torchtune_lce.kernels.launching import launch
-from torchtune_lce.kernels.operands import Operands, Piece, Walk
+from torchtune_lce.kernels.operands import Held, Operands, Piece, Walk
 from torchtune_lce.kernels.overflow import redo_overflown
 from torchtune_lce.kernels.reference_logits import reference_logits
 from torchtune_lce.kernels.row_gradients import finish_rows
@@ -69,7 +76,7 @@ def walk_rows(
     labels: Tensor,  # [N], in that order
     count: Tensor,  # [1] int32, rows in use, on the device
     eps: float | None,  # None: nothing is filtered
-    is_trained: bool,  # the projection: shares are wanted
+    is_trained: bool,  # the projection: shares are wanted, and what there is room for is held
     with_entropy: bool,
     with_mean: bool,
     workspace: int,  # bytes
@@ -93,24 +100,30 @@ def walk_rows(
     shares = empty(5, tokens) if is_trained else empty(0)
     by_row = [empty(tokens) for _ in range(3)]
     optional = empty(tokens * with_entropy), empty(tokens * with_mean)
-    results = Walk(*by_row, dropped_mass, values, empty(2, tokens), kept, shares, *optional)
+    sums_a_tile = 1 + with_entropy + with_mean
+    is_held = is_trained and not filters
+    memory = empty_held(hidden, vocabulary, sums_a_tile, workspace if is_held else 0, config)
+    results = Walk(*by_row, dropped_mass, values, empty(2, tokens), kept, shares, *optional, memory)
     if not tokens:
         return results
     logits = reference_logits(operands, targets, rows, count, values, config)
     tiles = ceil_div(vocabulary, config.forward_entries)
     workers = programs(hidden.device)
-    sums_a_tile = 1 + with_entropy + with_mean
-    division = divide(tokens, vocabulary, features, hidden.dtype, filters, sums_a_tile, workspace, workers, config)
-    places = min(division.tokens, tokens)
+    last, held = None, as_strip(memory, tokens, config)
+    if len(held):
+        places, strip = tokens, Strip.held(held, vocabulary, config)
+        last = Held(held, (tiles - strip.tiles) * config.forward_entries, held.stride(0))
+    else:
+        division = divide(tokens, vocabulary, features, hidden.dtype, filters, sums_a_tile, workspace, workers, config)
+        places, slots = min(division.tokens, tokens), None
+        if filters:
+            slots = max(division.slots, division.tiles * config.forward_entries // ENTRIES_A_SLOT)
+        strip = Strip.empty(places, division.tiles, slots, hidden, config)
     totals = empty(places, features)
     # Each from a multiple of 16 bytes on: kernels are compiled for such addresses or for others.
     sums_of_tiles = empty(sums_a_tile, ceil_div(max(tiles, 2) * places, 4) * 4)
     kinds = sums_a_tile + 2 + with_entropy
     sums_of_rows = empty(kinds * places)
-    slots = None
-    if filters:
-        slots = max(division.slots, division.tiles * config.forward_entries // ENTRIES_A_SLOT)
-    strip = Strip.empty(places, division.tiles, slots, hidden, config)
     for number, first in enumerate(range(0, tokens, places)):
         here = slice(first, first + places)
         piece = Piece(operands, rows[here], count, first, values[here], labels[here], *logits[:, here].unbind())
@@ -141,11 +154,27 @@ def walk_rows(
             num_warps=4,
         )
         precision = product_precision(hidden.dtype, config)
-        redo_overflown(piece, row_sums.powers, of_tiles.powers, redone, totals, precision, config)
+        redo_overflown(piece, row_sums.powers, of_tiles.powers, redone, totals, last, precision, config)
         if left_out is not None:
             find_means(piece, left_out, strip, config)
         finish_rows(piece, totals, row_sums, redone, left_out, results, config)
     return results
+
+
+def empty_held(hidden: Tensor, vocabulary: int, sums_a_tile: int, workspace: int, config: Config) -> Tensor:
+    """Memory of :attr:`Walk.held`, and two elements: whether a tensor has as many is what torch asks while it traces, and
+    an export is for the numbers of tokens with the same answer.
+    """
+    tokens, features = hidden.shape
+    tiles = tiles_held(tokens, vocabulary, features, hidden.dtype, sums_a_tile, workspace, config)
+    columns = ceil_div(tokens, config.row_block) * config.row_block
+    return hidden.new_empty(tiles * config.forward_entries * columns + 2, dtype=strip_dtype(hidden.dtype))
+
+
+def as_strip(held: Tensor, tokens: int, config: Config) -> Tensor:
+    """[entries, whole row blocks of N], of whole tiles: what :func:`empty_held` has made."""
+    columns = ceil_div(tokens, config.row_block) * config.row_block
+    return held[: held.numel() // columns * columns].view(-1, columns)
 
 
 def walk(

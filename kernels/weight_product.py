@@ -12,6 +12,7 @@ from torch import Tensor
 from torchtune_lce.kernels.descriptors import in_blocks
 from torchtune_lce.kernels.division import product_precision
 from torchtune_lce.kernels.launching import Repeated
+from torchtune_lce.kernels.operands import OwnCells
 from torchtune_lce.kernels.primitives import tile_coordinates
 from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 
@@ -23,6 +24,7 @@ def _weight_kernel(
     scaled,
     scaled_blocks,
     d_weight,
+    own: OwnCells,
     count,
     features,
     strip_stride,
@@ -37,7 +39,7 @@ def _weight_kernel(
     PRECISION: tl.constexpr,
 ):
     """Rows `first_entry` on of d_weight, as many as `entries`, of which the strip has one each; with ADDS beside what
-    they hold.
+    they hold. Targets' cells are their ``own``, unless that is None, and 0 in the strip then.
     """
     # Places past those in use have zeros, up to whole steps, where there are any.
     used = tl.load(count)
@@ -56,13 +58,26 @@ def _weight_kernel(
                 h = scaled_blocks.load([start, chunk * FEATURES])
                 total = tl.dot(e, h, total, input_precision=PRECISION)
         else:
-            own = strip + row.to(tl.int64)[:, None] * strip_stride
+            columns = strip + row.to(tl.int64)[:, None] * strip_stride
             for start in range(0, used, BLOCK_K):
                 place = start + in_step
-                e = tl.load(own + place[None, :], mask=(row < entries)[:, None] & (place < used)[None, :], other=0.0)
+                mask = (row < entries)[:, None] & (place < used)[None, :]
+                e = tl.load(columns + place[None, :], mask=mask, other=0.0)
                 at = scaled + place.to(tl.int64)[:, None] * features + d[None, :]
                 h = tl.load(at, mask=(place < used)[:, None] & (d < features)[None, :], other=0.0)
                 total = tl.dot(e, h, total, input_precision=PRECISION)
+        if own is not None:
+            end = tl.load(own.starts + tile + 1)
+            # In turn: there are few, and no shared memory beside the other loop's.
+            for start in tl.range(tl.load(own.starts + tile), end, BLOCK_K, num_stages=1):
+                at = start + in_step
+                label = tl.load(own.labels + at, mask=at < end, other=-1)
+                place = tl.load(own.places + at, mask=at < end, other=0)
+                cell = tl.load(own.cells + place, mask=at < end, other=0.0)
+                cells = tl.where((first_entry + row)[:, None] == label[None, :], cell[None, :], 0.0)
+                mask = (at < end)[:, None] & (d < features)[None, :]
+                h = tl.load(scaled + place[:, None] * features + d[None, :], mask=mask, other=0.0)
+                total = tl.dot(cells.to(h.dtype), h, total, input_precision=PRECISION)
         at = d_weight + (first_entry + row).to(tl.int64)[:, None] * features + d[None, :]
         if ADDS:
             total += tl.load(at, mask=exists, other=0.0).to(tl.float32)
@@ -75,6 +90,7 @@ def _bias_kernel(
     strip_blocks,
     factors,
     d_bias,
+    own: OwnCells,
     count,
     strip_stride,
     first_entry,
@@ -86,15 +102,23 @@ def _bias_kernel(
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     used = tl.load(count)
-    own = strip + row.to(tl.int64)[:, None] * strip_stride
+    columns = strip + row.to(tl.int64)[:, None] * strip_stride
     total = tl.zeros((ROWS, PLACES), tl.float32)
     for start in range(0, used, PLACES):
         place = start + tl.arange(0, PLACES)
         if TMA:
             e = strip_blocks.load([tl.program_id(0) * ROWS, start])
         else:
-            e = tl.load(own + place[None, :], mask=(row < entries)[:, None] & (place < used)[None, :], other=0.0)
+            e = tl.load(columns + place[None, :], mask=(row < entries)[:, None] & (place < used)[None, :], other=0.0)
         total += e.to(tl.float32) * tl.load(factors + place, mask=place < used, other=0.0)[None, :]
+    if own is not None:
+        end = tl.load(own.starts + tl.program_id(0) + 1)
+        for start in range(tl.load(own.starts + tl.program_id(0)), end, PLACES):
+            at = start + tl.arange(0, PLACES)
+            label = tl.load(own.labels + at, mask=at < end, other=-1)
+            place = tl.load(own.places + at, mask=at < end, other=0)
+            cell = tl.load(own.cells + place, mask=at < end, other=0.0) * tl.load(factors + place)
+            total += tl.where((first_entry + row)[:, None] == label[None, :], cell[None, :], 0.0)
     whole = tl.sum(total, 1)
     at = d_bias + first_entry + row
     if ADDS:
@@ -112,6 +136,7 @@ def weight_product(
     dtype: torch.dtype,  # of the inputs
     config: Config,
     adds: bool = False,  # to what d_weight holds
+    own: OwnCells | None = None,  # None: the strip has them
 ) -> Callable[[int, int], None]:
     """What launches it for a strip: its first entry, and how many it has."""
     features = d_weight.shape[1]
@@ -123,6 +148,7 @@ def weight_product(
             scaled,
             scaled_blocks,
             d_weight,
+            own,
             count,
             features,
             strip.stride(0),
@@ -153,6 +179,7 @@ def bias_product(
     d_bias: Tensor,  # [V], filled at the strip's entries
     config: Config,
     adds: bool = False,  # to what d_bias holds
+    own: OwnCells | None = None,  # None: the strip has them
 ) -> Callable[[int, int], None]:
     """The same for the bias: no product, but a sum of the strip times the factors."""
     kernel = Repeated(
@@ -162,6 +189,7 @@ def bias_product(
             columns,
             factors,
             d_bias,
+            own,
             count,
             strip.stride(0),
         ),
@@ -172,6 +200,14 @@ def bias_product(
         num_warps=config.warps,
     )
     return lambda first, entries: kernel((ceil_div(entries, config.entry_tile),), first, entries)
+
+
+def in_order_of_labels(labels: Tensor, cells: Tensor, first: int, vocabulary: int, config: Config) -> OwnCells:
+    """For a product from the ``first`` entry to the vocabulary's end."""
+    ordered, places = labels.sort(stable=True)
+    end = vocabulary + config.entry_tile
+    edges = torch.arange(first, end, config.entry_tile, dtype=labels.dtype, device=labels.device)
+    return OwnCells(ordered, places, torch.searchsorted(ordered, edges), cells)
 
 
 def weight_blocks(strip: Tensor, scaled: Tensor, config: Config) -> tuple[object, object]:

@@ -54,7 +54,7 @@ def test_one_graph_with_the_same_numbers(impl, reduction, device):
         torch.testing.assert_close(graph, plain, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(("impl", "smoothing"), [("cce", 0.1), ("chunked", 0.0), ("chunked", 0.1)])
+@pytest.mark.parametrize(("impl", "smoothing"), [("cce", 0.1), ("cce_exact", 0.0), ("chunked", 0.0), ("chunked", 0.1)])
 def test_dynamic_shapes_compile_once(impl, smoothing, device):
     def run(*inputs):
         return linear_cross_entropy(*inputs, impl=impl, label_smoothing=smoothing)
@@ -74,7 +74,7 @@ def test_dynamic_shapes_compile_once(impl, smoothing, device):
     assert len(set(compilations)) == 1
 
 
-@pytest.mark.parametrize("impl", ["cce", "chunked"])
+@pytest.mark.parametrize("impl", ["cce", "cce_exact", "chunked"])
 def test_exports_with_any_number_of_tokens(impl, device):
     """Traced with fewer than a block of them."""
 
