@@ -151,9 +151,9 @@ class Walk(NamedTuple):
 
 
 class Held(NamedTuple):
-    """:attr:`Walk.held` in a kernel, as a strip."""
+    """:attr:`Walk.held` in a kernel."""
 
-    values: Tensor
+    strip: Tensor
     first: int  # entry
     stride: int
 

@@ -214,9 +214,9 @@ def _redo_kernel(
         if FOR_TF32:
             powers = rounded_to_tf32(powers)
         if held is not None:
-            own = held.values + (entries - held.first).to(tl.int64)[None, :] * held.stride + place[:, None]
+            own = held.strip + (entries - held.first).to(tl.int64)[None, :] * held.stride + place[:, None]
             mask = first_chunk[:, None] & (entries >= held.first)[None, :]
-            tl.store(own, powers.to(held.values.dtype.element_ty), mask=mask)
+            tl.store(own, powers.to(held.strip.dtype.element_ty), mask=mask)
         at = weight + entries.to(tl.int64)[:, None] * weight_stride + d[None, :]
         w = tl.load(at, mask=(entries < entries_total)[:, None] & (d < features)[None, :], other=0.0)
         # To the dtype of a strip: bfloat16 for bfloat16, float32 for the others.

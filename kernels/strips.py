@@ -162,8 +162,8 @@ def walk_rows(
 
 
 def empty_held(hidden: Tensor, vocabulary: int, sums_a_tile: int, workspace: int, config: Config) -> Tensor:
-    """Memory of :attr:`Walk.held`, and two elements: whether a tensor has as many is what torch asks while it traces, and
-    an export is for the numbers of tokens with the same answer.
+    """Memory of :attr:`Walk.held`, and two elements: whether a tensor has those torch asks while it traces, and exports
+    for the numbers of tokens with the same answer alone.
     """
     tokens, features = hidden.shape
     tiles = tiles_held(tokens, vocabulary, features, hidden.dtype, sums_a_tile, workspace, config)

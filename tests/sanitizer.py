@@ -63,6 +63,7 @@ class Call:
     with_entropy: bool = False
     ignored: bool = False
     workspace_mib: int = 128
+    held: int | None = None  # tiles of the vocabulary's exponentials; None: as many as the workspace has room for
     frozen: tuple[str, ...] = ()
     paths: tuple[str, ...] = PATHS
     narrow: bool = False  # blocks for cards with 100 KiB of shared memory a program
@@ -109,10 +110,14 @@ CALLS = (
     Call("frozen weight, rows of no whole 16 bytes", width=70, frozen=("weight",), paths=("descriptor",)),
     Call("one of everything", tokens=(0, 1), vocabulary=(0, 1), width=16, bias=True, paths=("descriptor",)),
     Call("narrow blocks", paths=("pointer",), narrow=True),
-    Call("dense way", vocabulary=(4, 0), width=None, impl="cce_exact", ignored=True),
+    Call("dense way", vocabulary=(4, 0), width=None, impl="cce_exact", ignored=True, held=0),
+    # The last tile, which is ragged, and all of them.
+    Call("some held", vocabulary=(8, 8), impl="cce_exact", bias=True, with_lse=True, ignored=True, held=1),
+    Call("all held, whole tiles", vocabulary=(4, 0), width=None, impl="cce_exact", softcap=20.0),
     # Several strips forward and back, the last of them ragged.
     Call(
         "dense way, everything",
+        held=0,
         vocabulary=(14, 8),
         width=264,
         impl="cce_exact",
@@ -251,12 +256,11 @@ class Coverage:
 
 
 def flattened(arguments: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Names and values, those in named tuples as `argument.field`."""
+    """Names and values, those in named tuples as `argument.field` too."""
     for name, value in arguments.items():
+        yield prefix + name, value
         if isinstance(value, tuple):
             yield from flattened(value._asdict(), f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 @functools.cache
@@ -504,8 +508,9 @@ def run_calls(path: str, dtype_name: str, calls: Iterable[Call], compare: dict |
     """The results of each call by its name: checked, or with `compare`, what another process had, of the same bits."""
     import torch
 
-    from torchtune_lce.kernels import compiling, mean_gradients, strip_product
+    from torchtune_lce.kernels import compiling, mean_gradients, strip_product, strips
 
+    tiles_held = strips.tiles_held
     # Nothing runs on what was not computed, which a list of the kernels to compile would be made with.
     compiling._threads = lambda: 1
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -519,6 +524,7 @@ def run_calls(path: str, dtype_name: str, calls: Iterable[Call], compare: dict |
         begin = time.perf_counter()
         if device.type == "cuda":
             use_blocks(path, call.narrow)
+        strips.tiles_held = tiles_held if call.held is None else lambda *_, tiles=call.held: tiles
         leaves, targets = operands(call, getattr(torch, dtype_name), device)
         results[call.name] = make_call(call, leaves, targets)
         if compare is None:
@@ -527,6 +533,7 @@ def run_calls(path: str, dtype_name: str, calls: Iterable[Call], compare: dict |
             for name, value in results[call.name].items():
                 if not torch.equal(value, compare[call.name][name]):
                     raise AssertionError(f"{call.name}: {name} has other bits than without the tool")
+        strips.tiles_held = tiles_held
         print(f"{call.name}: {time.perf_counter() - begin:.1f} s", flush=True)
     return results
 

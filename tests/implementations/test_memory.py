@@ -260,20 +260,24 @@ def test_cce_on_a_card(shape, workspace_mib, device):
             for name, sizes in (("llama", (8192, 128_256, 2048)), ("wide", (16_384, 32_000, 4096)))
             for mib in (16, 128)
         ),
+        pytest.param(Shape(1024, 128_256, 2048), 128, marks=pytest.mark.gpu, id="few-128-large"),
     ],
 )
 @pytest.mark.parametrize("trained", [False, True])
 def test_cce_exact(trained, shape, workspace_mib, device):
-    """Beside the workspace there are vectors, and values for the backward in the memory of a hidden gradient."""
+    """Beside the workspace there are vectors, and values for the backward in the memory of a hidden gradient. Of few
+    tokens with a trained head it holds exponentials from forward to backward.
+    """
     pytest.importorskip("triton")
     inputs = make_inputs(shape, torch.float32, device, bias=trained)
     inputs["weight"].requires_grad_(trained)
     assert shape.logits(4) > workspace_mib * MIB + shape.vectors(), "the bound would hold anyway"
     forward, backward = usage_of_both("cce_exact", inputs, workspace_mib)
-    states = inputs["hidden"].nbytes
-    assert forward.peak <= workspace_mib * MIB + states + shape.vectors()
-    assert forward.kept <= states + shape.vectors()
-    assert backward.peak <= trained * workspace_mib * MIB + gradient_bytes(inputs) + shape.vectors()
+    states, workspace = inputs["hidden"].nbytes, workspace_mib * MIB
+    assert forward.peak <= workspace + states + shape.vectors()
+    held = forward.kept - states - shape.vectors()
+    assert (held > 0) == (trained and shape.tokens <= 1024)
+    assert forward.kept + backward.peak <= trained * workspace + states + gradient_bytes(inputs) + 2 * shape.vectors()
 
 
 @pytest.mark.parametrize("impl", ["chunked", "cce"])
