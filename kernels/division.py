@@ -19,7 +19,7 @@ ENTRIES_A_SLOT = 4
 ENTRIES_A_WAITING_SLOT = 8
 # Of a trained projection's exponentials fewer than one of so many are not held: pieces of tokens with wider strips save
 # as much.
-LEAST_HELD = 16
+LEAST_HELD = 8
 # Parts that the sampled tiles are summed in, each by a program: more would be read again for every row.
 MOST_PARTS = 16
 

@@ -239,7 +239,7 @@ def test_what_is_held_changes_no_loss(dtype, tma, device, monkeypatch, memory_of
 @pytest.mark.parametrize("workspace_mib", [1, 16, 128, 1536])
 @pytest.mark.parametrize("tokens", [1, 130, 1024, 8192])
 def test_what_is_held_fits_the_workspace(tokens, workspace_mib, dtype):
-    """In the forward beside what that takes, and in the backward; and saves more than it costs."""
+    """Beside what the forward takes, and the backward; and is no small part."""
     workspace = workspace_mib * 2**20
     for capability, vocabulary, features, sums in itertools.product(
         ((8, 6), (9, 0)), (1, 3000, 151_936), (8, 2048), (1, 3)

@@ -17,7 +17,8 @@ chunked: the workspace, whatever NV is, and vectors. With a frozen head and no a
 gradient's size are kept for the backward, NDb. Otherwise, in float32, the forward makes the gradients themselves; in 16
 bits the backward does, with the hidden states' sums beside the workspace.
 cce: the workspace, but not less than its tiles and their lists take. With a frozen head, or where nothing is filtered,
-and no adapter values of the hidden states' gradient's size are kept for the backward, NDb.
+and no adapter values of the hidden states' gradient's size are kept for the backward, NDb. With a trained head where
+nothing is filtered exponentials too, of the workspace.
 
 LoRA on the output, of rank r, adds its gradients, Vrb and rDb, to those above, and an Nr product; its dropout keeps the
 thinned out hidden states and their mask, (b + 1)ND. DoRA's scale of the rows has a gradient that needs what it scales:
@@ -49,8 +50,9 @@ NORM_BYTES = 32 * 2**20
 _BYTES_PER_TOKEN, _BYTES_PER_ENTRY = 64, 8
 # Of kernels/autograd.py: tokens and entries of a tile on a card; bytes of its lists.
 _TILE, _TILE_LISTS = 128, 64
-# Entries of a tile of kernels/strips.py on a card.
-_STRIP_TILE = 256
+# Entries of a tile of kernels/strips.py on a card; of a trained head's exponentials none are held where that is fewer
+# than one of so many (kernels/division.py).
+_STRIP_TILE, _LEAST_HELD = 256, 8
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class LossMemory:
-    """Bytes at the worst moment of the loss's forward and of its backward, gradients among the latter."""
+    """Bytes at the worst moment of the loss's forward and of its backward, gradients among the latter; and of the
+    workspace's, those that are held from one to the other.
+    """
 
     forward: int
     backward: int
+    held: int = 0
 
     @property
     def peak(self) -> int:
@@ -306,11 +311,16 @@ def _cce_in_strips(problem: Problem, filters: bool) -> LossMemory:
     workspace = max(min(problem.workspace_mib * 2**20, most), least)
     kept = problem.hidden_bytes + _vectors(problem)
     backward = problem.hidden_bytes + kept
+    held = 0
     if problem.trained_head:
+        of_tiles = blocks * _TILE * of_tile
+        room = problem.workspace_mib * 2**20 - problem.tokens * of_token
+        fitting = min(max(room // of_tiles, 0), tiles)
+        held = of_tiles * fitting if fitting * _LEAST_HELD >= tiles else 0
         # Hidden states in order, and a strip of exponentials; what does not fit lies in the head's gradient.
         in_order = problem.hidden_bytes + problem.itemsize * blocks * _TILE * tiles * _STRIP_TILE
         backward += min(problem.workspace_mib * 2**20, in_order) + problem.head_bytes
-    return LossMemory(workspace + kept, backward)
+    return LossMemory(workspace + kept, backward, held)
 
 
 def _least_workspace(problem: Problem) -> int:

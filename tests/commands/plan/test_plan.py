@@ -379,11 +379,16 @@ def test_workspace_holds_the_strips(tokens, vocabulary, impl, trained):
     config = tuning._cuda_config((9, 0), torch.bfloat16, "ieee")
     tiles = -(-vocabulary // config.forward_entries)
     filters = impl == "cce"
-    parts = division.divide(tokens, vocabulary, 2048, torch.bfloat16, filters, 1, 128 * 2**20, 132, config)
-    rows = min(parts.tokens, tokens)
-    taken = division.bytes_beside(rows, tiles, 2048, filters, 1, config)
-    taken += parts.tiles * division.tile_bytes(rows, torch.bfloat16, filters, config)
     planned = loss_memory(impl, Problem(tokens, 2048, vocabulary, 2, trained))
+    rows = tokens
+    held = division.tiles_held(tokens, vocabulary, 2048, torch.bfloat16, 1, 128 * 2**20, config) if trained else 0
+    strip_tiles = held
+    if not held:
+        parts = division.divide(tokens, vocabulary, 2048, torch.bfloat16, filters, 1, 128 * 2**20, 132, config)
+        rows, strip_tiles = min(parts.tokens, tokens), parts.tiles
+    of_tile = division.tile_bytes(rows, torch.bfloat16, filters, config)
+    taken = division.bytes_beside(rows, tiles, 2048, filters, 1, config) + strip_tiles * of_tile
+    assert planned.held == held * of_tile
     kept = 2 * tokens * 2048
     assert taken + kept <= planned.forward <= 128 * 2**20 + kept + 64 * tokens + 32 * vocabulary
     assert planned.forward < 1.1 * (taken + kept) or taken > 64 * 2**20
@@ -392,9 +397,9 @@ def test_workspace_holds_the_strips(tokens, vocabulary, impl, trained):
     if trained:
         beside -= 2 * vocabulary * 2048
         hidden = torch.empty(tokens, 2048, dtype=torch.bfloat16, device="meta")
-        copied, in_workspace = entry_gradients._division(hidden, 128 * 2**20, config)
-        strip = min(in_workspace, tiles) * config.forward_entries * -(-tokens // 128) * 128
-        least = 2 * (copied * 2048 + strip)
+        copied, in_workspace = entry_gradients._division(hidden, 128 * 2**20 - planned.held, config)
+        rest = (2 * copied * 2048 + min(in_workspace, tiles - held) * of_tile) if held < tiles else 0
+        least = planned.held + rest
     assert least <= beside <= trained * 128 * 2**20 + 64 * tokens + 32 * vocabulary
 
 

@@ -8,7 +8,7 @@ by a log-softmax and by what that is of, 8NV.
 The LoRA recipes hold the reference's logits, 4NV, under a name that nothing reads until the next step has its own. The
 full one lets go of them, and takes chosen and rejected rows one after the other.
 ours: the policy's log-probabilities keep the gradient of its hidden states at most, bND, while the reference's are
-made, in the same workspace.
+made, in the same workspace; of a trained head where nothing is filtered, what is held of its exponentials too.
 """
 
 from dataclasses import replace
@@ -28,7 +28,7 @@ def preference_memory(loss: str, problem: Problem, second_model: bool) -> StepLo
         return _stock(problem, second_model)
     policy = loss_memory(loss, problem)
     reference = loss_memory(loss, replace(problem, trained_head=False, adapter=None))
-    kept = problem.hidden_bytes + problem.adapter_kept
+    kept = problem.hidden_bytes + problem.adapter_kept + policy.held
     # Its hidden states are in the place of the gradient that is planned, and not kept.
     forward = max(policy.forward, kept + reference.forward)
     return StepLoss(LossMemory(forward, policy.backward), beside_other=kept)
