@@ -162,13 +162,18 @@ def walk_rows(
 
 
 def empty_held(hidden: Tensor, vocabulary: int, sums_a_tile: int, workspace: int, config: Config) -> Tensor:
-    """Memory of :attr:`Walk.held`, and two elements: whether a tensor has those torch asks while it traces, and exports
-    for the numbers of tokens with the same answer alone.
+    """Memory of :attr:`Walk.held`; ``workspace`` 0: nobody wants it.
+
+    Else two elements at the least: whether a tensor has two is what torch asks while it traces, and an export is for the
+    numbers of tokens with the same answer alone.
     """
-    tokens, features = hidden.shape
-    tiles = tiles_held(tokens, vocabulary, features, hidden.dtype, sums_a_tile, workspace, config)
-    columns = ceil_div(tokens, config.row_block) * config.row_block
-    return hidden.new_empty(tiles * config.forward_entries * columns + 2, dtype=strip_dtype(hidden.dtype))
+    size = 0
+    if workspace:
+        tokens, features = hidden.shape
+        tiles = tiles_held(tokens, vocabulary, features, hidden.dtype, sums_a_tile, workspace, config)
+        columns = ceil_div(tokens, config.row_block) * config.row_block
+        size = torch.sym_max(tiles * config.forward_entries * columns, 2)
+    return hidden.new_empty(size, dtype=strip_dtype(hidden.dtype))
 
 
 def as_strip(held: Tensor, tokens: int, config: Config) -> Tensor:

@@ -370,7 +370,9 @@ def test_workspace_holds_the_kernels_tiles_and_lists(tokens, vocabulary, monkeyp
 
 
 @pytest.mark.parametrize(("impl", "trained"), [("cce", False), ("cce_exact", False), ("cce_exact", True)])
-@pytest.mark.parametrize(("tokens", "vocabulary"), [(100, 1000), (1000, 50_000), (8192, 128_256), (131_072, 256_000)])
+@pytest.mark.parametrize(
+    ("tokens", "vocabulary"), [(100, 1000), (1000, 50_000), (1000, 128_256), (8192, 128_256), (131_072, 256_000)]
+)
 def test_workspace_holds_the_strips(tokens, vocabulary, impl, trained):
     """As the kernels divide them, which keep values of a gradient's size for the backward."""
     pytest.importorskip("triton")
