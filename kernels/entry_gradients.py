@@ -71,11 +71,12 @@ def entry_gradients(
     given = scale_states(hidden, rows, count, shares, d_losses, d_log_sums, scaled)
     vocabulary = weight.shape[0]
 
-    def products_with(strip: Tensor, columns: object, scaled_blocks: object, own: OwnCells | None = None) -> list:
+    def products_of(strip: Tensor, columns: object, scaled_blocks: object, own: OwnCells | None = None) -> list:
+        """What makes gradients of a strip's entries."""
         products = []
         if d_weight is not None:
-            operands = strip, columns, scaled, scaled_blocks, count, d_weight, hidden.dtype
-            products.append(weight_product(*operands, config, own=own))
+            factors = strip, columns, scaled, scaled_blocks
+            products.append(weight_product(*factors, count, d_weight, hidden.dtype, config, own=own))
         if d_bias is not None:
             products.append(bias_product(strip, columns, given.factors, count, d_bias, config, own=own))
         return products
@@ -84,10 +85,9 @@ def entry_gradients(
     tiles = ceil_div(vocabulary, config.forward_entries) - len(held) // config.forward_entries
     if len(held):
         first = tiles * config.forward_entries
-        has_columns = has_blocks(config, held, scaled)
-        of_strip = weight_blocks(held, scaled, config) if has_columns else (None, None)
+        blocks = weight_blocks(held, scaled, config) if has_blocks(config, held, scaled) else (None, None)
         own = in_order_of_labels(labels, given.cells, first, vocabulary, config)
-        for product in products_with(held, *of_strip, own):
+        for product in products_of(held, *blocks, own):
             product(first, vocabulary - first)
     if not tiles:
         return
@@ -112,7 +112,7 @@ def entry_gradients(
         strip = values.view(most, columns)
         blocks, scaled_blocks = _blocks(operands, states, strip, scaled, config)
         again = strip_again(operands, states, blocks, labels, count, shares, given.cells, strip, config)
-        return again, products_with(strip, blocks.columns, scaled_blocks)
+        return again, products_of(strip, blocks.columns, scaled_blocks)
 
     for strip in strips:
         again, products = kernels(strip.in_output)

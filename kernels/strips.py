@@ -164,7 +164,7 @@ def walk_rows(
 def empty_held(hidden: Tensor, vocabulary: int, sums_a_tile: int, workspace: int, config: Config) -> Tensor:
     """Memory of :attr:`Walk.held`; ``workspace`` 0: nobody wants it.
 
-    Else two elements at the least: whether a tensor has two is what torch asks while it traces, and an export is for the
+    Else two elements at the least: whether a tensor has two torch asks while it traces, and an export is for the
     numbers of tokens with the same answer alone.
     """
     size = 0
