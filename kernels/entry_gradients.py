@@ -136,7 +136,8 @@ def _division(hidden: Tensor, workspace: int, config: Config) -> tuple[int, int]
         workspace -= tokens * features * strip_size
     of_block = config.row_block * features * size
     of_tile = config.forward_entries * row_blocks * config.row_block * strip_size
-    blocks = min(max(min(workspace // 3, workspace - of_tile) // of_block, 1), row_blocks)
+    # Of all tokens at once states are copied once, of a piece in each strip: worth half of it.
+    blocks = min(max(min(workspace // 2, workspace - of_tile) // of_block, 1), row_blocks)
     tiles = (workspace - blocks * of_block) // of_tile
     return min(blocks * config.row_block, tokens), max(tiles, 1)
 

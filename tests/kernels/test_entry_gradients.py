@@ -265,6 +265,11 @@ def test_what_is_held_of_models():
     for tokens, workspace_mib, held in ((8192, 128, 0), (8192, 1536, 363), (1024, 128, 235), (1024, 320, 594)):
         sizes = tokens, 151_936, 2048, torch.bfloat16
         assert division.tiles_held(*sizes, 1, workspace_mib * 2**20, config) == held
+        # All states are copied at once, beside what is held too.
+        left = workspace_mib * 2**20 - held * division.tile_bytes(tokens, torch.bfloat16, False, config)
+        hidden = torch.empty(tokens, 2048, dtype=torch.bfloat16, device="meta")
+        places, _ = entry_gradients._division(hidden, left, config)
+        assert places == tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
