@@ -41,7 +41,7 @@ PAIRS = (
     Pair("newest", "3.11", "2.15.0", ("torchao==0.15.0",)),
     Pair("newest Python", "3.13", "2.15.0", ("torchao==0.15.0",)),
 )
-# A single device, from the functions up to the recipes.
+# A single device, from the functions up to the recipes and patched models.
 TESTS = (
     "test_linear_cross_entropy.py",
     "test_properties.py",
@@ -51,9 +51,11 @@ TESTS = (
     "test_bad_input.py",
     "test_compile.py",
     "test_kernels.py",
+    "test_entry_gradients.py",
     "test_import.py",
     "test_loss_module.py",
     "test_recipes.py",
+    "test_patch.py",
 )
 
 
