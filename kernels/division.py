@@ -17,6 +17,8 @@ GROUPS = tl.constexpr(16)
 ENTRIES_A_SLOT = 4
 # And where there is room, of each so many entries of the vocabulary: fewer products, each of which reads and writes u'.
 ENTRIES_A_WAITING_SLOT = 8
+# Of the first strip with a filter: the entries of a tokenizer's first ids are its most frequent.
+FIRST_TILES = 8
 # Of a trained projection's exponentials fewer than one of so many are not held: pieces of tokens with wider strips save
 # as much.
 LEAST_HELD = 8
@@ -89,11 +91,15 @@ def divide(
         widest = min(room // tile_bytes(places, dtype, filters, config), tiles)
         if widest < 1:
             continue
-        fewest = ceil_div(tiles, widest)
-        for strips in range(fewest, min(fewest + 3, tiles) + 1):
-            width = ceil_div(tiles, strips)
-            a_strip = _strip_rounds(blocks, width, features, dtype, workers, config)
-            rounds = ceil_div(row_blocks, blocks) * ceil_div(tiles, width) * a_strip
+        sums = tiles * min(product_rounds(blocks, features, chunk, workers, config) for chunk in chunks(dtype, config))
+        a_strip = blocks * config.row_block * ROUNDS_A_TOKEN + ROUNDS_A_STRIP / features
+        whole = widest * blocks // workers
+        # Logits in whole rounds of programs, but for the last strip's.
+        for width in ((whole - 1) * workers // blocks, whole * workers // blocks, widest):
+            if width < 1:
+                continue
+            of_strips = _rounds(tiles, width, first_tiles(width, filters), blocks, workers, a_strip)
+            rounds = ceil_div(row_blocks, blocks) * (of_strips + sums)
             if rounds < least:
                 best, least = Division(blocks * config.row_block, width), rounds
         if widest == tiles:
@@ -188,10 +194,16 @@ def bytes_beside(places: int, tiles: int, features: int, filters: bool, sums_a_t
     return 4 * numbers
 
 
-def _strip_rounds(blocks: int, width: int, features: int, dtype: torch.dtype, workers: int, config: Config) -> float:
-    sums = min(product_rounds(blocks, features, chunk, workers, config) for chunk in chunks(dtype, config))
-    lost = blocks * config.row_block * ROUNDS_A_TOKEN + ROUNDS_A_STRIP / features
-    return ceil_div(blocks * width, workers) + sums * width + lost
+def first_tiles(width: int, filters: bool) -> int:
+    """Of the first strip, where others have ``width``: with a filter fewer, since it knows least of denominators."""
+    return min(width, FIRST_TILES) if filters else width
+
+
+def _rounds(tiles: int, width: int, first: int, blocks: int, workers: int, a_strip: float) -> float:
+    """Of all strips' logits, with ``a_strip`` for each, of ``first`` tiles, then ``width``, and what is left."""
+    others, last = divmod(tiles - first, width)
+    logits = ceil_div(blocks * first, workers) + others * ceil_div(blocks * width, workers)
+    return logits + ceil_div(blocks * last, workers) + a_strip * (1 + others + (last > 0))
 
 
 def product_rounds(blocks: int, features: int, chunk: int, workers: int, config: Config) -> float:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
-from torchtune_lce.kernels.division import strip_dtype
+from torchtune_lce.kernels.division import first_tiles, strip_dtype
 from torchtune_lce.kernels.launching import Repeated
 from torchtune_lce.kernels.operands import Ordered, Piece
 from torchtune_lce.kernels.primitives import (
@@ -32,8 +32,6 @@ from torchtune_lce.kernels.primitives import (
 from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 
 WORD_BITS = tl.constexpr(32)
-# Of the first strip with a filter: the entries of a tokenizer's first ids are its most frequent.
-FIRST_TILES = 8
 
 
 @triton.jit
@@ -287,7 +285,7 @@ class Strip:
 
         return Strip(
             tiles,
-            min(tiles, FIRST_TILES),
+            first_tiles(tiles, filters=True),
             values,
             # Rows of whole 64 bytes: kernels are compiled for a stride that is a multiple of 16 or for one that is not.
             empty(row_blocks, ceil_div(entries // WORD_BITS.value, 16) * 16, dtype=torch.int32),

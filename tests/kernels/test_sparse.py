@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from torchtune_lce import linear_cross_entropy
 from torchtune_lce.inputs import filtering, validation
-from torchtune_lce.kernels import division, dropped_mean, exponentials, strips, tuning
+from torchtune_lce.kernels import division, dropped_mean, strips, tuning
 
 # A card's row blocks and tiles are so many times as large as the interpreter's: as many more tokens and entries, whose
 # shares are smaller, and what stands out does so by more.
@@ -31,7 +31,7 @@ def slots_for_all(monkeypatch):
 @pytest.fixture
 def small_strips(monkeypatch):
     """Pieces of two row blocks, a first strip of a tile and others of two."""
-    monkeypatch.setattr(exponentials, "FIRST_TILES", 1)
+    monkeypatch.setattr(division, "FIRST_TILES", 1)
     monkeypatch.setattr(strips, "divide", lambda *args: division.Division(2 * args[-1].row_block, 2))
 
 

@@ -417,6 +417,19 @@ def test_division_fits_the_workspace_and_covers_everything(tokens, workspace_mib
         assert taken <= workspace_mib * MIB or (parts.tokens, parts.tiles) == (config.row_block, 1)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "filters", "width", "strips"), [(1024, False, 231, 3), (1024, True, 148, 4), (8192, True, 74, 8)]
+)
+def test_strips_are_few_and_fill_the_card(tokens, filters, width, strips):
+    """Of Qwen's vocabulary in 128 MiB, by 132 programs; with a filter beside the narrow one that comes first."""
+    config = tuning._cuda_config((9, 0), torch.bfloat16, "ieee")
+    parts = division.divide(tokens, 151_936, 2048, torch.bfloat16, filters, 1, 128 * MIB, 132, config)
+    assert parts.tiles == width
+    assert -(-(594 - filters * division.FIRST_TILES) // width) == strips
+    row_blocks = min(parts.tokens, tokens) // config.row_block
+    assert -width * row_blocks % 132 < row_blocks, "a tile more would be another round"
+
+
 def test_where_the_workspace_is_small_tokens_are_taken_in_pieces(device, calls, monkeypatch):
     """Of a hundredth of a MiB, since it takes many tokens to fill one."""
     hidden, weight, targets = inputs(device, tokens=100, vocabulary=130, width=64)
