@@ -31,8 +31,10 @@ class ProcessQueue:
 
     def take(self, name: Hashable) -> Popen:
         """The process of that name, waiting; that of the next one is started then."""
-        process = self._started.pop(name, None) or self._starts[name]()
+        # What is started is the queue's until all have started.
+        if name not in self._started:
+            self.start(name)
         following = self._next.get(name)
         if following is not None:
             self.start(following)
-        return process
+        return self._started.pop(name)
