@@ -39,15 +39,15 @@ def _places_kernel(targets, rows, labels, count, divisor, tokens, entries_total,
     place = tl.where(used, place, in_use + row - place)
     tl.store(rows + place, row.to(tl.int64), mask=inside)
     names_entry = (label >= 0) & (label < entries_total)
-    tl.store(labels + place, tl.where(names_entry, label, 0), mask=inside)
+    tl.store(labels + place, tl.where(used, tl.where(names_entry, label, 0), -1), mask=inside)
     tl.store(count, in_use, mask=first == 0)
     tl.store(divisor, tl.maximum(in_use, 1), mask=first == 0)
 
 
 def compact(targets: Tensor, ignore_index: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of targets [N], contiguous: rows [N] int64, tokens in use first and both in their order; labels [N] in that
-    order, 0 where they name no entry, which nothing then reads past; the number in use [1] int32; and [] int32 what
-    their mean divides by, 1 if there are none.
+    order, 0 where they name no entry, which nothing then reads past, -1 of those ignored; the number in use [1] int32;
+    and [] int32 what their mean divides by, 1 if there are none.
     """
     tokens = targets.numel()
     rows = targets.new_empty(tokens, dtype=torch.int64)

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from torchtune_lce import linear_cross_entropy
 from torchtune_lce.kernels import division, entry_gradients, strip_operators, strips, tuning, weight_product
 from torchtune_lce.kernels.entry_gradients import BackwardStrip, backward_strips
+from torchtune_lce.kernels.places import compact
 from torchtune_lce.kernels.reference_logits import reference_logits
 
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -189,6 +190,18 @@ def test_not_a_number_reaches_the_weight(value, device, tiles_held):
     loss = linear_cross_entropy(hidden, weight, targets, bias, impl="cce_exact")
     for gradient in grad(loss, (weight, bias)):
         assert gradient.isnan().all()
+
+
+def test_ignored_tokens_have_no_cell(device):
+    """Of a batch that is mostly prompts one tile would go over all of them."""
+    config = tuning.config_for(device, torch.float32)
+    for ignore_index in (-100, 3):
+        targets = torch.full((90,), ignore_index, device=device)
+        targets[10:20], targets[20:24] = 70, 1000
+        _, labels, _, _ = compact(targets, ignore_index, 333)
+        own = weight_product.in_order_of_labels(labels, torch.zeros(90, device=device), 0, 333, config)
+        # Those that name no entry are in use, as the first one.
+        assert own.labels[own.starts[0] : own.starts[-1]].tolist() == [0] * 4 + [70] * 10
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ def expected(targets, ignore_index):
     labels = targets[rows]
     outside = (labels < 0) | (labels >= VOCABULARY)
     count = (~ignored).sum(dtype=torch.int32)
-    return rows, labels.masked_fill(outside, 0), count.view(1), count.clamp(min=1)
+    labels = labels.masked_fill(outside, 0).masked_fill(ignored[rows], -1)
+    return rows, labels, count.view(1), count.clamp(min=1)
 
 
 # A share of the targets and what marks them.
