@@ -140,11 +140,11 @@ def tiles_held(
 
 
 def least_of_backward(tokens: int, features: int, dtype: torch.dtype, config: Config) -> int:
-    """Bytes that entry_gradients.py takes at the least beside what is held: states of a row block, one tile, and of
-    float16 what is scaled.
+    """Bytes that entry_gradients.py is left beside what is held: all states, which it then takes in two pieces at the
+    most, one tile, and of float16 what is scaled.
     """
-    wide = tokens * features * strip_dtype(dtype).itemsize if dtype == torch.float16 else 0
-    return wide + config.row_block * features * dtype.itemsize + tile_bytes(tokens, dtype, False, config)
+    wide = strip_dtype(dtype).itemsize if dtype == torch.float16 else 0
+    return tokens * features * (dtype.itemsize + wide) + tile_bytes(tokens, dtype, False, config)
 
 
 def pieces_of(tokens: int, bytes_a_token: int, workspace: int, config: Config) -> list[slice]:

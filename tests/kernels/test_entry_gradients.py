@@ -270,6 +270,8 @@ def test_what_is_held_fits_the_workspace(tokens, workspace_mib, dtype):
         places, in_workspace = entry_gradients._division(hidden, left, config)
         taken = places * features * dtype.itemsize + in_workspace * division.tile_bytes(tokens, dtype, False, config)
         assert taken + (4 * tokens * features if dtype == torch.float16 else 0) <= left
+        # Row blocks by themselves would be a program a launch, hundreds of launches.
+        assert 2 * (places + config.row_block) >= tokens
 
 
 def test_what_is_held_of_models():
