@@ -147,7 +147,9 @@ class Walk(NamedTuple):
     shares: Tensor
     entropies: Tensor  # [N] float32, or [0]
     means: Tensor  # [N] float32, or [0]: of the logits, less the references
-    held: Tensor  # in one dimension, see strips.as_strip: E of the vocabulary's last entries, 0 at targets
+    # In one dimension, see strips.as_strip: E of the vocabulary's last entries, 0 at targets; of no meaning in row
+    # blocks past those in use.
+    held: Tensor
 
 
 class Held(NamedTuple):
