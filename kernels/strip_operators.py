@@ -18,7 +18,7 @@ from torchtune_lce.kernels.operands import Gradients, Operands, scaled_upstream
 from torchtune_lce.kernels.operators import operator, refuse_second_derivative, rows_contiguous
 from torchtune_lce.kernels.places import compact
 from torchtune_lce.kernels.row_gradients import row_gradients
-from torchtune_lce.kernels.strips import empty_held, walk_rows
+from torchtune_lce.kernels.strips import empty_held, holds, walk_rows
 from torchtune_lce.kernels.tuning import ceil_div, config_for
 
 
@@ -110,7 +110,7 @@ def _(hidden, weight, bias, targets, *settings):
     filters = eps is not None
     config = config_for(hidden.device, hidden.dtype)
     row_blocks = ceil_div(tokens, config.row_block) if filters else 0
-    workspace = workspace_mib * 2**20 if is_trained and not filters else 0
+    workspace = workspace_mib * 2**20 if holds(is_trained, filters, with_mean) else 0
     return (
         *(hidden.new_empty(tokens, dtype=torch.float32) for _ in range(3)),
         hidden.new_empty(tokens if filters else 0, dtype=torch.float32),

@@ -101,7 +101,7 @@ def walk_rows(
     by_row = [empty(tokens) for _ in range(3)]
     optional = empty(tokens * with_entropy), empty(tokens * with_mean)
     sums_a_tile = 1 + with_entropy + with_mean
-    is_held = is_trained and not filters
+    is_held = holds(is_trained, filters, with_mean)
     memory = empty_held(hidden, vocabulary, sums_a_tile, workspace if is_held else 0, config)
     results = Walk(*by_row, dropped_mass, values, empty(2, tokens), kept, shares, *optional, memory)
     if not tokens:
@@ -159,6 +159,11 @@ def walk_rows(
             find_means(piece, left_out, strip, config)
         finish_rows(piece, totals, row_sums, redone, left_out, results, config)
     return results
+
+
+def holds(is_trained: bool, filters: bool, with_mean: bool) -> bool:
+    """Whether exponentials are held: gradients of the logits' means want the workspace for themselves."""
+    return is_trained and not filters and not with_mean
 
 
 def empty_held(hidden: Tensor, vocabulary: int, sums_a_tile: int, workspace: int, config: Config) -> Tensor:
