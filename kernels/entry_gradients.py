@@ -8,15 +8,17 @@ have room for a strip's exponentials: where they hold more of them than the work
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
 from torchtune_lce.kernels.division import strip_dtype
 from torchtune_lce.kernels.exponentials import Blocks
-from torchtune_lce.kernels.operands import Operands, OwnCells
+from torchtune_lce.kernels.operands import ForEntries, Operands, OwnCells
 from torchtune_lce.kernels.places import in_order
 from torchtune_lce.kernels.scaled_states import scale_states
 from torchtune_lce.kernels.strip_again import strip_again
@@ -60,7 +62,7 @@ def entry_gradients(
 ) -> None:
     """Reads nothing back to the host."""
     hidden, weight = operands.hidden, operands.weight
-    tokens, features = hidden.shape
+    tokens = hidden.shape[0]
     if not tokens:
         for gradient in (d_weight, d_bias):
             if gradient is not None:
@@ -69,30 +71,71 @@ def entry_gradients(
     dtype = strip_dtype(hidden.dtype)
     scaled = memory if memory.dtype == dtype else memory.new_empty(memory.shape, dtype=dtype)
     given = scale_states(hidden, rows, count, shares, d_losses, d_log_sums, scaled)
-    vocabulary = weight.shape[0]
+    products = _Products(given, count, d_weight, d_bias, hidden.dtype, config)
+    strip = as_strip(held, tokens, config)
+    tiles = ceil_div(weight.shape[0], config.forward_entries) - len(strip) // config.forward_entries
+    if len(strip):
+        _of_held(products, strip, labels, tiles * config.forward_entries, weight.shape[0])
+    if tiles:
+        _of_strips(products, operands, rows, labels, shares, tiles, workspace)
 
-    def products_of(strip: Tensor, columns: object, scaled_blocks: object, own: OwnCells | None = None) -> list:
-        """What makes gradients of a strip's entries."""
+
+@dataclass(frozen=True)
+class _Products:
+    """What makes the gradients that are wanted, of strips wherever their exponentials lie."""
+
+    given: ForEntries
+    count: Tensor  # [1] int32
+    d_weight: Tensor | None  # [V, D]
+    d_bias: Tensor | None  # [V]
+    dtype: torch.dtype  # of the inputs
+    config: Config
+
+    def of(
+        self, strip: Tensor, columns: object | None, scaled_blocks: object | None, own: OwnCells | None = None
+    ) -> list[Callable[[int, int], None]]:
+        """For a strip [entries, whole row blocks of N] and the descriptors of it and of what is scaled: what launches
+        each for the strip's first entry, and how many it has.
+        """
         products = []
-        if d_weight is not None:
-            factors = strip, columns, scaled, scaled_blocks
-            products.append(weight_product(*factors, count, d_weight, hidden.dtype, config, own=own))
-        if d_bias is not None:
-            products.append(bias_product(strip, columns, given.factors, count, d_bias, config, own=own))
+        if self.d_weight is not None:
+            scaled = self.given.scaled, scaled_blocks
+            products.append(
+                weight_product(strip, columns, *scaled, self.count, self.d_weight, self.dtype, self.config, own=own)
+            )
+        if self.d_bias is not None:
+            factors = self.given.factors
+            products.append(bias_product(strip, columns, factors, self.count, self.d_bias, self.config, own=own))
         return products
 
-    held = as_strip(held, tokens, config)
-    tiles = ceil_div(vocabulary, config.forward_entries) - len(held) // config.forward_entries
-    if len(held):
-        first = tiles * config.forward_entries
-        blocks = weight_blocks(held, scaled, config) if has_blocks(config, held, scaled) else (None, None)
-        own = in_order_of_labels(labels, given.cells, first, vocabulary, config)
-        for product in products_of(held, *blocks, own):
-            product(first, vocabulary - first)
-    if not tiles:
-        return
+
+def _of_held(products: _Products, strip: Tensor, labels: Tensor, first: int, vocabulary: int) -> None:
+    """Of entries from ``first`` on, whose exponentials the forward has left."""
+    given, config = products.given, products.config
+    blocks = None, None
+    if has_blocks(config, strip, given.scaled):
+        blocks = weight_blocks(strip, given.scaled, config)
+    own = in_order_of_labels(labels, given.cells, first, vocabulary, config)
+    for product in products.of(strip, *blocks, own):
+        product(first, vocabulary - first)
+
+
+def _of_strips(
+    products: _Products,
+    operands: Operands,
+    rows: Tensor,
+    labels: Tensor,
+    shares: Tensor,
+    tiles: int,  # the vocabulary's first
+    workspace: int,
+) -> None:
+    """Of entries whose exponentials are made again."""
+    given, count, d_weight, config = products.given, products.count, products.d_weight, products.config
+    hidden, weight = operands.hidden, operands.weight
+    tokens, features = hidden.shape
     places, in_workspace = _division(hidden, workspace, config)
     columns = ceil_div(tokens, config.row_block) * config.row_block
+    dtype = given.scaled.dtype
     rows_a_row = 0.0
     if d_weight is not None:
         rows_a_row = features * d_weight.element_size() / (columns * dtype.itemsize)
@@ -108,21 +151,21 @@ def entry_gradients(
         if in_output:
             values = d_weight.view(-1)[: size * dtype.itemsize // d_weight.element_size()].view(dtype)
         else:
-            values = scaled.new_empty(size)
+            values = given.scaled.new_empty(size)
         strip = values.view(most, columns)
-        blocks, scaled_blocks = _blocks(operands, states, strip, scaled, config)
+        blocks, scaled_blocks = _blocks(operands, states, strip, given.scaled, config)
         again = strip_again(operands, states, blocks, labels, count, shares, given.cells, strip, config)
-        return again, products_of(strip, blocks.columns, scaled_blocks)
+        return again, products.of(strip, blocks.columns, scaled_blocks)
 
     for strip in strips:
-        again, products = kernels(strip.in_output)
+        again, of_strip = kernels(strip.in_output)
         for piece in pieces:
             if len(pieces) > 1 or strip is strips[0]:
                 in_order(hidden, rows[piece.start : piece.stop], count, piece.start, states)
             again(piece.start, len(piece), strip.first, strip.tiles)
         first = strip.first * config.forward_entries
-        entries = min(strip.tiles * config.forward_entries, vocabulary - first)
-        for product in products:
+        entries = min(strip.tiles * config.forward_entries, weight.shape[0] - first)
+        for product in of_strip:
             product(first, entries)
 
 
