@@ -69,58 +69,60 @@ def _product_kernel(
     HALF: tl.constexpr = FEATURES // 2
     for index in tl.range(tl.program_id(0), row_blocks * chunks, tl.num_programs(0)):
         row_block, chunk = tile_coordinates(index, row_blocks, chunks, GROUP)
-        place = row_block * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
-        present = place < used
-        in_step = tl.arange(0, BLOCK_K)
-        d = chunk * FEATURES + tl.arange(0, FEATURES)
-        total = tl.zeros((ROW_BLOCK, FEATURES), tl.float32)
-        whole_depth = depth
-        has_before = tl.where(number > 0, 1, 0)
         adds = 1
         if FILTER:
-            listed = tl.load(due + row_block)
-            whole_depth = tl.load(due + blocks_stride + row_block)
+            # Before all else: most launches find nothing due.
             adds = tl.load(due + 2 * blocks_stride + row_block)
-            has_before = tl.load(due + 3 * blocks_stride + row_block)
-            own_entries = packed_entries + row_block.to(tl.int64) * slots
-            own_packed = packed + row_block.to(tl.int64) * slots * ROW_BLOCK + tl.arange(0, ROW_BLOCK)[None, :]
-            entry = tl.load(own_entries + in_step, mask=in_step < listed, other=0)
-            for start in range(0, listed, BLOCK_K):
-                slot = start + in_step
-                e = tl.load(
-                    own_packed + slot.to(tl.int64)[:, None] * ROW_BLOCK, mask=(slot < listed)[:, None], other=0.0
-                )
-                at = weight + entry.to(tl.int64)[:, None] * weight_stride + d[None, :]
-                w = tl.load(at, mask=(d < features)[None, :], other=0.0)
-                total = tl.dot(e.T, w.to(e.dtype), total, input_precision=PRECISION)
-                # Known a step ahead: loads that wait for one another are hardly pipelined.
-                entry = tl.load(own_entries + slot + BLOCK_K, mask=slot + BLOCK_K < listed, other=0)
-        if TMA:
-            for start in range(0, whole_depth, BLOCK_K):
-                e = strip_blocks.load([start, row_block * ROW_BLOCK])
-                w = weight_blocks.load([first_entry + start, chunk * FEATURES])
-                total = tl.dot(e.T, w.to(e.dtype), total, input_precision=PRECISION)
-        else:
-            columns = strip + place[:, None]
-            for start in range(0, whole_depth, BLOCK_K):
-                here = start + in_step
-                e = tl.load(columns + here.to(tl.int64)[None, :] * strip_stride, mask=present[:, None], other=0.0)
-                entry = first_entry + here
-                at = weight + entry.to(tl.int64)[:, None] * weight_stride + d[None, :]
-                w = tl.load(at, mask=(entry < entries_total)[:, None] & (d < features)[None, :], other=0.0)
-                total = tl.dot(e, w.to(e.dtype), total, input_precision=PRECISION)
-        # In halves, so that fewer registers hold old and new sums at once.
-        present = place < used * adds
-        summed = (place < used * has_before * adds)[:, None]
-        left, right = total.reshape(ROW_BLOCK, 2, HALF).permute(0, 2, 1).split()
-        column = chunk * FEATURES + tl.arange(0, HALF)
-        own = totals + place.to(tl.int64)[:, None] * features + column[None, :]
-        exists = (column < features)[None, :]
-        left += tl.load(own, mask=summed & exists, other=0.0)
-        tl.store(own, left, mask=present[:, None] & exists)
-        exists = (column + HALF < features)[None, :]
-        right += tl.load(own + HALF, mask=summed & exists, other=0.0)
-        tl.store(own + HALF, right, mask=present[:, None] & exists)
+        if adds > 0:
+            place = row_block * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+            present = place < used
+            in_step = tl.arange(0, BLOCK_K)
+            d = chunk * FEATURES + tl.arange(0, FEATURES)
+            total = tl.zeros((ROW_BLOCK, FEATURES), tl.float32)
+            whole_depth = depth
+            has_before = tl.where(number > 0, 1, 0)
+            if FILTER:
+                listed = tl.load(due + row_block)
+                whole_depth = tl.load(due + blocks_stride + row_block)
+                has_before = tl.load(due + 3 * blocks_stride + row_block)
+                own_entries = packed_entries + row_block.to(tl.int64) * slots
+                own_packed = packed + row_block.to(tl.int64) * slots * ROW_BLOCK + tl.arange(0, ROW_BLOCK)[None, :]
+                entry = tl.load(own_entries + in_step, mask=in_step < listed, other=0)
+                for start in range(0, listed, BLOCK_K):
+                    slot = start + in_step
+                    e = tl.load(
+                        own_packed + slot.to(tl.int64)[:, None] * ROW_BLOCK, mask=(slot < listed)[:, None], other=0.0
+                    )
+                    at = weight + entry.to(tl.int64)[:, None] * weight_stride + d[None, :]
+                    w = tl.load(at, mask=(d < features)[None, :], other=0.0)
+                    total = tl.dot(e.T, w.to(e.dtype), total, input_precision=PRECISION)
+                    # Known a step ahead: loads that wait for one another are hardly pipelined.
+                    entry = tl.load(own_entries + slot + BLOCK_K, mask=slot + BLOCK_K < listed, other=0)
+            if TMA:
+                for start in range(0, whole_depth, BLOCK_K):
+                    e = strip_blocks.load([start, row_block * ROW_BLOCK])
+                    w = weight_blocks.load([first_entry + start, chunk * FEATURES])
+                    total = tl.dot(e.T, w.to(e.dtype), total, input_precision=PRECISION)
+            else:
+                columns = strip + place[:, None]
+                for start in range(0, whole_depth, BLOCK_K):
+                    here = start + in_step
+                    e = tl.load(columns + here.to(tl.int64)[None, :] * strip_stride, mask=present[:, None], other=0.0)
+                    entry = first_entry + here
+                    at = weight + entry.to(tl.int64)[:, None] * weight_stride + d[None, :]
+                    w = tl.load(at, mask=(entry < entries_total)[:, None] & (d < features)[None, :], other=0.0)
+                    total = tl.dot(e, w.to(e.dtype), total, input_precision=PRECISION)
+            # In halves, so that fewer registers hold old and new sums at once.
+            summed = (place < used * has_before)[:, None]
+            left, right = total.reshape(ROW_BLOCK, 2, HALF).permute(0, 2, 1).split()
+            column = chunk * FEATURES + tl.arange(0, HALF)
+            own = totals + place.to(tl.int64)[:, None] * features + column[None, :]
+            exists = (column < features)[None, :]
+            left += tl.load(own, mask=summed & exists, other=0.0)
+            tl.store(own, left, mask=present[:, None] & exists)
+            exists = (column + HALF < features)[None, :]
+            right += tl.load(own + HALF, mask=summed & exists, other=0.0)
+            tl.store(own + HALF, right, mask=present[:, None] & exists)
 
 
 def step(row_blocks: int, features: int, dtype: torch.dtype, workers: int, config: Config) -> tuple[int, int]:
