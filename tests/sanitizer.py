@@ -359,14 +359,15 @@ class watching:
             setattr(module, name, kernel)
 
 
-def use_blocks(path: str, narrow: bool) -> None:
+def use_blocks(path: str, narrow: bool, stores_by_pointers: bool) -> None:
     """Sets the configuration that calls take: with pointer loads that of a card without a copy engine."""
     from torchtune_lce.kernels import tuning
 
     own = getattr(tuning._cuda_config, "of_the_card", tuning._cuda_config)
 
     def config(capability, dtype, precision):
-        return own((8, 6) if narrow else (8, 0) if path == "pointer" else capability, dtype, precision)
+        blocks = own((8, 6) if narrow else (8, 0) if path == "pointer" else capability, dtype, precision)
+        return replace(blocks, stores_transposed=False) if stores_by_pointers else blocks
 
     config.of_the_card = own
     tuning._cuda_config = config
@@ -504,7 +505,9 @@ def check(call: Call, leaves: dict, targets, results: dict) -> None:
             raise AssertionError(f"{call.name}: {name} is {error.item():.2g} off")
 
 
-def run_calls(path: str, dtype_name: str, calls: Iterable[Call], compare: dict | None = None) -> dict:
+def run_calls(
+    path: str, dtype_name: str, calls: Iterable[Call], compare: dict | None = None, stores_by_pointers: bool = False
+) -> dict:
     """The results of each call by its name: checked, or with `compare`, what another process had, of the same bits."""
     import torch
 
@@ -518,12 +521,13 @@ def run_calls(path: str, dtype_name: str, calls: Iterable[Call], compare: dict |
     if not interpreted:
         # Our own kernel always: what cuBLAS writes by the copy engine, initcheck takes for never written.
         strip_product.LEAST_FILL = 0
-        mean_gradients._product = lambda left, right: (left.float()[:, :, None] * right.float()).sum(1)
+        # And not torch's sum, which reads of its own memory for partial sums what it has not written.
+        mean_gradients._product = lambda left, right: (left.float()[:, :, None] * right.float()).cumsum(1)[:, -1]
     results = {}
     for call in calls:
         begin = time.perf_counter()
         if device.type == "cuda":
-            use_blocks(path, call.narrow)
+            use_blocks(path, call.narrow, stores_by_pointers)
         strips.tiles_held = tiles_held if call.held is None else lambda *_, tiles=call.held: tiles
         leaves, targets = operands(call, getattr(torch, dtype_name), device)
         results[call.name] = make_call(call, leaves, targets)
@@ -713,14 +717,15 @@ class Unit:
         return [*which, "--logs", str(logs)]
 
 
-def run_unit(unit: Unit, logs: Path, under_tool: bool) -> None:
+def run_unit(unit: Unit, logs: Path, tool: str | None) -> None:
     """In a process of its own: the calls, whose results and coverage the first run leaves for those under a tool."""
     import torch
 
     calls = calls_of(unit.path, unit.share, unit.shares)
     expected = unit.file(logs, "results-{}.pt")
-    if under_tool:
-        run_calls(unit.path, unit.dtype, calls, torch.load(expected))
+    if tool:
+        # initcheck takes what the copy engine writes for never written.
+        run_calls(unit.path, unit.dtype, calls, torch.load(expected), stores_by_pointers=tool == "initcheck")
         return
     with watching() as coverage:
         torch.save(run_calls(unit.path, unit.dtype, calls), expected)
@@ -757,7 +762,7 @@ class Examination:
 
     def watch(self, tool: str, unit: Unit) -> Finding:
         log = unit.file(self.logs, tool + "-{}.log")
-        return examine(tool, [*unit.arguments(self.logs), "--under-tool"], log, self.left)
+        return examine(tool, [*unit.arguments(self.logs), "--under", tool], log, self.left)
 
     def control(self, tool: str) -> Finding:
         return examine(tool, ["--control", CONTROLS[tool]], self.logs / f"{tool}-control.log", self.left)
@@ -833,13 +838,13 @@ def main() -> int:
     parser.add_argument("--calls", choices=PATHS, help="only make the calls, without a tool")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of --calls")
     parser.add_argument("--share", type=int, default=0, help="which share of --calls, from 0")
-    parser.add_argument("--under-tool", action="store_true", help="compare --calls with what they gave before")
+    parser.add_argument("--under", choices=TOOLS, help="the tool --calls run under: compare with what they gave before")
     parser.add_argument("--control", choices=list(CONTROLS.values()), help="only make this fault, without a tool")
     arguments = parser.parse_args()
     arguments.logs.mkdir(parents=True, exist_ok=True)
     if arguments.calls:
         unit = Unit(arguments.calls, arguments.dtype, arguments.share, arguments.shares)
-        run_unit(unit, arguments.logs, arguments.under_tool)
+        run_unit(unit, arguments.logs, arguments.under)
         return 0
     if arguments.control:
         run_control(arguments.control)
