@@ -491,7 +491,7 @@ def test_results_are_written_as_documented(plan, tmp_path, capsys, device):
         assert case["forward_backward_ms"] > 0
         assert case["spread_ms"] >= 0
         assert case["ratio_to_torch_compile_full"] > 0
-        for name in ("peak_mib", "host_ms", "launches"):
+        for name in ("peak_mib", "host_ms", "launches", "queued_ms", "queued_ratio_to_torch_compile_full"):
             assert (case[name] is None) == (device.type == "cpu")  # a card's to tell
         rate = floors[case["data_name"]]["tflops"]
         assert case["cublas_fraction"] == pytest.approx(case["forward_backward_tflops"] / rate)
@@ -519,6 +519,7 @@ def test_the_table_has_a_column_for_each_measurement():
     slow = measure.Case("slow", shape, "random", "random", True, "failed: RuntimeError: x")
     base = measure.Case(BASELINE, shape, "random", "random", False, "ok", forward_ms=8.0, forward_backward_ms=20.0)
     base.forward_backward_tflops = 150.0
+    fast.queued_ms, base.queued_ms = 4.5, 18.0
     measure.compare([fast, slow, base], projection_tflops=500.0)
     assert (fast.cublas_fraction, fast.forward_cublas_fraction) == (0.6, 0.5)
     assert (base.cublas_fraction, slow.cublas_fraction) == (0.3, None)
@@ -529,6 +530,8 @@ def test_the_table_has_a_column_for_each_measurement():
         "launches": "1,040",
         "of cuBLAS's\nown rate": "0.60",
         "x compiled\nfull logits": "0.50",
+        "queued\nms": "4.50",
+        "x compiled,\nqueued": "0.25",
     }
     assert {name: columns[name][0] for name in cells} == cells
     assert {columns[name][1] for name in cells} == {""}
@@ -884,6 +887,18 @@ def test_the_cards_timer_measures_what_tritons_does(device, elements):
 
 
 @pytest.mark.gpu
+def test_behind_other_work_the_hosts_part_is_not_seen(device):
+    x = torch.ones(1000, device=device)
+
+    def run():
+        time.sleep(0.005)
+        return x.neg()
+
+    assert timing.cuda_timer(run).median > 5
+    assert timing.queued_timer(run, host=timing.host_ms(run)).median < 1
+
+
+@pytest.mark.gpu
 def test_a_card_gives_times_and_peaks(device, tmp_path):
     shape = Shape(2048, 512, 32_000)
     candidates = [CANDIDATES[name] for name in ("cce", "chunked", "eager_full", "torch_compile_full")]
@@ -897,5 +912,6 @@ def test_a_card_gives_times_and_peaks(device, tmp_path):
     assert peaks["eager_full"] > 250 > 150 > peaks["cce"] >= 0
     assert all(case["forward_backward_ms"] > case["forward_ms"] > 0 for case in cases)
     assert all(case["host_ms"] > 0 and case["launches"] > 0 and 0 < case["cublas_fraction"] < 3 for case in cases)
+    assert all(case["queued_ms"] > 0 and case["queued_ratio_to_torch_compile_full"] > 0 for case in cases)
     compiled = next(case for case in cases if case["impl"] == "torch_compile_full")
     assert compiled["launches"] < 30

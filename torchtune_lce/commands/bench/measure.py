@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from torchtune_lce.commands.bench import correctness
-from torchtune_lce.commands.bench.timing import TURNS, Timer, Timing, host_ms, in_turns, launches
+from torchtune_lce.commands.bench.timing import TURNS, Timer, Timing, host_ms, in_turns, launches, queued_timer
 from torchtune_lce.commands.shared.batches import Batch
 from torchtune_lce.commands.shared.candidates import BASELINE, Candidate, Loss
 from torchtune_lce.commands.shared.recipe_runs import ran_out_of_memory
@@ -20,7 +20,8 @@ from torchtune_lce.inputs.options import Options
 OK, OUT_OF_MEMORY = "ok", "out of memory"
 _PROJECTION_LOGITS = 2**31  # held at a time
 _TIMED = _STEP, _RECORDING, _FORWARD = ("forward and backward", "forward, recording", "forward")
-STEPS = 3 + len(_TIMED) * TURNS  # of a loss: what progress counts
+_QUEUED = "forward and backward, queued"
+STEPS = 3 + (len(_TIMED) + 1) * TURNS  # of a loss: what progress counts
 
 
 @dataclass
@@ -40,11 +41,13 @@ class Case:
     forward_backward_ms: float | None = None
     spread_ms: float | None = None  # interquartile range of forward_backward_ms
     host_ms: float | None = None  # until forward and backward are asked for, the card idle before
+    queued_ms: float | None = None  # of forward and backward, asked for while the card does other work
     launches: int | None = None  # kernels, memory copies and memory sets of forward and backward
     forward_backward_tflops: float | None = None
     cublas_fraction: float | None = None  # of the rate of the logits' product alone
     forward_cublas_fraction: float | None = None
     ratio_to_torch_compile_full: float | None = None
+    queued_ratio_to_torch_compile_full: float | None = None
     peak_mib: float | None = None  # over inputs and gradients
     grad_error_hidden: float | None = None
     grad_error_weight: float | None = None
@@ -86,6 +89,7 @@ def measure(
     for what in _TIMED:
         each(functools.partial(_time, what=what, timer=timer), in_turns(subjects))
     each(_fill_in)
+    each(_time_queued, in_turns(subjects))
     each(_count_launches)  # last of all: a profiler slows down what it sees
     return [subject.case for subject in subjects]
 
@@ -98,7 +102,7 @@ class _Subject:
     batch: Batch
     case: Case
     runs: dict[str, Callable[[], object]] = field(default_factory=dict)
-    calls: dict[str, tuple[float, ...]] = field(default_factory=lambda: dict.fromkeys(_TIMED, ()))
+    calls: dict[str, tuple[float, ...]] = field(default_factory=lambda: dict.fromkeys((*_TIMED, _QUEUED), ()))
 
 
 def _try(step: Callable[[_Subject], None], subject: _Subject) -> None:
@@ -169,12 +173,20 @@ def _time(subject: _Subject, what: str, timer: Timer) -> None:
 
 def _fill_in(subject: _Subject) -> None:
     """The times, and the host's own."""
-    case, timings = subject.case, {what: Timing(calls) for what, calls in subject.calls.items()}
+    case, timings = subject.case, {what: Timing(subject.calls[what]) for what in _TIMED}
     case.forward_backward_ms, case.spread_ms = timings[_STEP].median, timings[_STEP].spread
     case.forward_backward_tflops = case.shape.flops(case.frozen_weight) / case.forward_backward_ms / 1e9
     case.forward_recording_ms, case.forward_ms = timings[_RECORDING].median, timings[_FORWARD].median
     if subject.batch.hidden.is_cuda:
         case.host_ms = host_ms(subject.runs[_STEP])
+
+
+def _time_queued(subject: _Subject) -> None:
+    """One turn of ``TURNS``."""
+    case = subject.case
+    if case.host_ms is not None:
+        subject.calls[_QUEUED] += queued_timer(subject.runs[_STEP], case.host_ms, TURNS).calls
+        case.queued_ms = Timing(subject.calls[_QUEUED]).median
 
 
 def _count_launches(subject: _Subject) -> None:
@@ -184,13 +196,15 @@ def _count_launches(subject: _Subject) -> None:
 
 def compare(cases: list[Case], projection_tflops: float) -> None:
     """Fills in what relates the cases of one batch to each other, and to the rate of the logits' product alone."""
-    baselines = {case.frozen_weight: case.forward_backward_ms for case in cases if case.impl == BASELINE}
+    baselines = {case.frozen_weight: case for case in cases if case.impl == BASELINE}
     for case in cases:
         if case.forward_backward_ms is None or case.forward_ms is None:
             continue
         baseline = baselines.get(case.frozen_weight)
-        if baseline:
-            case.ratio_to_torch_compile_full = case.forward_backward_ms / baseline
+        if baseline and baseline.forward_backward_ms:
+            case.ratio_to_torch_compile_full = case.forward_backward_ms / baseline.forward_backward_ms
+        if baseline and baseline.queued_ms and case.queued_ms:
+            case.queued_ratio_to_torch_compile_full = case.queued_ms / baseline.queued_ms
         case.cublas_fraction = case.forward_backward_tflops / projection_tflops
         case.forward_cublas_fraction = case.shape.flops(None) / case.forward_ms / 1e9 / projection_tflops
 

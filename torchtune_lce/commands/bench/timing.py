@@ -1,6 +1,7 @@
 """Milliseconds of a function, with their spread; the host's own part of them, and how many kernels it launches."""
 
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -43,6 +44,7 @@ _WARMUP_MS, _MEASURING_MS, _ESTIMATING_CALLS = 100, 500, 5
 _FLUSH_BYTES = 256 * 2**20  # several times a card's L2 cache
 _HOST_CALLS = 9
 _CLOCKED_CALLS = 8
+_QUEUED_CALLS = 20
 TURNS = 4  # even: as often first as last
 # What a trace calls the card's own work. Names of operators stand there too, over what they launch.
 _LAUNCHES = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -66,7 +68,7 @@ def cuda_timer(run: Callable[[], object], parts: int = 1) -> Timing:
     torch.cuda.empty_cache()  # what others have left would be given back inside of a call that needs memory
     run()
     torch.cuda.synchronize()
-    flush = torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+    flush = _flush()
     calls = max(1, _ESTIMATING_CALLS // parts)
     start, end = _events()
     start.record()
@@ -86,6 +88,37 @@ def cuda_timer(run: Callable[[], object], parts: int = 1) -> Timing:
         end.record()
     torch.cuda.synchronize()
     return Timing(tuple(start.elapsed_time(end) for start, end in pairs))
+
+
+def queued_timer(run: Callable[[], object], host: float, parts: int = 1) -> Timing:
+    """The card's own time of each call: it is busy when the call comes, for longer than the ``host`` milliseconds that
+    asking for it takes, as a training step's other layers keep it. The L2 cache is cleared before.
+
+    Of calls that launch more than the card's queue holds, about a thousand kernels, the host's time still is a part.
+    One of ``parts`` makes that part of the usual calls, one at least.
+    """
+    run()
+    flush = _flush()
+    start, end = _events()
+    start.record()
+    for _ in range(_ESTIMATING_CALLS):
+        flush.zero_()
+    end.record()
+    torch.cuda.synchronize()
+    flushes = math.ceil(2 * host / (start.elapsed_time(end) / _ESTIMATING_CALLS))
+    pairs = [_events() for _ in range(max(1, _QUEUED_CALLS // parts))]
+    for start, end in pairs:
+        for _ in range(flushes):
+            flush.zero_()
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return Timing(tuple(start.elapsed_time(end) for start, end in pairs))
+
+
+def _flush() -> torch.Tensor:
+    return torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
 
 
 def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
