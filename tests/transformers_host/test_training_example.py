@@ -56,9 +56,12 @@ def test_command(tmp_path):
     ("loss", "package"), [("liger", "liger_kernel.transformers"), ("apple", "cut_cross_entropy.transformers")]
 )
 def test_another_package_that_cannot_run_says_why(example, monkeypatch, loss, package):
-    monkeypatch.setitem(sys.modules, package.partition(".")[0], None)  # as if it were not installed
+    name = package.partition(".")[0]
+    for loaded in [module for module in sys.modules if module.startswith(f"{name}.")]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     settings = example.Settings(1, 8, 1, 0, checkpointing=False, learning_rate=0.01, filter_eps=None, seed=0)
-    with pytest.raises(example.NotRunError, match=f"{package} does not import: .*{package.partition('.')[0]}"):
+    with pytest.raises(example.NotRunError, match=f"{package} does not import: .*{name}"):
         example.train("tiny-qwen2", loss, settings)
 
 

@@ -894,7 +894,8 @@ def test_behind_other_work_the_hosts_part_is_not_seen(device):
         time.sleep(0.005)
         return x.neg()
 
-    assert timing.cuda_timer(run).median > 5
+    # The first event comes after the cleared cache, when the host has begun to wait.
+    assert timing.cuda_timer(run).median > 2
     assert timing.queued_timer(run, host=timing.host_ms(run)).median < 1
 
 
