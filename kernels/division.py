@@ -139,6 +139,20 @@ def tiles_held(
     return held * torch.sym_min(held * LEAST_HELD // tiles, 1)
 
 
+def tiles_in_gradient(
+    tokens: int, vocabulary: int, features: int, dtype: torch.dtype, sums_a_tile: int, workspace: int, config: Config
+) -> int:
+    """Of the last tiles those that are left in the memory of the weight's gradient: in rows before their own, which are
+    written first. 0 where the workspace holds all, or they are few.
+    """
+    tiles = ceil_div(vocabulary, config.forward_entries)
+    if tiles_held(tokens, vocabulary, features, dtype, sums_a_tile, workspace, config) == tiles:
+        return 0
+    of_rows = config.forward_entries * features * dtype.itemsize
+    held = tiles * of_rows // (of_rows + tile_bytes(tokens, dtype, False, config))
+    return held if held * LEAST_HELD >= tiles else 0
+
+
 def least_of_backward(tokens: int, features: int, dtype: torch.dtype, config: Config) -> int:
     """Bytes that entry_gradients.py is left beside what is held: all states, which it then takes in two pieces at the
     most, one tile, and of float16 what is scaled.

@@ -22,7 +22,6 @@ from torchtune_lce.kernels.operands import ForEntries, Operands, OwnCells
 from torchtune_lce.kernels.places import in_order
 from torchtune_lce.kernels.scaled_states import scale_states
 from torchtune_lce.kernels.strip_again import strip_again
-from torchtune_lce.kernels.strips import as_strip
 from torchtune_lce.kernels.tuning import Config, ceil_div
 from torchtune_lce.kernels.weight_product import bias_product, in_order_of_labels, weight_blocks, weight_product
 
@@ -51,7 +50,8 @@ def entry_gradients(
     labels: Tensor,  # [N], in that order
     count: Tensor,  # [1] int32, rows in use, on the device
     shares: Tensor,  # [5, N] float32: see Walk
-    held: Tensor,  # see Walk
+    held: Tensor,  # [entries, whole row blocks of N]: see Walk
+    in_gradient: Tensor,  # likewise; may lie in d_weight
     d_losses: Tensor,  # [N] float32, in the order of hidden
     d_log_sums: Tensor | None,  # [N] float32
     memory: Tensor,  # [N, D] in the dtype of hidden, overwritten
@@ -72,10 +72,13 @@ def entry_gradients(
     scaled = memory if memory.dtype == dtype else memory.new_empty(memory.shape, dtype=dtype)
     given = scale_states(hidden, rows, count, shares, d_losses, d_log_sums, scaled)
     products = _Products(given, count, d_weight, d_bias, hidden.dtype, config)
-    strip = as_strip(held, tokens, config)
-    tiles = ceil_div(weight.shape[0], config.forward_entries) - len(strip) // config.forward_entries
-    if len(strip):
-        _of_held(products, strip, labels, tiles * config.forward_entries, weight.shape[0])
+    end, tiles = weight.shape[0], ceil_div(weight.shape[0], config.forward_entries)
+    for strip in (in_gradient, held):
+        if len(strip):
+            tiles -= len(strip) // config.forward_entries
+            first = tiles * config.forward_entries
+            _of_held(products, strip, labels, first, end)
+            end = first
     if tiles:
         _of_strips(products, operands, rows, labels, shares, tiles, workspace)
 
@@ -109,15 +112,15 @@ class _Products:
         return products
 
 
-def _of_held(products: _Products, strip: Tensor, labels: Tensor, first: int, vocabulary: int) -> None:
-    """Of entries from ``first`` on, whose exponentials the forward has left."""
+def _of_held(products: _Products, strip: Tensor, labels: Tensor, first: int, end: int) -> None:
+    """Of entries from ``first`` to ``end``, whose exponentials the forward has left."""
     given, config = products.given, products.config
     blocks = None, None
     if has_blocks(config, strip, given.scaled):
         blocks = weight_blocks(strip, given.scaled, config)
-    own = in_order_of_labels(labels, given.cells, first, vocabulary, config)
+    own = in_order_of_labels(labels, given.cells, first, end, config)
     for product in products.of(strip, *blocks, own):
-        product(first, vocabulary - first)
+        product(first, end - first)
 
 
 def _of_strips(

@@ -297,14 +297,13 @@ class Strip:
         )
 
     @staticmethod
-    def held(values: Tensor, vocabulary: int, config: Config) -> Strip:
-        """Nothing is filtered, and the last strip, a whole one, stays in ``values``."""
+    def held(values: Tensor, of_tiles: int, config: Config) -> Strip:
+        """Nothing is filtered, and the last strip ``of_tiles``, a whole one, stays in ``values``."""
         tiles = values.shape[0] // config.forward_entries
-        first_tiles = (ceil_div(vocabulary, config.forward_entries) - 1) % tiles + 1
-        return Strip(tiles, first_tiles, values, *[None] * 6)
+        return Strip(tiles, (of_tiles - 1) % tiles + 1, values, *[None] * 6)
 
     def parts(self, tiles: int) -> list[tuple[int, int]]:
-        """(first tile, tiles) of each strip of a vocabulary."""
+        """(first tile, tiles) of each strip of so many."""
         starts = [0, *range(self.first_tiles, tiles, self.tiles)]
         return [(start, end - start) for start, end in itertools.pairwise([*starts, tiles])]
 

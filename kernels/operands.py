@@ -147,16 +147,18 @@ class Walk(NamedTuple):
     shares: Tensor
     entropies: Tensor  # [N] float32, or [0]
     means: Tensor  # [N] float32, or [0]: of the logits, less the references
-    # In one dimension, see strips.as_strip: E of the vocabulary's last entries, 0 at targets; of no meaning in row
-    # blocks past those in use.
+    # In one dimension, see strips.as_strip: E of entries, 0 at targets; of no meaning in row blocks past those in use.
+    # The vocabulary's last are in memory that the weight's gradient takes over, those before them in the workspace's.
     held: Tensor
+    in_gradient: Tensor
 
 
 class Held(NamedTuple):
-    """:attr:`Walk.held` in a kernel."""
+    """:attr:`Walk.held`, or in_gradient, in a kernel."""
 
     strip: Tensor
     first: int  # entry
+    end: int
     stride: int
 
 

@@ -43,7 +43,7 @@ def operator(
         unheard = Unheard.apply
 
     def call(*arguments):
-        if _somebody_listens(arguments):
+        if somebody_listens(arguments):
             return heard(*arguments)
         # As torch has it, nothing is set up where nobody asks for a gradient.
         return (unheard if _needs_gradient(arguments) else implementation)(*arguments)
@@ -51,7 +51,7 @@ def operator(
     return call
 
 
-def _somebody_listens(arguments: tuple) -> bool:
+def somebody_listens(arguments: tuple) -> bool:
     """Tracers, transforms and modes, to which an operator must be one; or there is no memory to launch kernels on."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
@@ -59,6 +59,12 @@ def _somebody_listens(arguments: tuple) -> bool:
         return True
     tensor = _first_tensor(arguments)
     return tensor.device.type == "meta" or is_fake(tensor)
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward that is running may run again; also where torch does not say."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
 
 
 def _needs_gradient(arguments: tuple) -> bool:

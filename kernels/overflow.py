@@ -128,6 +128,13 @@ def _maximum_kernel(
     tl.store(maxima + share.to(tl.int64) * tokens + place, largest, mask=again)
 
 
+@triton.jit
+def _store_held(held: Held, powers, entries, place, stored):
+    own = held.strip + (entries - held.first).to(tl.int64)[None, :] * held.stride + place[:, None]
+    mask = stored[:, None] & ((entries >= held.first) & (entries < held.end))[None, :]
+    tl.store(own, powers.to(held.strip.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["first_place", "tokens", "shares"])
 def _redo_kernel(
     states,
@@ -141,6 +148,7 @@ def _redo_kernel(
     redone,
     totals,
     held: Held,
+    in_gradient: Held,
     count,
     first_place,
     tokens,
@@ -162,7 +170,7 @@ def _redo_kernel(
     PRODUCT_PRECISION: tl.constexpr,
 ):
     """Of overflown rows: redone[0] their largest logits, redone[1] their sums from those on, a chunk of totals, and
-    what is held of them unless that is None.
+    what is held of them, in either memory, unless that is None.
 
     WITH_EXPONENTS redone[2] too, the sums of E times its exponent of 2.
     """
@@ -214,9 +222,9 @@ def _redo_kernel(
         if FOR_TF32:
             powers = rounded_to_tf32(powers)
         if held is not None:
-            own = held.strip + (entries - held.first).to(tl.int64)[None, :] * held.stride + place[:, None]
-            mask = first_chunk[:, None] & (entries >= held.first)[None, :]
-            tl.store(own, powers.to(held.strip.dtype.element_ty), mask=mask)
+            _store_held(held, powers, entries, place, first_chunk)
+        if in_gradient is not None:
+            _store_held(in_gradient, powers, entries, place, first_chunk)
         at = weight + entries.to(tl.int64)[:, None] * weight_stride + d[None, :]
         w = tl.load(at, mask=(entries < entries_total)[:, None] & (d < features)[None, :], other=0.0)
         # To the dtype of a strip: bfloat16 for bfloat16, float32 for the others.
@@ -239,6 +247,7 @@ def redo_overflown(
     redone: Tensor,  # [2 or 3, M] float32: filled with references and sums of those rows, see _redo_kernel
     totals: Tensor,  # [M, D] float32: filled at those rows
     held: Held | None,  # filled at those places
+    in_gradient: Held | None,  # likewise
     product_precision: str,
     config: Config,
 ) -> None:
@@ -292,6 +301,7 @@ def redo_overflown(
             redone,
             totals,
             held,
+            in_gradient,
             *sizes,
             *scales,
             shares,

@@ -12,13 +12,20 @@ from torch import Tensor
 from torchtune_lce.inputs.filtering import open_record
 from torchtune_lce.inputs.losses import Losses
 from torchtune_lce.inputs.options import Options
+from torchtune_lce.kernels.division import tiles_in_gradient
 from torchtune_lce.kernels.entry_gradients import entry_gradients
 from torchtune_lce.kernels.mean_gradients import add_mean_gradients
 from torchtune_lce.kernels.operands import Gradients, Operands, scaled_upstream
-from torchtune_lce.kernels.operators import operator, refuse_second_derivative, rows_contiguous
+from torchtune_lce.kernels.operators import (
+    graph_is_kept,
+    operator,
+    refuse_second_derivative,
+    rows_contiguous,
+    somebody_listens,
+)
 from torchtune_lce.kernels.places import compact
 from torchtune_lce.kernels.row_gradients import row_gradients
-from torchtune_lce.kernels.strips import empty_held, holds, walk_rows
+from torchtune_lce.kernels.strips import as_strip, empty_held, holds, walk_rows
 from torchtune_lce.kernels.tuning import ceil_div, config_for
 
 
@@ -38,7 +45,10 @@ def token_losses(
     With gradients by weight and bias only where ``is_trained``, and then unfiltered. What stands for the peak is each
     row's reference, see reference_logits.py.
     """
-    nll, peak, log_total, *_, entropies, means, _, _, _, _, divisor = _strip_cross_entropy(
+    gradient_tiles = 0
+    if weight.requires_grad and holds(is_trained, eps is not None, with_mean):
+        gradient_tiles = _tiles_in_gradient(hidden, weight, 1 + with_entropy, options.workspace_mib)
+    nll, peak, log_total, *_, entropies, means, _, _, _, _, _, divisor = _strip_cross_entropy(
         hidden,
         weight,
         bias,
@@ -48,6 +58,7 @@ def token_losses(
         options.logit_scale,
         eps,
         is_trained,
+        gradient_tiles,
         with_entropy,
         with_mean,
         options.workspace_mib,
@@ -56,13 +67,22 @@ def token_losses(
     return Losses(nll, peak.detach(), log_total, means if with_mean else None, divisor=divisor, entropy=entropy)
 
 
+def _tiles_in_gradient(hidden: Tensor, weight: Tensor, sums_a_tile: int, workspace_mib: int) -> int:
+    """0 for tracers: to them the gradient is another operator's result, and cannot be this one's before."""
+    if somebody_listens((hidden, weight)) or not hidden.numel():
+        return 0
+    config = config_for(hidden.device, hidden.dtype)
+    sizes = (*hidden.shape[:1], *weight.shape, hidden.dtype)
+    return tiles_in_gradient(*sizes, sums_a_tile, workspace_mib * 2**20, config)
+
+
 torch.library.define(
     "torchtune_lce::strip_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float? softcap, "
-    "float logit_scale, float? eps, bool is_trained, bool with_entropy, bool with_mean, int workspace_mib) "
-    "-> (Tensor nll, Tensor peak, Tensor log_total, Tensor dropped_mass, Tensor values, Tensor coefficients, "
-    "Tensor kept, Tensor shares, Tensor entropies, Tensor means, Tensor held, Tensor rows, Tensor labels, "
-    "Tensor count, Tensor divisor)",
+    "float logit_scale, float? eps, bool is_trained, int gradient_tiles, bool with_entropy, bool with_mean, "
+    "int workspace_mib) -> (Tensor nll, Tensor peak, Tensor log_total, Tensor dropped_mass, Tensor values, "
+    "Tensor coefficients, Tensor kept, Tensor shares, Tensor entropies, Tensor means, Tensor held, "
+    "Tensor in_gradient, Tensor rows, Tensor labels, Tensor count, Tensor divisor)",
 )
 
 
@@ -76,6 +96,7 @@ def _forward(
     logit_scale,
     eps,
     is_trained,
+    gradient_tiles,
     with_entropy,
     with_mean,
     workspace_mib,
@@ -89,7 +110,18 @@ def _forward(
     rows, labels, count, divisor = compact(targets, ignore_index, weight.shape[0])
     config = config_for(hidden.device, hidden.dtype)
     walk = walk_rows(
-        operands, targets, rows, labels, count, eps, is_trained, with_entropy, with_mean, workspace_mib * 2**20, config
+        operands,
+        targets,
+        rows,
+        labels,
+        count,
+        eps,
+        is_trained,
+        gradient_tiles,
+        with_entropy,
+        with_mean,
+        workspace_mib * 2**20,
+        config,
     )
     return *walk, rows, labels, count, divisor
 
@@ -105,7 +137,7 @@ def _operands(
 
 @torch.library.register_fake("torchtune_lce::strip_cross_entropy")
 def _(hidden, weight, bias, targets, *settings):
-    _, _, _, eps, is_trained, with_entropy, with_mean, workspace_mib = settings
+    _, _, _, eps, is_trained, gradient_tiles, with_entropy, with_mean, workspace_mib = settings
     tokens = targets.shape[0]
     filters = eps is not None
     config = config_for(hidden.device, hidden.dtype)
@@ -120,7 +152,7 @@ def _(hidden, weight, bias, targets, *settings):
         hidden.new_empty((5, tokens) if is_trained else 0, dtype=torch.float32),
         hidden.new_empty(tokens if with_entropy else 0, dtype=torch.float32),
         hidden.new_empty(tokens if with_mean else 0, dtype=torch.float32),
-        empty_held(hidden, weight.shape[0], 1 + with_entropy + with_mean, workspace, config),
+        *empty_held(hidden, weight.shape[0], gradient_tiles, 1 + with_entropy + with_mean, workspace, config),
         hidden.new_empty(tokens, dtype=torch.int64),
         torch.empty_like(targets),
         hidden.new_empty(1, dtype=torch.int32),
@@ -131,8 +163,9 @@ def _(hidden, weight, bias, targets, *settings):
 torch.library.define(
     "torchtune_lce::strip_cross_entropy_backward",
     "(Tensor? d_nll, Tensor? d_lse, Tensor? d_means, Tensor? hidden, Tensor weight, Tensor? bias, Tensor values, "
-    "Tensor coefficients, Tensor shares, Tensor held, Tensor rows, Tensor labels, Tensor count, float? softcap, "
-    "float logit_scale, bool[] needs, int workspace_mib) -> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
+    "Tensor coefficients, Tensor shares, Tensor held, Tensor in_gradient, Tensor rows, Tensor labels, Tensor count, "
+    "float? softcap, float logit_scale, bool[] needs, int gradient_tiles, bool overwrites, int workspace_mib) "
+    "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
 )
 
 
@@ -147,16 +180,19 @@ def _backward(
     coefficients,
     shares,
     held,
+    in_gradient,
     rows,
     labels,
     count,
     softcap,
     logit_scale,
     needs,
+    gradient_tiles,
+    overwrites,
     workspace_mib,
 ):
     """Gradients by hidden, weight and bias, empty where ``needs`` has no True. Without the latter two, and without
-    d_means, hidden may be None.
+    d_means, hidden may be None. ``overwrites``: the weight's takes the memory of ``in_gradient``.
     """
     d_nll, d_lse = scaled_upstream(d_nll, logit_scale), scaled_upstream(d_lse, logit_scale)
     if d_nll is None:
@@ -166,23 +202,27 @@ def _backward(
     workspace = workspace_mib * 2**20 - held.nbytes
     # What is scaled, until it is filled.
     d_hidden = torch.empty_like(values)
-    d_weight = weight.new_empty(weight.shape if needs_weight else 0)
+    d_weight = (
+        in_gradient.detach().view(weight.shape) if overwrites else weight.new_empty(weight.shape if needs_weight else 0)
+    )
     d_bias = weight.new_empty(weight.shape[0] if needs_bias else 0)
     if needs_weight or needs_bias:
+        config, tokens = config_for(weight.device, weight.dtype), rows.numel()
         entry_gradients(
             _operands(hidden, weight, bias, softcap, logit_scale),
             rows,
             labels,
             count,
             shares,
-            held,
+            as_strip(held, tokens, config),
+            as_strip(in_gradient, tokens, config, gradient_tiles),
             d_nll,
             d_lse,
             d_hidden,
             d_weight if needs_weight else None,
             d_bias if needs_bias else None,
             workspace,
-            config_for(weight.device, weight.dtype),
+            config,
         )
     if needs_hidden:
         row_gradients(values, coefficients, weight, rows, labels, count, d_nll, d_lse, d_hidden)
@@ -202,19 +242,21 @@ def _backward(
 
 @torch.library.register_fake("torchtune_lce::strip_cross_entropy_backward")
 def _(d_nll, d_lse, d_means, hidden, weight, bias, values, *rest):
-    needs = rest[-2]
+    needs = rest[-4]
     operands = values, weight, weight if bias is None else bias
     return tuple(x.new_empty(x.shape if need else 0) for x, need in zip(operands, needs, strict=True))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, bias, _, _, softcap, logit_scale, _, is_trained, _, with_mean, workspace_mib = inputs
-    _, _, _, dropped_mass, values, coefficients, kept, shares, _, _, held, rows, labels, count, _ = output
+    hidden, weight, bias, _, _, softcap, logit_scale, _, is_trained, gradient_tiles, _, with_mean, workspace_mib = (
+        inputs
+    )
+    _, _, _, dropped_mass, values, coefficients, kept, shares, _, _, *held, rows, labels, count, _ = output
     ctx.set_materialize_grads(False)
     # Who keeps hidden states for nothing keeps memory.
     of_logits = (hidden, weight, bias) if is_trained or with_mean else (None, weight, None)
-    ctx.save_for_backward(*of_logits, values, coefficients, shares, held, rows, labels, count)
-    ctx.settings = softcap, logit_scale, workspace_mib
+    ctx.save_for_backward(*of_logits, values, coefficients, shares, *held, rows, labels, count)
+    ctx.settings = softcap, logit_scale, gradient_tiles, workspace_mib
     ctx.record = open_record(rows)
     if ctx.record and dropped_mass.numel():
         ctx.record.dropped_mass.copy_(dropped_mass)
@@ -236,14 +278,16 @@ def _kept_and_all(kept: Tensor, count: Tensor, hidden: Tensor, weight: Tensor) -
 
 def _differentiate(ctx, d_nll, _, d_lse, *others):
     d_means = others[6]
-    softcap, logit_scale, workspace_mib = ctx.settings
-    needs = list(ctx.needs_input_grad[:3])
+    softcap, logit_scale, gradient_tiles, workspace_mib = ctx.settings
+    needs, saved = list(ctx.needs_input_grad[:3]), ctx.saved_tensors
+    # The last look at what is in there. An operator's result may not be in the memory of its arguments.
+    overwrites = gradient_tiles > 0 and needs[1] and not graph_is_kept() and not somebody_listens(saved)
     gradients = _strip_cross_entropy_backward(
-        d_nll, d_lse, d_means, *ctx.saved_tensors, softcap, logit_scale, needs, workspace_mib
+        d_nll, d_lse, d_means, *saved, softcap, logit_scale, needs, gradient_tiles, overwrites, workspace_mib
     )
     if ctx.record:
         ctx.record.tiles = ctx.kept
-    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 9
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 10
 
 
 _strip_cross_entropy = operator("strip_cross_entropy", _forward, _differentiate, _setup_context)

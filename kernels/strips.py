@@ -14,6 +14,8 @@ workspace holds one strip and u'. Where it is small, tokens are taken in pieces:
 read and written too often (division.py).
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -23,7 +25,9 @@ from torchtune_lce.kernels.active_columns import Dropped, pack_active
 from torchtune_lce.kernels.division import (
     ENTRIES_A_SLOT,
     Sample,
+    bytes_beside,
     divide,
+    pieces_of,
     product_precision,
     strip_dtype,
     tiles_held,
@@ -69,6 +73,14 @@ def _row_sum_kernel(
     tl.store(row_sums + place, total, mask=present)
 
 
+class Tiles(NamedTuple):
+    """Tiles of the vocabulary that are walked in a strip's memory."""
+
+    strip: Strip
+    first: int
+    end: int
+
+
 def walk_rows(
     operands: Operands,  # without an adapter
     targets: Tensor,  # [N], as they came: where one names no entry, its token's results are NaN
@@ -77,6 +89,7 @@ def walk_rows(
     count: Tensor,  # [1] int32, rows in use, on the device
     eps: float | None,  # None: nothing is filtered
     is_trained: bool,  # the projection: shares are wanted, and what there is room for is held
+    gradient_tiles: int,  # held in memory of the weight's gradient, beside those in the workspace
     with_entropy: bool,
     with_mean: bool,
     workspace: int,  # bytes
@@ -101,24 +114,27 @@ def walk_rows(
     by_row = [empty(tokens) for _ in range(3)]
     optional = empty(tokens * with_entropy), empty(tokens * with_mean)
     sums_a_tile = 1 + with_entropy + with_mean
-    is_held = holds(is_trained, filters, with_mean)
-    memory = empty_held(hidden, vocabulary, sums_a_tile, workspace if is_held else 0, config)
-    results = Walk(*by_row, dropped_mass, values, empty(2, tokens), kept, shares, *optional, memory)
+    room = workspace if holds(is_trained, filters, with_mean) else 0
+    memory = empty_held(hidden, vocabulary, gradient_tiles, sums_a_tile, room, config)
+    results = Walk(*by_row, dropped_mass, values, empty(2, tokens), kept, shares, *optional, *memory)
     if not tokens:
         return results
     logits = reference_logits(operands, targets, rows, count, values, config)
     tiles = ceil_div(vocabulary, config.forward_entries)
     workers = programs(hidden.device)
-    last, held = None, as_strip(memory, tokens, config)
-    if len(held):
-        places, strip = tokens, Strip.held(held, vocabulary, config)
-        last = Held(held, (tiles - strip.tiles) * config.forward_entries, held.stride(0))
+    held = as_strip(results.held, tokens, config), as_strip(results.in_gradient, tokens, config, gradient_tiles)
+    is_held = any(map(len, held))
+    if is_held:
+        of_token = bytes_beside(1, tiles, features, False, sums_a_tile, config)
+        pieces = len(pieces_of(tokens, of_token, workspace - results.held.nbytes, config))
+        places = min(ceil_div(row_blocks, pieces) * config.row_block, tokens)
     else:
         division = divide(tokens, vocabulary, features, hidden.dtype, filters, sums_a_tile, workspace, workers, config)
         places, slots = min(division.tokens, tokens), None
         if filters:
             slots = max(division.slots, division.tiles * config.forward_entries // ENTRIES_A_SLOT)
         strip = Strip.empty(places, division.tiles, slots, hidden, config)
+        strips = [Tiles(strip, 0, tiles)]
     totals = empty(places, features)
     # Each from a multiple of 16 bytes on: kernels are compiled for such addresses or for others.
     sums_of_tiles = empty(sums_a_tile, ceil_div(max(tiles, 2) * places, 4) * 4)
@@ -131,12 +147,15 @@ def walk_rows(
         of_rows = sums_of_rows[: kinds * piece.tokens].view(kinds, piece.tokens)
         redone, of_tiles = of_rows[sums_a_tile:], Sums.of(tile_sums, with_entropy, with_mean)
         row_sums = Sums.of(of_rows[:sums_a_tile], with_entropy, with_mean)
-        left_out = None
+        left_out, kept_strips = None, (None, None)
+        if is_held:
+            columns = slice(first, first + ceil_div(piece.tokens, config.row_block) * config.row_block)
+            strips, kept_strips = held_strips(*(x[:, columns] for x in held), tiles, config)
         if filters:
             blocks = slice(first // config.row_block, ceil_div(first + piece.tokens, config.row_block))
             sample = Sample.of(number, ceil_div(tokens, places), blocks.stop - blocks.start, tiles)
             left_out = Dropped.empty(piece, sample, kept[blocks], strip, config)
-        walk(piece, totals, strip, of_tiles, left_out, eps, config)
+        walk(piece, totals, strips, of_tiles, left_out, eps, config)
         launch(
             _row_sum_kernel,
             (ceil_div(piece.tokens, 32), sums_a_tile),
@@ -154,7 +173,7 @@ def walk_rows(
             num_warps=4,
         )
         precision = product_precision(hidden.dtype, config)
-        redo_overflown(piece, row_sums.powers, of_tiles.powers, redone, totals, last, precision, config)
+        redo_overflown(piece, row_sums.powers, of_tiles.powers, redone, totals, *kept_strips, precision, config)
         if left_out is not None:
             find_means(piece, left_out, strip, config)
         finish_rows(piece, totals, row_sums, redone, left_out, results, config)
@@ -166,46 +185,78 @@ def holds(is_trained: bool, filters: bool, with_mean: bool) -> bool:
     return is_trained and not filters and not with_mean
 
 
-def empty_held(hidden: Tensor, vocabulary: int, sums_a_tile: int, workspace: int, config: Config) -> Tensor:
-    """Memory of :attr:`Walk.held`; ``workspace`` 0: nobody wants it.
+def empty_held(
+    hidden: Tensor, vocabulary: int, gradient_tiles: int, sums_a_tile: int, workspace: int, config: Config
+) -> tuple[Tensor, Tensor]:
+    """Memory of :attr:`Walk.held`, and for in_gradient that of a gradient [V, D]; ``workspace`` 0: nobody wants any.
 
-    Else two elements at the least: whether a tensor has two torch asks while it traces, and an export is for the
-    numbers of tokens with the same answer alone.
+    Else two elements of the first at the least: whether a tensor has two torch asks while it traces, and an export is
+    for the numbers of tokens with the same answer alone.
     """
     size = 0
     if workspace:
         tokens, features = hidden.shape
         tiles = tiles_held(tokens, vocabulary, features, hidden.dtype, sums_a_tile, workspace, config)
+        if gradient_tiles:
+            tiles = min(tiles, ceil_div(vocabulary, config.forward_entries) - gradient_tiles)
         columns = ceil_div(tokens, config.row_block) * config.row_block
         size = torch.sym_max(tiles * config.forward_entries * columns, 2)
-    return hidden.new_empty(size, dtype=strip_dtype(hidden.dtype))
+    held = hidden.new_empty(size, dtype=strip_dtype(hidden.dtype))
+    return held, hidden.new_empty(vocabulary * hidden.shape[1] if gradient_tiles else 0)
 
 
-def as_strip(held: Tensor, tokens: int, config: Config) -> Tensor:
-    """[entries, whole row blocks of N], of whole tiles: what :func:`empty_held` has made."""
-    columns = ceil_div(tokens, config.row_block) * config.row_block
-    return held[: held.numel() // columns * columns].view(-1, columns)
+def as_strip(held: Tensor, tokens: int, config: Config, tiles: int | None = None) -> Tensor:
+    """[entries, whole row blocks of N] in what :func:`empty_held` has made: ``tiles``, or all that it has room for."""
+    columns = max(ceil_div(tokens, config.row_block), 1) * config.row_block
+    if tiles is None:
+        return held[: held.numel() // columns * columns].view(-1, columns)
+    dtype = strip_dtype(held.dtype)
+    size = tiles * config.forward_entries * columns * dtype.itemsize // held.element_size()
+    return held[:size].view(dtype).view(-1, columns)
+
+
+def held_strips(
+    held: Tensor, in_gradient: Tensor, tiles: int, config: Config
+) -> tuple[list[Tiles], tuple[Held | None, Held | None]]:
+    """The strips of a vocabulary of ``tiles`` whose last ones stay in these memories, and what stays in each.
+
+    All before the gradient's are made in the workspace's memory, or where that has none in the gradient's.
+    """
+    strips, first = [], tiles - len(in_gradient) // config.forward_entries
+    if len(held):
+        strips.append(Tiles(Strip.held(held, first, config), 0, first))
+    if len(in_gradient):
+        start = first if len(held) else 0
+        strips.append(Tiles(Strip.held(in_gradient, tiles - start, config), start, tiles))
+    return strips, (_kept(held, first, config), _kept(in_gradient, tiles, config))
+
+
+def _kept(values: Tensor, end: int, config: Config) -> Held | None:
+    """Of the tiles before ``end``."""
+    entries = end * config.forward_entries
+    return Held(values, entries - len(values), entries, values.stride(0)) if len(values) else None
 
 
 def walk(
     piece: Piece,
     totals: Tensor,  # [M, D] float32, filled: u'
-    strip: Strip,
+    strips: list[Tiles],
     tile_sums: Sums,  # [tiles, M] each, filled
     dropped: Dropped | None,  # filled
     eps: float | None,
     config: Config,
 ) -> None:
     """Every strip's exponentials and their product with its weight rows."""
-    vocabulary = piece.operands.weight.shape[0]
-    tiles = ceil_div(vocabulary, config.forward_entries)
     row_blocks = ceil_div(piece.tokens, config.row_block)
     depth, chunk = step(row_blocks, piece.states.shape[1], piece.states.dtype, programs(piece.states.device), config)
-    blocks = Blocks.of(piece, strip, depth, chunk, config)
-    kernels = [strip_exponentials(piece, strip, blocks, tile_sums, dropped and dropped.running, eps, config)]
-    if dropped is not None:
-        kernels.append(pack_active(piece, strip, tile_sums.powers, dropped, config))
-    kernels.append(add_product(piece, strip, blocks, dropped is not None, totals, config))
-    for number, (first, here) in enumerate(strip.parts(tiles)):
-        for kernel in kernels:
-            kernel(number, first, here)
+    number = 0
+    for strip, start, end in strips:
+        blocks = Blocks.of(piece, strip, depth, chunk, config)
+        kernels = [strip_exponentials(piece, strip, blocks, tile_sums, dropped and dropped.running, eps, config)]
+        if dropped is not None:
+            kernels.append(pack_active(piece, strip, tile_sums.powers, dropped, config))
+        kernels.append(add_product(piece, strip, blocks, dropped is not None, totals, config))
+        for first, here in strip.parts(end - start):
+            for kernel in kernels:
+                kernel(number, start + first, here)
+            number += 1

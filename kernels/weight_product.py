@@ -202,11 +202,10 @@ def bias_product(
     return lambda first, entries: kernel((ceil_div(entries, config.entry_tile),), first, entries)
 
 
-def in_order_of_labels(labels: Tensor, cells: Tensor, first: int, vocabulary: int, config: Config) -> OwnCells:
-    """For a product from the ``first`` entry to the vocabulary's end."""
+def in_order_of_labels(labels: Tensor, cells: Tensor, first: int, end: int, config: Config) -> OwnCells:
+    """For a product of entries from ``first`` to ``end``."""
     ordered, places = labels.sort(stable=True)
-    end = vocabulary + config.entry_tile
-    edges = torch.arange(first, end, config.entry_tile, dtype=labels.dtype, device=labels.device)
+    edges = torch.arange(first, end + config.entry_tile, config.entry_tile, dtype=labels.dtype, device=labels.device)
     return OwnCells(ordered, places, torch.searchsorted(ordered, edges), cells)
 
 

@@ -63,7 +63,8 @@ class Call:
     with_entropy: bool = False
     ignored: bool = False
     workspace_mib: int = 128
-    held: int | None = None  # tiles of the vocabulary's exponentials; None: as many as the workspace has room for
+    # Tiles of the vocabulary's exponentials; None: as many as the workspace has room for, or the weight's gradient.
+    held: int | None = None
     frozen: tuple[str, ...] = ()
     paths: tuple[str, ...] = PATHS
     narrow: bool = False  # blocks for cards with 100 KiB of shared memory a program
@@ -114,6 +115,16 @@ CALLS = (
     # The last tile, which is ragged, and all of them.
     Call("some held", vocabulary=(8, 8), impl="cce_exact", bias=True, with_lse=True, ignored=True, held=1),
     Call("all held, whole tiles", vocabulary=(4, 0), width=None, impl="cce_exact", softcap=20.0),
+    # Of two pieces of tokens, whose sums leave no room in the workspace.
+    Call(
+        "held in the gradient",
+        tokens=(8, 100),
+        vocabulary=(14, 8),
+        width=264,
+        impl="cce_exact",
+        ignored=True,
+        workspace_mib=1,
+    ),
     # Several strips forward and back, the last of them ragged.
     Call(
         "dense way, everything",
@@ -511,9 +522,9 @@ def run_calls(
     """The results of each call by its name: checked, or with `compare`, what another process had, of the same bits."""
     import torch
 
-    from torchtune_lce.kernels import compiling, mean_gradients, strip_product, strips
+    from torchtune_lce.kernels import compiling, mean_gradients, strip_operators, strip_product, strips
 
-    tiles_held = strips.tiles_held
+    tiles_held, tiles_in_gradient = strips.tiles_held, strip_operators.tiles_in_gradient
     # Nothing runs on what was not computed, which a list of the kernels to compile would be made with.
     compiling._threads = lambda: 1
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -528,7 +539,9 @@ def run_calls(
         begin = time.perf_counter()
         if device.type == "cuda":
             use_blocks(path, call.narrow, stores_by_pointers)
-        strips.tiles_held = tiles_held if call.held is None else lambda *_, tiles=call.held: tiles
+        if call.held is not None:
+            strips.tiles_held = lambda *_, tiles=call.held: tiles
+            strip_operators.tiles_in_gradient = lambda *_: 0
         leaves, targets = operands(call, getattr(torch, dtype_name), device)
         results[call.name] = make_call(call, leaves, targets)
         if compare is None:
@@ -537,7 +550,7 @@ def run_calls(
             for name, value in results[call.name].items():
                 if not torch.equal(value, compare[call.name][name]):
                     raise AssertionError(f"{call.name}: {name} has other bits than without the tool")
-        strips.tiles_held = tiles_held
+        strips.tiles_held, strip_operators.tiles_in_gradient = tiles_held, tiles_in_gradient
         print(f"{call.name}: {time.perf_counter() - begin:.1f} s", flush=True)
     return results
 

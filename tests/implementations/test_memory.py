@@ -255,6 +255,7 @@ def test_cce_on_a_card(shape, workspace_mib, device):
     ("shape", "workspace_mib"),
     [
         (FEW_LONG, WORKSPACE_MIB),
+        (Shape(tokens=300, vocabulary=2000, width=512), WORKSPACE_MIB),
         *(
             pytest.param(Shape(*sizes), mib, marks=pytest.mark.gpu, id=f"{name}-{mib}-large")
             for name, sizes in (("llama", (8192, 128_256, 2048)), ("wide", (16_384, 32_000, 4096)))
@@ -265,8 +266,9 @@ def test_cce_on_a_card(shape, workspace_mib, device):
 )
 @pytest.mark.parametrize("trained", [False, True])
 def test_cce_exact(trained, shape, workspace_mib, device):
-    """Beside the workspace there are vectors, and values for the backward in the memory of a hidden gradient. Of few
-    tokens with a trained head it holds exponentials from forward to backward.
+    """Beside the workspace there are vectors, and values for the backward in the memory of a hidden gradient. With a
+    trained head it holds exponentials from forward to backward, of few tokens in the workspace too: most in the memory
+    of the weight's gradient, which it has from the forward on then.
     """
     pytest.importorskip("triton")
     inputs = make_inputs(shape, torch.float32, device, bias=trained)
@@ -274,8 +276,10 @@ def test_cce_exact(trained, shape, workspace_mib, device):
     assert shape.logits(4) > workspace_mib * MIB + shape.vectors(), "the bound would hold anyway"
     forward, backward = usage_of_both("cce_exact", inputs, workspace_mib)
     states, workspace = inputs["hidden"].nbytes, workspace_mib * MIB
-    assert forward.peak <= workspace + states + shape.vectors()
-    held = forward.kept - states - shape.vectors()
+    weight = inputs["weight"].nbytes * (trained and shape != FEW_LONG)
+    assert forward.peak <= workspace + states + weight + shape.vectors()
+    assert weight <= forward.kept
+    held = forward.kept - states - weight - shape.vectors()
     assert (held > 0) == (trained and shape.tokens <= 1024)
     assert forward.kept + backward.peak <= trained * workspace + states + gradient_bytes(inputs) + 2 * shape.vectors()
 

@@ -17,18 +17,27 @@ from torchtune_lce.kernels.entry_gradients import BackwardStrip, backward_strips
 from torchtune_lce.kernels.places import compact
 from torchtune_lce.kernels.reference_logits import reference_logits
 
+FOUND = division.tiles_in_gradient
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
 
-@pytest.fixture(params=[0, 2, 100], ids=["nothing-held", "some-held", "all-held"])
+@pytest.fixture(
+    params=[(0, 0), (2, 0), (100, 0), (0, 2), (1, 2), (100, 1)],
+    ids=["nothing-held", "some-held", "all-held", "in-the-gradient", "in-both", "all-in-both"],
+)
 def tiles_held(request, monkeypatch):
-    """Of the forward's strips, whatever the workspace holds."""
+    """Of the forward's strips: whatever the workspace holds, and as many as go into the gradient's memory."""
+    in_workspace, in_gradient = request.param
 
-    def found(_, vocabulary, *rest):
-        return min(request.param, -(-vocabulary // rest[-1].forward_entries))
+    def held_in_workspace(_, vocabulary, *rest):
+        return min(in_workspace, -(-vocabulary // rest[-1].forward_entries))
 
-    monkeypatch.setattr(strips, "tiles_held", found)
-    return request.param
+    def held_in_gradient(*sizes):
+        return min(in_gradient, FOUND(*sizes[:5], 0, sizes[-1]))
+
+    monkeypatch.setattr(strips, "tiles_held", held_in_workspace)
+    monkeypatch.setattr(strip_operators, "tiles_in_gradient", held_in_gradient)
+    return sum(request.param)
 
 
 @pytest.fixture
@@ -98,7 +107,7 @@ def test_gradients_for_any_upstream(softcap, with_bias, dtype, device, many_stri
         assert far(actual, expected) < (2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
     # A card's tiles are too large, and few.
     if device.type == "cpu":
-        assert {strip.in_output for strip in many_strips} >= {0: {True, False}, 2: {False}, 100: set()}[tiles_held]
+        assert {strip.in_output for strip in many_strips} >= ({True, False} if tiles_held == 0 else set())
         assert bool(many_strips) == (tiles_held < 100)
     # The first again, after others.
     grad(results, leaves, [2 * x for x in upstreams], retain_graph=True)
@@ -220,8 +229,9 @@ def test_what_is_held_changes_no_loss(dtype, tma, device, monkeypatch):
     config = dataclasses.replace(tuning.config_for(device, dtype), tma=tma)
     monkeypatch.setattr(strip_operators, "config_for", lambda *_: config)
 
-    def results(tiles, **options):
+    def results(tiles, in_gradient=0, **options):
         monkeypatch.setattr(strips, "tiles_held", lambda *_: tiles)
+        monkeypatch.setattr(strip_operators, "tiles_in_gradient", lambda *_: in_gradient)
         torch.manual_seed(0)
         found = linear_cross_entropy(
             hidden, weight, targets, bias, impl="cce_exact", reduction="none", return_lse=True, z_loss=0.1, **options
@@ -233,8 +243,9 @@ def test_what_is_held_changes_no_loss(dtype, tma, device, monkeypatch):
         with torch.no_grad():
             bias[200] = largest
         losses, gradients = results(0, **options)
-        for tiles in {min(2, most), most}:
-            found, actual = results(tiles, **options)
+        in_gradient = FOUND(*hidden.shape[:1], *weight.shape, dtype, 1, 0, config)
+        for tiles in ((min(2, most), 0), (most, 0), (0, in_gradient)):
+            found, actual = results(*tiles, **options)
             assert all(torch.equal(*pair) for pair in zip(losses, found, strict=True))
             for mine, wanted in zip(actual, gradients, strict=True):
                 assert far(mine, wanted.double()) < max(2 * torch.finfo(dtype).eps, 1e-6)
@@ -247,11 +258,71 @@ def test_beside_gradients_of_means_nothing_is_held(device, monkeypatch):
         raise AssertionError("asked what is held")
 
     monkeypatch.setattr(strips, "tiles_held", asked)
+    monkeypatch.setattr(strip_operators, "tiles_in_gradient", asked)
     hidden, weight, _, targets = operands(device)
     settings = {"impl": "cce_exact", "label_smoothing": 0.1}
     linear_cross_entropy(hidden, weight, targets, softcap=9.0, **settings).backward()
     with pytest.raises(AssertionError, match="asked"):
         linear_cross_entropy(hidden, weight, targets, **settings)
+
+
+def test_the_gradient_takes_over_what_is_held_in_its_memory(device, monkeypatch):
+    """In the backward that nothing follows; one that may run again leaves it, and has the same bits."""
+    made = []
+    empty = strips.empty_held
+    monkeypatch.setattr(strips, "empty_held", lambda *sizes: made.append(empty(*sizes)) or made[-1])
+    hidden, weight, _, targets = operands(device, tokens=300, vocabulary=2000, width=512, with_bias=False)
+
+    def loss():
+        return linear_cross_entropy(hidden, weight, targets, impl="cce_exact", workspace_mib=1)
+
+    first = loss()
+    ((held, in_gradient),) = made
+    assert held.numel() < in_gradient.numel() == weight.numel()
+    kept = grad(first, (hidden, weight), retain_graph=True)
+    own = grad(first, (hidden, weight))
+    assert own[1].data_ptr() == in_gradient.data_ptr() != kept[1].data_ptr()
+    assert all(torch.equal(*pair) for pair in zip(own, kept, strict=True))
+    # A tensor as any other, without the graph that its memory comes from.
+    assert not own[1].requires_grad
+    own[1].mul_(2)
+    loss().backward()
+    assert weight.grad.data_ptr() == made[-1][1].data_ptr()
+    assert torch.equal(weight.grad, kept[1])
+    # The hidden states' alone leave it as it is.
+    second = loss()
+    grad(second, hidden, retain_graph=True)
+    assert torch.equal(grad(second, weight)[0], kept[1])
+
+
+@pytest.mark.parametrize("way", ["frozen", "bias alone", "compiled"])
+def test_nothing_else_holds_a_gradients_memory(way, device, monkeypatch):
+    found = []
+    empty = strips.empty_held
+    monkeypatch.setattr(strips, "empty_held", lambda *sizes: found.append(empty(*sizes)) or found[-1])
+    hidden, weight, bias, targets = operands(device, tokens=300, vocabulary=2000, width=512)
+    weight.requires_grad_(way == "compiled")
+    bias.requires_grad_(way != "frozen")
+
+    def loss():
+        return linear_cross_entropy(hidden, weight, targets, bias, impl="cce_exact", workspace_mib=1)
+
+    (torch.compile(loss, backend="aot_eager") if way == "compiled" else loss)()
+    assert found
+    assert not any(in_gradient.numel() for _, in_gradient in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("workspace_mib", [1, 128])
+@pytest.mark.parametrize("tokens", [1, 130, 1024, 8192])
+def test_what_is_held_in_a_gradient_is_before_its_own_rows(tokens, workspace_mib, dtype):
+    for capability, vocabulary, features in itertools.product(((8, 6), (9, 0)), (1, 3000, 151_936), (8, 2048)):
+        config = tuning._cuda_config(capability, dtype, "tf32x3")
+        held = FOUND(tokens, vocabulary, features, dtype, 1, workspace_mib * 2**20, config)
+        tiles = -(-vocabulary // config.forward_entries)
+        rows = (tiles - held) * config.forward_entries
+        assert held * division.tile_bytes(tokens, dtype, False, config) <= rows * features * dtype.itemsize
+        assert held == 0 or tiles / division.LEAST_HELD <= held < tiles
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -230,7 +230,7 @@ def test_another_backward_with_other_upstream_gradients(device):
 
 def test_operator_keeps_the_rules(device):
     hidden, weight, targets = peaked(device, tokens=40, vocabulary=200)
-    arguments = (hidden, weight, None, targets, -100, None, 0.5, EPS, False, True, False, 64)
+    arguments = (hidden, weight, None, targets, -100, None, 0.5, EPS, False, 0, True, False, 64)
     torch.library.opcheck(torch.ops.torchtune_lce.strip_cross_entropy.default, arguments)
 
 

@@ -461,7 +461,8 @@ def test_operators_keep_the_rules(softcap, with_bias, device):
     targets[:4] = -100
     bias = torch.randn(200, device=device) if with_bias else None
     for is_trained in (False, True):
-        arguments = (hidden, weight, bias, targets, -100, softcap, 0.5, None, is_trained, True, softcap is not None, 64)
+        asked = is_trained, 0, True, softcap is not None, 64
+        arguments = (hidden, weight, bias, targets, -100, softcap, 0.5, None, *asked)
         torch.library.opcheck(torch.ops.torchtune_lce.strip_cross_entropy.default, arguments)
         weight.requires_grad_()
 

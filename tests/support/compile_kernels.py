@@ -131,8 +131,9 @@ def compiled_for(capability: int, dtype: torch.dtype) -> list[dict]:
                 (module, "config_for", lambda *_: config)
                 for module in (autograd, divergence_tiles, forward, strip_operators)
             ),
-            # A tile of the vocabulary is held, and the others are made again.
+            # A tile of the vocabulary is held in either memory, and the others are made again.
             (strips, "tiles_held", lambda *_: 1),
+            (strip_operators, "tiles_in_gradient", lambda *_: 1),
             # What nothing computed names no row.
             (autograd, "compact", in_place),
             # A CPU has no product of 16 bits with a float32 result.

@@ -113,8 +113,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class LossMemory:
-    """Bytes at the worst moment of the loss's forward and of its backward, gradients among the latter; and of the
-    workspace's, those that are held from one to the other.
+    """Bytes at the worst moment of the loss's forward and of its backward, gradients among the latter; and those of
+    exponentials that are held from one to the other, in the workspace or in the memory of the head's gradient.
     """
 
     forward: int
@@ -316,7 +316,15 @@ def _cce_in_strips(problem: Problem, filters: bool) -> LossMemory:
         of_tiles = blocks * _TILE * of_tile
         room = problem.workspace_mib * 2**20 - problem.tokens * of_token
         fitting = min(max(room // of_tiles, 0), tiles)
-        held = of_tiles * fitting if fitting * _LEAST_HELD >= tiles else 0
+        in_workspace = fitting if fitting * _LEAST_HELD >= tiles else 0
+        of_rows = _STRIP_TILE * problem.features * problem.itemsize
+        in_gradient = tiles * of_rows // (of_rows + of_tiles) if in_workspace < tiles else 0
+        if in_gradient * _LEAST_HELD >= tiles:
+            in_workspace = min(in_workspace, tiles - in_gradient)
+            sums = max(min(problem.workspace_mib * 2**20, problem.tokens * of_token), _TILE * of_token)
+            workspace = sums + of_tiles * in_workspace + problem.head_bytes
+            held = problem.head_bytes
+        held += of_tiles * in_workspace
         # Hidden states in order, and a strip of exponentials; what does not fit lies in the head's gradient.
         in_order = problem.hidden_bytes + problem.itemsize * blocks * _TILE * tiles * _STRIP_TILE
         backward += min(problem.workspace_mib * 2**20, in_order) + problem.head_bytes

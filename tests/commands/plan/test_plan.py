@@ -383,25 +383,34 @@ def test_workspace_holds_the_strips(tokens, vocabulary, impl, trained):
     filters = impl == "cce"
     planned = loss_memory(impl, Problem(tokens, 2048, vocabulary, 2, trained))
     rows = tokens
-    held = division.tiles_held(tokens, vocabulary, 2048, torch.bfloat16, 1, 128 * 2**20, config) if trained else 0
-    strip_tiles = held
-    if not held:
+    sizes = tokens, vocabulary, 2048, torch.bfloat16, 1, 128 * 2**20, config
+    held, in_gradient = (division.tiles_held(*sizes), division.tiles_in_gradient(*sizes)) if trained else (0, 0)
+    held = strip_tiles = min(held, tiles - in_gradient)
+    of_head = 2 * vocabulary * 2048 * (in_gradient > 0)
+    if in_gradient and not held:
+        of_token = division.bytes_beside(1, tiles, 2048, False, 1, config)
+        rows = max(part.stop - part.start for part in division.pieces_of(tokens, of_token, 128 * 2**20, config))
+    elif not held:
         parts = division.divide(tokens, vocabulary, 2048, torch.bfloat16, filters, 1, 128 * 2**20, 132, config)
         rows, strip_tiles = min(parts.tokens, tokens), parts.tiles
-    of_tile = division.tile_bytes(rows, torch.bfloat16, filters, config)
+    of_strip = torch.bfloat16, filters, config
+    of_tile = division.tile_bytes(rows, *of_strip)
     taken = division.bytes_beside(rows, tiles, 2048, filters, 1, config) + strip_tiles * of_tile
-    assert planned.held == held * of_tile
+    assert planned.held == held * of_tile + of_head
     kept = 2 * tokens * 2048
-    assert taken + kept <= planned.forward <= 128 * 2**20 + kept + 64 * tokens + 32 * vocabulary
-    assert planned.forward < 1.1 * (taken + kept) or taken > 64 * 2**20
+    forward = planned.forward - of_head
+    assert taken + kept <= forward <= 128 * 2**20 + kept + 64 * tokens + 32 * vocabulary
+    assert forward < 1.1 * (taken + kept) or taken > 64 * 2**20
     beside = planned.backward - 2 * kept
     least = 0
     if trained:
         beside -= 2 * vocabulary * 2048
         hidden = torch.empty(tokens, 2048, dtype=torch.bfloat16, device="meta")
-        copied, in_workspace = entry_gradients._division(hidden, 128 * 2**20 - planned.held, config)
-        rest = (2 * copied * 2048 + min(in_workspace, tiles - held) * of_tile) if held < tiles else 0
-        least = planned.held + rest
+        copied, in_workspace = entry_gradients._division(hidden, 128 * 2**20 - held * of_tile, config)
+        again = tiles - held - in_gradient
+        least = held * of_tile
+        if again:
+            least += 2 * copied * 2048 + min(in_workspace, again) * division.tile_bytes(tokens, *of_strip)
     assert least <= beside <= trained * 128 * 2**20 + 64 * tokens + 32 * vocabulary
 
 
