@@ -15,12 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from torchtune_lce.kernels.division import GROUPS, Sample
-from torchtune_lce.kernels.exponentials import WORD_BITS, Strip
+from torchtune_lce.kernels.exponentials import Strip
 from torchtune_lce.kernels.keep_rule import decide
 from torchtune_lce.kernels.launching import Repeated
 from torchtune_lce.kernels.operands import Piece
 from torchtune_lce.kernels.overflow import OVERFLOWS
-from torchtune_lce.kernels.primitives import bits_set
+from torchtune_lce.kernels.primitives import WORD_BITS, bits_set
 from torchtune_lce.kernels.tuning import Config, ceil_div
 
 # Tokens of a row block, its first, that a direction is estimated from.

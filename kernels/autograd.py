@@ -1,4 +1,4 @@
-"""The ``cce`` implementations as two custom operators: what passes between them, and cutting work to the workspace.
+"""The ``cce`` implementations: tiles, forward and back, as two custom operators, or those of strip_operators.py.
 
 Operators, so that torch.compile sees one opaque node each way and CUDA graphs can hold them: nothing in here reads a
 tensor's values on the host.

@@ -1,8 +1,8 @@
-"""Gradients of hidden states, weight, bias and adapter from the kept tiles, in one persistent launch.
+"""Gradients of hidden states, weight, bias and adapter from the kept tiles, in persistent launches.
 
-The kernel walks the plan's strips. For each it computes the kept tiles' logit gradients into a workspace, waits for all
-programs, and multiplies them with the weight and the hidden states: sums run over tiles in a fixed order in registers,
-so there are no locks, no atomics on gradients, and the same bits every time.
+The kernel walks the plan's strips, those of a kind in a launch. For each it computes the kept tiles' logit gradients
+into a workspace, waits for all programs, and multiplies them with the weight and the hidden states: sums run over tiles
+in a fixed order in registers, so there are no locks, no atomics on gradients, and the same bits every time.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Kernels that a first call needs are compiled side by side: one after the other takes some three times as long.
+"""Kernels that a first call needs are compiled side by side: one after the other takes twice as long.
 
 The operator itself says which they are. It begins as ever; at the first launch of what is not compiled it is left, and
 gone through once more without any launch, for the list of them; then it is called again. That needs a function of its

@@ -21,6 +21,7 @@ from torchtune_lce.kernels.division import first_tiles, strip_dtype
 from torchtune_lce.kernels.launching import Repeated
 from torchtune_lce.kernels.operands import Ordered, Piece
 from torchtune_lce.kernels.primitives import (
+    WORD_BITS,
     bitwise_or,
     multiply_add,
     rounded_to_tf32,
@@ -30,8 +31,6 @@ from torchtune_lce.kernels.primitives import (
     times_log2,
 )
 from torchtune_lce.kernels.tuning import Config, ceil_div, programs
-
-WORD_BITS = tl.constexpr(32)
 
 
 @triton.jit

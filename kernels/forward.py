@@ -20,14 +20,17 @@ from torch import Tensor
 from torchtune_lce.kernels.descriptors import has_blocks, in_blocks
 from torchtune_lce.kernels.launching import Repeated, launch
 from torchtune_lce.kernels.operands import Operands, OperandsArgument
-from torchtune_lce.kernels.primitives import add_low_rank, bitwise_or, softcapped, tile_coordinates, times_log2
+from torchtune_lce.kernels.primitives import (
+    DROPPED_MASS_LIMIT,
+    WORD_BITS,
+    add_low_rank,
+    bitwise_or,
+    softcapped,
+    tile_coordinates,
+    times_log2,
+)
 from torchtune_lce.kernels.tuning import Config, ceil_div, config_for, programs
 
-WORD_BITS = tl.constexpr(32)
-
-
-# Trained models leave a few hundredths of the softmax below finfo(bfloat16).eps / 32; a flat softmax leaves all of it.
-DROPPED_MASS_LIMIT = 0.25
 # Of a phase: twice as many as an H100 has multiprocessors. Each phase is two launches, and begins and ends with a card
 # that is partly idle; more tiles would take workspace.
 MOST_TILES = 264
@@ -549,7 +552,7 @@ def lse_and_target_logit(
             activity.words.stride(0) if activity else 0,
         ),
         RECORD=activity is not None,
-        LIMIT=DROPPED_MASS_LIMIT,
+        LIMIT=DROPPED_MASS_LIMIT.value,
         ROW_BLOCK=config.row_block,
         ENTRIES=config.forward_entries,
         TOKENS=config.sample,

@@ -10,10 +10,8 @@ import triton
 import triton.language as tl
 
 from torchtune_lce.kernels.overflow import OVERFLOWS
-from torchtune_lce.kernels.primitives import bits_set, multiply_add
+from torchtune_lce.kernels.primitives import DROPPED_MASS_LIMIT, bits_set, multiply_add
 
-# Trained models leave a few hundredths of the softmax below finfo(bfloat16).eps / 32; a flat softmax leaves all of it.
-DROPPED_MASS_LIMIT = tl.constexpr(0.25)
 TILES_A_STEP = tl.constexpr(64)
 WORDS_A_STEP = tl.constexpr(1024)
 

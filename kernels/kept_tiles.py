@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchtune_lce.kernels.forward import WORD_BITS, Activity
+from torchtune_lce.kernels.forward import Activity
 from torchtune_lce.kernels.launching import launch
+from torchtune_lce.kernels.primitives import WORD_BITS
 from torchtune_lce.kernels.tuning import Config, ceil_div
 
 

@@ -94,4 +94,4 @@ def rows_contiguous(matrix: Tensor | None) -> Tensor | None:
 
 
 def refuse_second_derivative(ctx, *_):
-    raise RuntimeError("impl='cce' has no second derivative (create_graph=True); set impl='reference'")
+    raise RuntimeError("impl='cce' and its presets have no second derivative (create_graph=True); set impl='reference'")

@@ -9,6 +9,10 @@ from torchtune_lce.kernels.tuning import is_interpreted
 IS_INTERPRETED = tl.constexpr(is_interpreted())
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG_2 = tl.constexpr(0.6931471805599453)
+# Entries whose bits a word has.
+WORD_BITS = tl.constexpr(32)
+# Trained models leave a few hundredths of the softmax below finfo(bfloat16).eps / 32; a flat softmax leaves all of it.
+DROPPED_MASS_LIMIT = tl.constexpr(0.25)
 # Depth of products over an adapter's rank, the least that tl.dot takes: addresses of deeper ones spill.
 RANK_DEPTH = tl.constexpr(16)
 # Of loops over products with an adapter's matrix, which are not pipelined: by Triton 3.6, on sm90 in 16 bits, sums over
@@ -83,7 +87,7 @@ def softcap_slope(capped, softcap):
 @triton.jit
 def add_low_rank(logits, operands: OperandsArgument, low_rows, low_mask, up_rows, up_mask, PRECISION: tl.constexpr):
     """logits + low[low_rows] @ up[up_rows]^T, an adapter's part: before the products over D, as all do."""
-    for start in tl.range(0, operands.rank, RANK_DEPTH, num_stages=1):
+    for start in tl.range(0, operands.rank, RANK_DEPTH, num_stages=ADAPTER_STAGES):
         r = start + tl.arange(0, RANK_DEPTH)
         exists = r < operands.rank
         a_at = operands.low + low_rows.to(tl.int64)[:, None] * operands.low_stride + r[None, :]

@@ -1,7 +1,7 @@
 """The walk over strips as two custom operators: losses, with all that the hidden gradient needs, then the gradients.
 
-The second sees no vocabulary but for a projection that is trained: any upstream gradients, and any number of backwards,
-cost two passes over [N, D] for the hidden states.
+The second sees no vocabulary but for a projection that is trained, and for means of capped logits: any upstream
+gradients, and any number of backwards, cost a pass over [N, D] for the hidden states.
 """
 
 from __future__ import annotations  # torch 2.8 compiles nested functions, but not `Tensor | None`

@@ -197,7 +197,7 @@ class KullbackLeibler(nn.Module):
         )
 
     def apply_compile_strategy(self, *args, **kwargs) -> "KullbackLeibler":
-        """Nothing is left to compile: the implementation is one custom operator."""
+        """Nothing is left to compile here: an implementation is one operator, or brings its own compiled steps."""
         return self
 
 
@@ -235,7 +235,7 @@ class LinearForwardKLLoss(KullbackLeibler):
             PyTorch in bounded memory, anywhere; ``torch_compile``: the same, with what stands between the products
             fused by torch.compile; ``reference``: both full logits. ``auto`` is ``cce_exact`` where that runs, else
             ``chunked``.
-        workspace_mib: the most memory in MiB that ``cce_exact`` and ``chunked`` use beyond gradients and O(N + V), and
+        workspace_mib: the most memory in MiB that all but ``reference`` use beyond gradients and O(N + V), and
             beyond hidden states and their gradient's sum, O(N D), where the student's weight or bias is trained.
 
     Raises:

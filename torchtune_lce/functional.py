@@ -51,10 +51,11 @@ def linear_cross_entropy(
         filter_eps: softmax entries below it may be left out of the gradients of the filtering implementations, unless
             together they hold more than a quarter of the softmax, in the mean of a block of 128 tokens: then nothing
             of that block is. ``auto`` is finfo(dtype).eps / 32, None keeps everything.
-        workspace_mib: the most memory in MiB that an implementation may use beyond gradients and O(N + V). With a
-            trained weight or bias ``cce_exact`` may hold it until the backward, and ``chunked`` holds hidden states and
-            their gradient's sum, O(N D), beside it; ``torch_compile`` takes in 16 bits as much again as a float32 sum
-            of the weight's gradient would, or with a frozen weight of the hidden states'.
+        workspace_mib: the most memory in MiB that an implementation may use beyond gradients and O(N + V), where that
+            has room for its smallest pieces. With a trained weight or bias ``cce_exact`` may hold it until the
+            backward, and has the memory of the weight's gradient from the forward on; ``chunked`` holds hidden states
+            and their gradient's sum, O(N D), beside it; ``torch_compile`` takes in 16 bits as much again as a float32
+            sum of the weight's gradient would, or with a frozen weight of the hidden states'.
         return_lse: also return the log-sum-exp of the logits, float32 in the shape of ``targets``, 0 where ignored or
             shifted off. Gradients flow through it.
 

@@ -286,7 +286,7 @@ def test_second_derivatives_are_refused(way, impl, device):
         penalised = value + gradient.square().sum()
         return penalised.backward() if way == "backward" else torch.autograd.grad(penalised, [*tensors.values()])
 
-    with pytest.raises(RuntimeError, match=rf"impl='{impl}' has no second derivative \(create_graph=True\); set impl="):
+    with pytest.raises(RuntimeError, match=rf"impl='{impl}' .*no second derivative \(create_graph=True\); set impl="):
         second()
 
 

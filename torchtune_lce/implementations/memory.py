@@ -24,7 +24,7 @@ LoRA on the output, of rank r, adds its gradients, Vrb and rDb, to those above, 
 thinned out hidden states and their mask, (b + 1)ND. DoRA's scale of the rows has a gradient that needs what it scales:
 stock keeps two more copies of the logits, 2bNV, and holds three of the weight, 3VDb, for the length of its rows.
 
-tests/commands/plan/test_plan.py holds these against allocations measured on the CPU, docs/benchmarks.md against a
+tests/commands/plan/test_plan.py holds these against allocations measured on the CPU, docs/measured.md against a
 card's.
 """
 

@@ -1,5 +1,5 @@
-"""The logits of a call in bounded blocks, and gradients from theirs: what :mod:`torchtune_lce.implementations.chunked`
-and :mod:`torchtune_lce.terms.token_statistics` have in common. Plain PyTorch, for any device.
+"""The logits of a call in bounded blocks, and gradients from theirs: what the losses, divergences and statistics of
+plain PyTorch have in common, for any device.
 
 Tokens are taken in pieces, and for a piece the vocabulary in strips. Logits are not rounded to a dtype of 16 bits, but
 on ROCm and XPU: CUDA has products of such matrices with a float32 result, and for a CPU and MPS the factors are

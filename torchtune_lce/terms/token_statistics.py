@@ -1,6 +1,6 @@
 """Entropy and accuracy of each token's prediction, in one bounded pass over the vocabulary.
 
-No implementation of the loss has them at hand, so this computes the logits once more: 2 N D V operations, a third of
+No implementation of the loss has both at hand, so this computes the logits once more: 2 N D V operations, a third of
 what the loss and its gradients take without filtering. Plain PyTorch, on any device, which it never waits for: that is
 why ignored tokens are computed too.
 

@@ -9,7 +9,7 @@ Fine-tunes a small model on real text with torchtune's own loss and with this pa
 compares the losses step by step. With --method dpo it learns, by LoRA, to tell answers from those to other questions,
 with torchtune's log-probabilities and with this package's. Nothing is downloaded: the text is the documentation in
 Python's standard library, the tokenizer is trained on its source, the model has random weights. Uses a CUDA GPU if
-there is one; on two CPU cores it takes up to three minutes. Exit status: 0 if the losses agree, 1 if they differ by
+there is one; on two CPU cores it takes a minute or two. Exit status: 0 if the losses agree, 1 if they differ by
 more than rounding, 2 if it could not run.
 """
 DEFAULT_STEPS = 20

@@ -1,1 +1,1 @@
-"""``tune-lce plan``: what a fine-tune will allocate, from its config alone."""
+"""``tune-lce plan``: what a fine-tune, a distillation or DPO will allocate, from its config alone."""
