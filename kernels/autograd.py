@@ -404,7 +404,7 @@ def _division(
     row_blocks = ceil_div(tokens, config.row_block)
     columns = ceil_div(vocabulary, config.entry_tile)
     workspace = workspace_mib * 2**20
-    # The last is the plan's, and the forward's bits.
+    # Of an entry its key, which is sorted with where it comes from; of a tile the plan's lists, and the forward's bits.
     left = workspace - 24 * vocabulary - 64 * columns * row_blocks
     if wanted.hidden is not None:
         left -= tokens * _sum_bytes(hidden)

@@ -199,7 +199,7 @@ def bytes_beside(places: int, tiles: int, features: int, filters: bool, sums_a_t
 
     ``sums_a_tile`` and token: one of E, and where they are wanted of E times its exponent, and of logits.
     """
-    numbers = places * (features + sums_a_tile * (max(tiles, 2) + 2) + 1)
+    numbers = places * (features + sums_a_tile * (tiles + 2) + 1)
     if filters:
         sampled = Sample.of(0, 1, 1, tiles).tiles
         row_blocks = ceil_div(places, config.row_block)

@@ -74,6 +74,7 @@ def _mean_kernel(
         own_tile = first_sampled + step // steps * sample_every
         entry = own_tile * ENTRIES + step % steps * BLOCK_K + in_step
         at = dropped_columns + group.to(tl.int64)[:, None] * (tiles * ENTRIES) + place[None, :]
+        # The first strip is narrower than the others, by `before_first` tiles.
         flag = strip_is_whole + (own_tile + before_first) // strip_tiles * row_blocks_total + group * blocks_a_group
         counts = tl.load(flag, mask=group < groups, other=1) == 0
         q = tl.load(at, mask=counts[:, None], other=0.0)

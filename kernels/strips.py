@@ -137,13 +137,13 @@ def walk_rows(
         strips = [Tiles(strip, 0, tiles)]
     totals = empty(places, features)
     # Each from a multiple of 16 bytes on: kernels are compiled for such addresses or for others.
-    sums_of_tiles = empty(sums_a_tile, ceil_div(max(tiles, 2) * places, 4) * 4)
+    sums_of_tiles = empty(sums_a_tile, ceil_div(tiles * places, 4) * 4)
     kinds = sums_a_tile + 2 + with_entropy
     sums_of_rows = empty(kinds * places)
     for number, first in enumerate(range(0, tokens, places)):
         here = slice(first, first + places)
         piece = Piece(operands, rows[here], count, first, values[here], labels[here], *logits[:, here].unbind())
-        tile_sums = sums_of_tiles[:, : max(tiles, 2) * piece.tokens]
+        tile_sums = sums_of_tiles[:, : tiles * piece.tokens]
         of_rows = sums_of_rows[: kinds * piece.tokens].view(kinds, piece.tokens)
         redone, of_tiles = of_rows[sums_a_tile:], Sums.of(tile_sums, with_entropy, with_mean)
         row_sums = Sums.of(of_rows[:sums_a_tile], with_entropy, with_mean)

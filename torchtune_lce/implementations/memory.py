@@ -296,7 +296,7 @@ def _cce_in_strips(problem: Problem, filters: bool) -> LossMemory:
     sample for 16 groups of tokens, which 16 programs multiply.
     """
     tiles = -(-problem.vocabulary // _STRIP_TILE)
-    of_token = 4 * (problem.features + max(tiles, 2) + 3)
+    of_token = 4 * (problem.features + tiles + 3)
     of_tile = _STRIP_TILE * problem.itemsize
     of_all = 0
     if filters:
