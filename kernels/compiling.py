@@ -2,7 +2,8 @@
 
 The operator itself says which they are. It begins as ever; at the first launch of what is not compiled it is left, and
 gone through once more without any launch, for the list of them; then it is called again. That needs a function of its
-arguments alone, which launches on memory that it allocates, and asks none of it.
+arguments alone, which launches on memory that it allocates, and asks none of it; one that overwrites an argument says
+``way.set(Way.IN_TURN)`` first.
 """
 
 from __future__ import annotations

@@ -73,6 +73,7 @@ def entry_gradients(
     given = scale_states(hidden, rows, count, shares, d_losses, d_log_sums, scaled)
     products = _Products(given, count, d_weight, d_bias, hidden.dtype, config)
     end, tiles = weight.shape[0], ceil_div(weight.shape[0], config.forward_entries)
+    # The gradient's first: rows of the others are written over it.
     for strip in (in_gradient, held):
         if len(strip):
             tiles -= len(strip) // config.forward_entries

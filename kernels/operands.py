@@ -147,8 +147,8 @@ class Walk(NamedTuple):
     shares: Tensor
     entropies: Tensor  # [N] float32, or [0]
     means: Tensor  # [N] float32, or [0]: of the logits, less the references
-    # In one dimension, see strips.as_strip: E of entries, 0 at targets; of no meaning in row blocks past those in use.
-    # The vocabulary's last are in memory that the weight's gradient takes over, those before them in the workspace's.
+    # E of entries, 0 at targets, see strips.empty_held; of no meaning in row blocks past those in use. The vocabulary's
+    # last are in memory that the weight's gradient takes over, those before them in the workspace's.
     held: Tensor
     in_gradient: Tensor
 

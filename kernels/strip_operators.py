@@ -12,6 +12,7 @@ from torch import Tensor
 from torchtune_lce.inputs.filtering import open_record
 from torchtune_lce.inputs.losses import Losses
 from torchtune_lce.inputs.options import Options
+from torchtune_lce.kernels.compiling import Way, way
 from torchtune_lce.kernels.division import tiles_in_gradient
 from torchtune_lce.kernels.entry_gradients import entry_gradients
 from torchtune_lce.kernels.mean_gradients import add_mean_gradients
@@ -25,7 +26,7 @@ from torchtune_lce.kernels.operators import (
 )
 from torchtune_lce.kernels.places import compact
 from torchtune_lce.kernels.row_gradients import row_gradients
-from torchtune_lce.kernels.strips import as_strip, empty_held, holds, walk_rows
+from torchtune_lce.kernels.strips import empty_held, holds, strip_in_gradient, strip_in_workspace, walk_rows
 from torchtune_lce.kernels.tuning import ceil_div, config_for
 
 
@@ -194,6 +195,9 @@ def _backward(
     """Gradients by hidden, weight and bias, empty where ``needs`` has no True. Without the latter two, and without
     d_means, hidden may be None. ``overwrites``: the weight's takes the memory of ``in_gradient``.
     """
+    if overwrites:
+        # From its first launch on: it cannot be left for kernels to be compiled side by side, and begin again.
+        way.set(Way.IN_TURN)
     d_nll, d_lse = scaled_upstream(d_nll, logit_scale), scaled_upstream(d_lse, logit_scale)
     if d_nll is None:
         d_nll = coefficients.new_zeros(1).expand(rows.numel())
@@ -202,9 +206,7 @@ def _backward(
     workspace = workspace_mib * 2**20 - held.nbytes
     # What is scaled, until it is filled.
     d_hidden = torch.empty_like(values)
-    d_weight = (
-        in_gradient.detach().view(weight.shape) if overwrites else weight.new_empty(weight.shape if needs_weight else 0)
-    )
+    d_weight = in_gradient.detach() if overwrites else weight.new_empty(weight.shape if needs_weight else 0)
     d_bias = weight.new_empty(weight.shape[0] if needs_bias else 0)
     if needs_weight or needs_bias:
         config, tokens = config_for(weight.device, weight.dtype), rows.numel()
@@ -214,8 +216,8 @@ def _backward(
             labels,
             count,
             shares,
-            as_strip(held, tokens, config),
-            as_strip(in_gradient, tokens, config, gradient_tiles),
+            strip_in_workspace(held, tokens, config),
+            strip_in_gradient(in_gradient, gradient_tiles, tokens, config),
             d_nll,
             d_lse,
             d_hidden,
@@ -257,6 +259,7 @@ def _setup_context(ctx, inputs, output) -> None:
     of_logits = (hidden, weight, bias) if is_trained or with_mean else (None, weight, None)
     ctx.save_for_backward(*of_logits, values, coefficients, shares, *held, rows, labels, count)
     ctx.settings = softcap, logit_scale, gradient_tiles, workspace_mib
+    ctx.is_overwritten = False
     ctx.record = open_record(rows)
     if ctx.record and dropped_mass.numel():
         ctx.record.dropped_mass.copy_(dropped_mass)
@@ -280,8 +283,15 @@ def _differentiate(ctx, d_nll, _, d_lse, *others):
     d_means = others[6]
     softcap, logit_scale, gradient_tiles, workspace_mib = ctx.settings
     needs, saved = list(ctx.needs_input_grad[:3]), ctx.saved_tensors
-    # The last look at what is in there. An operator's result may not be in the memory of its arguments.
-    overwrites = gradient_tiles > 0 and needs[1] and not graph_is_kept() and not somebody_listens(saved)
+    if ctx.is_overwritten:
+        raise RuntimeError(
+            "this backward of impl='cce' or a preset has begun before, without retain_graph=True, and what it needs is "
+            "overwritten; compute the loss again"
+        )
+    # No other backward looks into that memory, and none traces: an operator's result may not be its argument's memory.
+    overwrites = ctx.is_overwritten = (
+        gradient_tiles > 0 and needs[1] and not graph_is_kept() and not somebody_listens(saved)
+    )
     gradients = _strip_cross_entropy_backward(
         d_nll, d_lse, d_means, *saved, softcap, logit_scale, needs, gradient_tiles, overwrites, workspace_mib
     )

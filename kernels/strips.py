@@ -122,8 +122,9 @@ def walk_rows(
     logits = reference_logits(operands, targets, rows, count, values, config)
     tiles = ceil_div(vocabulary, config.forward_entries)
     workers = programs(hidden.device)
-    held = as_strip(results.held, tokens, config), as_strip(results.in_gradient, tokens, config, gradient_tiles)
-    is_held = any(map(len, held))
+    in_workspace = strip_in_workspace(results.held, tokens, config)
+    in_gradient = strip_in_gradient(results.in_gradient, gradient_tiles, tokens, config)
+    is_held = bool(len(in_workspace) or len(in_gradient))
     if is_held:
         of_token = bytes_beside(1, tiles, features, False, sums_a_tile, config)
         pieces = len(pieces_of(tokens, of_token, workspace - results.held.nbytes, config))
@@ -150,7 +151,7 @@ def walk_rows(
         left_out, kept_strips = None, (None, None)
         if is_held:
             columns = slice(first, first + ceil_div(piece.tokens, config.row_block) * config.row_block)
-            strips, kept_strips = held_strips(*(x[:, columns] for x in held), tiles, config)
+            strips, kept_strips = held_strips(in_workspace[:, columns], in_gradient[:, columns], tiles, config)
         if filters:
             blocks = slice(first // config.row_block, ceil_div(first + piece.tokens, config.row_block))
             sample = Sample.of(number, ceil_div(tokens, places), blocks.stop - blocks.start, tiles)
@@ -202,37 +203,42 @@ def empty_held(
         columns = ceil_div(tokens, config.row_block) * config.row_block
         size = torch.sym_max(tiles * config.forward_entries * columns, 2)
     held = hidden.new_empty(size, dtype=strip_dtype(hidden.dtype))
-    return held, hidden.new_empty(vocabulary * hidden.shape[1] if gradient_tiles else 0)
+    # A view of it, as a gradient, could not be changed in place as others can.
+    return held, hidden.new_empty((vocabulary, hidden.shape[1]) if gradient_tiles else 0)
 
 
-def as_strip(held: Tensor, tokens: int, config: Config, tiles: int | None = None) -> Tensor:
-    """[entries, whole row blocks of N] in what :func:`empty_held` has made: ``tiles``, or all that it has room for."""
+def strip_in_workspace(held: Tensor, tokens: int, config: Config) -> Tensor:
+    """[entries, whole row blocks of N]: of the first that :func:`empty_held` has made all that it has room for."""
     columns = max(ceil_div(tokens, config.row_block), 1) * config.row_block
-    if tiles is None:
-        return held[: held.numel() // columns * columns].view(-1, columns)
-    dtype = strip_dtype(held.dtype)
-    size = tiles * config.forward_entries * columns * dtype.itemsize // held.element_size()
-    return held[:size].view(dtype).view(-1, columns)
+    return held[: held.numel() // columns * columns].view(-1, columns)
+
+
+def strip_in_gradient(gradient: Tensor, tiles: int, tokens: int, config: Config) -> Tensor:
+    """[entries, whole row blocks of N]: as many ``tiles`` in the first rows of the second."""
+    columns = max(ceil_div(tokens, config.row_block), 1) * config.row_block
+    dtype = strip_dtype(gradient.dtype)
+    size = tiles * config.forward_entries * columns * dtype.itemsize // gradient.element_size()
+    return gradient.view(-1)[:size].view(dtype).view(-1, columns)
 
 
 def held_strips(
-    held: Tensor, in_gradient: Tensor, tiles: int, config: Config
+    in_workspace: Tensor, in_gradient: Tensor, tiles: int, config: Config
 ) -> tuple[list[Tiles], tuple[Held | None, Held | None]]:
-    """The strips of a vocabulary of ``tiles`` whose last ones stay in these memories, and what stays in each.
+    """The strips of a vocabulary of ``tiles`` whose last ones stay in these memories; and what stays, for kernels.
 
     All before the gradient's are made in the workspace's memory, or where that has none in the gradient's.
     """
     strips, first = [], tiles - len(in_gradient) // config.forward_entries
-    if len(held):
-        strips.append(Tiles(Strip.held(held, first, config), 0, first))
+    if len(in_workspace):
+        strips.append(Tiles(Strip.held(in_workspace, first, config), 0, first))
     if len(in_gradient):
-        start = first if len(held) else 0
+        start = first if len(in_workspace) else 0
         strips.append(Tiles(Strip.held(in_gradient, tiles - start, config), start, tiles))
-    return strips, (_kept(held, first, config), _kept(in_gradient, tiles, config))
+    return strips, (_kept(in_workspace, first, config), _kept(in_gradient, tiles, config))
 
 
 def _kept(values: Tensor, end: int, config: Config) -> Held | None:
-    """Of the tiles before ``end``."""
+    """What ``values`` are of the tiles before ``end``; None where they are none."""
     entries = end * config.forward_entries
     return Held(values, entries - len(values), entries, values.stride(0)) if len(values) else None
 

@@ -12,7 +12,7 @@ from torch.autograd import grad
 pytest.importorskip("triton")
 
 from torchtune_lce import linear_cross_entropy
-from torchtune_lce.kernels import division, entry_gradients, strip_operators, strips, tuning, weight_product
+from torchtune_lce.kernels import compiling, division, entry_gradients, strip_operators, strips, tuning, weight_product
 from torchtune_lce.kernels.entry_gradients import BackwardStrip, backward_strips
 from torchtune_lce.kernels.places import compact
 from torchtune_lce.kernels.reference_logits import reference_logits
@@ -284,8 +284,9 @@ def test_the_gradient_takes_over_what_is_held_in_its_memory(device, monkeypatch)
     assert own[1].data_ptr() == in_gradient.data_ptr() != kept[1].data_ptr()
     assert all(torch.equal(*pair) for pair in zip(own, kept, strict=True))
     # A tensor as any other, without the graph that its memory comes from.
+    assert own[1]._base is None
     assert not own[1].requires_grad
-    own[1].mul_(2)
+    own[1].add_(0.1 * weight)
     loss().backward()
     assert weight.grad.data_ptr() == made[-1][1].data_ptr()
     assert torch.equal(weight.grad, kept[1])
@@ -293,6 +294,61 @@ def test_the_gradient_takes_over_what_is_held_in_its_memory(device, monkeypatch)
     second = loss()
     grad(second, hidden, retain_graph=True)
     assert torch.equal(grad(second, weight)[0], kept[1])
+
+
+def held_in_gradient(device):
+    hidden, weight, _, targets = operands(device, tokens=300, vocabulary=2000, width=512, with_bias=False)
+    loss = linear_cross_entropy(hidden, weight, targets, impl="cce_exact", reduction="sum", workspace_mib=1)
+    losses, _, right = exact(hidden, weight, None, targets)
+    return loss, weight, grad(losses.sum(), right[1])[0]
+
+
+def test_what_is_overwritten_is_not_begun_again_for_compiling(device, monkeypatch):
+    """A kernel that is missing after the first launch is compiled in its turn."""
+    made, ways = entry_gradients.strip_again, []
+
+    def missing(*arguments):
+        launch = made(*arguments)
+
+        def noted(*numbers):
+            ways.append(compiling.way.get())
+            launch(*numbers)
+
+        return noted
+
+    monkeypatch.setattr(entry_gradients, "strip_again", missing)
+    loss, weight, wanted = held_in_gradient(device)
+    token = compiling.way.set(compiling.Way.FIND)
+    try:
+        loss.backward()
+    finally:
+        compiling.way.reset(token)
+    assert set(ways) == {compiling.Way.IN_TURN}
+    assert far(weight.grad, wanted) < 1e-6
+
+
+def test_a_backward_that_failed_is_not_begun_again(device, monkeypatch):
+    """Its gradient is written where exponentials were."""
+
+    def fail(*_):
+        raise torch.OutOfMemoryError
+
+    row_gradients = strip_operators.row_gradients
+    loss, weight, wanted = held_in_gradient(device)
+    monkeypatch.setattr(strip_operators, "row_gradients", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        loss.backward()
+    monkeypatch.setattr(strip_operators, "row_gradients", row_gradients)
+    with pytest.raises(RuntimeError, match="compute the loss again"):
+        loss.backward()
+    # One that may run again leaves them.
+    loss, weight, wanted = held_in_gradient(device)
+    monkeypatch.setattr(strip_operators, "row_gradients", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        loss.backward(retain_graph=True)
+    monkeypatch.setattr(strip_operators, "row_gradients", row_gradients)
+    loss.backward()
+    assert far(weight.grad, wanted) < 1e-6
 
 
 @pytest.mark.parametrize("way", ["frozen", "bias alone", "compiled"])
