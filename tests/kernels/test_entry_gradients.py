@@ -21,13 +21,8 @@ FOUND = division.tiles_in_gradient
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
 
-@pytest.fixture(
-    params=[(0, 0), (2, 0), (100, 0), (0, 2), (1, 2), (100, 1)],
-    ids=["nothing-held", "some-held", "all-held", "in-the-gradient", "in-both", "all-in-both"],
-)
-def tiles_held(request, monkeypatch):
-    """Of the forward's strips: whatever the workspace holds, and as many as go into the gradient's memory."""
-    in_workspace, in_gradient = request.param
+def hold(monkeypatch, in_workspace: int, in_gradient: int) -> None:
+    """Tiles of the forward's, whatever the workspace holds, and as many as go into the gradient's memory."""
 
     def held_in_workspace(_, vocabulary, *rest):
         return min(in_workspace, -(-vocabulary // rest[-1].forward_entries))
@@ -37,6 +32,14 @@ def tiles_held(request, monkeypatch):
 
     monkeypatch.setattr(strips, "tiles_held", held_in_workspace)
     monkeypatch.setattr(strip_operators, "tiles_in_gradient", held_in_gradient)
+
+
+@pytest.fixture(
+    params=[(0, 0), (2, 0), (100, 0), (0, 2), (1, 2), (100, 1)],
+    ids=["nothing-held", "some-held", "all-held", "in-the-gradient", "in-both", "all-in-both"],
+)
+def tiles_held(request, monkeypatch):
+    hold(monkeypatch, *request.param)
     return sum(request.param)
 
 
@@ -271,10 +274,11 @@ def test_the_gradient_takes_over_what_is_held_in_its_memory(device, monkeypatch)
     made = []
     empty = strips.empty_held
     monkeypatch.setattr(strips, "empty_held", lambda *sizes: made.append(empty(*sizes)) or made[-1])
-    hidden, weight, _, targets = operands(device, tokens=300, vocabulary=2000, width=512, with_bias=False)
+    hold(monkeypatch, 1, 2)
+    hidden, weight, _, targets = operands(device, with_bias=False)
 
     def loss():
-        return linear_cross_entropy(hidden, weight, targets, impl="cce_exact", workspace_mib=1)
+        return linear_cross_entropy(hidden, weight, targets, impl="cce_exact")
 
     first = loss()
     ((held, in_gradient),) = made
@@ -296,9 +300,11 @@ def test_the_gradient_takes_over_what_is_held_in_its_memory(device, monkeypatch)
     assert torch.equal(grad(second, weight)[0], kept[1])
 
 
-def held_in_gradient(device):
-    hidden, weight, _, targets = operands(device, tokens=300, vocabulary=2000, width=512, with_bias=False)
-    loss = linear_cross_entropy(hidden, weight, targets, impl="cce_exact", reduction="sum", workspace_mib=1)
+def held_in_gradient(device, monkeypatch):
+    """A loss of which some is, its weight, and what the gradient of that must be."""
+    hold(monkeypatch, 1, 2)
+    hidden, weight, _, targets = operands(device, with_bias=False)
+    loss = linear_cross_entropy(hidden, weight, targets, impl="cce_exact", reduction="sum")
     losses, _, right = exact(hidden, weight, None, targets)
     return loss, weight, grad(losses.sum(), right[1])[0]
 
@@ -317,7 +323,7 @@ def test_what_is_overwritten_is_not_begun_again_for_compiling(device, monkeypatc
         return noted
 
     monkeypatch.setattr(entry_gradients, "strip_again", missing)
-    loss, weight, wanted = held_in_gradient(device)
+    loss, weight, wanted = held_in_gradient(device, monkeypatch)
     token = compiling.way.set(compiling.Way.FIND)
     try:
         loss.backward()
@@ -334,7 +340,7 @@ def test_a_backward_that_failed_is_not_begun_again(device, monkeypatch):
         raise torch.OutOfMemoryError
 
     row_gradients = strip_operators.row_gradients
-    loss, weight, wanted = held_in_gradient(device)
+    loss, weight, wanted = held_in_gradient(device, monkeypatch)
     monkeypatch.setattr(strip_operators, "row_gradients", fail)
     with pytest.raises(torch.OutOfMemoryError):
         loss.backward()
@@ -342,7 +348,7 @@ def test_a_backward_that_failed_is_not_begun_again(device, monkeypatch):
     with pytest.raises(RuntimeError, match="compute the loss again"):
         loss.backward()
     # One that may run again leaves them.
-    loss, weight, wanted = held_in_gradient(device)
+    loss, weight, wanted = held_in_gradient(device, monkeypatch)
     monkeypatch.setattr(strip_operators, "row_gradients", fail)
     with pytest.raises(torch.OutOfMemoryError):
         loss.backward(retain_graph=True)
