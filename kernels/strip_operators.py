@@ -73,8 +73,8 @@ def _tiles_in_gradient(hidden: Tensor, weight: Tensor, sums_a_tile: int, workspa
     if somebody_listens((hidden, weight)) or not hidden.numel():
         return 0
     config = config_for(hidden.device, hidden.dtype)
-    sizes = (*hidden.shape[:1], *weight.shape, hidden.dtype)
-    return tiles_in_gradient(*sizes, sums_a_tile, workspace_mib * 2**20, config)
+    workspace = workspace_mib * 2**20
+    return tiles_in_gradient(hidden.shape[0], *weight.shape, hidden.dtype, sums_a_tile, workspace, config)
 
 
 torch.library.define(

@@ -122,9 +122,13 @@ def walk_rows(
     logits = reference_logits(operands, targets, rows, count, values, config)
     tiles = ceil_div(vocabulary, config.forward_entries)
     workers = programs(hidden.device)
-    in_workspace = strip_in_workspace(results.held, tokens, config)
-    in_gradient = strip_in_gradient(results.in_gradient, gradient_tiles, tokens, config)
-    is_held = bool(len(in_workspace) or len(in_gradient))
+    held = results.held, results.in_gradient
+    if room:
+        held = (
+            strip_in_workspace(results.held, tokens, config),
+            strip_in_gradient(results.in_gradient, gradient_tiles, tokens, config),
+        )
+    is_held = any(map(len, held))
     if is_held:
         of_token = bytes_beside(1, tiles, features, False, sums_a_tile, config)
         pieces = len(pieces_of(tokens, of_token, workspace - results.held.nbytes, config))
@@ -151,7 +155,7 @@ def walk_rows(
         left_out, kept_strips = None, (None, None)
         if is_held:
             columns = slice(first, first + ceil_div(piece.tokens, config.row_block) * config.row_block)
-            strips, kept_strips = held_strips(in_workspace[:, columns], in_gradient[:, columns], tiles, config)
+            strips, kept_strips = held_strips(*(strip[:, columns] for strip in held), tiles, config)
         if filters:
             blocks = slice(first // config.row_block, ceil_div(first + piece.tokens, config.row_block))
             sample = Sample.of(number, ceil_div(tokens, places), blocks.stop - blocks.start, tiles)
