@@ -69,25 +69,15 @@ def cuda_timer(run: Callable[[], object], parts: int = 1) -> Timing:
     run()
     torch.cuda.synchronize()
     flush = _flush()
-    calls = max(1, _ESTIMATING_CALLS // parts)
-    start, end = _events()
-    start.record()
-    for _ in range(calls):
+
+    def cleared() -> None:
         flush.zero_()
         run()
-    end.record()
-    torch.cuda.synchronize()
-    estimate = start.elapsed_time(end) / calls * parts
+
+    estimate = _mean_ms(cleared, max(1, _ESTIMATING_CALLS // parts)) * parts
     for _ in range(max(1, int(_WARMUP_MS / estimate))):
         run()
-    pairs = [_events() for _ in range(max(1, int(_MEASURING_MS / estimate)))]
-    for start, end in pairs:
-        flush.zero_()
-        start.record()
-        run()
-        end.record()
-    torch.cuda.synchronize()
-    return Timing(tuple(start.elapsed_time(end) for start, end in pairs))
+    return _each(run, flush.zero_, max(1, int(_MEASURING_MS / estimate)))
 
 
 def queued_timer(run: Callable[[], object], host: float, parts: int = 1) -> Timing:
@@ -99,17 +89,31 @@ def queued_timer(run: Callable[[], object], host: float, parts: int = 1) -> Timi
     """
     run()
     flush = _flush()
-    start, end = _events()
-    start.record()
-    for _ in range(_ESTIMATING_CALLS):
-        flush.zero_()
-    end.record()
-    torch.cuda.synchronize()
-    flushes = math.ceil(2 * host / (start.elapsed_time(end) / _ESTIMATING_CALLS))
-    pairs = [_events() for _ in range(max(1, _QUEUED_CALLS // parts))]
-    for start, end in pairs:
+    flushes = math.ceil(2 * host / _mean_ms(flush.zero_, _ESTIMATING_CALLS))
+
+    def keep_busy() -> None:
         for _ in range(flushes):
             flush.zero_()
+
+    return _each(run, keep_busy, max(1, _QUEUED_CALLS // parts))
+
+
+def _mean_ms(run: Callable[[], object], calls: int) -> float:
+    """The card's milliseconds a call, of so many one after the other."""
+    start, end = _events()
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / calls
+
+
+def _each(run: Callable[[], object], before: Callable[[], object], calls: int) -> Timing:
+    """CUDA events round each of so many calls, after ``before``; the host waits for the card at the end alone."""
+    pairs = [_events() for _ in range(calls)]
+    for start, end in pairs:
+        before()
         start.record()
         run()
         end.record()
