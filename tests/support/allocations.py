@@ -61,17 +61,19 @@ def gradient_bytes(inputs: dict) -> int:
 
 
 def usage(call: Callable[[], None], device: torch.device, interpreted: bool) -> Usage:
-    """By the allocator's own record: of every block on a CPU, of its statistics on a card.
+    """By the allocator's own record: of every block on a CPU, of its statistics on a card, where what was asked for
+    counts: a block that has room for it may be 1 MiB larger.
 
     Triton's interpreter leaves its arguments to the garbage collector.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
         torch.cuda.reset_peak_memory_stats()
         call()
         torch.cuda.synchronize()
-        return Usage(torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before)
+        after = torch.cuda.memory_stats()
+        return Usage(*(after[f"requested_bytes.all.{when}"] - before for when in ("peak", "current")))
     if interpreted:
         gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
