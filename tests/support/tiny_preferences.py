@@ -105,7 +105,7 @@ def assert_equal_steps(ours: Path, stock: Path, steps: int = 10, tolerance: floa
     # LoRA starts as the reference does, and warms up from a rate of 0.
     assert len(set(stock["loss"])) >= steps - 1, "stock's losses must change, or equality says nothing"
     # While the policy is the reference still, as in the first step, rounding alone decides.
-    undecided = [not margin for margin in stock["rewards/margins"]]
+    undecided = [abs(margin) <= tolerance for margin in stock["rewards/margins"]]
     for name in ("loss", *METRICS):
         if name == "rewards/accuracies":
             ours[name] = [b if tie else a for a, b, tie in zip(ours[name], stock[name], undecided, strict=True)]
