@@ -77,6 +77,12 @@ class Call:
         names = ("teacher_hidden", "teacher_weight", "teacher_bias")
         return names[: 2 + self.bias] if self.shares else ()
 
+    def sizes(self, config) -> tuple[int, int, int]:
+        """Tokens, entries and features with a :class:`Config`."""
+        tokens = self.tokens[0] * config.row_block + self.tokens[1]
+        vocabulary = self.vocabulary[0] * config.entry_tile + self.vocabulary[1]
+        return tokens, vocabulary, self.width or config.features
+
 
 CALLS = (
     Call("sparse, even", width=None, ignored=True),
@@ -118,9 +124,9 @@ CALLS = (
     # Of two pieces of tokens, whose sums leave no room in the workspace.
     Call(
         "held in the gradient",
-        tokens=(8, 100),
+        tokens=(4, 100),
         vocabulary=(14, 8),
-        width=264,
+        width=528,
         impl="cce_exact",
         ignored=True,
         workspace_mib=1,
@@ -394,9 +400,7 @@ def operands(call: Call, dtype, device) -> tuple[dict, "object"]:
     from torchtune_lce.kernels.tuning import config_for
 
     config = config_for(device, dtype)
-    tokens = call.tokens[0] * config.row_block + call.tokens[1]
-    vocabulary = call.vocabulary[0] * config.entry_tile + call.vocabulary[1]
-    width = call.width or config.features
+    tokens, vocabulary, width = call.sizes(config)
     torch.manual_seed(0)
     leaves = {"hidden": torch.randn(tokens, width), "weight": torch.randn(vocabulary, width) * 2 / width**0.5}
     alive = vocabulary // 3 or 1

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import sanitizer
+import torch
 
-from torchtune_lce.kernels.tuning import is_interpreted
+from torchtune_lce.kernels.division import bytes_beside, tiles_held, tiles_in_gradient
+from torchtune_lce.kernels.tuning import _cuda_config, ceil_div, is_interpreted
 
 LOG = Path("a.log")
 
@@ -75,6 +77,20 @@ def test_the_calls_meet_every_flag_of_every_kernel(met):
     # Nothing stands among what cannot be met there that is met.
     excused = [line for line in sanitizer.IN_INTERPRETER if dtype in line[3]]
     assert len(sanitizer.missing(coverage, dtype, ())) == len(excused)
+
+
+@pytest.mark.parametrize("dtype", sanitizer.DTYPES)
+def test_a_cards_tiles_are_held_in_the_gradient_too(dtype):
+    """And of two pieces of tokens: what the interpreter's tiles do says nothing of theirs."""
+    (call,) = (call for call in sanitizer.CALLS if call.name == "held in the gradient")
+    dtype = getattr(torch, dtype)
+    config = _cuda_config((9, 0), dtype, "tf32x3")
+    tokens, vocabulary, features = call.sizes(config)
+    workspace = call.workspace_mib * 2**20
+    assert tiles_held(tokens, vocabulary, features, dtype, 1, workspace, config) == 0
+    assert tiles_in_gradient(tokens, vocabulary, features, dtype, 1, workspace, config) > 0
+    tiles = ceil_div(vocabulary, config.forward_entries)
+    assert workspace < bytes_beside(tokens, tiles, features, False, 1, config) < 2 * workspace
 
 
 def test_a_flag_that_was_never_on_is_missed(met):
