@@ -67,6 +67,12 @@ def graph_is_kept() -> bool:
     return ask is None or ask()
 
 
+def saved_tensors_are_hooked() -> bool:
+    """Whether what autograd saves is moved by somebody, or made again (checkpoints); also where torch does not say."""
+    ask = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return ask is None or ask(False) is not None
+
+
 def _needs_gradient(arguments: tuple) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
 

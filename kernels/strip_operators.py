@@ -22,6 +22,7 @@ from torchtune_lce.kernels.operators import (
     operator,
     refuse_second_derivative,
     rows_contiguous,
+    saved_tensors_are_hooked,
     somebody_listens,
 )
 from torchtune_lce.kernels.places import compact
@@ -69,8 +70,11 @@ def token_losses(
 
 
 def _tiles_in_gradient(hidden: Tensor, weight: Tensor, sums_a_tile: int, workspace_mib: int) -> int:
-    """0 for tracers: to them the gradient is another operator's result, and cannot be this one's before."""
-    if somebody_listens((hidden, weight)) or not hidden.numel():
+    """0 for tracers: to them the gradient is another operator's result, and cannot be this one's before.
+
+    And where saved tensors are moved or made again: with a gradient's size that costs more than it spares.
+    """
+    if somebody_listens((hidden, weight)) or saved_tensors_are_hooked() or not hidden.numel():
         return 0
     config = config_for(hidden.device, hidden.dtype)
     workspace = workspace_mib * 2**20

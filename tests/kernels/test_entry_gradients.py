@@ -3,11 +3,14 @@
 import dataclasses
 import itertools
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import grad
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
@@ -357,21 +360,38 @@ def test_a_backward_that_failed_is_not_begun_again(device, monkeypatch):
     assert far(weight.grad, wanted) < 1e-6
 
 
-@pytest.mark.parametrize("way", ["frozen", "bias alone", "compiled"])
+@pytest.mark.parametrize("way", ["frozen", "bias alone", "compiled", "hooked"])
 def test_nothing_else_holds_a_gradients_memory(way, device, monkeypatch):
     found = []
     empty = strips.empty_held
     monkeypatch.setattr(strips, "empty_held", lambda *sizes: found.append(empty(*sizes)) or found[-1])
     hidden, weight, bias, targets = operands(device, tokens=300, vocabulary=2000, width=512)
-    weight.requires_grad_(way == "compiled")
+    weight.requires_grad_(way in ("compiled", "hooked"))
     bias.requires_grad_(way != "frozen")
 
     def loss():
         return linear_cross_entropy(hidden, weight, targets, bias, impl="cce_exact", workspace_mib=1)
 
-    (torch.compile(loss, backend="aot_eager") if way == "compiled" else loss)()
+    # What moves activations to the host, for one, would move it too.
+    with torch.autograd.graph.save_on_cpu() if way == "hooked" else nullcontext():
+        (torch.compile(loss, backend="aot_eager") if way == "compiled" else loss)()
     assert found
     assert not any(in_gradient.numel() for _, in_gradient in found)
+
+
+def test_a_checkpoint_holds_the_same_in_both_of_its_passes(device, monkeypatch):
+    """Though a mode, as this one, sees the first of them alone: torch compares what each of them saves."""
+    hold(monkeypatch, 1, 2)
+    hidden, weight, bias, targets = operands(device)
+
+    def loss(hidden):
+        return linear_cross_entropy(hidden, weight, targets, bias, impl="cce_exact", reduction="sum")
+
+    with FlopCounterMode(display=False):
+        found = checkpoint(loss, hidden, use_reentrant=False)
+    losses, _, right = exact(hidden, weight, bias, targets)
+    for actual, wanted in zip(grad(found, (hidden, weight, bias)), grad(losses.sum(), right), strict=True):
+        assert far(actual, wanted) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
