@@ -30,7 +30,7 @@ LONG_SIZES = LONG.width, LONG.vocabulary, torch.bfloat16, WORKSPACE_MIB, 1
 FEW_LONG = Shape(tokens=256, vocabulary=1300, width=32)
 FEW_WIDE = Shape(tokens=300, vocabulary=33, width=1024)
 # Their hidden states' sum alone is more than the workspace.
-IN_PIECES = Shape(tokens=544, vocabulary=800, width=512)
+IN_PIECES = Shape(tokens=700, vocabulary=420, width=384)
 
 
 @pytest.mark.parametrize(
