@@ -1,18 +1,15 @@
 """Our distributed recipes beside torchtune's own, all really run on two processes: same losses, same checkpoints."""
 
 import importlib
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from distributed_processes import RUN_AGAIN_AFTER_A_SIGNAL, spawn, train_all
+from distributed_processes import RUN_AGAIN_AFTER_A_SIGNAL, launch, spawn, train_all
 from interpreted import IS_INTERPRETED
 from omegaconf import OmegaConf
-from project import SUPPORT
 from tiny_distillation import distillation_config, write_distillation_assets
 from tiny_models import (
     DISTILLATION_DISTRIBUTED,
@@ -242,15 +239,7 @@ def test_launched_as_a_user_does(runs, command, recipe, method, name):
     cfg = runs.config(f"launched {name}", method, tied=True, overrides=overrides)
     path = runs.assets / f"{method}.yaml"
     OmegaConf.save(cfg, path)
-    program = Path(sys.executable).parent / command
-    subprocess.run(
-        [program, "run", "--nproc_per_node", "2", recipe, "--config", path],
-        check=True,
-        timeout=120,
-        # Ranks of gloo, as in `spawn`: without a card.
-        env=os.environ | {"PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=runs.assets,
-    )
+    launch(Path(sys.executable).parent / command, 2, recipe, "--config", path, folder=runs.assets)
     assert runs.losses(f"launched {name}") == pytest.approx(runs.losses(name)[:1], rel=ROUNDING)
 
 

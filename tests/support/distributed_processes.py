@@ -4,7 +4,9 @@ import faulthandler
 import gc
 import multiprocessing
 import os
+import re
 import socket
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -17,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.tensor._random
 from interpreter import make_faster
+from project import SUPPORT
 from tiny_models import our_recipe, stock_recipe, train
 from torchtune import training
 from torchtune.models.llama3_2._component_builders import llama3_2, lora_llama3_2
@@ -24,8 +27,8 @@ from torchtune.models.llama3_2._component_builders import llama3_2, lora_llama3_
 from torchtune_lce.training.stock_recipes import load_stock_recipe
 
 TIMEOUT = timedelta(seconds=120)
-# For tests that call `spawn`. A rank has been seen to abort once in a dozen of the suite's runs on one machine, in code
-# that is neither Python nor ours; what else fails is not run again.
+# For tests that call `spawn` or `launch`. A rank has been seen to abort once in a dozen of the suite's runs on one
+# machine, in code that is neither Python nor ours; what else fails is not run again.
 RUN_AGAIN_AFTER_A_SIGNAL = pytest.mark.flaky(reruns=1, only_rerun="a rank died:")
 LAST_WORDS = 4000
 _deaths = []
@@ -55,17 +58,35 @@ def spawn(function: Callable, ranks: int, *arguments, backend: str = "gloo") -> 
                 _run, args=(written, port, backend, function, arguments), nprocs=ranks, start_method=start_method
             )
         except torch.multiprocessing.ProcessExitedException as death:
-            last_words = written[death.error_index].read_text(errors="replace")[-LAST_WORDS:]
-            # The second time it is no accident, and nothing is run again.
-            what = "another rank died" if _deaths else "a rank died"
-            _deaths.append(death)
-            said = f"{what}: {death}; it last wrote:\n{last_words}"
-            # Of what is run again and then passes, pytest shows warnings alone.
-            warnings.warn(said, stacklevel=2)
-            raise RuntimeError(said) from None
+            raise _of_dead_rank(str(death), written[death.error_index].read_text(errors="replace")) from None
         finally:
             for file in filter(Path.exists, written):
                 sys.stderr.write(file.read_text(errors="replace"))
+
+
+def launch(program: Path, ranks: int, *arguments: object, folder: Path) -> None:
+    """``program run --nproc_per_node`` as a user types it, in ``folder``. Ranks of gloo as above."""
+    # What a config names of here is found.
+    environment = os.environ | {"PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [program, "run", "--nproc_per_node", str(ranks), *map(str, arguments)]
+    result = subprocess.run(
+        command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
+    )
+    sys.stderr.write(result.stdout)
+    # The launcher ends the others by a signal too.
+    if signals := [found for found in re.findall(r"Signal \d+ \(\w+\)", result.stdout) if "SIGTERM" not in found]:
+        raise _of_dead_rank(signals[0], result.stdout)
+    assert result.returncode == 0, result.stdout[-LAST_WORDS:]
+
+
+def _of_dead_rank(how: str, written: str) -> RuntimeError:
+    # The second time it is no accident, and nothing is run again.
+    what = "another rank died" if _deaths else "a rank died"
+    _deaths.append(how)
+    said = f"{what}: {how}; it last wrote:\n{written[-LAST_WORDS:]}"
+    # Of what is run again and then passes, pytest shows warnings alone.
+    warnings.warn(said, stacklevel=3)
+    return RuntimeError(said)
 
 
 def _run(rank: int, written: list[Path], port: int, backend: str, function: Callable, arguments: tuple) -> None:
