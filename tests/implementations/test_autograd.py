@@ -71,6 +71,20 @@ def test_ignored_tokens_have_no_gradient_of_any_upstream(impl, frozen, reduction
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("impl", EACH)
+def test_a_batch_without_labels_has_no_gradient_of_any_upstream(impl, reduction, frozen, device):
+    """As of a sum over a step's batches that is divided by how many labels these have: none."""
+    hidden, weight, targets = make_inputs(device)
+    bias = torch.zeros(len(weight), device=device).requires_grad_(not frozen)
+    weight.requires_grad_(not frozen)
+    loss = linear_cross_entropy(hidden, weight, targets.fill_(-100), bias, reduction=reduction, impl=impl)
+    loss.backward(torch.full_like(loss, torch.inf))
+    for leaf in [hidden] if frozen else [hidden, weight, bias]:
+        assert not leaf.grad.any()
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("impl", ["chunked", "torch_compile"])
 def test_goes_back_in_parts_and_again(impl, frozen, device):
     """Gradients that the forward has made are given away once; another backward over the graph makes the same ones."""

@@ -506,9 +506,10 @@ def _differentiate_sum(ctx, d_total, *_):
         # A tracer may not write to what the forward has returned, and many upstream gradients need as many results.
         in_place = all(map(is_writable, (d_total, *gradients)))
         ctx.spent = ctx.spent or in_place
-        # Of ignored tokens nothing, whatever d_total is.
-        of_tokens = d_total.where(targets != ctx.settings[0], 0)[:, None]
-        factors = Operands(*[d_total] * _COUNT)._replace(hidden=of_tokens, low=of_tokens)
+        # Of ignored tokens nothing, whatever d_total is; infinite, where it was divided by the number of all others.
+        used = targets != ctx.settings[0]
+        of_tokens, of_entries = d_total.where(used, 0)[:, None], d_total.where(used.any(), 0)
+        factors = Operands(*[of_entries] * _COUNT)._replace(hidden=of_tokens, low=of_tokens)
         # By their data, or torch would refuse another backward, as what was saved has been written to.
         gradients = [
             made if not need else made.data.mul_(factor) if in_place else made * factor

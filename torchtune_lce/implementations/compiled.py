@@ -260,8 +260,8 @@ def _differentiate_sum(ctx, d_total, *_):
         if ctx.spent or any(need and not made for need, made in zip(needs, ctx.needs, strict=True)):
             # Once more over the same graph; or vmap, inside which nothing seems to ask for a gradient.
             found = operators.compiled_sum(*operands, targets, *ctx.settings, *ctx.terms, needs)[-_COUNT:]
-        # Of ignored tokens nothing, whatever d_total is.
-        factor = d_total * count
+        # Of ignored tokens nothing, whatever d_total is; infinite, where it was divided by the number of all others.
+        factor = (d_total * count).where(count > 0, 0)
         of_tokens = factor.where(targets != ctx.settings[0], 0)[:, None]
         factors = Operands(*[factor] * _COUNT)._replace(hidden=of_tokens, low=of_tokens)
         # A tracer may not write to what the forward has returned, and many upstream gradients need as many results.
