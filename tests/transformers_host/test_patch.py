@@ -158,6 +158,35 @@ class Doubled(torch.nn.Linear):
         return 2 * super().forward(hidden)
 
 
+class Around(torch.nn.Module):
+    """A head that computes its product in its own way, as ``call`` of the linear layer and hidden states does."""
+
+    def __init__(self, linear, call):
+        super().__init__()
+        self.linear, self.call = linear, call
+
+    @property
+    def weight(self):
+        return self.linear.weight
+
+    def forward(self, hidden):
+        return self.call(self.linear, hidden)
+
+
+def in_float32(linear, hidden):
+    with torch.autocast("cpu", enabled=False):
+        return linear(hidden.float())
+
+
+def without_gradients(linear, hidden):
+    with torch.no_grad():
+        return linear(hidden)
+
+
+def sliced(linear, hidden):
+    return linear(hidden)[..., :]
+
+
 def own_head(model):
     model.lm_head = Doubled(32, VOCABULARY, bias=False)
 
@@ -173,6 +202,11 @@ def head_passed_by(model):
 FALLBACKS = {
     "another class of head": (own_head, {}, "a Doubled, whose product is not torch.nn.Linear's"),
     "a replaced head": (head_of_one_module, {}, "the forward of its output projection has been replaced"),
+    "logits in another way": (
+        lambda m: setattr(m, "lm_head", Around(m.lm_head, sliced)),
+        {},
+        "uses the logits themselves (getitem)",
+    ),
     "a head that is not called": (head_passed_by, {}, "makes the logits without calling its output projection"),
     "a replaced loss": (lambda m: setattr(m, "loss_function", replaced_loss), {}, "is replaced_loss, not"),
     "a tuple": (lambda m: None, {"return_dict": False}, "return_dict is False"),
@@ -193,6 +227,107 @@ def test_falls_back_and_says_so_once(case, said):
     (line,) = said()
     assert line.startswith("LlamaForCausalLM computes its loss from whole logits, as before: ")
     assert sentence in line
+
+
+def test_a_head_that_computes_in_float32_under_autocast(said):
+    """As one does whose logits shall not be rounded: the product is put off, and its context with it."""
+    results = []
+    for prepare in (lambda model: model, patch):
+        model = build("Llama")
+        with torch.no_grad():
+            model.lm_head.weight.mul_(40)
+        model.lm_head = Around(model.lm_head, in_float32)
+        prepare(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            result = model(**batch())
+        result.loss.backward()
+        results.append((result, model.lm_head.weight.grad))
+    (own, expected), (result, got) = results
+    assert result.logits is None
+    assert own.logits.dtype == torch.float32
+    torch.testing.assert_close(result.loss, own.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    assert not said()
+
+
+def test_an_adapter_in_another_context_than_its_head(said):
+    low, up = torch.nn.Linear(32, 4, bias=False), torch.nn.Linear(4, VOCABULARY, bias=False)
+
+    def with_adapter(linear, hidden):
+        with torch.autocast("cpu", enabled=False):
+            of_adapter = up(low(hidden.float()))
+        return linear(hidden) + of_adapter
+
+    model = build("Llama")
+    model.lm_head = Around(model.lm_head, with_adapter)
+    model.lm_head.up = up
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = step(model)[1]
+        patch(model)
+        result, got = step(model)
+    assert result.logits is not None
+    assert_same(got, expected)
+    assert "under another autocast" in said()[0]
+
+
+def test_a_head_without_gradients():
+    model = build("Llama")
+    model.lm_head = Around(model.lm_head, without_gradients)
+    assert not model(**batch()).loss.requires_grad
+    result = patch(model)(**batch())
+    assert result.logits is None
+    assert not result.loss.requires_grad
+
+
+def test_hidden_states_changed_in_place_after_the_head():
+    """The stock loss is that of what they were, and its backward refuses."""
+
+    def then_zero(linear, hidden):
+        logits = linear(hidden)
+        with torch.no_grad():
+            hidden.zero_()
+        return logits
+
+    model = build("Llama")
+    model.lm_head = Around(model.lm_head, then_zero)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        step(model)
+    with pytest.raises(RuntimeError, match="hidden states .* have been changed in place since"):
+        step(patch(model))
+
+
+def test_a_parametrised_head_is_made_once_a_step():
+    made = []
+
+    class Halved(torch.nn.Module):
+        def forward(self, weight):
+            made.append(weight)
+            return weight / 2
+
+    model = build("Llama")
+    torch.nn.utils.parametrize.register_parametrization(model.lm_head, "weight", Halved())
+    expected = step(model)[1]
+    patch(model)
+    made.clear()
+    result, got = step(model)
+    assert result.logits is None
+    assert len(made) == 1
+    assert_same(got, expected)
+
+
+def test_a_model_without_a_head(said):
+    """Of the backbone alone, given by mistake, no forward would say that it has no loss."""
+    patch(build("Llama").model)
+    assert "it has no output projection (get_output_embeddings gives None)" in said()[0]
+
+
+def test_it_is_not_pickled_as_a_whole(tmp_path):
+    """Into a file that nobody could load."""
+    model = patch(build("Llama"))
+    with pytest.raises(TypeError, match="patched LlamaForCausalLM cannot be pickled.*unpatch"):
+        torch.save(model, tmp_path / "model.pt")
+    torch.save(unpatch(model), tmp_path / "model.pt")
+    assert_same(step(torch.load(tmp_path / "model.pt", weights_only=False))[1], step(model)[1])
 
 
 def test_loss_replaced_after_the_patch(said):

@@ -12,9 +12,35 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from torchtune_lce.transformers.switch import Switch
+
+
+class Context(NamedTuple):
+    """What a product depends on beside its operands."""
+
+    device: str  # its type
+    autocast: torch.dtype | None  # None: off
+    grad: bool
+
+    @classmethod
+    def here(cls, device: str) -> Context:
+        is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return cls(device, torch.get_autocast_dtype(device) if is_on else None, torch.is_grad_enabled())
+
+    def run(self, function: Callable[[], Tensor]) -> Tensor:
+        """What ``function`` would have given in this context."""
+        here = Context.here(self.device)
+        if self.autocast != here.autocast:
+            with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None):
+                return self.run(function)
+        if here.grad and not self.grad:
+            with torch.no_grad():
+                return function()
+        return function()
 
 
 class Product(NamedTuple):
@@ -22,7 +48,38 @@ class Product(NamedTuple):
 
     hidden: Tensor  # [..., D]
     linear: nn.Linear
+    parametrised: Tensor | None  # the weight, where reading it makes it
     factor: float
+    context: Context
+    version: int | None  # of hidden; a compiler sees every change
+
+    @classmethod
+    def of(cls, hidden: Tensor, linear: nn.Linear, weight: Tensor) -> Product:
+        parametrised = weight if is_parametrized(linear) else None
+        version = None if torch.compiler.is_compiling() else hidden._version
+        return cls(hidden, linear, parametrised, 1.0, Context.here(hidden.device.type), version)
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, D]. Read anew: ZeRO-3 may have split it, and gathers what is read."""
+        return self.linear.weight if self.parametrised is None else self.parametrised
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.linear.bias
+
+    def make(self) -> Tensor:
+        """The product as the model would have made it, without the factor."""
+        self.check()
+        return self.context.run(lambda: F.linear(self.hidden, self.weight, self.bias))
+
+    def check(self) -> None:
+        """Raises RuntimeError where the hidden states are not any more what the model has multiplied."""
+        if self.version is not None and self.hidden._version != self.version:
+            raise RuntimeError(
+                "the hidden states that the output projection was given have been changed in place since, and its "
+                "product was put off until the loss: change a copy of them, or leave this model unpatched"
+            )
 
 
 @dataclass(frozen=True)
@@ -55,6 +112,7 @@ class DeferredLogits:
         """The tensor; ``what`` needs it."""
         if self.made is None:
             self.switch.say(f"its forward uses the logits themselves ({what})")
+            self.switch.on = False  # for the rest of this forward, whose loss is the class's own
             self.made = self.make()
         return self.made
 
@@ -64,14 +122,13 @@ class DeferredLogits:
 
     @property
     def dtype(self) -> torch.dtype:
-        given = self.recipe.products[0].hidden
-        kind = given.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else given.dtype
+        first = self.recipe.products[0]
+        return first.context.autocast or first.hidden.dtype
 
     @property
     def shape(self) -> torch.Size:
         first = self.recipe.products[0]
-        return torch.Size((*first.hidden.shape[:-1], first.linear.weight.shape[0]))
+        return torch.Size((*first.hidden.shape[:-1], first.weight.shape[0]))
 
     def size(self, dim: int | None = None):
         return self.shape if dim is None else self.shape[dim]

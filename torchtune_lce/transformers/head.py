@@ -65,11 +65,12 @@ def _forward(self: nn.Linear, hidden: Tensor):
         return nn.Linear.forward(self, hidden)
     if isinstance(hidden, DeferredLogits):
         hidden = hidden.look("a second projection")
-    for what, tensor in (("its output projection's weight is a", self.weight), ("its hidden states are a", hidden)):
+    weight = self.weight
+    for what, tensor in (("its output projection's weight is a", weight), ("its hidden states are a", hidden)):
         if type(tensor) in (Tensor, nn.Parameter):
             continue
         switch.say(f"{what} {type(tensor).__name__}, not a plain tensor")
         switch.on = False  # for the rest of this forward, whose loss is the class's own
         return nn.Linear.forward(self, hidden)
-    recipe = Recipe((Product(hidden, self, 1.0),))
-    return DeferredLogits(switch, recipe, lambda: nn.Linear.forward(self, hidden))
+    product = Product.of(hidden, self, weight)
+    return DeferredLogits(switch, Recipe((product,)), product.make)

@@ -31,10 +31,13 @@ def causal_lm_loss(
         why = _obstacle(logits, given, vocab_size)
         if why is None:
             options = replace(switch.options, ignore_index=ignore_index)
-            call = _call(logits.recipe, given.to(logits.device), options, shift=1 if shift_labels is None else 0)
+            labels, shift = given.to(logits.device), 1 if shift_labels is None else 0
+            reduction = "mean" if num_items_in_batch is None else "sum"
+            total = logits.recipe.products[0].context.run(
+                lambda: compute(_call(logits.recipe, labels, options, shift), reduction=reduction, impl=switch.impl)
+            )
             if num_items_in_batch is None:
-                return compute(call, reduction="mean", impl=switch.impl)
-            total = compute(call, reduction="sum", impl=switch.impl)
+                return total
             if isinstance(num_items_in_batch, Tensor):
                 num_items_in_batch = num_items_in_batch.to(total.device)
             return total / num_items_in_batch
@@ -59,12 +62,17 @@ def _obstacle(logits: DeferredLogits, labels: Tensor, vocab_size: int) -> str | 
         return f"the loss reads them as of {vocab_size} entries, the output projection has {shape[-1]}"
     if shape[:-1] != labels.shape:
         return f"logits of {list(shape[:-1])} tokens, labels of {list(labels.shape)}"
+    first, *others = logits.recipe.products
+    if any(other.context != first.context for other in others):
+        return "an adapter's product is made under another autocast, or without gradients, than the output projection's"
     return None
 
 
 def _call(recipe: Recipe, labels: Tensor, options: Options, shift: int) -> Call:
     # The head's, and to it adapters add theirs.
     first, *others = recipe.products
+    for product in recipe.products:
+        product.check()
     # c tanh(x / c) times s is scale * tanh(factor * x).
     scale = recipe.scale * first.factor
     options = replace(
@@ -73,16 +81,16 @@ def _call(recipe: Recipe, labels: Tensor, options: Options, shift: int) -> Call:
         # A cap's division and multiplication: the one or two roundings of the product are not the model's.
         logit_scale=1.0 if math.isclose(scale, 1, rel_tol=1e-12) else scale,
     )
-    bias = first.linear.bias
+    bias = first.bias
     for other in others:
-        if other.linear.bias is not None:
-            part = other.linear.bias * (other.factor / first.factor)
+        if other.bias is not None:
+            part = other.bias * (other.factor / first.factor)
             bias = part if bias is None else bias + part
-    call = checked(first.hidden, first.linear.weight, labels, bias, options=options, shift=shift)
+    call = checked(first.hidden, first.weight, labels, bias, options=options, shift=shift)
     return replace(call, low_rank=_low_rank(others, first.factor, call.hidden.dtype)) if others else call
 
 
 def _low_rank(products: list[Product], by: float, dtype: torch.dtype) -> LowRank:
     low = [product.hidden.flatten(0, -2) * (product.factor / by) for product in products]
-    up = [product.linear.weight for product in products]
+    up = [product.weight for product in products]
     return LowRank(torch.cat(low, 1).to(dtype), torch.cat(up, 1).to(dtype), None)

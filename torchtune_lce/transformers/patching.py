@@ -52,7 +52,9 @@ def patch(
     inner.forward = MethodType(_wrapper(type(inner).forward), inner)
     switch.watch = bypass.watch(inner)
     # Here too, so that a compiler finds it done.
-    head.make_ready(inner.get_output_embeddings(), switch)
+    why = head.make_ready(inner.get_output_embeddings(), switch)
+    if why is not None:
+        switch.say(why)
     return model
 
 

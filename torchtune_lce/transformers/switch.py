@@ -1,8 +1,9 @@
 """What a patched model, its output projection and its loss function share."""
 
+import copy
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from torch.utils.hooks import RemovableHandle
 
@@ -25,6 +26,19 @@ class Switch:
     called_by: Callable | None = None
     watch: RemovableHandle | None = None
     said: set[str] = field(default_factory=set)
+
+    def __reduce__(self):
+        # Bound methods of the model are found by their names when it is loaded, which it would not have.
+        raise TypeError(
+            f"a patched {self.model} cannot be pickled as a whole: save its weights (save_pretrained, state_dict), or "
+            "undo the patch before (torchtune_lce.transformers.unpatch)"
+        )
+
+    def __deepcopy__(self, memo: dict) -> "Switch":
+        copied = memo[id(self)] = Switch(self.model, self.impl, self.options)
+        for part in fields(self):
+            setattr(copied, part.name, copy.deepcopy(getattr(self, part.name), memo))
+        return copied
 
     def say(self, why: str, state: str = "computes its loss from whole logits, as before") -> None:
         """Warns, once a model, that its logits are whole again, or what else it does, and why."""
