@@ -52,13 +52,18 @@ def operator(
 
 
 def somebody_listens(arguments: tuple) -> bool:
-    """Tracers, transforms and modes, to which an operator must be one; or there is no memory to launch kernels on."""
+    """Tracers, transforms and modes, to which an operator must be one; or there is no memory to launch kernels on.
+
+    Or what is there is to be negated first, which torch's dispatcher does.
+    """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return True
     tensor = _first_tensor(arguments)
-    return tensor.device.type == "meta" or is_fake(tensor)
+    if tensor.device.type == "meta" or is_fake(tensor):
+        return True
+    return any(isinstance(x, Tensor) and x.is_neg() for x in arguments)
 
 
 def graph_is_kept() -> bool:

@@ -284,7 +284,7 @@ def _kept_and_all(kept: Tensor, count: Tensor, hidden: Tensor, weight: Tensor) -
 
 
 def _differentiate(ctx, d_nll, _, d_lse, *others):
-    d_means = others[6]
+    upstream = d_nll, d_lse, others[6]
     softcap, logit_scale, gradient_tiles, workspace_mib = ctx.settings
     needs, saved = list(ctx.needs_input_grad[:3]), ctx.saved_tensors
     if ctx.is_overwritten:
@@ -294,10 +294,10 @@ def _differentiate(ctx, d_nll, _, d_lse, *others):
         )
     # No other backward looks into that memory, and none traces: an operator's result may not be its argument's memory.
     overwrites = ctx.is_overwritten = (
-        gradient_tiles > 0 and needs[1] and not graph_is_kept() and not somebody_listens(saved)
+        gradient_tiles > 0 and needs[1] and not graph_is_kept() and not somebody_listens((*upstream, *saved))
     )
     gradients = _strip_cross_entropy_backward(
-        d_nll, d_lse, d_means, *saved, softcap, logit_scale, needs, gradient_tiles, overwrites, workspace_mib
+        *upstream, *saved, softcap, logit_scale, needs, gradient_tiles, overwrites, workspace_mib
     )
     if ctx.record:
         ctx.record.tiles = ctx.kept

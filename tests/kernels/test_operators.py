@@ -46,3 +46,26 @@ def test_both_ways_are_one(trained, impl, name, device):
     assert listener.heard == [name, f"{name}_backward"]
     for mine, theirs in zip(plain, heard, strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(("trained", "impl"), [(False, "cce"), (True, "cce"), (True, "cce_exact")])
+def test_what_torch_negates_later(trained, impl, device):
+    """The imaginary part of a conjugate is the memory of another number's, to be negated where it is read."""
+
+    def imaginary(values):
+        return torch.complex(torch.zeros_like(values), -values).conj().imag
+
+    hidden, weight, bias = torch.randn(70, 32), torch.randn(300, 32), torch.randn(300)
+    leaves = [x.to(device).requires_grad_(x is hidden or trained) for x in (hidden, weight, bias)]
+    targets, upstream = torch.randint(0, 300, (70,), device=device), torch.randn(70, device=device)
+    results = []
+    for given in (lambda values: values, imaginary):
+        with torch.no_grad():
+            copies = [given(x) for x in leaves]
+        copies = [x.detach().requires_grad_(leaf.requires_grad) for x, leaf in zip(copies, leaves, strict=True)]
+        hidden, weight, bias = copies
+        losses = linear_cross_entropy(hidden, weight, targets, bias, impl=impl, reduction="none")
+        needed = [x for x in copies if x.requires_grad]
+        results.append((losses, *torch.autograd.grad(losses, needed, given(upstream))))
+    assert imaginary(upstream).is_neg()
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
