@@ -94,7 +94,8 @@ def _finish_kernel(
     # The reference in base 2 was rounded: so is the target's own exponential, and what should be 1 at the reference.
     offset = reference * -log2_scale
     own = tl.exp2(tl.where(again, (target - reference) * log2_scale, multiply_add(target, log2_scale, offset)))
-    unit = tl.where(again, 1.0, tl.exp2(multiply_add(reference, log2_scale, offset)))
+    rounding = tl.where(again, 0.0, multiply_add(reference, log2_scale, offset))
+    unit = tl.exp2(rounding)
     whole = own + others
     is_own = reference == target
     beyond = tl.where(is_own, log_one_plus(others / own), tl.log(whole / unit))
@@ -114,6 +115,8 @@ def _finish_kernel(
     if entropies is not None:
         weighted = tl.load(row_exponents + place, mask=used, other=0.0)
         weighted = tl.where(again, tl.load(redone + 2 * tokens.to(tl.int64) + place, mask=again, other=0.0), weighted)
+        # Of the others all exponents have it.
+        weighted -= tl.where(others > 0, others * rounding, 0.0)
         weighted += tl.where(own > 0, own * ((target - reference) * log2_scale), 0.0)
         entropy = beyond - LOG_2 * weighted / whole
         # Measured from an unlikely target both are large.

@@ -57,6 +57,24 @@ def test_agrees_with_float64(way, softcap, scale, is_reversed, device):
     assert torch.equal(logprobs, linear_token_logprobs(**inputs, **options))
 
 
+@pytest.mark.parametrize("common", [0, 512, 32_768])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_common_logit_costs_no_digit(way, common, device):
+    """All of these float32 holds exactly; an exponent of 2 of so many digits it does not."""
+    hidden = torch.randint(-8, 9, (16, 4)) / 8
+    inputs = {
+        "hidden": hidden.to(device),
+        "weight": (torch.randint(-8, 9, (64, 4)) / 8).to(device),
+        "bias": (common + torch.randint(-64, 65, (64,)) / 64).to(device),
+        "targets": torch.randint(0, 64, (16,), device=device),
+    }
+    wanted = exact_entropy(**inputs, softcap=None, scale=1.0)
+    for name in WAYS[way]:
+        inputs[name].requires_grad_()
+    _, entropy = linear_token_logprobs(**inputs, filter_eps=EPS.get(way), impl="cce", return_entropy=True)
+    torch.testing.assert_close(entropy.double(), wanted, rtol=2e-6, atol=0)
+
+
 def test_the_same_in_pieces(device, monkeypatch):
     """Bit for bit, whatever tokens and tiles are walked at once."""
     inputs = hard_inputs(device)
