@@ -380,9 +380,11 @@ def test_forward_replaced_after_the_patch(said):
     own = step(model)[1]["loss"]
     model.forward = doubling(model.forward)
     assert step(model)[1]["loss"] == 2 * own
-    with pytest.raises(RuntimeError, match="forward of this LlamaForCausalLM has been replaced since the patch"):
-        unpatch(model)
-    assert step(model)[1]["loss"] == 2 * own
+    # It stays, whatever becomes of ours.
+    for prepare, is_patched in ((unpatch, False), (patch, True), (unpatch, False)):
+        result, got = step(prepare(model))
+        assert (result.logits is None) == is_patched
+        torch.testing.assert_close(got["loss"], 2 * own)
     assert not said()
 
 

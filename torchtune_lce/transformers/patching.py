@@ -49,7 +49,8 @@ def patch(
     setattr(inner, NAME, switch)
     # As methods, which a copy of the model binds to itself.
     inner._loss_function = MethodType(causal_lm_loss, inner)
-    inner.forward = MethodType(_wrapper(type(inner).forward), inner)
+    if "forward" not in vars(inner):
+        inner.forward = MethodType(_wrapper(type(inner).forward), inner)
     switch.watch = bypass.watch(inner)
     # Here too, so that a compiler finds it done.
     why = head.make_ready(inner.get_output_embeddings(), switch)
@@ -61,7 +62,7 @@ def patch(
 def unpatch(model: nn.Module) -> nn.Module:
     """Undoes :func:`patch`, and returns the model. Harmless where nothing is patched.
 
-    Raises RuntimeError where somebody has wrapped the patched model's forward since.
+    A forward that somebody has put around the patched one since, or in its place, stays where it is.
     """
     _release(_inner(model))
     return model
@@ -70,12 +71,9 @@ def unpatch(model: nn.Module) -> nn.Module:
 def _release(inner: nn.Module) -> None:
     if NAME in vars(inner):
         function = getattr(vars(inner).get("forward"), "__func__", None)
-        # A wrapper around ours may have copied its attributes.
-        if getattr(function, "lce_wrapper", None) is not function or function is None:
-            raise RuntimeError(
-                f"the forward of this {type(inner).__name__} has been replaced since the patch: undo that first"
-            )
-        del inner.forward
+        # What has been put around ours has copied its attributes, and calls it still: it does nothing then.
+        if function is not None and getattr(function, "lce_wrapper", None) is function:
+            del inner.forward
         watch = getattr(inner, NAME).watch
         if watch is not None:
             watch.remove()
@@ -110,7 +108,7 @@ def _is_ours(inner: nn.Module) -> bool:
 
 def _foreign_parts(inner: nn.Module) -> tuple[str, ...] | None:
     """What to say of a model that is left alone."""
-    if "forward" in vars(inner):
+    if "forward" in vars(inner) and not hasattr(inner.forward, "lce_wrapper"):
         return "its forward has been replaced on this one model: patch it before that", bypass.STATE
     loss = inner.loss_function
     if loss is stock_loss():
@@ -124,6 +122,8 @@ def _wrapper(stock: Callable) -> Callable:
 
     @functools.wraps(stock)
     def forward(self, *args, **kwargs):
+        if NAME not in self.__dict__:
+            return stock(self, *args, **kwargs)
         switch = getattr(self, NAME)
         bypass.note_call(self)
         given = any(
