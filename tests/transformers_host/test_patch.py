@@ -375,10 +375,19 @@ def test_forward_replaced_by_one_that_passes_ours_by(said):
     assert line.startswith("LlamaForCausalLM trains without the patch: its forward has been replaced since")
 
 
-def test_forward_replaced_after_the_patch(said):
+def named_alone(forward):
+    """As accelerate's: around another that it names, without its attributes."""
+    run = doubling(forward)
+    vars(run).clear()
+    run.__wrapped__ = forward
+    return run
+
+
+@pytest.mark.parametrize("around", [doubling, named_alone])
+def test_forward_replaced_after_the_patch(around, said):
     model = patch(build("Llama"))
     own = step(model)[1]["loss"]
-    model.forward = doubling(model.forward)
+    model.forward = around(model.forward)
     assert step(model)[1]["loss"] == 2 * own
     # It stays, whatever becomes of ours.
     for prepare, is_patched in ((unpatch, False), (patch, True), (unpatch, False)):

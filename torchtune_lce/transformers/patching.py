@@ -100,6 +100,13 @@ def _inner(model: nn.Module) -> nn.Module:
     return seen
 
 
+def _is_around_ours(forward: Callable | None) -> bool:
+    """Or the patched forward itself."""
+    while forward is not None and not hasattr(forward, "lce_wrapper"):
+        forward = getattr(forward, "__wrapped__", None)
+    return forward is not None
+
+
 def _is_ours(inner: nn.Module) -> bool:
     # In the words that Dynamo follows from torch 2.8 on: neither `vars` nor a default for a method's `__func__`.
     loss = inner.__dict__.get("_loss_function")
@@ -108,7 +115,7 @@ def _is_ours(inner: nn.Module) -> bool:
 
 def _foreign_parts(inner: nn.Module) -> tuple[str, ...] | None:
     """What to say of a model that is left alone."""
-    if "forward" in vars(inner) and not hasattr(inner.forward, "lce_wrapper"):
+    if "forward" in vars(inner) and not _is_around_ours(inner.forward):
         return "its forward has been replaced on this one model: patch it before that", bypass.STATE
     loss = inner.loss_function
     if loss is stock_loss():
