@@ -279,6 +279,16 @@ def test_a_head_without_gradients():
     assert not result.loss.requires_grad
 
 
+def test_inference_mode():
+    """Of a model in training mode, as somebody evaluates it who forgets eval()."""
+    model = build("Llama")
+    with torch.inference_mode():
+        expected = model(**batch()).loss
+        result = patch(model)(**batch())
+    assert result.logits is None
+    torch.testing.assert_close(result.loss, expected)
+
+
 def test_hidden_states_changed_in_place_after_the_head():
     """The stock loss is that of what they were, and its backward refuses."""
 

@@ -51,12 +51,12 @@ class Product(NamedTuple):
     parametrised: Tensor | None  # the weight, where reading it makes it
     factor: float
     context: Context
-    version: int | None  # of hidden; a compiler sees every change
+    version: int | None  # of hidden, where torch counts; a compiler sees every change
 
     @classmethod
     def of(cls, hidden: Tensor, linear: nn.Linear, weight: Tensor) -> Product:
         parametrised = weight if is_parametrized(linear) else None
-        version = None if torch.compiler.is_compiling() else hidden._version
+        version = None if torch.compiler.is_compiling() or hidden.is_inference() else hidden._version
         return cls(hidden, linear, parametrised, 1.0, Context.here(hidden.device.type), version)
 
     @property
