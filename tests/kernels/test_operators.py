@@ -67,5 +67,6 @@ def test_what_torch_negates_later(trained, impl, device):
         losses = linear_cross_entropy(hidden, weight, targets, bias, impl=impl, reduction="none")
         needed = [x for x in copies if x.requires_grad]
         results.append((losses, *torch.autograd.grad(losses, needed, given(upstream))))
+    assert hidden.is_neg()
     assert imaginary(upstream).is_neg()
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))

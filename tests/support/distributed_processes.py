@@ -69,14 +69,19 @@ def launch(program: Path, ranks: int, *arguments: object, folder: Path) -> None:
     # What a config names of here is found.
     environment = os.environ | {"PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [program, "run", "--nproc_per_node", str(ranks), *map(str, arguments)]
-    result = subprocess.run(
-        command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
-    )
-    sys.stderr.write(result.stdout)
+    with tempfile.TemporaryFile("w+") as written:
+        try:
+            result = subprocess.run(
+                command, env=environment, cwd=folder, stdout=written, stderr=subprocess.STDOUT, timeout=120
+            )
+        finally:
+            written.seek(0)
+            output = written.read()
+            sys.stderr.write(output)
     # The launcher ends the others by a signal too.
-    if signals := [found for found in re.findall(r"Signal \d+ \(\w+\)", result.stdout) if "SIGTERM" not in found]:
-        raise _of_dead_rank(signals[0], result.stdout)
-    assert result.returncode == 0, result.stdout[-LAST_WORDS:]
+    if signals := [found for found in re.findall(r"Signal \d+ \(\w+\)", output) if "SIGTERM" not in found]:
+        raise _of_dead_rank(signals[0], output)
+    assert result.returncode == 0, output[-LAST_WORDS:]
 
 
 def _of_dead_rank(how: str, written: str) -> RuntimeError:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import logging
 import subprocess
 import sys
@@ -137,18 +138,6 @@ def test_unpatch_restores():
     assert step(model)[0].logits is not None
 
 
-def test_compiled():
-    model = build("Llama")
-    expected = step(model)[1]
-    patch(model)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    result = compiled(**batch())
-    model.zero_grad()
-    result.loss.backward()
-    assert result.logits is None
-    assert_same({"loss": result.loss.detach(), **{n: p.grad for n, p in model.named_parameters()}}, expected)
-
-
 def replaced_loss(logits, labels, **kwargs):
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
@@ -187,6 +176,11 @@ def sliced(linear, hidden):
     return linear(hidden)[..., :]
 
 
+def in_two_other_ways(linear, hidden):
+    logits = linear(hidden)
+    return logits.T.T + 0 * logits.pow(2)
+
+
 def own_head(model):
     model.lm_head = Doubled(32, VOCABULARY, bias=False)
 
@@ -206,6 +200,11 @@ FALLBACKS = {
         lambda m: setattr(m, "lm_head", Around(m.lm_head, sliced)),
         {},
         "uses the logits themselves (getitem)",
+    ),
+    "and another": (
+        lambda m: setattr(m, "lm_head", Around(m.lm_head, in_two_other_ways)),
+        {},
+        "uses the logits themselves (T)",
     ),
     "a head that is not called": (head_passed_by, {}, "makes the logits without calling its output projection"),
     "a replaced loss": (lambda m: setattr(m, "loss_function", replaced_loss), {}, "is replaced_loss, not"),
@@ -250,6 +249,37 @@ def test_a_head_that_computes_in_float32_under_autocast(said):
     assert not said()
 
 
+def test_compiled():
+    model = build("Llama")
+    expected = step(model)[1]
+    patch(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    result = compiled(**batch())
+    model.zero_grad()
+    result.loss.backward()
+    assert result.logits is None
+    assert_same({"loss": result.loss.detach(), **{n: p.grad for n, p in model.named_parameters()}}, expected)
+
+
+def test_compiled_with_a_head_in_float32_under_autocast():
+    model = build("Llama")
+    model.lm_head = Around(model.lm_head, in_float32)
+    results = []
+    for prepare in (
+        lambda model: model,
+        lambda model: torch.compile(patch(model), backend="aot_eager", fullgraph=True),
+    ):
+        with torch.autocast("cpu", torch.bfloat16):
+            result = prepare(model)(**batch())
+        model.zero_grad()
+        result.loss.backward()
+        results.append((result.loss.detach(), model.lm_head.weight.grad))
+    assert result.logits is None
+    for got, expected in zip(*reversed(results), strict=True):
+        # What reaches the head has been rounded in bfloat16, in another order.
+        assert (got - expected).norm() < 2e-3 * expected.norm()
+
+
 def test_an_adapter_in_another_context_than_its_head(said):
     low, up = torch.nn.Linear(32, 4, bias=False), torch.nn.Linear(4, VOCABULARY, bias=False)
 
@@ -268,6 +298,21 @@ def test_an_adapter_in_another_context_than_its_head(said):
     assert result.logits is not None
     assert_same(got, expected)
     assert "under another autocast" in said()[0]
+
+
+def test_logits_that_somebody_looks_at_without_gradients():
+    """They have theirs all the same, as the class's own would."""
+
+    def looked_at(linear, hidden):
+        logits = linear(hidden)
+        with torch.no_grad():
+            logits.softmax(-1)
+        return logits
+
+    model = build("Llama")
+    model.lm_head = Around(model.lm_head, looked_at)
+    expected = step(model)[1]
+    assert_same(step(patch(model))[1], expected)
 
 
 def test_a_head_without_gradients():
@@ -338,6 +383,15 @@ def test_it_is_not_pickled_as_a_whole(tmp_path):
         torch.save(model, tmp_path / "model.pt")
     torch.save(unpatch(model), tmp_path / "model.pt")
     assert_same(step(torch.load(tmp_path / "model.pt", weights_only=False))[1], step(model)[1])
+
+
+def test_what_reads_the_forward_finds_the_class_s():
+    """Trainer its parameters; and who takes wrappers away one by one stops at the patched one, not behind it."""
+    model = build("Llama")
+    expected = inspect.signature(model.forward)
+    patch(model)
+    assert inspect.signature(model.forward) == expected
+    assert inspect.unwrap(model.forward) == model.forward
 
 
 def test_loss_replaced_after_the_patch(said):

@@ -8,8 +8,7 @@ just as the model would have made it, and is then done to that. So nothing that 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,31 +18,31 @@ from torch.nn.utils.parametrize import is_parametrized
 from torchtune_lce.transformers.switch import Switch
 
 
-class Context(NamedTuple):
+@dataclass(frozen=True)
+class Context:
     """What a product depends on beside its operands."""
 
     device: str  # its type
     autocast: torch.dtype | None  # None: off
     grad: bool
 
-    @classmethod
-    def here(cls, device: str) -> Context:
-        is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        return cls(device, torch.get_autocast_dtype(device) if is_on else None, torch.is_grad_enabled())
+    @staticmethod
+    def here(device: str) -> Context:
+        # torch has no autocast there to ask for, nor, in Dynamo, a way to ask whether it has.
+        is_on = device != "meta" and torch.is_autocast_enabled(device)
+        return Context(device, torch.get_autocast_dtype(device) if is_on else None, torch.is_grad_enabled())
 
     def run(self, function: Callable[[], Tensor]) -> Tensor:
-        """What ``function`` would have given in this context."""
-        here = Context.here(self.device)
-        if self.autocast != here.autocast:
-            with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None):
-                return self.run(function)
-        if here.grad and not self.grad:
-            with torch.no_grad():
+        """What ``function`` gives under this autocast, and without gradients where there were none."""
+        with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
+            if self.autocast == Context.here(self.device).autocast:
                 return function()
-        return function()
+            with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None):
+                return function()
 
 
-class Product(NamedTuple):
+@dataclass(frozen=True)
+class Product:
     """``factor * (hidden @ linear.weight.T + linear.bias)``."""
 
     hidden: Tensor  # [..., D]
@@ -53,11 +52,11 @@ class Product(NamedTuple):
     context: Context
     version: int | None  # of hidden, where torch counts; a compiler sees every change
 
-    @classmethod
-    def of(cls, hidden: Tensor, linear: nn.Linear, weight: Tensor) -> Product:
+    @staticmethod
+    def of(hidden: Tensor, linear: nn.Linear, weight: Tensor) -> Product:
         parametrised = weight if is_parametrized(linear) else None
         version = None if torch.compiler.is_compiling() or hidden.is_inference() else hidden._version
-        return cls(hidden, linear, parametrised, 1.0, Context.here(hidden.device.type), version)
+        return Product(hidden, linear, parametrised, 1.0, Context.here(hidden.device.type), version)
 
     @property
     def weight(self) -> Tensor:
@@ -93,7 +92,7 @@ class Recipe:
     def times(self, number: float) -> Recipe:
         if self.capped:
             return Recipe(self.products, True, self.scale * number)
-        return Recipe(tuple(part._replace(factor=part.factor * number) for part in self.products))
+        return Recipe(tuple(replace(part, factor=part.factor * number) for part in self.products))
 
 
 class DeferredLogits:
@@ -111,10 +110,16 @@ class DeferredLogits:
     def look(self, what: str) -> Tensor:
         """The tensor; ``what`` needs it."""
         if self.made is None:
-            self.switch.say(f"its forward uses the logits themselves ({what})")
-            self.switch.on = False  # for the rest of this forward, whose loss is the class's own
-            self.made = self.make()
+            if self.switch.on:
+                self.say(what)
+                self.switch.on = False  # for the rest of this forward, whose loss is the class's own
+            # Whoever looks may do so without gradients.
+            with torch.set_grad_enabled(any(part.context.grad for part in self.recipe.products)):
+                self.made = self.make()
         return self.made
+
+    def say(self, what: str) -> None:
+        self.switch.say(f"its forward uses the logits themselves ({what})")
 
     @property
     def device(self) -> torch.device:

@@ -71,7 +71,7 @@ def unpatch(model: nn.Module) -> nn.Module:
 def _release(inner: nn.Module) -> None:
     if NAME in vars(inner):
         function = getattr(vars(inner).get("forward"), "__func__", None)
-        # What has been put around ours has copied its attributes, and calls it still: it does nothing then.
+        # What has been put around ours calls it still: it does nothing then.
         if function is not None and getattr(function, "lce_wrapper", None) is function:
             del inner.forward
         watch = getattr(inner, NAME).watch
@@ -101,7 +101,7 @@ def _inner(model: nn.Module) -> nn.Module:
 
 
 def _is_around_ours(forward: Callable | None) -> bool:
-    """Or the patched forward itself."""
+    """Whether it is the patched forward, or names it as what it is around."""
     while forward is not None and not hasattr(forward, "lce_wrapper"):
         forward = getattr(forward, "__wrapped__", None)
     return forward is not None
@@ -150,6 +150,9 @@ def _wrapper(stock: Callable) -> Callable:
         return _without_logits(result)
 
     forward.lce_wrapper = forward
+    # Not by name: who takes wrappers away, as accelerate does, would take ours too.
+    forward.__signature__ = inspect.signature(stock)
+    del forward.__wrapped__
     return forward
 
 
@@ -174,9 +177,10 @@ def _without_logits(result):
     }
     if not deferred:
         return result
-    lossless = getattr(result, "loss", None) is None
-    changed = {
-        name: value.look("its result has no loss") if lossless else value.made for name, value in deferred.items()
-    }
+    changed = {name: value.made for name, value in deferred.items()}
+    if getattr(result, "loss", None) is None:
+        for name, value in deferred.items():
+            value.say(why := "its result has no loss")
+            changed[name] = value.look(why)
     kept = {part.name: getattr(result, part.name) for part in fields(result)}
     return type(result)(**{**kept, **changed})
