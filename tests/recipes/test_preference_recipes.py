@@ -161,6 +161,11 @@ def test_impl_comes_from_the_config(runs, caplog, impl):
     assert f"impl '{impl}' (set: '{impl}')" in said[0]
 
 
+def test_there_is_no_loss_whose_statistics_it_could_log(runs, caplog):
+    runs.ours(steps=2, overrides=["batch_size=1", "log_loss_stats=True"])
+    assert "The key log_loss_stats does nothing here: it is of torchtune_lce.LinearCrossEntropyLoss" in caplog.text
+
+
 def test_a_section_with_all_of_its_settings(runs):
     cfg = runs.config(steps=4, overrides=["entries=64"])
     cfg.logprobs = {

@@ -105,7 +105,14 @@ def test_a_loss_that_raises_ends_its_recording():
     assert filtering.open_record(torch.arange(2)) is None
 
 
-def test_nothing_is_attached_where_nobody_asks(assets, tmp_path):
+@pytest.mark.parametrize("value", ["False", 1])
+def test_what_is_neither_true_nor_false(assets, tmp_path, value):
+    """A string is true, whatever it says."""
+    with pytest.raises(ValueError, match=f"log_loss_stats must be True or False, got {value!r}"):
+        run(assets, tmp_path, FULL, f"log_loss_stats={value!r}")
+
+
+def test_nothing_is_attached_where_nobody_asks(assets, tmp_path, caplog):
     recipe, _ = run(assets, tmp_path / "silent", FULL)
     assert not recipe._loss_fn._forward_hooks
     assert not recipe._loss_fn._forward_pre_hooks
@@ -114,6 +121,7 @@ def test_nothing_is_attached_where_nobody_asks(assets, tmp_path):
     # torchtune's own loss has nothing to tell, and its recipe runs on.
     _, records = run(assets, tmp_path / "stock", FULL, "log_loss_stats=True", loss=STOCK_LOSS)
     assert records
+    assert "The key log_loss_stats does nothing here: the loss is torchtune.modules.loss.CEWithChunked" in caplog.text
     assert not [key for record in records for key in record if key.startswith(("impl_is_", "token_"))]
 
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torchtune import rlhf
 
 from torchtune_lce.logprobs import LinearTokenLogprobs
+from torchtune_lce.training.live_feedback import say_nothing_comes
 from torchtune_lce.training.logits_to_come import LogitsToCome
-from torchtune_lce.training.preference_binding import check_same_vocabulary, make_logprobs
+from torchtune_lce.training.preference_binding import NOT_OF_LOGPROBS, check_same_vocabulary, make_logprobs
 
 
 class BindsLogprobsToGRPO:
@@ -22,6 +23,7 @@ class BindsLogprobsToGRPO:
     def setup(self, cfg: DictConfig) -> None:
         # Before anything is loaded.
         make_logprobs(cfg)
+        say_nothing_comes(cfg, NOT_OF_LOGPROBS)
         super().setup(cfg)
         # After torchtune has sharded the models.
         self._logprobs = [self._bound(cfg, model) for model in (self._model, self._ref_model)]

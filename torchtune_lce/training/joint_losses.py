@@ -15,7 +15,7 @@ from torchtune_lce.distillation import (
 )
 from torchtune_lce.implementations.capabilities import CCE_PRESETS
 from torchtune_lce.loss import LinearCrossEntropyLoss
-from torchtune_lce.training.live_feedback import LOSS_SETTING
+from torchtune_lce.training.live_feedback import is_asked_for
 
 # These alone: whoever derives from them means another loss.
 _DIVERGENCES = LinearForwardKLLoss, LinearReverseKLLoss, LinearSymmetricKLLoss
@@ -78,4 +78,4 @@ def may_be_joint(loss: nn.Module, kd_loss: nn.Module, cfg: DictConfig) -> bool:
     """
     if type(loss) is not LinearCrossEntropyLoss or type(kd_loss) not in _DIVERGENCES:
         return False
-    return loss.is_plain and loss.ignore_index == kd_loss.ignore_index and not cfg.get(LOSS_SETTING, False)
+    return loss.is_plain and loss.ignore_index == kd_loss.ignore_index and not is_asked_for(cfg)

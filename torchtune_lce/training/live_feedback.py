@@ -4,12 +4,14 @@ A config asks for the one with ``log_loss_stats: True``, beside torchtune's ``lo
 with the loss's own ``metrics``. Nothing is attached, and nothing costs anything, where none does.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import Tensor
+from torchtune.utils import get_logger, log_rank_zero
 
 from torchtune_lce.implementations.memory import OutputAdapter, Problem, loss_memory
 from torchtune_lce.inputs import filtering
@@ -21,10 +23,24 @@ LOSS_SETTING = "log_loss_stats"
 TOKEN_KEYS = {"accuracy": "token_accuracy", "entropy": "token_entropy", "nll": "token_nll", "z_loss": "token_z"}
 
 
+def is_asked_for(cfg: DictConfig) -> bool:
+    """Whether ``cfg`` wants the loss's statistics. Raises ValueError for what is neither True nor False."""
+    found = cfg.get(LOSS_SETTING) or False
+    if not isinstance(found, bool):
+        raise ValueError(f"{LOSS_SETTING} must be True or False, got {found!r}")
+    return found
+
+
+def say_nothing_comes(cfg: DictConfig, why: str) -> None:
+    """To who asks for it in a recipe that has nothing to tell. Raises as :func:`is_asked_for`."""
+    if is_asked_for(cfg):
+        log_rank_zero(get_logger(), f"The key {LOSS_SETTING} does nothing here: {why}.", level=logging.WARNING)
+
+
 def attach(recipe, cfg: DictConfig, loss: LinearCrossEntropyLoss) -> None:
     """What ``cfg`` asks for, to a torchtune recipe that has been set up with this loss."""
     logger = getattr(recipe, "_metric_logger", None)  # one rank of several has it
-    if cfg.get(LOSS_SETTING, False) and logger is not None:
+    if is_asked_for(cfg) and logger is not None:
         logger = recipe._metric_logger = LossStatistics(logger, loss)
     if loss.metrics:
         batches = BatchStatistics(recipe, loss)

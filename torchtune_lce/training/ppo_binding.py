@@ -4,8 +4,9 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchtune.rlhf import Trajectory
 
+from torchtune_lce.training.live_feedback import say_nothing_comes
 from torchtune_lce.training.logits_to_come import give_logits_to_come
-from torchtune_lce.training.preference_binding import make_logprobs
+from torchtune_lce.training.preference_binding import NOT_OF_LOGPROBS, make_logprobs
 from torchtune_lce.training.token_range import check_tokens
 
 _EMBEDDING = "tok_embeddings.weight"
@@ -22,6 +23,7 @@ class GivesLogitsToCome:
     def setup(self, cfg: DictConfig) -> None:
         # Before anything is loaded.
         make_logprobs(cfg)
+        say_nothing_comes(cfg, NOT_OF_LOGPROBS)
         super().setup(cfg)
         for model in (self._policy_model, self._ref_policy_model):
             give_logits_to_come(model, make_logprobs(cfg))

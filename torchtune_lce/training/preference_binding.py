@@ -10,9 +10,11 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.utils import get_logger
 
 from torchtune_lce.logprobs import LinearTokenLogprobs
+from torchtune_lce.training.live_feedback import say_nothing_comes
 from torchtune_lce.training.token_range import check_tokens
 
 _DEFAULT = {"_component_": "torchtune_lce.LinearTokenLogprobs"}
+NOT_OF_LOGPROBS = "it is of torchtune_lce.LinearCrossEntropyLoss, and this recipe takes log-probabilities"
 
 
 def make_logprobs(cfg: DictConfig) -> LinearTokenLogprobs:
@@ -68,6 +70,7 @@ class BindsLogprobsToModels:
     def setup(self, cfg: DictConfig) -> None:
         # Before anything is loaded.
         make_logprobs(cfg)
+        say_nothing_comes(cfg, NOT_OF_LOGPROBS)
         super().setup(cfg)
         # LoRA's reference is the policy itself, with its adapters disabled. After torchtune has sharded the models.
         models = filter(None, (self._model, getattr(self, "_ref_model", None)))

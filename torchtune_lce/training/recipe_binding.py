@@ -23,8 +23,13 @@ class BindsLossToModel:
     def setup(self, cfg: DictConfig) -> None:
         # Before anything is loaded.
         _check(cfg, "loss", config.instantiate(cfg.loss))
+        live_feedback.is_asked_for(cfg)
         super().setup(cfg)
         loss = uncompiled(self._loss_fn)
+        if not isinstance(loss, LinearCrossEntropyLoss):
+            live_feedback.say_nothing_comes(
+                cfg, f"the loss is {cfg.loss._component_}, which does not tell what it does"
+            )
         if not hasattr(loss, "set_model_output"):
             return
         self._loss_fn = _compiled_its_own_way(self._loss_fn)
