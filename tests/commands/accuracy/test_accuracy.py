@@ -123,6 +123,17 @@ def wrong_by(error):
     return lambda call: right(replace(call, hidden=Scaled.apply(call.hidden)))
 
 
+def test_interrupted(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "examine", interrupt)
+    with pytest.raises(SystemExit) as end:
+        command.main(argparse.Namespace(output=None))
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "tune-lce accuracy: interrupted\n"
+
+
 @pytest.mark.parametrize(("error", "code", "verdict"), [(0.0, 0, "PASS: 2 of"), (1e-2, 1, "FAIL: chunked above")])
 def test_exit_status_and_files(tmp_path, monkeypatch, capsys, error, code, verdict):
     monkeypatch.setitem(choice._FUNCTIONS, "chunked", wrong_by(error))

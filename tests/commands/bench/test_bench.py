@@ -694,6 +694,32 @@ def test_times_on_the_processor(tune_lce, monkeypatch, tmp_path):
     assert all(case["status"] == "ok" and case["forward_backward_ms"] > 0 for case in results["cases"])
 
 
+def test_data_that_are_no_numbers_are_recorded_beside_others(tune_lce, monkeypatch, tmp_path):
+    monkeypatch.setattr(timing, "_CLOCKED_CALLS", 1)
+    hidden, weight, targets = torch.randn(64, 16), torch.randn(300, 16), torch.randint(0, 300, (64,))
+    broken = hidden.clone()
+    broken[3, 2] = torch.nan
+    torch.save({"good": (hidden, weight, targets), "bad": (broken, weight, targets)}, tmp_path / "data.pt")
+    status, printed = tune_lce(
+        *("--cpu", "--data", "file", "--file", tmp_path / "data.pt", "--only", "eager_full,chunked"),
+        *("--output", tmp_path / "results"),
+    )
+    assert status == 1
+    cases = json.loads((tmp_path / "results" / "bench.json").read_text())["cases"]
+    assert {case["data_name"]: case["status"].split(":")[0] for case in cases if case["impl"] == "chunked"} == {
+        "good": "ok",
+        "bad": "wrong",
+    }
+
+
+def test_a_folder_that_is_not_its_own_is_left_alone(tune_lce, tmp_path):
+    (tmp_path / "thesis.md").write_text("mine")
+    for output, said in ((tmp_path, "--output must be a new folder"), (tmp_path / "thesis.md" / "x", "can be written")):
+        status, printed = tune_lce("--cpu", "--data", "random:64x16x300", "--only", "chunked", "--output", output)
+        assert status == 2
+        assert said in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -811,6 +811,11 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, capsys, text, message):
         (["batch_size=${rows}"], "--config: lce/llama3_2/1B_lora_single_device: Interpolation key 'rows' not found"),
         (["loss.workspace_mib=abc"], "loss.workspace_mib must be an int, got 'abc'"),
         (["model.lora_rankk=1"], "model: torchtune.models.llama3_2.lora_llama3_2_1b cannot be built: "),
+        (["model.lora_rank=0"], "the model cannot be run with its settings: division by zero"),
+        (
+            ["tensor_parallel_dim=2"],
+            "tensor_parallel_dim must be 1, since what tensor parallelism splits is not planned",
+        ),
         (["model.lora_alpha=abc"], "the model cannot be run with its settings: unsupported operand type"),
         (["optimizer.lr=-1"], "optimizer: torch.optim.AdamW cannot be built here: Invalid learning rate: -1"),
         (["--picture", "plan.svg"], "--picture must be a .png file in a folder that is there, got plan.svg"),

@@ -40,4 +40,7 @@ def main(args: argparse.Namespace) -> None:
     except CommandError as error:
         print(f"tune-lce accuracy: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("tune-lce accuracy: interrupted", file=sys.stderr)
+        sys.exit(130)
     sys.exit(0 if passed else 1)

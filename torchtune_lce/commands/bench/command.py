@@ -120,8 +120,6 @@ def run(args: argparse.Namespace) -> bool:
         return session.check_only(candidates, device, dtype)
     if not card and not args.cpu:
         raise CommandError("there is no CUDA card to time on; --cpu times on the processor, --check-only times nothing")
-    if output.exists() and not output.is_dir():
-        raise CommandError(f"--output must be a folder, {output} is a file")
     command = shlex.join(["tune-lce", *sys.argv[1:]])
     timer = timing.cuda_timer if card else timing.clock_timer
     plan = session.Plan(candidates, sources, device, dtype, timer, output, command)

@@ -9,22 +9,19 @@ from rich import box
 from rich.table import Table
 
 from torchtune_lce.commands.bench.measure import OK, Case, Check
+from torchtune_lce.commands.shared.finite import finite
 
 _OURS, _OTHERS, _FLOOR_COLOUR = "#12355b", "#b9c4d0", "#b23a3a"
 _LEAST_MIB = 0.5  # so that nothing at all has a place on a logarithmic axis
 
 
 def write_json(results: dict, path: Path) -> None:
-    """``results`` as it is; its "cases" are :class:`Case`, its "floors" and "data" plain dictionaries."""
-    plain = {**results, "cases": [_finite(dataclasses.asdict(case)) for case in results["cases"]]}
-    path.write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    """``results`` as it is; its "cases" are :class:`Case`, its "floors" and "data" plain dictionaries.
 
-
-def _finite(case: dict) -> dict:
-    """JSON has no NaN: a wrong loss's errors may be, and its status says so."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in case.items()
-    }
+    A wrong loss's errors may be no numbers, and so may what is found of data: null in their place.
+    """
+    plain = {**results, "cases": [dataclasses.asdict(case) for case in results["cases"]]}
+    path.write_text(json.dumps(finite(plain), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def table(cases: list[Case]) -> Table:

@@ -12,7 +12,7 @@ from torchtune_lce.commands.bench import correctness, measure, probe, report, te
 from torchtune_lce.commands.bench.measure import OK, OUT_OF_MEMORY, Case
 from torchtune_lce.commands.bench.statistics import Statistics, softmax_statistics
 from torchtune_lce.commands.bench.timing import Timer
-from torchtune_lce.commands.shared import environment
+from torchtune_lce.commands.shared import environment, output_folder
 from torchtune_lce.commands.shared.batches import Batch, file_batches, random_batch
 from torchtune_lce.commands.shared.candidates import Candidate
 from torchtune_lce.commands.shared.errors import CommandError
@@ -22,7 +22,7 @@ from torchtune_lce.commands.shared.tables import print_table
 from torchtune_lce.commands.shared.trained_batches import trained_batch
 from torchtune_lce.commands.shared.yardstick import Yardstick
 
-RESULTS, PICTURE = "bench.json", "bench.png"
+MARKER, RESULTS, PICTURE = ".tune-lce-bench", "bench.json", "bench.png"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def bench(plan: Plan) -> bool:
     what the losses are compared with, is recorded as that. Raises CommandError if it cannot run.
     """
     console = _console()
-    plan.output.mkdir(parents=True, exist_ok=True)
+    output = output_folder.claim(plan.output, MARKER, "an earlier benchmark's")
     setting = environment.describe(plan.device)
     console.print(environment.in_words(setting))
     candidates, left_out = _able(console, plan)
@@ -86,14 +86,14 @@ def bench(plan: Plan) -> bool:
                 results["cases"] += cases
                 print_table(console, report.table(cases))
                 ours = {candidate.name for candidate in plan.candidates if candidate.ours}
-                report.draw(results["cases"], ours, results["floors"], plan.output / PICTURE, left_out)
-            report.write_json(results, plan.output / RESULTS)
+                report.draw(results["cases"], ours, results["floors"], output / PICTURE, left_out)
+            report.write_json(results, output / RESULTS)
             del batch, right  # before the next one is made
-    report.write_json(results, plan.output / RESULTS)
+    report.write_json(results, output / RESULTS)
     if not results["cases"]:
         raise CommandError("no loss was measured: none of the data fit into memory")
     console.print(flops)
-    console.print(f"Written: {plan.output / RESULTS}, {plan.output / PICTURE}")
+    console.print(f"Written: {output / RESULTS}, {output / PICTURE}")
     ours = {candidate.name for candidate in candidates if candidate.ours}
     return all(case.status in (OK, OUT_OF_MEMORY) for case in results["cases"] if case.impl in ours)
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from torchtune_lce.commands.compare.runs import OK, Outcome
 from torchtune_lce.commands.shared.bars import Panel, bars
+from torchtune_lce.commands.shared.finite import finite
 from torchtune_lce.commands.shared.loss_choices import SEED
 from torchtune_lce.commands.shared.recipe_runs import Result
 
@@ -158,16 +159,7 @@ def write_json(outcomes: dict[str, Outcome], about: dict, path: Path) -> None:
     """``about`` says what was compared, with what and on what."""
     steps = {name: asdict(outcome.result)["losses"] for name, outcome in outcomes.items() if outcome.result}
     document = {**about, "rows": rows(outcomes), "seed_spread": seed_spread(outcomes), "losses": steps}
-    path.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _finite(value):
-    """JSON has no NaN and no infinity: null in their place."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    path.write_text(json.dumps(finite(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def draw(outcomes: dict[str, Outcome], title: str, on_card: bool, path: Path) -> None:

@@ -101,7 +101,7 @@ def count(model: nn.Module, batch: int, sequence: int) -> Activations:
         ):
             warnings.simplefilter("ignore")  # about kernels that nothing here runs
             hidden = model(tokens)
-    except TypeError as error:  # of a setting that no builder looks at, as lora_alpha
+    except (TypeError, ZeroDivisionError) as error:  # of a setting that no builder looks at, as lora_alpha
         raise CommandError(f"the model cannot be run with its settings: {' '.join(str(error).split())}") from error
     finally:
         skipped.restore()

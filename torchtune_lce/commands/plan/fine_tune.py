@@ -26,6 +26,11 @@ def check(name: str, config: DictConfig, devices: int | None) -> None:
         raise CommandError(f"{TAKES}, {name} is for {other}")
     config_reading.check_sections(name, config, _NEEDED, TAKES)
     recipe_for(name, config, devices)
+    if config.get("tensor_parallel_dim", 1) != 1:
+        raise CommandError(
+            "tensor_parallel_dim must be 1, since what tensor parallelism splits is not planned, got "
+            f"{config.tensor_parallel_dim}"
+        )
     config_reading.check_positive("batch_size", config.get("batch_size"))
     config_reading.check_positive("gradient_accumulation_steps", config.get("gradient_accumulation_steps", 1))
     if config.tokenizer.get("max_seq_len") is not None:
