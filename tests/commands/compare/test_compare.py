@@ -270,6 +270,11 @@ def test_rows_are_full_and_made_once(tmp_path):
     # torchtune's tokenizer reads the ids as the text that they came from.
     assert "return" in tokenizer.decode(rows[0]["tokens"])
     assert not demo.make(tmp_path, sources)
+    for name, content in (("rows.pt", None), ("tokenizer/merges.txt", None), ("made.json", ""), ("made.json", "{")):
+        path = tmp_path / name
+        path.unlink() if content is None else path.write_text(content)
+        assert demo.make(tmp_path, sources), f"{name} is gone or breaks off"
+        assert not demo.make(tmp_path, sources)
     assert DemoData(rows=11, sequence=32, vocabulary=320).make(tmp_path, sources)
     with pytest.raises(
         CommandError, match=r"--demo-data: the runs need 500,000 rows of 32 tokens, .* take fewer --steps"
@@ -382,6 +387,19 @@ def test_what_is_done_is_remembered_until_something_changes(run, monkeypatch):
     # Another warm-up is another way to read the same log.
     longer = Run(**vars(run) | {"warmup": 2}).finished()
     assert (outcome.result.tokens_per_second, longer.result.tokens_per_second) == (15.0, 20.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [(runs.RESULT, ""), (runs.RESULT, '{"key": '), (recipe_runs.LOG, None), (recipe_runs.LOG, "")]
+)
+def test_what_is_left_of_a_result_counts_as_not_done(run, monkeypatch, name, content):
+    monkeypatch.setattr(recipe_runs, "run", logging(3.0, 2.0, 1.0))
+    outcome = run.execute(lambda done: None)
+    path = run.folder / name
+    path.unlink() if content is None else path.write_text(content)
+    assert run.finished() is None
+    assert run.execute(lambda done: None) == outcome
+    assert run.finished() == outcome
 
 
 @pytest.mark.parametrize("out_of_memory", [True, False])

@@ -3,7 +3,6 @@
 Not packed: torchtune's Gemma 2 refuses packed rows on a card, and full rows of one text each need no packing.
 """
 
-import json
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from torchtune_lce.commands.shared import chats, tokenizer
+from torchtune_lce.commands.shared import chats, records, tokenizer
 from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.vocabulary import spread
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LEAST_VOCABULARY = 256 + len(_SPECIAL)  # every byte is an entry
 _ROWS, _REST, _TOKENIZER, _MADE = "rows.pt", "rest.pt", "tokenizer", "made.json"
+_VOCABULARY, _MERGES = f"{_TOKENIZER}/vocab.json", f"{_TOKENIZER}/merges.txt"
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class DemoData:
         return {
             "tokenizer": {
                 "_component_": "torchtune.models.qwen2.Qwen2Tokenizer",
-                "path": str(folder / _TOKENIZER / "vocab.json"),
-                "merges_file": str(folder / _TOKENIZER / "merges.txt"),
+                "path": str(folder / _VOCABULARY),
+                "merges_file": str(folder / _MERGES),
                 "special_tokens": {name: ordinary + i for i, name in enumerate(_SPECIAL)},
                 "max_seq_len": self.sequence,
             },
@@ -59,7 +59,8 @@ class DemoData:
         """
         made = folder / _MADE
         wanted = asdict(self)
-        if made.exists() and json.loads(made.read_text()) == wanted:
+        written = [_ROWS, _VOCABULARY, _MERGES, *([] if self.model_entries is None else [_REST])]
+        if records.read(made) == wanted and all((folder / name).exists() for name in written):
             return False
         folder.mkdir(parents=True, exist_ok=True)
         made.unlink(missing_ok=True)
@@ -82,7 +83,7 @@ class DemoData:
         if self.model_entries is not None:
             rest = [token for encoding in trained.encode_batch(list(unread)) for token in encoding.ids]
             torch.save(self._placed(rest), folder / _REST)
-        made.write_text(json.dumps(wanted))
+        records.write(wanted, made)
         return True
 
     def _placed(self, ids: list[int]) -> Tensor:

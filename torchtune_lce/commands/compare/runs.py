@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from torchtune_lce.commands.shared import config_reading, distillation, preferences, recipe_runs
+from torchtune_lce.commands.shared import config_reading, distillation, preferences, recipe_runs, records
 from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.loss_choices import MOST_SEED, STOCK, LossChoice
 from torchtune_lce.commands.shared.recipe_choice import TAKES
@@ -84,17 +84,16 @@ class Run:
 
     def finished(self) -> Outcome | None:
         """What an earlier call with the same settings in the same environment found, if it came to its end."""
-        path = self.folder / RESULT
-        if not path.exists():
-            return None
-        stored = json.loads(path.read_text())
-        if stored["key"] != self._key():
+        stored = records.read(self.folder / RESULT)
+        if stored is None or stored["key"] != self._key():
             return None
         result = None
         if stored["status"] == OK:
             # Read again: what is warm-up may be asked differently.
-            resident = stored["result"]["peak_bytes"]
-            result = recipe_runs.summarise(recipe_runs.read_log(self.folder / LOG), resident, self.warmup)
+            logged = recipe_runs.read_log(self.folder / LOG)
+            if len(logged) != self.steps:
+                return None
+            result = recipe_runs.summarise(logged, stored["result"]["peak_bytes"], self.warmup)
         return Outcome(stored["status"], result)
 
     def start(self) -> subprocess.Popen:
@@ -116,7 +115,7 @@ class Run:
                 return Outcome("failed", None, str(error))
             outcome = Outcome(OUT_OF_MEMORY, None)
         stored = {"key": self._key(), "status": outcome.status, "result": outcome.result and asdict(outcome.result)}
-        (self.folder / RESULT).write_text(json.dumps(stored, indent=1) + "\n")
+        records.write(stored, self.folder / RESULT)
         return outcome
 
     def _key(self) -> dict:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from torchtune_lce.commands.compare.demo_data import DemoData, rows_and_rest
 from torchtune_lce.commands.compare.identity_layers import first_layers
+from torchtune_lce.commands.shared import records
 from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.random_weights import random_state
 from torchtune_lce.commands.shared.short_training import Schedule, train
@@ -85,11 +86,10 @@ class TrainedWeights:
 
     def made_before(self, folder: Path) -> Learnt | None:
         """What an earlier call with the same settings has left there."""
-        made = folder / _MADE
-        if not made.exists() or not (folder / _WEIGHTS).exists():
+        stored = records.read(folder / _MADE)
+        if stored is None or stored["key"] != self._key() or not (folder / _WEIGHTS).exists():
             return None
-        stored = json.loads(made.read_text())
-        return Learnt(**stored["learnt"]) if stored["key"] == self._key() else None
+        return Learnt(**stored["learnt"])
 
     def make(self, folder: Path, data_folder: Path, on_step: Callable[[int, float], None]) -> Learnt:
         """Trains them, in a process whose memory on the card ends with it, and writes them into ``folder``.
@@ -116,7 +116,7 @@ class TrainedWeights:
             process.join()
         if isinstance(told, CommandError):
             raise told
-        (folder / _MADE).write_text(json.dumps({"key": self._key(), "learnt": asdict(told)}) + "\n")
+        records.write({"key": self._key(), "learnt": asdict(told)}, folder / _MADE)
         return told
 
     def _key(self) -> dict:
