@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 import subprocess
 import threading
 import time
@@ -555,6 +557,32 @@ def test_an_interruption_ends_what_runs_and_starts_nothing(run, monkeypatch):
         session.run_all(Console(quiet=True), waiting, 2, True, False, on_outcome)
     assert {"first", "second"} <= set(seen)
     assert not {"fourth", "came to its end"} & set(seen)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_an_interruption(tmp_path, monkeypatch, capsys, number, status):
+    """While the main thread waits for a run, whose own thread polls its process."""
+
+    ended = threading.Event()
+
+    def execute(self, on_step, process):
+        os.kill(os.getpid(), number)
+        try:
+            for done in range(1000):
+                on_step(done)
+                time.sleep(0.01)
+        except KeyboardInterrupt:
+            ended.set()
+            raise
+
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.setattr(Run, "start", lambda self: None)
+    monkeypatch.setattr(Run, "execute", execute)
+    common = ("--config", LORA_CONFIG, "--losses", "stock,chunked", "--output", tmp_path / "out")
+    assert compare(*common, "--random-weights", "device=cpu", "dtype=fp32") == status
+    assert ended.wait(5)
+    assert capsys.readouterr().err.startswith("tune-lce compare: interrupted; what is done is kept")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_the_next_process_starts_with_a_run_and_none_is_left(run, monkeypatch):

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -366,12 +367,16 @@ def test_on_a_card_processes_are_started_ahead(tmp_path, monkeypatch, device, ex
     assert happened == expected
 
 
-def test_interrupt_is_no_traceback(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupt_is_no_traceback(tmp_path, monkeypatch, capsys, number, status):
     def interrupted(*args):
-        raise KeyboardInterrupt
+        assert callable(signal.getsignal(number)), "or this process ended here"
+        signal.raise_signal(number)
 
+    before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(demonstration, "prepare_inputs", interrupted)
-    assert demo("--output", str(tmp_path / "demo")) == 130
+    assert demo("--output", str(tmp_path / "demo")) == status
+    assert signal.getsignal(signal.SIGTERM) == before
     assert capsys.readouterr().err == "tune-lce demo: interrupted\n"
 
 

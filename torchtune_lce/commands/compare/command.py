@@ -107,6 +107,7 @@ def main(args: argparse.Namespace) -> None:
     """Runs the comparison and ends the process with its status."""
     # Imported here: `tune-lce` makes the parsers of all subcommands before it runs one.
     from torchtune_lce.commands.compare.session import Settings, compare
+    from torchtune_lce.commands.shared import interruption
     from torchtune_lce.commands.shared.errors import CommandError
 
     settings = Settings(
@@ -128,11 +129,12 @@ def main(args: argparse.Namespace) -> None:
         command=shlex.join(["tune-lce", *sys.argv[1:]]),
     )
     try:
-        finished = compare(settings)
+        with interruption.sigterm_interrupts():
+            finished = compare(settings)
     except CommandError as error:
         print(f"tune-lce compare: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:  # the running fine-tune has been ended
+    except KeyboardInterrupt as interrupt:  # the running fine-tune has been ended
         print("tune-lce compare: interrupted; what is done is kept, the same command goes on", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(interruption.exit_status(interrupt))
     sys.exit(0 if finished else 1)

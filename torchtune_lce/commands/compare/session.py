@@ -235,10 +235,9 @@ def run_all(
             with _sets_if_left_early(interrupted):
                 return run_one(progress, run, done.get(run.folder), queue, interrupted)
 
-        found = pool.map(in_turn, waiting)
         # Whatever it is, nothing more is started then, and what was started ends before the pool is left.
         with _sets_if_left_early(interrupted):
-            for run, outcome in zip(waiting, found, strict=True):
+            for run, outcome in zip(waiting, pool.map(in_turn, waiting), strict=True):
                 on_outcome(run, outcome)
 
 

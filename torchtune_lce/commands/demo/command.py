@@ -50,14 +50,16 @@ def main(args: argparse.Namespace) -> None:
     """Runs the demo and ends the process with its status."""
     # Imported here: `tune-lce` makes the parsers of all subcommands before it runs one.
     from torchtune_lce.commands.demo.demonstration import demonstrate
+    from torchtune_lce.commands.shared import interruption
     from torchtune_lce.commands.shared.errors import CommandError
 
     try:
-        agrees = demonstrate(args.output, args.impl, args.steps, args.method)
+        with interruption.sigterm_interrupts():
+            agrees = demonstrate(args.output, args.impl, args.steps, args.method)
     except CommandError as error:
         print(f"tune-lce demo: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:  # the running fine-tune has been ended
+    except KeyboardInterrupt as interrupt:  # the running fine-tune has been ended
         print("tune-lce demo: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(interruption.exit_status(interrupt))
     sys.exit(0 if agrees else 1)
