@@ -1,7 +1,6 @@
 """What the benchmark leaves behind: a table, a JSON file and a picture."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from torchtune_lce.commands.bench.measure import OK, Case, Check
-from torchtune_lce.commands.shared.finite import finite
+from torchtune_lce.commands.shared import records
 
 _OURS, _OTHERS, _FLOOR_COLOUR = "#12355b", "#b9c4d0", "#b23a3a"
 _LEAST_MIB = 0.5  # so that nothing at all has a place on a logarithmic axis
@@ -20,8 +19,7 @@ def write_json(results: dict, path: Path) -> None:
 
     A wrong loss's errors may be no numbers, and so may what is found of data: null in their place.
     """
-    plain = {**results, "cases": [dataclasses.asdict(case) for case in results["cases"]]}
-    path.write_text(json.dumps(finite(plain), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    records.write({**results, "cases": [dataclasses.asdict(case) for case in results["cases"]]}, path)
 
 
 def table(cases: list[Case]) -> Table:

@@ -1,6 +1,5 @@
 """What a comparison leaves behind: a table, a JSON file and a picture."""
 
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -9,8 +8,8 @@ from rich import box
 from rich.table import Table
 
 from torchtune_lce.commands.compare.runs import OK, Outcome
+from torchtune_lce.commands.shared import records
 from torchtune_lce.commands.shared.bars import Panel, bars
-from torchtune_lce.commands.shared.finite import finite
 from torchtune_lce.commands.shared.loss_choices import SEED
 from torchtune_lce.commands.shared.recipe_runs import Result
 
@@ -159,7 +158,7 @@ def write_json(outcomes: dict[str, Outcome], about: dict, path: Path) -> None:
     """``about`` says what was compared, with what and on what."""
     steps = {name: asdict(outcome.result)["losses"] for name, outcome in outcomes.items() if outcome.result}
     document = {**about, "rows": rows(outcomes), "seed_spread": seed_spread(outcomes), "losses": steps}
-    path.write_text(json.dumps(finite(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    records.write(document, path)
 
 
 def draw(outcomes: dict[str, Outcome], title: str, on_card: bool, path: Path) -> None:
