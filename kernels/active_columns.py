@@ -23,8 +23,8 @@ from torchtune_lce.kernels.overflow import OVERFLOWS
 from torchtune_lce.kernels.primitives import WORD_BITS, bits_set
 from torchtune_lce.kernels.tuning import Config, ceil_div
 
-# Tokens of a row block, its first, that a direction is estimated from.
-SAMPLED_TOKENS = tl.constexpr(32)
+# Of a tile, the tokens of one such part of a row block are sampled.
+SAMPLED_PARTS = tl.constexpr(4)
 TILES_A_PROGRAM = 4
 
 
@@ -61,6 +61,17 @@ class Dropped:
             kept,
             running[(strips - 1) % 2, 1],
         )
+
+
+@triton.jit
+def sampled_block(nth, group, blocks_a_group, used, ROW_BLOCK: tl.constexpr):
+    """Which row block of a group the nth sampled tile is looked at for, and how often it was one's turn before.
+
+    In turn all that have tokens in use: one may keep whole strips, and of a sequence's first tokens less is certain.
+    """
+    first = group * blocks_a_group
+    blocks = tl.maximum(tl.minimum(tl.cdiv(used, ROW_BLOCK) - first, blocks_a_group), 1)
+    return first + nth % blocks, nth // blocks
 
 
 @triton.jit(
@@ -116,7 +127,7 @@ def _pack_kernel(
 ):
     """Of a row block and TILES tiles: their active columns, behind those that wait, as far as there are slots.
 
-    And of a sampled row block and sampled tiles the sums of what is not active, over SAMPLED_TOKENS tokens. A row
+    And of sampled tiles the sums of what is not active, over some of the tokens: see :func:`sampled_block`. A row
     block's last program decides what it keeps, beside the others.
     """
     row_block = tl.program_id(0)
@@ -183,27 +194,31 @@ def _pack_kernel(
         values = tl.load(own_columns + column.to(tl.int64)[:, None] * strip_stride, mask=listed[:, None], other=0.0)
         tl.store(own_packed + slot_here.to(tl.int64)[:, None] * ROW_BLOCK, values, mask=listed[:, None])
 
-    is_sampled = in_use & (row_block % blocks_a_group == 0)
-    group = (row_block // blocks_a_group).to(tl.int64)
-    sampled = row_block * ROW_BLOCK + tl.arange(0, SAMPLED_TOKENS)
-    floor = tl.load(floors + sampled, mask=sampled < used, other=0.0)
-    counts = (floor > 0) & (floor < OVERFLOWS)
-    scale = tl.where(counts, 1 / tl.where(counts, floor, 1.0), 0.0)
+    group = row_block // blocks_a_group
+    PART: tl.constexpr = ROW_BLOCK // SAMPLED_PARTS
+    parts = tl.cdiv(tl.minimum(used - row_block * ROW_BLOCK, ROW_BLOCK), PART)
     in_tile = tl.arange(0, ENTRIES)
     # The first sampled tile from `first` on.
     nth = tl.maximum(first_tile + first - first_sampled + sample_every - 1, 0) // sample_every
     next_tile = first_sampled + nth * sample_every - first_tile
-    last = tl.where(is_sampled, tl.minimum(first + TILES, tiles), 0)
+    last = tl.where(in_use, tl.minimum(first + TILES, tiles), 0)
     for tile in range(next_tile, last, sample_every):
-        word_at = tile * WORDS + in_tile % WORDS
-        is_left = ((tl.load(own_words + word_at) >> (in_tile // WORDS)) & 1) == 0
-        e_at = strip + (tile * ENTRIES + in_tile).to(tl.int64)[None, :] * strip_stride + sampled[:, None]
-        e = tl.load(e_at, mask=(sampled < used)[:, None] & is_left[None, :], other=0.0).to(tl.float32)
-        by_column = tl.sum(tl.where(e < OVERFLOWS, e * scale[:, None], 0.0), 0)
-        at_group = group * sampled_tiles + (first_tile + tile - first_sampled) // sample_every
-        tl.store(dropped_columns + at_group * ENTRIES + in_tile, by_column)
-        mass = tl.load(dropped_sums + tile * tokens.to(tl.int64) + sampled, mask=sampled < used, other=0.0)
-        tl.store(dropped_masses + at_group, tl.sum(tl.where(mass < OVERFLOWS, mass * scale, 0.0), 0))
+        nth = (first_tile + tile - first_sampled) // sample_every
+        block, turn = sampled_block(nth, group, blocks_a_group, used, ROW_BLOCK)
+        if block == row_block:
+            sampled = row_block * ROW_BLOCK + turn % parts * PART + tl.arange(0, PART)
+            floor = tl.load(floors + sampled, mask=sampled < used, other=0.0)
+            counts = (floor > 0) & (floor < OVERFLOWS)
+            scale = tl.where(counts, 1 / tl.where(counts, floor, 1.0), 0.0)
+            word_at = tile * WORDS + in_tile % WORDS
+            is_left = ((tl.load(own_words + word_at) >> (in_tile // WORDS)) & 1) == 0
+            e_at = strip + (tile * ENTRIES + in_tile).to(tl.int64)[None, :] * strip_stride + sampled[:, None]
+            e = tl.load(e_at, mask=(sampled < used)[:, None] & is_left[None, :], other=0.0).to(tl.float32)
+            by_column = tl.sum(tl.where(e < OVERFLOWS, e * scale[:, None], 0.0), 0)
+            at_group = group.to(tl.int64) * sampled_tiles + nth
+            tl.store(dropped_columns + at_group * ENTRIES + in_tile, by_column)
+            mass = tl.load(dropped_sums + tile * tokens.to(tl.int64) + sampled, mask=sampled < used, other=0.0)
+            tl.store(dropped_masses + at_group, tl.sum(tl.where(mass < OVERFLOWS, mass * scale, 0.0), 0))
 
 
 def pack_active(

@@ -37,7 +37,7 @@ class Division:
 
 @dataclass(frozen=True)
 class Sample:
-    """Tiles ``first``, ``first + every`` and so on of the vocabulary, and of each group of row blocks the first."""
+    """Tiles ``first``, ``first + every`` and so on of the vocabulary, each for one row block of every group."""
 
     first: int
     every: int

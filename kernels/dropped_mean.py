@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torchtune_lce.kernels.active_columns import Dropped
+from torchtune_lce.kernels.active_columns import Dropped, sampled_block
 from torchtune_lce.kernels.division import GROUPS
 from torchtune_lce.kernels.exponentials import Strip
 from torchtune_lce.kernels.launching import launch
@@ -74,8 +74,9 @@ def _mean_kernel(
         own_tile = first_sampled + step // steps * sample_every
         entry = own_tile * ENTRIES + step % steps * BLOCK_K + in_step
         at = dropped_columns + group.to(tl.int64)[:, None] * (tiles * ENTRIES) + place[None, :]
+        block, _ = sampled_block(step // steps, group, blocks_a_group, used, ROW_BLOCK)
         # The first strip is narrower than the others, by `before_first` tiles.
-        flag = strip_is_whole + (own_tile + before_first) // strip_tiles * row_blocks_total + group * blocks_a_group
+        flag = strip_is_whole + (own_tile + before_first) // strip_tiles * row_blocks_total + block
         counts = tl.load(flag, mask=group < groups, other=1) == 0
         q = tl.load(at, mask=counts[:, None], other=0.0)
         at = weight + entry.to(tl.int64)[:, None] * weight_stride + d[None, :]
@@ -89,7 +90,8 @@ def _mean_kernel(
         tile = start + tl.arange(0, MASSES)
         exists = (group < groups)[:, None] & (tile < tiles)[None, :]
         own_tile = first_sampled + tile * sample_every
-        flag = (own_tile[None, :] + before_first) // strip_tiles * row_blocks_total + (group * blocks_a_group)[:, None]
+        block, _ = sampled_block(tile[None, :], group[:, None], blocks_a_group, used, ROW_BLOCK)
+        flag = (own_tile[None, :] + before_first) // strip_tiles * row_blocks_total + block
         counts = exists & (tl.load(strip_is_whole + flag, mask=exists, other=1) == 0)
         mass += tl.load(dropped_masses + group[:, None] * tiles + tile[None, :], mask=counts, other=0.0)
     whole = tl.sum(mass, 1)

@@ -20,6 +20,8 @@ from torchtune_lce.kernels.tuning import Config, ceil_div, programs
 
 # Of so many entries the mean weight row differs from that of all by a hundredth of a row's length.
 SAMPLED_ENTRIES = 2**14
+# Columns in a row are looked at for so many different tokens each: in a long batch few row blocks may drop anything.
+TURNS = 32
 
 
 @triton.jit(do_not_specialize=["row_blocks_total", "every"])
@@ -34,23 +36,18 @@ def _tail_kernel(
     every,
     row_blocks_total,
     SAMPLE: tl.constexpr,
+    TURNS: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of SAMPLE tokens spread over those in use, and of this program's columns, one in `every`: the dropped rows of
-    weight, then those of `up`, by probability, and their mass. Nothing is written without sparse strips.
+    """Of this program's columns, one in `every`, and each for SAMPLE tokens spread over those in use: the dropped rows
+    of weight, then those of `up`, by probability, and their mass. Nothing is written without sparse strips.
     """
     program = tl.program_id(0)
     tokens_total = tl.load(places.count)
-    place = (tl.arange(0, SAMPLE).to(tl.int64) * tokens_total // SAMPLE).to(tl.int32)
-    used = place < tokens_total
-    token = tl.load(places.rows + place, mask=used, other=0)
-    peak = tl.load(places.row_total + 2 * place, mask=used, other=float("inf"))
-    log_sum = tl.load(places.row_total + 2 * place + 1, mask=used, other=0.0) * LOG2_E
     depth = tl.arange(0, BLOCK_D)
-    hidden_rows = operands.hidden + token[:, None] * operands.hidden_stride
     features = operands.features
     width = features
     if operands.low is not None:
@@ -62,6 +59,13 @@ def _tail_kernel(
     sampled = tl.where(tl.load(sparse_strips + 1) > 0, tl.cdiv(columns, every), 0)
     for number in range(program, sampled, tl.num_programs(0)):
         column = number * every
+        step = tl.arange(0, SAMPLE).to(tl.int64) * TURNS + number % TURNS
+        place = (step * tokens_total // (SAMPLE * TURNS)).to(tl.int32)
+        used = place < tokens_total
+        token = tl.load(places.rows + place, mask=used, other=0)
+        peak = tl.load(places.row_total + 2 * place, mask=used, other=float("inf"))
+        log_sum = tl.load(places.row_total + 2 * place + 1, mask=used, other=0.0) * LOG2_E
+        hidden_rows = operands.hidden + token[:, None] * operands.hidden_stride
         entry = tl.load(entries + column * TILE + tl.arange(0, TILE))
         inside = entry < operands.entries_total
         weight_rows = operands.weight + entry.to(tl.int64) * operands.weight_stride
@@ -168,6 +172,7 @@ def tail_direction(
             row_blocks,
         ),
         SAMPLE=config.sample,
+        TURNS=TURNS,
         ROW_BLOCK=config.row_block,
         TILE=config.entry_tile,
         BLOCK_D=config.block_d,

@@ -157,6 +157,23 @@ def test_the_mean_of_what_is_left_out_goes_back(softcap, device, monkeypatch):
     assert error() > 4 * with_mean
 
 
+def test_the_mean_is_of_row_blocks_that_leave_something_out(device, monkeypatch):
+    """Several share it, of which some may keep everything: here the first of each, as the beginnings of sequences."""
+    monkeypatch.setattr(strips, "divide", lambda *args: division.Division(40 * args[-1].row_block, 2))
+    row_block = tuning.config_for(device, torch.float32).row_block
+    row_blocks = 2 * division.GROUPS.value + 2
+    hidden, weight, targets = peaked(device, tokens=row_blocks * row_block // SCALE, common=8.0)
+    is_flat = torch.arange(len(targets), device=device) // row_block % 3 == 0
+    hidden = torch.where(is_flat[:, None], hidden.detach() / 100, hidden.detach()).requires_grad_()
+    _, exact, _ = right(hidden, weight, targets)
+    with filtering.recording() as records:
+        (actual,) = grad(CCE(hidden, weight, targets, reduction="sum"), hidden)
+    dropped = records[0].dropped_mass.view(-1)
+    assert not dropped[is_flat].any()
+    assert dropped[~is_flat].mean() > 0.02
+    assert far(actual[~is_flat], exact[~is_flat]) < 0.06
+
+
 def test_a_flat_softmax_is_kept_whole(device, small_strips, lists):
     hidden, weight, targets = peaked(device)
     hidden = (hidden.detach() / 100).requires_grad_()
