@@ -305,6 +305,19 @@ def test_fine_tune_of_the_readme_is_the_recorded_one(tmp_path):
         assert re.search(rf"\| {re.escape(row.speed_text.replace(' x)', ')'))} \|.*{row.peak:.2f}", measured)
 
 
+def test_times_by_workspace_are_the_recorded_ones(tmp_path):
+    figure = figure_script("workspace_figure")
+    figure.draw(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert figure.PICTURE.exists()
+    measured = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
+    found = figure.milliseconds()
+    for impl, tokens in {(impl, tokens) for impl, _, tokens, _ in found}:
+        times = [found[impl, is_frozen, tokens, mib] for is_frozen in (False, True) for mib in (128, 512, 1536, 4096)]
+        texts = (f"{time:.0f}" if time >= 100 else f"{time:.1f}" for time in times)
+        assert f"| `{impl}` | {' | '.join(texts)} |\n" in measured
+
+
 def test_faq_has_every_complaint():
     text = (ROOT / "docs" / "faq.md").read_text()
     assert [int(number) for number in re.findall(r"^\*\*(\d+)\. ", text, re.MULTILINE)] == list(range(1, 27))
