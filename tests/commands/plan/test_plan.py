@@ -84,10 +84,21 @@ def test_llama_1b_on_an_h100(method, loss, measured):
     assert plan.step(loss, 4, 2048).peak / 2**30 == pytest.approx(measured, rel=0.05)
 
 
-def test_dpo_of_llama_8b_on_an_h200():
+@pytest.mark.parametrize(("loss", "measured"), [("stock", 36.88), ("cce", 19.19)])
+def test_dpo_of_llama_8b_on_an_h200(loss, measured):
     """GiB allocated at most in torchtune's recipe, two pairs of 2048 tokens, bf16, LoRA, activation checkpointing."""
     plan = planner("llama3_1/8B_lora_dpo_single_device", "gradient_accumulation_steps=1")
-    assert plan.step("stock", 2, 2048).peak / 2**30 == pytest.approx(36.88, rel=0.01)
+    assert plan.step(loss, 2, 2048).peak / 2**30 == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("loss", "sequence", "measured"), [("stock", 2304, 125.18), ("stock_compiled", 6144, 125.77), ("cce", 8192, 80.72)]
+)
+def test_long_rows_of_gemma_on_an_h200(loss, sequence, measured):
+    """GiB allocated at most, 32 rows, bf16, LoRA, activation checkpointing (docs/measured.md)."""
+    checkpointing = "enable_activation_checkpointing=True"
+    plan = planner("gemma/2B_lora_single_device", "gradient_accumulation_steps=1", checkpointing)
+    assert plan.step(loss, 32, sequence).peak / 2**30 == pytest.approx(measured, rel=0.03)
 
 
 def test_gemma_is_planned_as_the_readme_says():
@@ -438,13 +449,15 @@ def distillation_assets(tmp_path_factory):
         (LORA, "stock", ["model.vocab_size=4096"]),
         (LORA, "chunked", []),
         (LORA, "chunked", ["enable_activation_checkpointing=True"]),
+        (LORA, "chunked", ["enable_activation_checkpointing=True", "model.apply_lora_to_mlp=True"]),
+        (FULL, "chunked", ["enable_activation_checkpointing=True"]),
         (FULL, "stock", []),
         (FULL, "chunked", ["gradient_accumulation_steps=2"]),
         (FULL, "chunked", ["dtype=bf16", "optimizer_in_bwd=True"]),
     ],
 )
 def test_step_on_a_cpu(assets, method, loss, overrides):
-    """One step of the recipe's own model, loss and optimizer; the plan says what is allocated within 10%."""
+    """One step of the recipe's own model, loss and optimizer; the plan says what is allocated within 5%."""
     overrides = [
         "model.embed_dim=128",
         "model.intermediate_dim=512",
@@ -461,7 +474,7 @@ def test_step_on_a_cpu(assets, method, loss, overrides):
     rows, sequence = 4, 128
     measured = measured_peak(recipe, rows, sequence)
     plan = Planner(cfg, training.get_dtype(cfg.dtype, CPU))
-    assert plan.step(loss, rows, sequence).peak == pytest.approx(measured, rel=0.1)
+    assert plan.step(loss, rows, sequence).peak == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize("loss", ["stock", "chunked"])

@@ -6,7 +6,7 @@ row and head; Dao 2023, arXiv 2307.08691), which is what runs on a card; the met
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchtune import training
-from torchtune.modules import TransformerDecoder
+from torchtune.modules import FeedForward, TransformerDecoder
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from torchtune_lce.commands.shared.errors import CommandError
@@ -27,18 +27,26 @@ class Activations:
     """Bytes that one forward of a batch saves, without the output projection and the loss.
 
     ``layers``: of each decoder layer, in their order; ``outside``: before, between and after them; ``largest``: the
-    largest single tensor; ``layer_input``: what a checkpointed layer keeps in place of its own.
+    largest single tensor; ``layer_input``: what a checkpointed layer keeps in place of its own; ``keeps_products``:
+    whether that of an MLP's factors is among what its layer saves, as its last projection's input is where that trains.
     """
 
     layers: tuple[int, ...]
     outside: int
     largest: int
     layer_input: int
+    keeps_products: bool
 
     def times(self, rows: int) -> "Activations":
         """Of as many times the rows; what does not depend on them, masks and the like, is nothing beside the rest."""
         layers = tuple(rows * value for value in self.layers)
-        return Activations(layers, rows * self.outside, rows * self.largest, rows * self.layer_input)
+        return replace(
+            self,
+            layers=layers,
+            outside=rows * self.outside,
+            largest=rows * self.largest,
+            layer_input=rows * self.layer_input,
+        )
 
 
 def build(config: DictConfig, section: str, dtype: torch.dtype) -> nn.Module:
@@ -87,7 +95,10 @@ def count(model: nn.Module, batch: int, sequence: int) -> Activations:
             saved[storage] = (tensor.untyped_storage(), where[0])
         return tensor
 
-    hooks = []
+    hooks, products = [], []
+    for module in decoder.modules():
+        if isinstance(module, FeedForward):
+            hooks.append(module.w2.register_forward_pre_hook(lambda _, inputs: products.append(inputs[0])))
     for index, layer in enumerate(decoder.layers):
         hooks.append(layer.register_forward_pre_hook(lambda *_, index=index: where.__setitem__(0, index)))
         hooks.append(layer.register_forward_hook(lambda *_: where.__setitem__(0, outside)))
@@ -111,7 +122,8 @@ def count(model: nn.Module, batch: int, sequence: int) -> Activations:
     for storage, index in saved.values():
         totals[index] += storage.nbytes()
     largest = max((storage.nbytes() for storage, _ in saved.values()), default=0)
-    return Activations(tuple(totals[:-1]), totals[-1], largest, hidden.nbytes)
+    keeps_products = any(_storage(product) in saved for product in products)
+    return Activations(tuple(totals[:-1]), totals[-1], largest, hidden.nbytes, keeps_products)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -6,7 +6,8 @@
         other    a distillation's teacher, or DPO's reference: activations + what the loss holds by then, the student's
                  logits or the policy's log-softmax, or none + what a layer of the other model holds
         layers   backward of layer l: activations up to l, gradients of what comes after it, and on the way through the
-                 layer three tensors as large as its largest (those of a gated MLP's product and its two factors)
+                 layer three tensors as large as its largest (those of a gated MLP's product and its two factors), less
+                 the product itself where it was kept: its last use is before
         update   gradients + the optimizer's own copies
     and at each what the loss leaves behind until the next step
 
@@ -192,7 +193,8 @@ def step(fixed: Fixed, activations: Activations, loss: StepLoss, of_other: int |
     for index in reversed(range(len(layers))):
         again = layers[index] if fixed.checkpoints else 0
         # The layer's own gradients, three tensors on the way, the gradient of its output.
-        moving = _TENSORS_OF_A_LAYERS_BACKWARD * activations.largest + activations.layer_input
+        tensors = _TENSORS_OF_A_LAYERS_BACKWARD - activations.keeps_products
+        moving = tensors * activations.largest + activations.layer_input
         grads = fixed.largest_gradient if fixed.in_backward else made
         at_layers = max(at_layers, always + activations.outside + sum(held[: index + 1]) + again + moving + grads)
         if not fixed.accumulates:
