@@ -473,6 +473,17 @@ def test_spread_of_a_loss_over_its_seeds():
     assert report.seed_spread(outcomes) == {"stock": (1.5, 2.5)}
 
 
+def test_losses_differ_by_those_of_equal_seeds():
+    found = {"stock@1": 2.0, "stock@2": 5.0, "cce@1": 2.25, "cce@2": 5.75, "cce@3": 9.0, "chunked@1": 1.0}
+    outcomes = {name: Outcome("ok", result(3.0, last)) for name, last in found.items()}
+    outcomes["chunked@2"] = Outcome("failed", None)
+    assert report.seed_differences(outcomes) == {"cce": (0.5, pytest.approx(0.25))}
+    assert "cce less stock, seed by seed: +0.5000, standard error 0.2500" in report.notes(outcomes, 1, False)
+    outcomes["cce@1"] = Outcome("ok", result(3.0, math.nan))
+    assert all(map(math.isnan, report.seed_differences(outcomes)["cce"]))
+    assert report.seed_differences({}) == {}
+
+
 @pytest.mark.parametrize(
     ("pairs", "counted"), [(False, "tokens with a label"), (True, "all tokens of both rows of a pair")]
 )

@@ -37,6 +37,29 @@ def seed_spread(outcomes: dict[str, Outcome]) -> dict[str, tuple[float, float]]:
     return {loss: (min(found), max(found)) for loss, found in means.items() if len(found) > 1}
 
 
+def seed_differences(outcomes: dict[str, Outcome]) -> dict[str, tuple[float, float]]:
+    """Of each loss that ran with several of the first one's seeds: how much larger its :func:`mean_of_last_tenth` is,
+    seed by seed, in the mean, and that mean's standard error.
+
+    With the same seed two losses begin with the same weights, so these are closer than seeds are to each other.
+    """
+    means: dict[str, dict[str, float]] = {}
+    for name, outcome in outcomes.items():
+        loss, _, seed = name.partition(SEED)
+        if outcome.result is not None:
+            means.setdefault(loss, {})[seed] = mean_of_last_tenth(outcome.result)
+    first = next(iter(outcomes), "").partition(SEED)[0]
+    of_first, found = means.pop(first, {}), {}
+    for loss, by_seed in means.items():
+        gaps = [mean - of_first[seed] for seed, mean in by_seed.items() if seed in of_first]
+        if len(gaps) > 1:
+            mean = sum(gaps) / len(gaps)
+            # Not statistics.stdev, which fails on a NaN.
+            variance = sum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1)
+            found[loss] = mean, math.sqrt(variance / len(gaps))
+    return found
+
+
 def _first(outcomes: dict[str, Outcome]) -> Result | None:
     """What the others are compared with: the first loss, if it ran."""
     return next(iter(outcomes.values())).result
@@ -129,6 +152,9 @@ def notes(outcomes: dict[str, Outcome], runs_at_once: int, pairs: bool) -> list[
         said.append(f"{runs_at_once} runs at once: not a speed to compare.")
     for loss, (lowest, highest) in seed_spread(outcomes).items():
         said.append(f"{loss}, by its seeds: mean of last tenth from {lowest:.4f} to {highest:.4f}")
+    for loss, (gap, error) in seed_differences(outcomes).items():
+        first = next(iter(outcomes)).partition(SEED)[0]
+        said.append(f"{loss} less {first}, seed by seed: {gap:+.4f}, standard error {error:.4f}")
     return said
 
 
@@ -157,8 +183,8 @@ def _gib(value: int | None) -> str:
 def write_json(outcomes: dict[str, Outcome], about: dict, path: Path) -> None:
     """``about`` says what was compared, with what and on what."""
     steps = {name: asdict(outcome.result)["losses"] for name, outcome in outcomes.items() if outcome.result}
-    document = {**about, "rows": rows(outcomes), "seed_spread": seed_spread(outcomes), "losses": steps}
-    records.write(document, path)
+    seeds = {"seed_spread": seed_spread(outcomes), "seed_differences": seed_differences(outcomes)}
+    records.write({**about, "rows": rows(outcomes), **seeds, "losses": steps}, path)
 
 
 def draw(outcomes: dict[str, Outcome], title: str, on_card: bool, path: Path) -> None:
@@ -168,7 +194,9 @@ def draw(outcomes: dict[str, Outcome], title: str, on_card: bool, path: Path) ->
     from matplotlib.ticker import MaxNLocator
 
     ran = {name: outcome.result for name, outcome in outcomes.items() if outcome.result}
-    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(ran)}
+    # Those of a loss's seeds are one.
+    losses = list(dict.fromkeys(name.partition(SEED)[0] for name in ran))
+    colours = {name: _COLOURS[losses.index(name.partition(SEED)[0]) % len(_COLOURS)] for name in ran}
     # Without pyplot: no display is touched and no global state stays behind.
     figure = Figure(figsize=(12, 6.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
