@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from allocations import usage
 
 from torchtune_lce.commands import tune_parser
-from torchtune_lce.commands.bench import correctness, measure, probe, report, session, text, timing
+from torchtune_lce.commands.bench import command, correctness, measure, probe, report, session, text, timing
 from torchtune_lce.commands.bench.statistics import softmax_statistics
 from torchtune_lce.commands.shared import environment, yardstick
 from torchtune_lce.commands.shared.batches import Batch, file_batches, random_batch
@@ -332,7 +332,7 @@ def test_what_filters_may_not_lose_a_tenth(wrong, dtype):
     candidate = _planted("planted", wrong, 0.9, Filtering(True, True))
     for data, settings in correctness.checks(candidate):
         batch = correctness.small_batch(candidate, data, dtype, CPU)
-        right = correctness.yardstick(batch, [candidate], **settings)
+        right = correctness.yardstick(batch, [candidate], settings)
         found = correctness.errors(*correctness.gradients(candidate.build(), batch, False), right)
         most = correctness.allowed(candidate, right)
         assert getattr(found, wrong) == pytest.approx(0.1, rel=0.1)
@@ -729,6 +729,12 @@ def test_a_folder_that_is_not_its_own_is_left_alone(tune_lce, tmp_path):
         (["--check-only", "--tokens", "4096"], "--tokens is not for --check-only"),
         (["--check-only", "--vocab", "400"], "--vocab is not for --check-only"),
         (["--check-only", "--output", "x"], "--output is not for --check-only"),
+        (["--filter-eps", "2^"], "--filter-eps takes numbers as 1.2e-4 or 2^-13 with commas between them, got '2^'"),
+        (["--filter-eps", "1e-3,-2^-0.5"], "got '1e-3,-2^-0.5'"),
+        (["--filter-eps", "0^-1"], "got '0^-1'"),
+        (["--filter-eps", "0.1,2^3"], "--filter-eps takes numbers in [0, 1), got '2^3'"),
+        (["--filter-eps", "nan"], "--filter-eps takes numbers in [0, 1), got 'nan'"),
+        (["--filter-eps", "0.1", "--divergence", "forward"], "--filter-eps is not for --divergence"),
         (["--workspace-mib", "0"], "--workspace-mib must be at least 1, got 0"),
         (["--only", "cce,fastest"], "'fastest'"),
         (["--model", "llama9"], "'llama9'"),
@@ -821,6 +827,32 @@ def test_the_workspace_is_our_losses_own(monkeypatch):
         ("chunked", "ok", 128),
     ]
     assert set(seen) == {7, 128}
+
+
+def test_losses_that_filter_are_measured_with_each_threshold(device):
+    if device.type == "cpu":
+        pytest.importorskip("triton")
+    thresholds = command._thresholds("2^-6,0.001953125,2^-9")
+    assert thresholds == [2.0**-6, 2.0**-9]
+    candidates = select(["cce", "cce_exact", "eager_full"], filter_eps=thresholds)
+    batch = trained_batch(correctness.PEAKED_INTERPRETED, torch.float32, device)
+    right = correctness.yardstick(batch, candidates)
+    cases = measure.measure(candidates, batch, right, False, timing.clock_timer)
+    named = [(case.impl, case.status, case.filter_eps) for case in cases]
+    assert named == [
+        ("cce@0.0156", "ok", 2.0**-6),
+        ("cce@0.00195", "ok", 2.0**-9),
+        ("cce_exact", "ok", None),
+        ("eager_full", "ok", None),
+    ]
+    loose, strict = cases[:2]
+    assert loose.kept_fraction < strict.kept_fraction
+    assert loose.grad_error_hidden > strict.grad_error_hidden
+    assert [candidate.obstacle(device, torch.float32) for candidate in candidates] == [None] * 4
+    for candidate in candidates[:2]:
+        assert [check.status for check in measure.check(candidate, torch.float32, device)] == ["ok", "ok"]
+    (default,) = select(["cce"])
+    assert measure.new_case(default, batch, False, "ok").filter_eps == torch.finfo(torch.float32).eps / 32
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")

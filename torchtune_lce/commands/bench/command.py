@@ -1,6 +1,7 @@
 """The subcommand ``bench`` of ``tune-lce``."""
 
 import argparse
+import math
 import shlex
 import sys
 from dataclasses import replace
@@ -79,6 +80,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--only", metavar="IMPL,...", help="losses to take; default: all but the rarer presets of cce")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16; float32 for --check-only without a card")
     parser.add_argument("--workspace-mib", type=int, metavar="N", help="of this package's losses; default: theirs, 128")
+    parser.add_argument(
+        "--filter-eps",
+        metavar="EPS,...",
+        help="measure this package's losses that filter with each of these thresholds, as 2^-13; default: theirs",
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: ./tune-lce-bench")
     parser.add_argument("--cpu", action="store_true", help="time on the CPU, by the clock, in OMP_NUM_THREADS threads")
     parser.add_argument("--check-only", action="store_true", help="compare with the reference on small data, no timing")
@@ -141,7 +147,9 @@ def _candidates(args: argparse.Namespace, only: list[str] | None) -> list:
     from torchtune_lce.commands.shared.objective import Objective
 
     if args.divergence is None:
-        return select(only, args.workspace_mib)
+        return select(only, args.workspace_mib, filter_eps=_thresholds(args.filter_eps) if args.filter_eps else ())
+    if args.filter_eps:
+        raise CommandError("--filter-eps is not for --divergence, which leaves nothing out")
     kd_ratio = 1.0 if args.kd_ratio is None else args.kd_ratio
     if not 0 < kd_ratio <= 1:
         raise CommandError(f"--kd-ratio must be in (0, 1], got {kd_ratio}")
@@ -216,6 +224,23 @@ def _numbers(text: str) -> list[int]:
         return list(dict.fromkeys(int(number) for number in text.split(",")))
     except ValueError as error:
         raise CommandError(f"--tokens takes whole numbers with commas between them, got {text!r}") from error
+
+
+def _thresholds(text: str) -> list[float]:
+    """Each of them once; a power as base^exponent."""
+    found = []
+    for threshold in text.split(","):
+        base, power, exponent = threshold.partition("^")
+        try:
+            eps = math.pow(float(base), float(exponent) if power else 1)
+        except (ValueError, ArithmeticError) as error:
+            raise CommandError(
+                f"--filter-eps takes numbers as 1.2e-4 or 2^-13 with commas between them, got {text!r}"
+            ) from error
+        if not 0 <= eps < 1:
+            raise CommandError(f"--filter-eps takes numbers in [0, 1), got {threshold!r}")
+        found.append(eps)
+    return list(dict.fromkeys(found))
 
 
 def _option(name: str) -> str:

@@ -49,14 +49,20 @@ def small_batch(candidate: Candidate, data: str, dtype: torch.dtype, device: tor
     return batch
 
 
-def yardstick(batch: Batch, candidates: list[Candidate], filter_eps: float | str = "auto") -> Yardstick:
-    """For all ``candidates`` on ``batch``, which have one objective."""
+def yardstick(batch: Batch, candidates: list[Candidate], settings: dict | None = None) -> Yardstick:
+    """For all ``candidates`` on ``batch``, which have one objective; ``settings`` go before their own.
+
+    Of thresholds of a filter the largest counts.
+    """
     objective = candidates[0].objective
     if objective is not None:
         return divergence_yardstick.measure(batch, objective)
-    filters = any(candidate.ours and candidate.filtering != UNFILTERED for candidate in candidates)
-    eps = Options(filter_eps=filter_eps).resolved_filter_eps(batch.hidden.dtype)
-    return measure(batch, eps if filters else None)
+    thresholds = [
+        Options(**candidate.settings | (settings or {})).resolved_filter_eps(batch.hidden.dtype)
+        for candidate in candidates
+        if candidate.ours and candidate.filtering != UNFILTERED
+    ]
+    return measure(batch, max((eps for eps in thresholds if eps is not None), default=None))
 
 
 def gradients(loss: Loss, batch: Batch, frozen_weight: bool) -> tuple[Tensor, tuple[Tensor, ...]]:

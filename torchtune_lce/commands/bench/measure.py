@@ -15,6 +15,7 @@ from torchtune_lce.commands.shared.recipe_runs import ran_out_of_memory
 from torchtune_lce.commands.shared.shapes import Shape
 from torchtune_lce.commands.shared.yardstick import Errors, Yardstick
 from torchtune_lce.inputs import filtering
+from torchtune_lce.inputs.filtering import UNFILTERED
 from torchtune_lce.inputs.options import Options
 
 OK, OUT_OF_MEMORY = "ok", "out of memory"
@@ -35,6 +36,7 @@ class Case:
     frozen_weight: bool
     status: str
     workspace_mib: int | None = None  # of this package's
+    filter_eps: float | None = None  # of those that filter
     kept_fraction: float | None = None  # of the tiles, in the backward of this package's kernels
     forward_ms: float | None = None  # without autograd
     forward_recording_ms: float | None = None  # with what the backward needs
@@ -54,8 +56,13 @@ class Case:
 
 
 def new_case(candidate: Candidate, batch: Batch, frozen: bool, status: str) -> Case:
-    workspace = Options(**candidate.settings).workspace_mib if candidate.ours else None
-    return Case(candidate.name, batch.shape, batch.data, batch.name, frozen, status, workspace)
+    case = Case(candidate.name, batch.shape, batch.data, batch.name, frozen, status)
+    if candidate.ours:
+        options = Options(**candidate.settings)
+        case.workspace_mib = options.workspace_mib
+        if candidate.filtering != UNFILTERED:
+            case.filter_eps = options.resolved_filter_eps(batch.hidden.dtype)
+    return case
 
 
 def measure(
@@ -237,11 +244,11 @@ def check(candidate: Candidate, dtype: torch.dtype, device: torch.device) -> lis
 
 def _check(candidate: Candidate, data: str, settings: dict, dtype: torch.dtype, device: torch.device) -> Check:
     batch = correctness.small_batch(candidate, data, dtype, device)
-    right = correctness.yardstick(batch, [candidate], **settings)
+    right = correctness.yardstick(batch, [candidate], settings)
     most = correctness.allowed(candidate, right)
     found = None
     try:
-        loss = candidate.build(**candidate.settings, **settings)
+        loss = candidate.build(**candidate.settings | settings)
         for frozen in (True, False) if data == correctness.RANDOM else (False,):
             with filtering.recording() as records:
                 found = correctness.errors(*correctness.gradients(loss, batch, frozen), right)

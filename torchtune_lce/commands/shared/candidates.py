@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -110,9 +110,13 @@ _ON_REQUEST = choice.CCE_PRESETS.keys() - {"cce", "cce_exact"}
 
 
 def select(
-    names: list[str] | None, workspace_mib: int | None = None, among: Iterable[Candidate] | None = None
+    names: list[str] | None,
+    workspace_mib: int | None = None,
+    among: Iterable[Candidate] | None = None,
+    filter_eps: Sequence[float] = (),
 ) -> list[Candidate]:
-    """The named candidates, or all but the presets that are measured on request only; this package's with a workspace.
+    """The named candidates, or all but the presets that are measured on request only; this package's with a workspace,
+    and where they filter once with each threshold.
 
     ``among`` None: those of the cross-entropy. Raises CommandError for an unknown name.
     """
@@ -124,4 +128,20 @@ def select(
             raise CommandError(f"--only takes {', '.join(known)}; got {name!r}")
     settings = {} if workspace_mib is None else {"workspace_mib": workspace_mib}
     chosen = [candidate for candidate in known.values() if candidate.name in names]
-    return [replace(candidate, settings=settings) if candidate.ours else candidate for candidate in chosen]
+    return [of_settings for candidate in chosen for of_settings in _with_settings(candidate, settings, filter_eps)]
+
+
+def _with_settings(candidate: Candidate, settings: dict, filter_eps: Sequence[float]) -> list[Candidate]:
+    if not candidate.ours:
+        return [candidate]
+    if candidate.filtering == UNFILTERED or not filter_eps:
+        return [replace(candidate, settings=settings)]
+    return [
+        replace(
+            candidate,
+            name=f"{candidate.name}@{eps:.3g}",
+            impl=candidate.name,
+            settings={**settings, "filter_eps": eps},
+        )
+        for eps in filter_eps
+    ]
