@@ -65,9 +65,9 @@ class Dropped:
 
 @triton.jit
 def sampled_block(nth, group, blocks_a_group, used, ROW_BLOCK: tl.constexpr):
-    """Which row block of a group the nth sampled tile is looked at for, and how often it was one's turn before.
+    """Which row block of a group the nth sampled tile is looked at for, and how many turns of that one came before.
 
-    In turn all that have tokens in use: one may keep whole strips, and of a sequence's first tokens less is certain.
+    All that have tokens in use, in turn: what one keeps whole says nothing of what the others drop.
     """
     first = group * blocks_a_group
     blocks = tl.maximum(tl.minimum(tl.cdiv(used, ROW_BLOCK) - first, blocks_a_group), 1)
@@ -199,8 +199,8 @@ def _pack_kernel(
     parts = tl.cdiv(tl.minimum(used - row_block * ROW_BLOCK, ROW_BLOCK), PART)
     in_tile = tl.arange(0, ENTRIES)
     # The first sampled tile from `first` on.
-    nth = tl.maximum(first_tile + first - first_sampled + sample_every - 1, 0) // sample_every
-    next_tile = first_sampled + nth * sample_every - first_tile
+    passed = tl.maximum(first_tile + first - first_sampled + sample_every - 1, 0) // sample_every
+    next_tile = first_sampled + passed * sample_every - first_tile
     last = tl.where(in_use, tl.minimum(first + TILES, tiles), 0)
     for tile in range(next_tile, last, sample_every):
         nth = (first_tile + tile - first_sampled) // sample_every

@@ -734,6 +734,10 @@ def test_a_folder_that_is_not_its_own_is_left_alone(tune_lce, tmp_path):
         (["--filter-eps", "0^-1"], "got '0^-1'"),
         (["--filter-eps", "0.1,2^3"], "--filter-eps takes numbers in [0, 1), got '2^3'"),
         (["--filter-eps", "nan"], "--filter-eps takes numbers in [0, 1), got 'nan'"),
+        (
+            ["--filter-eps", "0.1", "--only", "cce_exact,liger"],
+            "--filter-eps is for losses of this package that filter",
+        ),
         (["--filter-eps", "0.1", "--divergence", "forward"], "--filter-eps is not for --divergence"),
         (["--workspace-mib", "0"], "--workspace-mib must be at least 1, got 0"),
         (["--only", "cce,fastest"], "'fastest'"),
@@ -832,7 +836,7 @@ def test_the_workspace_is_our_losses_own(monkeypatch):
 def test_losses_that_filter_are_measured_with_each_threshold(device):
     if device.type == "cpu":
         pytest.importorskip("triton")
-    thresholds = command._thresholds("2^-6,0.001953125,2^-9")
+    thresholds = command._thresholds("2^-6,0.001953125,2^-9,0.0156250001")
     assert thresholds == [2.0**-6, 2.0**-9]
     candidates = select(["cce", "cce_exact", "eager_full"], filter_eps=thresholds)
     batch = trained_batch(correctness.PEAKED_INTERPRETED, torch.float32, device)
@@ -840,8 +844,8 @@ def test_losses_that_filter_are_measured_with_each_threshold(device):
     cases = measure.measure(candidates, batch, right, False, timing.clock_timer)
     named = [(case.impl, case.status, case.filter_eps) for case in cases]
     assert named == [
-        ("cce@0.0156", "ok", 2.0**-6),
-        ("cce@0.00195", "ok", 2.0**-9),
+        ("cce@0.015625", "ok", 2.0**-6),
+        ("cce@0.00195312", "ok", 2.0**-9),
         ("cce_exact", "ok", None),
         ("eager_full", "ok", None),
     ]

@@ -35,7 +35,7 @@ from torchtune.modules.peft import DoRALinear, LoRALinear, disable_adapter
 
 from torchtune_lce import linear_cross_entropy, linear_token_logprobs
 from torchtune_lce.commands import registry
-from torchtune_lce.commands.plan import command, report
+from torchtune_lce.commands.plan import activations, command, report
 from torchtune_lce.commands.plan.distillation_memory import Distillation, distillation_memory
 from torchtune_lce.commands.plan.planning import USABLE, Planner
 from torchtune_lce.commands.plan.preference_memory import preference_memory
@@ -99,6 +99,16 @@ def test_long_rows_of_gemma_on_an_h200(loss, sequence, measured):
     checkpointing = "enable_activation_checkpointing=True"
     plan = planner("gemma/2B_lora_single_device", "gradient_accumulation_steps=1", checkpointing)
     assert plan.step(loss, 32, sequence).peak / 2**30 == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("trains_mlp", [True, False])
+def test_a_product_is_kept_where_its_projection_trains(trains_mlp):
+    config = config_reading.read("lce/gemma2/2B_lora_single_device", [f"model.apply_lora_to_mlp={trains_mlp}"])
+    found = activations.count(activations.build(config, "model", torch.bfloat16), 2, 2048)
+    assert found.kept_product == trains_mlp * 2 * 2048 * 9216 * 2
+    # Attention's scores, in float32.
+    assert found.largest == 2 * 8 * 2048**2 * 4
+    assert found.times(3).kept_product == 3 * found.kept_product
 
 
 def test_gemma_is_planned_as_the_readme_says():

@@ -147,7 +147,12 @@ def _candidates(args: argparse.Namespace, only: list[str] | None) -> list:
     from torchtune_lce.commands.shared.objective import Objective
 
     if args.divergence is None:
-        return select(only, args.workspace_mib, filter_eps=_thresholds(args.filter_eps) if args.filter_eps else ())
+        chosen = select(only, args.workspace_mib, filter_eps=_thresholds(args.filter_eps) if args.filter_eps else ())
+        if args.filter_eps and not any("filter_eps" in candidate.settings for candidate in chosen):
+            raise CommandError(
+                f"--filter-eps is for losses of this package that filter, as cce; got --only {args.only}"
+            )
+        return chosen
     if args.filter_eps:
         raise CommandError("--filter-eps is not for --divergence, which leaves nothing out")
     kd_ratio = 1.0 if args.kd_ratio is None else args.kd_ratio
@@ -227,8 +232,8 @@ def _numbers(text: str) -> list[int]:
 
 
 def _thresholds(text: str) -> list[float]:
-    """Each of them once; a power as base^exponent."""
-    found = []
+    """Each of them once, to the six digits that name its losses; a power as base^exponent."""
+    found = {}
     for threshold in text.split(","):
         base, power, exponent = threshold.partition("^")
         try:
@@ -239,8 +244,8 @@ def _thresholds(text: str) -> list[float]:
             ) from error
         if not 0 <= eps < 1:
             raise CommandError(f"--filter-eps takes numbers in [0, 1), got {threshold!r}")
-        found.append(eps)
-    return list(dict.fromkeys(found))
+        found.setdefault(f"{eps:.6g}", eps)
+    return list(found.values())
 
 
 def _option(name: str) -> str:

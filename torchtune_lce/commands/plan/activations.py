@@ -27,15 +27,15 @@ class Activations:
     """Bytes that one forward of a batch saves, without the output projection and the loss.
 
     ``layers``: of each decoder layer, in their order; ``outside``: before, between and after them; ``largest``: the
-    largest single tensor; ``layer_input``: what a checkpointed layer keeps in place of its own; ``keeps_products``:
-    whether that of an MLP's factors is among what its layer saves, as its last projection's input is where that trains.
+    largest single tensor; ``layer_input``: what a checkpointed layer keeps in place of its own; ``kept_product``: that
+    of a gated MLP's factors, where its layer saves it, as the last projection's input is where that trains; else 0.
     """
 
     layers: tuple[int, ...]
     outside: int
     largest: int
     layer_input: int
-    keeps_products: bool
+    kept_product: int
 
     def times(self, rows: int) -> "Activations":
         """Of as many times the rows; what does not depend on them, masks and the like, is nothing beside the rest."""
@@ -46,6 +46,7 @@ class Activations:
             outside=rows * self.outside,
             largest=rows * self.largest,
             layer_input=rows * self.layer_input,
+            kept_product=rows * self.kept_product,
         )
 
 
@@ -122,8 +123,8 @@ def count(model: nn.Module, batch: int, sequence: int) -> Activations:
     for storage, index in saved.values():
         totals[index] += storage.nbytes()
     largest = max((storage.nbytes() for storage, _ in saved.values()), default=0)
-    keeps_products = any(_storage(product) in saved for product in products)
-    return Activations(tuple(totals[:-1]), totals[-1], largest, hidden.nbytes, keeps_products)
+    kept_product = max((product.nbytes for product in products if _storage(product) in saved), default=0)
+    return Activations(tuple(totals[:-1]), totals[-1], largest, hidden.nbytes, kept_product)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -193,8 +193,8 @@ def step(fixed: Fixed, activations: Activations, loss: StepLoss, of_other: int |
     for index in reversed(range(len(layers))):
         again = layers[index] if fixed.checkpoints else 0
         # The layer's own gradients, three tensors on the way, the gradient of its output.
-        tensors = _TENSORS_OF_A_LAYERS_BACKWARD - activations.keeps_products
-        moving = tensors * activations.largest + activations.layer_input
+        on_the_way = _TENSORS_OF_A_LAYERS_BACKWARD * activations.largest - activations.kept_product
+        moving = on_the_way + activations.layer_input
         grads = fixed.largest_gradient if fixed.in_backward else made
         at_layers = max(at_layers, always + activations.outside + sum(held[: index + 1]) + again + moving + grads)
         if not fixed.accumulates:

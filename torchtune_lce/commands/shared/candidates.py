@@ -139,7 +139,7 @@ def _with_settings(candidate: Candidate, settings: dict, filter_eps: Sequence[fl
     return [
         replace(
             candidate,
-            name=f"{candidate.name}@{eps:.3g}",
+            name=f"{candidate.name}@{eps:.6g}",
             impl=candidate.name,
             settings={**settings, "filter_eps": eps},
         )
