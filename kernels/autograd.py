@@ -42,11 +42,11 @@ def token_losses(filtering: Filtering) -> Callable:
             low, up = low.to(hidden.dtype), up.to(hidden.dtype)
         # Here, so that what has to be copied is copied once for both operators.
         hidden, weight, low, up = map(rows_contiguous, (hidden, weight, low, up))
-        eps = options.resolved_filter_eps(hidden.dtype)
         needs_hidden, needs_weight = (
             any(x is not None and x.requires_grad for x in operands)
             for operands in ((hidden, low), (weight, bias, up, scale))
         )
+        eps = options.resolved_filter_eps(hidden.dtype, needs_weight)
         filters = filtering.hidden and needs_hidden or filtering.weight and needs_weight
         records = bool(eps) and filters and torch.is_grad_enabled()
         with_mean = bool(options.label_smoothing) and not call.means_by_product

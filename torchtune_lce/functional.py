@@ -50,7 +50,8 @@ def linear_cross_entropy(
         impl: one of :data:`torchtune_lce.implementations.choice.NAMES`.
         filter_eps: softmax entries below it may be left out of the gradients of the filtering implementations, unless
             together they hold more than a quarter of the softmax, in the mean of a block of 128 tokens: then nothing
-            of that block is. ``auto`` is finfo(dtype).eps / 32, None keeps everything.
+            of that block is. ``auto`` is finfo(dtype).eps / 45, and / 64 where weight, bias and adapter have no
+            gradient; None keeps everything.
         workspace_mib: the most memory in MiB that an implementation may use beyond gradients and O(N + V), where that
             has room for its smallest pieces. With a trained weight or bias ``cce_exact`` may hold it until the
             backward, and has the memory of the weight's gradient from the forward on; ``chunked`` holds hidden states

@@ -17,6 +17,7 @@ from tolerance import Plain, Settings, Upstream, allowances, assert_as_accurate_
 from torchtune_lce import linear_cross_entropy
 from torchtune_lce.implementations import chunked, fused, walk
 from torchtune_lce.implementations.choice import CCE_PRESETS
+from torchtune_lce.inputs.options import AUTO_TRAINED
 
 F64 = torch.float64
 INPUTS = ("hidden", "weight", "bias")
@@ -800,7 +801,7 @@ def backward(results: dict[str, torch.Tensor], upstream: Upstream, retain_graph:
 def allowed(impl: str, case: Case, dtype: torch.dtype, exact: Plain, tensors: dict) -> dict[str, torch.Tensor]:
     preset = CCE_PRESETS.get(impl)
     filtered = tuple(name for name in ("hidden", "weight") if preset and getattr(preset, name))
-    eps = torch.finfo(dtype).eps / 32 if case.filter_eps == "auto" else case.filter_eps
+    eps = torch.finfo(dtype).eps / AUTO_TRAINED if case.filter_eps == "auto" else case.filter_eps
     # The kernels keep their logits in float32; F.linear and torch.mm round them.
     logits_dtype = torch.promote_types(dtype, torch.float32) if preset else dtype
     return allowances(

@@ -15,6 +15,7 @@ from tolerance import allowances, assert_as_accurate_as_torch, plain_torch
 from torchtune_lce import linear_cross_entropy
 from torchtune_lce.implementations import fused, walk
 from torchtune_lce.implementations.choice import CCE_PRESETS
+from torchtune_lce.inputs.options import AUTO_TRAINED
 
 EACH_IN_TORCH = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 IN_TORCH = pytest.mark.parametrize("impl", ["chunked", "torch_compile", "reference"])
@@ -55,7 +56,7 @@ def results(call: Call, return_lse: bool = True, **changed) -> dict[str, torch.T
 
 def bounds(call: Call, exact) -> dict[str, torch.Tensor]:
     preset = CCE_PRESETS.get(call.impl)
-    eps = torch.finfo(call.dtype).eps / 32 if call.filter_eps == "auto" else call.filter_eps
+    eps = torch.finfo(call.dtype).eps / AUTO_TRAINED if call.filter_eps == "auto" else call.filter_eps
     filtered = tuple(name for name in ("hidden", "weight") if preset and getattr(preset, name))
     # The kernels keep their logits in float32; F.linear and torch.mm round them.
     logits_dtype = torch.promote_types(call.dtype, torch.float32) if preset else call.dtype

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torchtune_lce import linear_cross_entropy
 from torchtune_lce.inputs import filtering
+from torchtune_lce.inputs.options import AUTO_TRAINED
 
 TOKEN_BLOCK, ENTRY_BLOCK = 4096, 32_768
 SAMPLED = 96
@@ -199,13 +200,13 @@ def test_slices_against_float64(size, device):
     chosen = SIZES[size]
     assert max(chosen.tokens * chosen.vocabulary, chosen.width * max(chosen.tokens, chosen.vocabulary)) > 2**31
     impls = ("cce", "cce_exact", "chunked") if size == "long-sequence" else ("cce", "cce_exact")
-    compare(chosen, impls, torch.bfloat16, device, torch.finfo(torch.bfloat16).eps / 32)
+    compare(chosen, impls, torch.bfloat16, device, torch.finfo(torch.bfloat16).eps / AUTO_TRAINED)
 
 
 def test_the_comparison_itself(device, monkeypatch):
     """In small: it accepts what is right, and sees a row of a gradient that came from elsewhere."""
     low, size = torch.float16, Size(90, 300, 64)
-    eps = torch.finfo(low).eps / 32
+    eps = torch.finfo(low).eps / AUTO_TRAINED
     compare(size, ("chunked",), low, device, eps)
     hidden, weight, targets = make_inputs(size, low, device)
     exact = compute_exact(hidden, weight, targets, eps)

@@ -16,7 +16,7 @@ import triton
 
 from torchtune_lce import functional
 from torchtune_lce.inputs import filtering
-from torchtune_lce.inputs.options import Options
+from torchtune_lce.inputs.options import AUTO_FROZEN, AUTO_TRAINED, Options
 from torchtune_lce.kernels import autograd, division, forward, launching, plan, tuning
 from torchtune_lce.kernels.operands import Operands, Tail
 
@@ -570,6 +570,22 @@ def test_one_bad_token_stays_alone(device, softcap):
     )
     (gradient,) = torch.autograd.grad(loss.sum(), hidden)
     assert gradient.isfinite().all(1).equal(hidden.isfinite().all(1))
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight",)])
+def test_auto_is_a_smaller_threshold_where_the_projection_is_frozen(frozen, device):
+    hidden, weight, targets = peaked(device, vocabulary=1500, dtype=torch.float16)
+    hidden[:, 0] *= 2
+    eps = torch.finfo(torch.float16).eps
+
+    def found(threshold):
+        return gradients(hidden, weight, targets, eps=threshold, frozen=frozen)
+
+    auto, trained, other = found("auto"), found(eps / AUTO_TRAINED), found(eps / AUTO_FROZEN)
+    if frozen:
+        trained, other = other, trained
+    assert all(map(torch.equal, auto, trained))
+    assert not any(map(torch.equal, auto, other))
 
 
 def test_nothing_is_recorded_for_a_gradient_that_nobody_wants(device, monkeypatch):

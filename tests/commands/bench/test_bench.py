@@ -24,6 +24,7 @@ from torchtune_lce.commands.shared.trained_batches import trained_batch
 from torchtune_lce.commands.shared.vocabulary import spread
 from torchtune_lce.implementations import choice
 from torchtune_lce.inputs.filtering import UNFILTERED, Filtering
+from torchtune_lce.inputs.options import AUTO_FROZEN, AUTO_TRAINED
 
 CPU = torch.device("cpu")
 TINY = Shape(130, 32, 140)
@@ -856,7 +857,8 @@ def test_losses_that_filter_are_measured_with_each_threshold(device):
     for candidate in candidates[:2]:
         assert [check.status for check in measure.check(candidate, torch.float32, device)] == ["ok", "ok"]
     (default,) = select(["cce"])
-    assert measure.new_case(default, batch, False, "ok").filter_eps == torch.finfo(torch.float32).eps / 32
+    thresholds = [measure.new_case(default, batch, frozen, "ok").filter_eps for frozen in (False, True)]
+    assert thresholds == [torch.finfo(torch.float32).eps / part for part in (AUTO_TRAINED, AUTO_FROZEN)]
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")

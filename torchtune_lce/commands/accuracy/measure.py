@@ -49,7 +49,7 @@ def rows_of(batch: Batch, impls: list[str]) -> list[Row]:
     name = str(dtype).removeprefix("torch.")
     filters = {impl: CAPABILITIES[impl].filtering for impl in impls}
     filtering = any(found != UNFILTERED for found in filters.values())
-    right = yardstick.measure(batch, Options().resolved_filter_eps(dtype) if filtering else None, torch.float64)
+    right = yardstick.measure(batch, Options().resolved_filter_eps(dtype, True) if filtering else None, torch.float64)
     rows = [Row(batch.data, name, "PyTorch", right.own)]
     if filtering:
         rows.append(Row(batch.data, name, "strictest filter", right.filtered))

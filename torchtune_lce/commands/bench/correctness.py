@@ -58,7 +58,7 @@ def yardstick(batch: Batch, candidates: list[Candidate], settings: dict | None =
     if objective is not None:
         return divergence_yardstick.measure(batch, objective)
     thresholds = [
-        Options(**candidate.settings | (settings or {})).resolved_filter_eps(batch.hidden.dtype)
+        Options(**candidate.settings | (settings or {})).resolved_filter_eps(batch.hidden.dtype, True)
         for candidate in candidates
         if candidate.ours and candidate.filtering != UNFILTERED
     ]

@@ -61,7 +61,7 @@ def new_case(candidate: Candidate, batch: Batch, frozen: bool, status: str) -> C
         options = Options(**candidate.settings)
         case.workspace_mib = options.workspace_mib
         if candidate.filtering != UNFILTERED:
-            case.filter_eps = options.resolved_filter_eps(batch.hidden.dtype)
+            case.filter_eps = options.resolved_filter_eps(batch.hidden.dtype, not frozen)
     return case
 
 

@@ -10,7 +10,7 @@ import torch
 # log2(n) roundings: 15 for 2^15 vocabulary entries, 7 for 128 columns, 9 for 2^9 tokens, 31 in all. As much again for
 # the parameters, which carry the gradients' rounding from step to step. Measured over 30 steps: 3.
 # bfloat16: sums are float32 in both, but torchtune rounds its logits to bfloat16, by half an eps, and once more the
-# gradient by them, where ours rounds neither or only the latter. Gradient filtering adds that entries below eps / 32
+# gradient by them, where ours rounds neither or only the latter. Gradient filtering adds that entries below eps / 45
 # get no gradient; under the recipes' optimizers that shifts the loss by less than rounding may. Measured over 20 steps
 # with the strictest filter, entry by entry: 0.4; without a filter: 0.03.
 _EPS_OF_LOSS = {torch.float32: 64, torch.bfloat16: 1}
