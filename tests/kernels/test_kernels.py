@@ -574,8 +574,9 @@ def test_one_bad_token_stays_alone(device, softcap):
 
 @pytest.mark.parametrize("frozen", [(), ("weight",)])
 def test_auto_is_a_smaller_threshold_where_the_projection_is_frozen(frozen, device):
-    hidden, weight, targets = peaked(device, vocabulary=1500, dtype=torch.float16)
-    hidden[:, 0] *= 2
+    hidden, weight, targets = peaked(device, vocabulary=3000, dtype=torch.float16)
+    # Few are active: a row block with more of them than there are slots keeps all.
+    hidden[:, 0] *= 8
     eps = torch.finfo(torch.float16).eps
 
     def found(threshold):
@@ -648,7 +649,9 @@ def test_the_mean_is_of_row_blocks_that_drop_something(device):
     is_flat = torch.ones_like(targets, dtype=torch.bool)
     is_flat[sure] = False
     hidden[is_flat] /= 100
+    # They are sure of the same entries: what one keeps, its row block does.
     hidden[sure, 0] *= 16
+    hidden[sure, 2:] /= 4
     targets[is_flat] = 0
     with filtering.recording() as records:
         filtered, _ = gradients(hidden, weight, targets, eps=2.0**-6)
