@@ -1,5 +1,6 @@
 """What every test stands on: the interpreter without a card, quiet threads, seeds, and poisoned fresh memory."""
 
+import dataclasses
 import gc
 import os
 import sys
@@ -57,6 +58,22 @@ LARGE = (
 LARGE_AT_ONCE = 3
 
 interpreter.make_faster()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--card-blocks", action="store_true", help="without a card: the kernels with the blocks of one")
+
+
+def pytest_configure(config):
+    if not config.getoption("card_blocks") or not INTERPRETED:
+        return
+    tuning = pytest.importorskip("torchtune_lce.kernels.tuning")
+
+    def config_for(device: torch.device, dtype: torch.dtype) -> tuning.Config:
+        return dataclasses.replace(tuning._cuda_config((9, 0), dtype, "ieee"), tma=False, stores_transposed=False)
+
+    # Before any kernel takes its name.
+    tuning.config_for = config_for
 
 
 def pytest_collection_modifyitems(items):

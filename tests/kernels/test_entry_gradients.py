@@ -112,7 +112,7 @@ def test_gradients_for_any_upstream(softcap, with_bias, dtype, device, many_stri
     for actual, expected in zip(found, wanted, strict=True):
         assert far(actual, expected) < (2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
     # A card's tiles are too large, and few.
-    if device.type == "cpu":
+    if tuning.config_for(device, dtype).row_block < 100:
         assert {strip.in_output for strip in many_strips} >= ({True, False} if tiles_held == 0 else set())
         assert bool(many_strips) == (tiles_held < 100)
     # The first again, after others.

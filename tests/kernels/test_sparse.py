@@ -16,7 +16,8 @@ from torchtune_lce.kernels import division, dropped_mean, strips, tuning
 
 # A card's row blocks and tiles are so many times as large as the interpreter's: as many more tokens and entries, whose
 # shares are smaller, and what stands out does so by more.
-SCALE = 1 if tuning.is_interpreted() else 4
+DEVICE = torch.device("cpu" if tuning.is_interpreted() else "cuda")
+SCALE = tuning.config_for(DEVICE, torch.float32).row_block // 32
 EPS, LENGTH = (2.0**-7, 4) if SCALE == 1 else (2.0**-8, 8)
 CCE = partial(linear_cross_entropy, impl="cce", filter_eps=EPS)
 

@@ -440,7 +440,7 @@ def test_where_the_workspace_is_small_tokens_are_taken_in_pieces(device, calls, 
     divide = strips.divide
     monkeypatch.setattr(strips, "divide", lambda *args: divide(*args[:6], args[6] // 100, *args[7:]))
     loss = EXACT(hidden, weight, targets, workspace_mib=1)
-    assert len(calls) > 1 or device.type == "cuda"
+    assert len(calls) > 1 or tuning.config_for(device, hidden.dtype).row_block > 100
     torch.testing.assert_close(grad(loss, hidden), grad(whole, hidden), rtol=1e-5, atol=1e-7)
 
 
