@@ -3,6 +3,7 @@
 import argparse
 import re
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -30,8 +31,9 @@ from tiny_models import (
 from tiny_preferences import preference_config
 from torch import nn
 from torchtune import training
+from torchtune.models.gemma2 import gemma2, lora_gemma2
 from torchtune.modules.loss import CEWithChunkedOutputLoss, kd_losses
-from torchtune.modules.peft import DoRALinear, LoRALinear, disable_adapter
+from torchtune.modules.peft import DoRALinear, LoRALinear, disable_adapter, get_adapter_params, set_trainable_params
 
 from torchtune_lce import linear_cross_entropy, linear_token_logprobs
 from torchtune_lce.commands import registry
@@ -101,14 +103,40 @@ def test_long_rows_of_gemma_on_an_h200(loss, sequence, measured):
     assert plan.step(loss, 32, sequence).peak / 2**30 == pytest.approx(measured, rel=0.03)
 
 
-@pytest.mark.parametrize("trains_mlp", [True, False])
-def test_a_product_is_kept_where_its_projection_trains(trains_mlp):
-    config = config_reading.read("lce/gemma2/2B_lora_single_device", [f"model.apply_lora_to_mlp={trains_mlp}"])
-    found = activations.count(activations.build(config, "model", torch.bfloat16), 2, 2048)
-    assert found.kept_product == trains_mlp * 2 * 2048 * 9216 * 2
-    # Attention's scores, in float32.
-    assert found.largest == 2 * 8 * 2048**2 * 4
-    assert found.times(3).kept_product == 3 * found.kept_product
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "builder", [gemma2, partial(lora_gemma2, ["q_proj", "v_proj"], True, lora_rank=4, lora_alpha=8)]
+)
+def test_what_is_alive_in_a_layer_is_what_the_allocator_sees(builder, dtype, device):
+    """Of Gemma 2, whose attention in torchtune has scores of its own, in up to four tensors at once."""
+    sizes = {"vocab_size": 64, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "embed_dim": 32}
+    sizes |= {"intermediate_dim": 64, "max_seq_len": 512, "sliding_window_size": 128}
+    rows, sequence = 2, 256
+    models = []
+    for place in (device, torch.device("meta")):
+        with training.set_default_dtype(dtype), place:
+            models.append(builder(**sizes, hidden_capping_value=50.0, final_capping_value=30.0))
+        adapters = get_adapter_params(models[-1])
+        if adapters:
+            set_trainable_params(models[-1], adapters)
+    layer, counted = (model.layers[0] for model in models)
+    for parameter in layer.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    state = torch.randn(rows, sequence, 32, dtype=dtype, device=device, requires_grad=True)
+
+    def forward_and_backward():
+        upstream = torch.ones_like(state)
+        layer(state).backward(upstream)
+
+    def forward():
+        with torch.no_grad():
+            layer(state)
+
+    forward_and_backward()
+    state.grad = None
+    measured = [usage(call, device, False).peak for call in (forward_and_backward, forward)]
+    assert activations._most_alive(counted, (state.detach().to("meta"),), {}) == pytest.approx(measured, rel=0.01)
 
 
 def test_gemma_is_planned_as_the_readme_says():
@@ -467,7 +495,7 @@ def distillation_assets(tmp_path_factory):
     ],
 )
 def test_step_on_a_cpu(assets, method, loss, overrides):
-    """One step of the recipe's own model, loss and optimizer; the plan says what is allocated within 5%."""
+    """One step of the recipe's own model, loss and optimizer; the plan says what is allocated within 2%."""
     overrides = [
         "model.embed_dim=128",
         "model.intermediate_dim=512",
@@ -484,7 +512,7 @@ def test_step_on_a_cpu(assets, method, loss, overrides):
     rows, sequence = 4, 128
     measured = measured_peak(recipe, rows, sequence)
     plan = Planner(cfg, training.get_dtype(cfg.dtype, CPU))
-    assert plan.step(loss, rows, sequence).peak == pytest.approx(measured, rel=0.05)
+    assert plan.step(loss, rows, sequence).peak == pytest.approx(measured, rel=0.02)
 
 
 @pytest.mark.parametrize("loss", ["stock", "chunked"])

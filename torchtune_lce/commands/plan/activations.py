@@ -1,11 +1,13 @@
 """What the forward of a model keeps for its backward, counted on the meta device: nothing is loaded or computed.
 
-The count is of the distinct tensors that autograd saves, so it holds for every model that torchtune builds. Attention
-is the exception: it is counted as FlashAttention saves it (queries, keys, values, output and a float32 log-sum-exp a
-row and head; Dao 2023, arXiv 2307.08691), which is what runs on a card; the meta device would save all scores.
+The count is of the distinct tensors that autograd saves, and of those that are alive at once while a layer goes forward
+and back, so it holds for every model that torchtune builds. Attention is the exception: it is counted as FlashAttention
+has it (queries, keys, values, output and a float32 log-sum-exp a row and head; backward a float32 sum of the queries'
+gradient; Dao 2023, arXiv 2307.08691), which is what runs on a card; the meta device would save all scores.
 """
 
 import warnings
+import weakref
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,8 +15,10 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchtune import training
-from torchtune.modules import FeedForward, TransformerDecoder
+from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from torchtune_lce.commands.shared.errors import CommandError
@@ -26,16 +30,18 @@ from torchtune_lce.model.model_output import find_decoder, skip_output_layer
 class Activations:
     """Bytes that one forward of a batch saves, without the output projection and the loss.
 
-    ``layers``: of each decoder layer, in their order; ``outside``: before, between and after them; ``largest``: the
-    largest single tensor; ``layer_input``: what a checkpointed layer keeps in place of its own; ``kept_product``: that
-    of a gated MLP's factors, where its layer saves it, as the last projection's input is where that trains; else 0.
+    ``layers``: of each decoder layer, in their order; ``outside``: before, between and after them; ``layer_input``:
+    what a checkpointed layer keeps in place of its own, all of it or nothing among its own too: ``saved_input``;
+    ``moving``: the most that is alive at once, beside what the last layer saves, in its forward and backward;
+    ``untrained``: in a forward that keeps nothing, its input too.
     """
 
     layers: tuple[int, ...]
     outside: int
-    largest: int
     layer_input: int
-    kept_product: int
+    saved_input: int
+    moving: int
+    untrained: int
 
     def times(self, rows: int) -> "Activations":
         """Of as many times the rows; what does not depend on them, masks and the like, is nothing beside the rest."""
@@ -44,9 +50,10 @@ class Activations:
             self,
             layers=layers,
             outside=rows * self.outside,
-            largest=rows * self.largest,
             layer_input=rows * self.layer_input,
-            kept_product=rows * self.kept_product,
+            saved_input=rows * self.saved_input,
+            moving=rows * self.moving,
+            untrained=rows * self.untrained,
         )
 
 
@@ -96,10 +103,9 @@ def count(model: nn.Module, batch: int, sequence: int) -> Activations:
             saved[storage] = (tensor.untyped_storage(), where[0])
         return tensor
 
-    hooks, products = [], []
-    for module in decoder.modules():
-        if isinstance(module, FeedForward):
-            hooks.append(module.w2.register_forward_pre_hook(lambda _, inputs: products.append(inputs[0])))
+    hooks, calls = [], []
+    last = decoder.layers[-1]
+    hooks.append(last.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True))
     for index, layer in enumerate(decoder.layers):
         hooks.append(layer.register_forward_pre_hook(lambda *_, index=index: where.__setitem__(0, index)))
         hooks.append(layer.register_forward_hook(lambda *_: where.__setitem__(0, outside)))
@@ -112,7 +118,10 @@ def count(model: nn.Module, batch: int, sequence: int) -> Activations:
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         ):
             warnings.simplefilter("ignore")  # about kernels that nothing here runs
-            hidden = model(tokens)
+            model(tokens)
+        with warnings.catch_warnings(), _AttentionAsOnACard():
+            warnings.simplefilter("ignore")
+            most, unsaved = _most_alive(last, *calls[0])
     except (TypeError, ZeroDivisionError) as error:  # of a setting that no builder looks at, as lora_alpha
         raise CommandError(f"the model cannot be run with its settings: {' '.join(str(error).split())}") from error
     finally:
@@ -122,9 +131,73 @@ def count(model: nn.Module, batch: int, sequence: int) -> Activations:
     totals = [0] * (outside + 1)
     for storage, index in saved.values():
         totals[index] += storage.nbytes()
-    largest = max((storage.nbytes() for storage, _ in saved.values()), default=0)
-    kept_product = max((product.nbytes for product in products if _storage(product) in saved), default=0)
-    return Activations(tuple(totals[:-1]), totals[-1], largest, hidden.nbytes, kept_product)
+    (state, *_), _ = calls[0]
+    return Activations(
+        layers=tuple(totals[:-1]),
+        outside=totals[-1],
+        layer_input=state.nbytes,
+        saved_input=state.nbytes if _storage(state) in saved else 0,
+        moving=most - totals[-2],
+        untrained=state.nbytes + unsaved,
+    )
+
+
+def _most_alive(layer: nn.Module, inputs: tuple[Tensor, ...], settings: dict) -> tuple[int, int]:
+    """The most bytes of a layer's forward and backward, without its input, parameters and their gradients, but for one
+    that is on its way; and of a forward that keeps nothing.
+    """
+    state, *others = inputs
+    state = state.detach()
+    with torch.no_grad(), _Alive() as alive:
+        layer(state, *others, **settings)
+    unsaved = alive.most
+    state.requires_grad_()
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    hooks = [parameter.register_post_accumulate_grad_hook(_forget_gradient) for parameter in trained]
+    with _Alive() as alive:
+        upstream = torch.empty_like(state)
+        output = layer(state, *others, **settings)
+        # The next layer's input, which is gone by the time of this one's backward.
+        alive.now -= output.nbytes
+        output.backward(upstream)
+    for hook in hooks:
+        hook.remove()
+    return alive.most, unsaved
+
+
+def _forget_gradient(parameter: nn.Parameter) -> None:
+    parameter.grad = None
+
+
+class _Alive(TorchDispatchMode):
+    """Bytes of what operations make, while it is there: now and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self._made = {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+        given = tree_leaves((arguments, settings))
+        results = function(*arguments, **(settings or {}))
+        of_others = {_storage(tensor) for tensor in given if isinstance(tensor, Tensor)}
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, Tensor) and _storage(tensor) not in of_others:
+                self._add(tensor.untyped_storage())
+        self.most = max(self.most, self.now)
+        return results
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._made:
+            return
+
+        def is_gone(_):
+            del self._made[key]
+            self.now -= size
+
+        self._made[key] = weakref.ref(storage, is_gone)
+        self.now += size
 
 
 def _storage(tensor: Tensor) -> int:
@@ -132,7 +205,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 class _FlashAttention(torch.autograd.Function):
-    """Saves what FlashAttention saves, and computes nothing."""
+    """Saves and allocates what FlashAttention does, and computes nothing."""
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # [B, heads, S, D / heads]
@@ -142,8 +215,13 @@ class _FlashAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx, upstream: Tensor):
-        raise RuntimeError("tune-lce plan counts what a forward saves and has no backward, but one was called")
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, _, _ = ctx.saved_tensors
+        # Alive until the end of this function, as the kernel's own.
+        summed = torch.empty_like(query, dtype=torch.float32)
+        gradients = tuple(torch.empty_like(x) for x in (query, key, value))
+        del summed
+        return gradients
 
 
 class _AttentionAsOnACard(TorchFunctionMode):

@@ -12,7 +12,7 @@ from torchtune.modules.tied_linear import TiedLinear
 from torchtune_lce.commands.plan import activations, distillation_memory, preference_memory
 from torchtune_lce.commands.plan.activations import Activations
 from torchtune_lce.commands.plan.distillation_memory import Distillation
-from torchtune_lce.commands.plan.step import Fixed, Step, StepLoss, fixed, step, untrained_forward
+from torchtune_lce.commands.plan.step import Fixed, Step, StepLoss, fixed, step
 from torchtune_lce.commands.shared.distillation import check_vocabularies, distils
 from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.preferences import prefers
@@ -128,11 +128,11 @@ class Planner:
         counted, problem = self.activations(batch, sequence), self.problem(batch, sequence)
         if self.teacher is not None:
             own = distillation_memory.distillation_memory(loss, problem, self.distillation)
-            of_teacher = untrained_forward(self._activations(self.teacher, batch, sequence))
+            of_teacher = self._activations(self.teacher, batch, sequence).untrained
             return step(self.fixed, counted, own, of_teacher)
         if self.prefers:
             own = preference_memory.preference_memory(loss, problem, self.second is not None)
-            return step(self.fixed, counted, own, untrained_forward(counted))
+            return step(self.fixed, counted, own, counted.untrained)
         return step(self.fixed, counted, StepLoss(loss_memory(loss, problem)))
 
     def largest_batch(self, loss: str, sequence: int, memory: float) -> int:

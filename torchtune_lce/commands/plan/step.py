@@ -5,9 +5,8 @@
         loss     activations + the loss (see loss_memory), its gradients among it
         other    a distillation's teacher, or DPO's reference: activations + what the loss holds by then, the student's
                  logits or the policy's log-softmax, or none + what a layer of the other model holds
-        layers   backward of layer l: activations up to l, gradients of what comes after it, and on the way through the
-                 layer three tensors as large as its largest (those of a gated MLP's product and its two factors), less
-                 the product itself where it was kept: its last use is before
+        layers   backward of layer l: activations up to l, gradients of what comes after it, and what is alive at once
+                 on the way through the layer
         update   gradients + the optimizer's own copies
     and at each what the loss leaves behind until the next step
 
@@ -28,7 +27,6 @@ from torchtune_lce.commands.shared.errors import CommandError
 from torchtune_lce.commands.shared.random_weights import is_quantised
 from torchtune_lce.implementations.memory import LossMemory
 
-_TENSORS_OF_A_LAYERS_BACKWARD = 3
 # 4 bits an entry, a byte for 64 of them, 4 bytes for 256 of those (Dettmers et al. 2023, arXiv 2305.14314).
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 # bitsandbytes runs on cards only, so its state is not measured: two entries a parameter, of 4 bytes or of 1 and a
@@ -173,13 +171,8 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.nbytes
 
 
-def untrained_forward(activations: Activations) -> int:
-    """Bytes at the worst moment of a forward that keeps nothing: a gated MLP's product and factors, and its inputs."""
-    return _TENSORS_OF_A_LAYERS_BACKWARD * activations.largest + 2 * activations.layer_input
-
-
 def step(fixed: Fixed, activations: Activations, loss: StepLoss, of_other: int | None = None) -> Step:
-    """Of a batch with these activations and this loss; ``of_other``: :func:`untrained_forward`, where there is one."""
+    """Of a batch with these activations and this loss; ``of_other``: what another model's forward takes, or None."""
     gradients_before = fixed.trained if fixed.accumulates and not fixed.in_backward else 0
     always = fixed.parameters + fixed.optimizer + fixed.gathered + gradients_before
     layers = activations.layers
@@ -191,12 +184,10 @@ def step(fixed: Fixed, activations: Activations, loss: StepLoss, of_other: int |
     # Gradients that this batch has made so far.
     made = 0 if fixed.accumulates else fixed.head_gradient
     for index in reversed(range(len(layers))):
-        again = layers[index] if fixed.checkpoints else 0
-        # The layer's own gradients, three tensors on the way, the gradient of its output.
-        on_the_way = _TENSORS_OF_A_LAYERS_BACKWARD * activations.largest - activations.kept_product
-        moving = on_the_way + activations.layer_input
+        again = layers[index] - activations.saved_input if fixed.checkpoints else 0
+        own = again + activations.moving
         grads = fixed.largest_gradient if fixed.in_backward else made
-        at_layers = max(at_layers, always + activations.outside + sum(held[: index + 1]) + again + moving + grads)
+        at_layers = max(at_layers, always + activations.outside + sum(held[: index + 1]) + own + grads)
         if not fixed.accumulates:
             made += fixed.layer_gradients[index]
     at_update = fixed.parameters + fixed.optimizer + fixed.trained + fixed.update
