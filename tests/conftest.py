@@ -67,7 +67,10 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if not config.getoption("card_blocks") or not INTERPRETED:
         return
-    tuning = pytest.importorskip("torchtune_lce.kernels.tuning")
+    try:
+        from torchtune_lce.kernels import tuning
+    except ImportError as error:
+        raise pytest.UsageError("--card-blocks is for the kernels, which need Triton") from error
 
     def config_for(device: torch.device, dtype: torch.dtype) -> tuning.Config:
         return dataclasses.replace(tuning._cuda_config((9, 0), dtype, "ieee"), tma=False, stores_transposed=False)

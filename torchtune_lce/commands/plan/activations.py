@@ -8,7 +8,9 @@ gradient; Dao 2023, arXiv 2307.08691), which is what runs on a card; the meta de
 
 import warnings
 import weakref
-from dataclasses import dataclass, replace
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -43,19 +45,6 @@ class Activations:
     moving: int
     untrained: int
 
-    def times(self, rows: int) -> "Activations":
-        """Of as many times the rows; what does not depend on them, masks and the like, is nothing beside the rest."""
-        layers = tuple(rows * value for value in self.layers)
-        return replace(
-            self,
-            layers=layers,
-            outside=rows * self.outside,
-            layer_input=rows * self.layer_input,
-            saved_input=rows * self.saved_input,
-            moving=rows * self.moving,
-            untrained=rows * self.untrained,
-        )
-
 
 def build(config: DictConfig, section: str, dtype: torch.dtype) -> nn.Module:
     """A section's model as a recipe builds it, unquantised and without memory; of one with adapters these alone train.
@@ -88,14 +77,53 @@ def _images(config: DictConfig, section: str) -> str:
     )
 
 
-def count(model: nn.Module, batch: int, sequence: int) -> Activations:
-    """Of a model that :func:`build` made, for ``batch`` rows of ``sequence`` tokens."""
+class Rows:
+    """Of a model that :func:`build` made: the activations of any number of rows of one length."""
+
+    def __init__(self, model: nn.Module, sequence: int):
+        self._layer = find_decoder(model).layers[-1]
+        # What is saved grows by as much with each row; masks, and what is of a weight's size, do not grow.
+        self._one, self._two = (_save(model, rows, sequence) for rows in (1, 2))
+        self._found: dict[int, Activations] = {}
+
+    def activations(self, rows: int) -> Activations:
+        if rows not in self._found:
+            self._found[rows] = self._count(rows)
+        return self._found[rows]
+
+    def _count(self, rows: int) -> Activations:
+        def grown(one: int, two: int) -> int:
+            return one + (rows - 1) * (two - one)
+
+        layers = tuple(map(grown, self._one.layers, self._two.layers))
+        state = self._one.state.new_empty((rows, *self._one.state.shape[1:]))
+        with _run():
+            most, unsaved = _most_alive(self._layer, state, self._one.others)
+        return Activations(
+            layers=layers,
+            outside=grown(self._one.outside, self._two.outside),
+            layer_input=state.nbytes,
+            saved_input=state.nbytes if self._one.saves_input else 0,
+            moving=most - layers[-1],
+            untrained=state.nbytes + unsaved,
+        )
+
+
+@dataclass(frozen=True)
+class _Saved:
+    layers: tuple[int, ...]
+    outside: int
+    state: Tensor  # the last layer's input
+    others: dict  # its other arguments
+    saves_input: bool
+
+
+def _save(model: nn.Module, rows: int, sequence: int) -> _Saved:
     decoder = find_decoder(model)
     not_activations = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
     saved: dict[int, tuple[torch.UntypedStorage, int]] = {}  # the storage itself too: a freed one's number is reused
-    where = [0]  # the layer that runs, or the number of layers
     outside = len(decoder.layers)
-    where[0] = outside
+    where = [outside]  # the layer that runs, or the number of layers
 
     def pack(tensor: Tensor) -> Tensor:
         storage = _storage(tensor)
@@ -103,27 +131,16 @@ def count(model: nn.Module, batch: int, sequence: int) -> Activations:
             saved[storage] = (tensor.untyped_storage(), where[0])
         return tensor
 
-    hooks, calls = [], []
-    last = decoder.layers[-1]
-    hooks.append(last.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True))
+    calls = []
+    hooks = [decoder.layers[-1].register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)]
     for index, layer in enumerate(decoder.layers):
         hooks.append(layer.register_forward_pre_hook(lambda *_, index=index: where.__setitem__(0, index)))
         hooks.append(layer.register_forward_hook(lambda *_: where.__setitem__(0, outside)))
     skipped = skip_output_layer(model)
-    tokens = torch.zeros(batch, sequence, dtype=torch.int64, device="meta")
+    tokens = torch.zeros(rows, sequence, dtype=torch.int64, device="meta")
     try:
-        with (
-            warnings.catch_warnings(),
-            _AttentionAsOnACard(),
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        ):
-            warnings.simplefilter("ignore")  # about kernels that nothing here runs
+        with _run(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model(tokens)
-        with warnings.catch_warnings(), _AttentionAsOnACard():
-            warnings.simplefilter("ignore")
-            most, unsaved = _most_alive(last, *calls[0])
-    except (TypeError, ZeroDivisionError) as error:  # of a setting that no builder looks at, as lora_alpha
-        raise CommandError(f"the model cannot be run with its settings: {' '.join(str(error).split())}") from error
     finally:
         skipped.restore()
         for hook in hooks:
@@ -131,37 +148,41 @@ def count(model: nn.Module, batch: int, sequence: int) -> Activations:
     totals = [0] * (outside + 1)
     for storage, index in saved.values():
         totals[index] += storage.nbytes()
-    (state, *_), _ = calls[0]
-    return Activations(
-        layers=tuple(totals[:-1]),
-        outside=totals[-1],
-        layer_input=state.nbytes,
-        saved_input=state.nbytes if _storage(state) in saved else 0,
-        moving=most - totals[-2],
-        untrained=state.nbytes + unsaved,
-    )
+    ((state,), others) = calls[0]
+    return _Saved(tuple(totals[:-1]), totals[-1], state.detach(), others, _storage(state) in saved)
 
 
-def _most_alive(layer: nn.Module, inputs: tuple[Tensor, ...], settings: dict) -> tuple[int, int]:
+@contextmanager
+def _run() -> Generator[None, None, None]:
+    """For a forward on the meta device, of settings that no builder has looked at, as lora_alpha."""
+    with warnings.catch_warnings(), _AttentionAsOnACard():
+        warnings.simplefilter("ignore")  # about kernels that nothing here runs
+        try:
+            yield
+        except (TypeError, ZeroDivisionError) as error:
+            raise CommandError(f"the model cannot be run with its settings: {' '.join(str(error).split())}") from error
+
+
+def _most_alive(layer: nn.Module, state: Tensor, others: dict) -> tuple[int, int]:
     """The most bytes of a layer's forward and backward, without its input, parameters and their gradients, but for one
     that is on its way; and of a forward that keeps nothing.
     """
-    state, *others = inputs
-    state = state.detach()
     with torch.no_grad(), _Alive() as alive:
-        layer(state, *others, **settings)
+        layer(state, **others)
     unsaved = alive.most
-    state.requires_grad_()
+    state = state.detach().requires_grad_()
     trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     hooks = [parameter.register_post_accumulate_grad_hook(_forget_gradient) for parameter in trained]
-    with _Alive() as alive:
-        upstream = torch.empty_like(state)
-        output = layer(state, *others, **settings)
-        # The next layer's input, which is gone by the time of this one's backward.
-        alive.now -= output.nbytes
-        output.backward(upstream)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with _Alive() as alive:
+            upstream = torch.empty_like(state)
+            # Its output is the next layer's input, which is gone by the time of this one's backward.
+            edge = torch.autograd.graph.get_gradient_edge(layer(state, **others))
+            torch.autograd.backward(edge, upstream)
+    finally:
+        for hook, parameter in zip(hooks, trained, strict=True):
+            hook.remove()
+            parameter.grad = None
     return alive.most, unsaved
 
 

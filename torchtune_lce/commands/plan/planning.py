@@ -43,7 +43,7 @@ class Planner:
         self.teacher = activations.build(config, "teacher_model", dtype) if distils(config) else None
         if self.teacher is not None:
             check_vocabularies(self.model, self.teacher)
-        self._counted: dict[tuple[nn.Module, int], Activations] = {}  # of one row, by its length
+        self._counted: dict[tuple[nn.Module, int], activations.Rows] = {}  # by their length
         if self.teacher is not None and (not get_adapter_params(self.model) or self.adapter is not None):
             raise CommandError(
                 "model: a distillation is planned with LoRA on the student, as torchtune's recipes have it, and none "
@@ -121,8 +121,8 @@ class Planner:
 
     def _activations(self, model: nn.Module, batch: int, sequence: int) -> Activations:
         if (model, sequence) not in self._counted:
-            self._counted[model, sequence] = activations.count(model, 1, sequence)
-        return self._counted[model, sequence].times(self._rows(batch))
+            self._counted[model, sequence] = activations.Rows(model, sequence)
+        return self._counted[model, sequence].activations(self._rows(batch))
 
     def step(self, loss: str, batch: int, sequence: int) -> Step:
         counted, problem = self.activations(batch, sequence), self.problem(batch, sequence)
