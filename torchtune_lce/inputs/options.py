@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-# What finfo(dtype).eps is divided by for the threshold "auto". From measured errors and times, see docs/precision.md:
-# with a frozen projection a smaller one costs hardly any time.
+# What finfo(dtype).eps is divided by for the threshold "auto": 32 in Wijmans et al. 2024 (arXiv 2411.09009, section
+# 4.3), here by measured errors and times (docs/precision.md). With a frozen projection less costs hardly any time.
 AUTO_TRAINED, AUTO_FROZEN = 45, 64
 # Figures of a batch that a recipe can log, see live_feedback.
 METRICS = ("accuracy", "entropy", "nll", "z_loss")

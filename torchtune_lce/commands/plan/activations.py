@@ -78,7 +78,10 @@ def _images(config: DictConfig, section: str) -> str:
 
 
 class Rows:
-    """Of a model that :func:`build` made: the activations of any number of rows of one length."""
+    """Of a model that :func:`build` made: the activations of any number of rows of ``sequence`` tokens.
+
+    Raises CommandError for a model that cannot be run with its settings.
+    """
 
     def __init__(self, model: nn.Module, sequence: int):
         self._layer = find_decoder(model).layers[-1]
@@ -111,9 +114,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class _Saved:
+    """Bytes, as of :class:`Activations`, and how the last layer was called."""
+
     layers: tuple[int, ...]
     outside: int
-    state: Tensor  # the last layer's input
+    state: Tensor  # [rows, sequence, D] on the meta device: the last layer's input
     others: dict  # its other arguments
     saves_input: bool
 
@@ -164,8 +169,8 @@ def _run() -> Generator[None, None, None]:
 
 
 def _most_alive(layer: nn.Module, state: Tensor, others: dict) -> tuple[int, int]:
-    """The most bytes of a layer's forward and backward, without its input, parameters and their gradients, but for one
-    that is on its way; and of a forward that keeps nothing.
+    """The most bytes alive in a layer's forward and backward, without its input, parameters and their gradients, but
+    for one that is on its way; and of a forward that keeps nothing.
     """
     with torch.no_grad(), _Alive() as alive:
         layer(state, **others)
